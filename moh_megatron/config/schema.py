@@ -1,0 +1,230 @@
+"""Every configuration value of the project: typed, frozen, validated. No torch here.
+
+A key is written ``section.key``, in YAML and on the command line alike. Rules that involve one section stand here;
+rules across sections stand in ``validate.py``. Values the MoH paper does not give are marked *(ours)*.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+def _integral(value: Any) -> Any:
+    """Let ``2e11`` stand for an integer, as people write token counts."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Strict, so that "12", yes and 1 are never taken for 12, true and true.
+Int = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
+
+_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_section
+class RunConfig:
+    """Where a run lives and what makes it reproducible."""
+
+    dir: str
+    """Run folder: configuration, metrics, TensorBoard files, checkpoints."""
+    seed: NonNegativeInt = 1234
+    """Seed of initialisation, data order and text samples."""
+
+
+@_section
+class ModelConfig:
+    """A LLaMA-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases. Names as in Megatron-core."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    vocab_size: PositiveInt
+    """Rows of the embedding. The tokenizer may have fewer entries; a trained one gets exactly this many."""
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads; null means one per query head (multi-head attention)."""
+    kv_channels: PositiveInt | None = None
+    """Size of one head; null means hidden_size / num_attention_heads."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest context the exported model announces; null means train.sequence_length."""
+    rotary_base: PositiveFloat = 10000.0
+    norm_epsilon: PositiveFloat = 1e-5
+    tie_word_embeddings: Bool = False
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of every weight's initialisation *(ours)*."""
+    scaled_residual_init: Bool = True
+    """Divide the deviation of the two projections that write to the residual stream by sqrt(2 num_layers) *(ours)*."""
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@_section
+class MoHConfig:
+    """Mixture-of-Head attention (arXiv 2410.11842)."""
+
+    enabled: Bool = True
+    """false gives the dense twin: the same weights' shapes, no router, every head at gate 1."""
+    shared_heads: NonNegativeInt | None = None
+    """Heads every token uses: the first ones of each layer. The paper's from-scratch runs do not state theirs."""
+    active_heads: PositiveInt | None = None
+    """All heads a token uses, the shared ones included."""
+    router: Literal["learned", "query_norm"] = "learned"
+    """learned: eq. 5-6; query_norm: parameter-free, by the norm of each head's query (continue-tuning)."""
+    gating: Literal["normalized", "paper"] = "normalized"
+    """normalized: the official code's gates, 1 each at uniform logits; paper: eq. 5-6 as printed."""
+    balance_loss: Literal["scaled", "paper"] = "scaled"
+    """scaled: the official code's, n_routed * sum P f; paper: eq. 7, sum P f. Both are averaged over layers."""
+    balance_coefficient: NonNegativeFloat = 0.01
+    """beta of eq. 8."""
+    router_init_std: PositiveFloat | None = None
+    """Deviation of the routers' initialisation *(ours)*; null means model.init_method_std."""
+    head_layout: Literal["interleaved", "contiguous"] = "interleaved"
+    """How KV groups are placed on tensor-parallel ranks: interleaved gives each its share of shared heads."""
+
+
+@_section
+class ParallelConfig:
+    """How the model is spread. Data parallelism is what remains of the world size."""
+
+    tensor: PositiveInt = 1
+    sequence: Bool = False
+    """Megatron's sequence parallelism: shards the activations outside attention and MLP over the tensor ranks."""
+    zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+
+
+@_section
+class TokenizerConfig:
+    path: str | None = None
+    """A tokenizer.json, or a folder that holds one; null: prepare_data trains a SentencePiece BPE on data.inputs."""
+    character_coverage: PositiveFraction = 0.9995
+    """Share of the training characters that get a piece of their own; the rest are encoded as bytes *(ours)*."""
+
+
+@_section
+class DataConfig:
+    dir: str | None = None
+    """Folder of the prepared dataset; null means <run.dir>/data."""
+    inputs: tuple[str, ...] = ()
+    """Raw text for prepare_data: .jsonl or .txt files, also .gz; globs allowed."""
+    text_key: str = "text"
+    """The field of a .jsonl record that holds the text."""
+    text_unit: Literal["file", "paragraph", "line"] = "file"
+    """What makes one document of a .txt file; paragraphs end at a blank line."""
+    validation_fraction: Fraction = 0.01
+    """Share of the documents held out, chosen by a hash of their text."""
+    ngram_baselines: Bool = False
+    """Measure unigram and bigram cross-entropies of the validation tokens, to compare a model with."""
+
+
+@_section
+class OptimizerConfig:
+    """AdamW with a schedule: linear warm-up, then the chosen shape down to min_learning_rate."""
+
+    learning_rate: PositiveFloat
+    min_learning_rate: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps."""
+    warmup_steps: NonNegativeInt = 0
+    warmup_learning_rate: NonNegativeFloat = 0.0
+    """Where the warm-up starts."""
+    decay_fraction: PositiveFraction = 0.1
+    """Share of all steps in which wsd decays."""
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Applied to matrices; norms are spared."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@_section
+class TrainConfig:
+    sequence_length: PositiveInt
+    total_tokens: PositiveInt
+    """Tokens to train on; rounded up to whole steps."""
+    global_batch_size: PositiveInt
+    """Sequences a step, over all data-parallel ranks and accumulation steps."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences a rank works on at once."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: selective repeats core attention in the backward pass, full repeats whole layers."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of the run folder, if there is one; never: start anew, refused
+    where the run folder already holds checkpoints."""
+    init_from: str | None = None
+    """A checkpoint (or a folder of them) whose weights start this run, with a fresh optimizer and data position."""
+    eval_interval: NonNegativeInt = 1000
+    """Steps between validations; 0: only at the end."""
+    eval_samples: PositiveInt | None = 1024
+    """Validation sequences; null: all there are."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return -(-self.total_tokens // self.tokens_per_step)
+
+
+@_section
+class CheckpointConfig:
+    interval: NonNegativeInt = 1000
+    """Steps between saves; 0: only at the end and when stopped by a signal."""
+    keep_last: PositiveInt | None = None
+    """How many of the newest checkpoints to keep; null: all."""
+
+
+@_section
+class MonitorConfig:
+    log_interval: PositiveInt = 10
+    """Steps between transfers of the metrics from the device; metrics.jsonl still has a line for each step."""
+    tensorboard: Bool = True
+
+
+@_section
+class GenerateConfig:
+    load: str | None = None
+    """An exported folder or a checkpoint; null means <run.dir>/hf, else the newest checkpoint of the run."""
+    prompts: tuple[str, ...] = ("",)
+    max_new_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.8
+    """0 is greedy."""
+    top_k: PositiveInt | None = 50
+
+
+@_section
+class Config:
+    """One run, whole. ``load.py`` makes it, ``validate.py`` checks it across sections."""
+
+    run: RunConfig
+    model: ModelConfig
+    moh: MoHConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    generate: GenerateConfig = Field(default_factory=GenerateConfig)
