@@ -28,10 +28,10 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 
-_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+_FORBID_UNKNOWN = ConfigDict(extra="forbid")
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class RunConfig:
     """Where a run lives and what makes it reproducible."""
 
@@ -41,7 +41,7 @@ class RunConfig:
     """Seed of initialisation, data order and text samples."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class ModelConfig:
     """A LLaMA-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases. Names as in Megatron-core."""
 
@@ -74,7 +74,7 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class MoHConfig:
     """Mixture-of-Head attention (arXiv 2410.11842)."""
 
@@ -98,7 +98,7 @@ class MoHConfig:
     """How KV groups are placed on tensor-parallel ranks: interleaved gives each its share of shared heads."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class ParallelConfig:
     """How the model is spread. Data parallelism is what remains of the world size."""
 
@@ -110,7 +110,7 @@ class ParallelConfig:
     context: PositiveInt = 1
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class TokenizerConfig:
     path: str | None = None
     """A tokenizer.json, or a folder that holds one; null: prepare_data trains a SentencePiece BPE on data.inputs."""
@@ -118,7 +118,7 @@ class TokenizerConfig:
     """Share of the training characters that get a piece of their own; the rest are encoded as bytes *(ours)*."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class DataConfig:
     dir: str | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
@@ -134,7 +134,7 @@ class DataConfig:
     """Measure unigram and bigram cross-entropies of the validation tokens, to compare a model with."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class OptimizerConfig:
     """AdamW with a schedule: linear warm-up, then the chosen shape down to min_learning_rate."""
 
@@ -156,7 +156,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class TrainConfig:
     sequence_length: PositiveInt
     total_tokens: PositiveInt
@@ -187,7 +187,7 @@ class TrainConfig:
         return -(-self.total_tokens // self.tokens_per_step)
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class CheckpointConfig:
     interval: NonNegativeInt = 1000
     """Steps between saves; 0: only at the end and when stopped by a signal."""
@@ -195,14 +195,14 @@ class CheckpointConfig:
     """How many of the newest checkpoints to keep; null: all."""
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class MonitorConfig:
     log_interval: PositiveInt = 10
     """Steps between transfers of the metrics from the device; metrics.jsonl still has a line for each step."""
     tensorboard: Bool = True
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class GenerateConfig:
     load: str | None = None
     """An exported folder or a checkpoint; null means <run.dir>/hf, else the newest checkpoint of the run."""
@@ -213,7 +213,7 @@ class GenerateConfig:
     top_k: PositiveInt | None = 50
 
 
-@_section
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class Config:
     """One run, whole. ``load.py`` makes it, ``validate.py`` checks it across sections."""
 

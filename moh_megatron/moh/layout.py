@@ -1,0 +1,74 @@
+"""Where each attention head lives: logical head <-> (tensor-parallel rank, local slot).
+
+Megatron-core gives each tensor-parallel rank a contiguous run of whole KV groups. With the shared heads first, as the
+paper numbers them, the low ranks would get all of them: at TP 2 rank 0 works at 100 %, rank 1 hardly at all. The
+interleaved placement reorders the groups so that every contiguous run, at every tensor-parallel size that divides the
+number of groups by a product of its leading prime factors (all sizes, for a power of two), holds a fair sample.
+
+The order does not depend on the tensor-parallel size: a checkpoint needs no reordering to move between sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Placement = Literal["interleaved", "contiguous"]
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def _digit_reversal(count: int) -> list[int]:
+    """Permutation of range(count) whose contiguous runs are strided samples; bit reversal for a power of two."""
+    order = [0]
+    stride = count
+    for factor in reversed(_prime_factors(count)):
+        stride //= factor
+        order = [base + digit * stride for base in order for digit in range(factor)]
+    return [position for _, position in sorted((value, position) for position, value in enumerate(order))]
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The placement of ``heads`` query heads in ``groups`` KV groups.
+
+    A *logical* head is the head's number in the router, in the exported model and in every figure; its *physical*
+    position is its row block in ``linear_qkv`` over all tensor-parallel ranks.
+    """
+
+    heads: int
+    groups: int
+    placement: Placement = "interleaved"
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"groups must divide heads ({self.heads}). Got {self.groups}.")
+
+    @cached_property
+    def group_order(self) -> tuple[int, ...]:
+        """Logical KV group at each physical position."""
+        if self.placement == "contiguous":
+            return tuple(range(self.groups))
+        return tuple(_digit_reversal(self.groups))
+
+    @cached_property
+    def head_order(self) -> tuple[int, ...]:
+        """Logical head at each physical position."""
+        width = self.heads // self.groups
+        return tuple(group * width + slot for group in self.group_order for slot in range(width))
+
+    def local_heads(self, rank: int, world_size: int) -> tuple[int, ...]:
+        """Logical heads of one tensor-parallel rank, in its local order."""
+        if self.groups % world_size:
+            raise ValueError(f"world_size must divide groups ({self.groups}). Got {world_size}.")
+        share = self.heads // world_size
+        return self.head_order[rank * share : (rank + 1) * share]
