@@ -17,24 +17,12 @@ from typing import Literal
 Placement = Literal["interleaved", "contiguous"]
 
 
-def _prime_factors(number: int) -> list[int]:
-    factors, divisor = [], 2
-    while number > 1:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return factors
-
-
 def _digit_reversal(count: int) -> list[int]:
     """Permutation of range(count) whose contiguous runs are strided samples; bit reversal for a power of two."""
-    order = [0]
-    stride = count
-    for factor in reversed(_prime_factors(count)):
-        stride //= factor
-        order = [base + digit * stride for base in order for digit in range(factor)]
-    return [position for _, position in sorted((value, position) for position, value in enumerate(order))]
+    factor = next((divisor for divisor in range(2, count + 1) if count % divisor == 0), None)
+    if factor is None:
+        return list(range(count))
+    return [start + factor * step for start in range(factor) for step in _digit_reversal(count // factor)]
 
 
 @dataclass(frozen=True)
