@@ -1,0 +1,127 @@
+"""A LLaMA whose attention is Mixture-of-Head (arXiv 2410.11842). Needs torch and transformers alone.
+
+Legend: S sequence, B batch, D hidden size, N query heads, E routed heads, H head size.
+Heads are in logical order: the first ``moh_shared_heads`` are shared, the others routed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_moh import MoHConfig
+
+
+def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
+    """True at the ``top_k`` largest of the last dimension; ties go to the lower index (topk promises no order)."""
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+
+
+class MoHRouter(nn.Module):
+    """The weight of each head for each token. Arithmetic in fp32, whatever the model's precision.
+
+    The learned router has bias-free linears ``shared`` [n_shared, D] (absent below two shared heads), ``routed``
+    [E, D] and ``alpha`` [2, D], row 0 shared, row 1 routed (absent without shared or without routed heads).
+    The query_norm router has no parameters.
+    """
+
+    def __init__(self, config: MoHConfig):
+        super().__init__()
+        self.learned = config.moh_router == "learned"
+        self.normalized = config.moh_gating == "normalized"
+        self.n_shared = config.moh_shared_heads
+        self.n_routed = config.num_attention_heads - self.n_shared
+        self.top_k = config.moh_active_heads - self.n_shared
+
+        def linear(present: bool, rows: int) -> nn.Linear | None:
+            return nn.Linear(config.hidden_size, rows, bias=False) if self.learned and present else None
+
+        self.shared = linear(self.n_shared > 1, self.n_shared)
+        self.routed = linear(self.n_routed > 0, self.n_routed)
+        self.alpha = linear(self.n_shared > 0 and self.n_routed > 0, 2)
+
+    def forward(self, hidden_states: Tensor, queries: Tensor) -> Tensor:
+        """Attention input [B, S, D] and its queries before RoPE [B, S, N, H] -> gates [B, S, N], fp32."""
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return self.learned_gates(hidden_states.float()) if self.learned else self.query_norm_gates(queries.float())
+
+    def query_norm_gates(self, queries: Tensor) -> Tensor:
+        """1 for the shared heads and for the ``top_k`` routed heads with the longest queries, 0 for the others."""
+        norms = torch.linalg.vector_norm(queries, dim=-1)
+        chosen = top_k_mask(norms[..., self.n_shared :], self.top_k)
+        return torch.cat([torch.ones_like(norms[..., : self.n_shared]), chosen.float()], dim=-1)
+
+    def learned_gates(self, x: Tensor) -> Tensor:
+        """Eq. 5-6, or their normalised form, in which every active gate is 1 at uniform logits."""
+        shared = x.new_ones(*x.shape[:-1], self.n_shared)
+        if self.shared is not None:
+            shared = F.linear(x, self.shared.weight.float()).softmax(-1)
+            if self.normalized or self.routed is None:
+                shared = shared * self.n_shared
+        if self.routed is None:
+            return shared
+        logits = F.linear(x, self.routed.weight.float())
+        chosen = top_k_mask(logits, self.top_k)
+        if self.normalized:
+            routed = self.top_k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+        else:
+            routed = logits.softmax(-1) * chosen
+        if self.alpha is None:
+            return routed
+        alpha = F.linear(x, self.alpha.weight.float()).softmax(-1)
+        if self.normalized:
+            alpha = 2 * alpha
+        return torch.cat([alpha[..., :1] * shared, alpha[..., 1:] * routed], dim=-1)
+
+
+class MoHAttention(LlamaAttention):
+    """LLaMA's attention with each head's output multiplied by its gate. Every head is computed."""
+
+    def __init__(self, config: MoHConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.router = MoHRouter(config)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        """As LlamaAttention: [B, S, D] -> ([B, S, D], attention weights or None)."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q_BSNH = self.q_proj(hidden_states).view(heads)
+        gates_BSN = self.router(hidden_states, q_BSNH)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(q_BSNH.transpose(1, 2), key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out_BSNH, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        out_BSNH = out_BSNH * gates_BSN.unsqueeze(-1).to(out_BSNH.dtype)
+        return self.o_proj(out_BSNH.flatten(2)), weights
+
+
+class MoHForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM with Mixture-of-Head attention in every layer.
+
+    The loss returned for ``labels`` is the language-model loss alone: the balance loss of eq. 7-8 is not added, and
+    the query_norm router's gates pass no gradient. Both belong to the training code this model was exported from.
+    """
+
+    config_class = MoHConfig
+
+    def __init__(self, config: MoHConfig):
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn = MoHAttention(config, index)
+        self.post_init()
