@@ -1,0 +1,108 @@
+"""From a configuration to a Megatron-core GPTModel on this rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
+from torch import Tensor
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model.core_attention import CausalAttention
+from moh_megatron.model.norm import RMSNorm
+from moh_megatron.moh.attention import MoHSelfAttention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-core's own configuration. Weights are drawn on the CPU, whole, and then sharded: the same seed gives
+    the same model at every tensor-parallel size. Fusions that write ``main_grad`` or need CUDA are off: DeepSpeed
+    reads ``.grad``."""
+    model, dtype = config.model, DTYPES[config.train.precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        output_layer_init_method=None if model.scaled_residual_init else init_method_normal(model.init_method_std),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_RECOMPUTE[config.train.recompute],  # type: ignore[arg-type]
+    )
+
+
+def _block_spec(config: Config, balance_weight: float) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention.submodules.core_attention = CausalAttention
+    if config.moh.enabled:
+        attention.module = MoHSelfAttention
+        attention.params = {**attention.params, "moh": config.moh, "balance_weight": balance_weight}
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=RMSNorm)
+
+
+def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
+    """This rank's part of the model, freshly initialised from the current random state.
+
+    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the balance loss as
+    the engine scales the main one.
+    """
+    moh, model = config.moh, config.model
+    return GPTModel(
+        config=transformer_config(config),
+        transformer_layer_spec=_block_spec(config, moh.balance_coefficient / model.num_layers / accumulation_steps),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]
+    )
+
+
+def position_ids(tokens: Tensor) -> Tensor:
+    """[B, S] positions for tokens [B, S]."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks."""
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return model(inputs, position_ids(inputs), None, labels=labels)
+
+
+def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:
+    """The MoH attention modules, first layer first; none in a dense model."""
+    return [module for module in model.modules() if isinstance(module, MoHSelfAttention)]

@@ -1,0 +1,30 @@
+"""Causal attention for Megatron-core's own SelfAttention: what the dense twin of a MoH model uses.
+
+Megatron-core's DotProductAttention builds its mask on the GPU and forks the GPU's random state; this needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moh_megatron.moh.backends.dense import causal_attention
+
+
+class CausalAttention(MegatronModule):
+    """Fused causal softmax attention over all heads."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> Tensor:
+        """query [S, B, n, H], key and value [S, B, g, H] -> [S, B, n * H]; always causal."""
+        return causal_attention(query, key, value, scale=self.softmax_scale).flatten(-2)

@@ -1,0 +1,46 @@
+"""A whole model in this one process, from weights at hand: for export, verification and text generation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import build_model, position_ids
+from moh_megatron.parallel import groups
+
+_PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def build_single_process(
+    config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The model of ``config`` without any parallelism, holding ``weights`` (full tensors, Megatron-core's names)."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        groups.initialize(tensor_parallel=1, seed=config.run.seed)
+    alone = dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
+        train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
+    )
+    model = build_model(alone)
+    own = dict(model.named_parameters())
+    if missing := sorted(set(own) ^ set(weights)):
+        raise ValueError(f"weights must hold exactly the model's parameters. They differ in {missing}.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """tokens [B, S] -> logits [B, S, V] in fp32."""
+    return model(tokens, position_ids(tokens), None).float()

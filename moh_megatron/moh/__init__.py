@@ -1,0 +1,7 @@
+"""Mixture-of-Head attention: routing, balance, head layout. These names need neither Megatron nor a process group."""
+
+from moh_megatron.moh.layout import HeadLayout
+from moh_megatron.moh.losses import attach_loss, balance_loss
+from moh_megatron.moh.routing import Routing, learned_routing, query_norm_routing
+
+__all__ = ["HeadLayout", "Routing", "attach_loss", "balance_loss", "learned_routing", "query_norm_routing"]

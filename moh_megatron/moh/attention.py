@@ -1,0 +1,98 @@
+"""Mixture-of-Head attention in Megatron-core's ``self_attention`` slot.
+
+Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV groups (g on this rank), H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moh_megatron.config.schema import MoHConfig
+from moh_megatron.moh.backends.dense import dense_attention
+from moh_megatron.moh.layout import HeadLayout
+from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
+from moh_megatron.moh.statistics import HeadStatistics
+
+
+class MoHSelfAttention(SelfAttention):
+    """sum_i g_i H_i W_O^i over the heads each token's router chose (paper, eq. 4-6).
+
+    Projections, their tensor parallelism and initialisation are Megatron-core's; the forward pass is our own, because
+    a sparse core must see the routing and Megatron-core's passes only queries, keys and values.
+
+    Args:
+        moh: the section of the configuration.
+        balance_weight: factor of this layer's balance loss in the loss DeepSpeed differentiates:
+            beta / layers / gradient accumulation steps.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        moh: MoHConfig,
+        balance_weight: float,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
+        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        layout = HeadLayout(heads, groups, moh.head_layout)
+        self.local_heads = list(layout.local_heads(self.tp_group.rank(), self.tp_group.size()))
+        self.balance_weight = balance_weight
+        self.statistics = HeadStatistics(heads)
+        if moh.router == "learned":
+            self.router = LearnedRouter(
+                moh,
+                heads=heads,
+                hidden_size=config.hidden_size,
+                init_std=moh.router_init_std or config.init_method_std,
+                dtype=config.params_dtype,
+                group=self.tp_group,
+                sequence_parallel=config.sequence_parallel,
+            )
+        else:
+            self.router = QueryNormRouter(moh, layout=layout, group=self.tp_group)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, D] (or [S / TP, B, D] under sequence parallelism) -> the same shape, and linear_proj's bias.
+
+        Attention is causal; ``attention_mask`` is accepted for Megatron-core's sake and not read.
+        """
+        q_SBnH, k_SBgH, v_SBgH = self.get_query_key_value_tensors(hidden_states)
+        routing = self.router(hidden_states, q_SBnH, self.balance_weight)
+        # Full recomputation runs the layer twice, the first time without gradients: count it once.
+        if self.training and torch.is_grad_enabled():
+            self.statistics.record(routing)
+        gates_SBn, active_SBn = routing.gates[..., self.local_heads], routing.active[..., self.local_heads]
+
+        if rotary_pos_emb is not None:
+            q_freqs, k_freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
+            q_SBnH = apply_rotary_pos_emb(q_SBnH, q_freqs, config=self.config, cp_group=self.pg_collection.cp)
+            k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
+
+        if self.checkpoint_core_attention and self.training:
+            out_SBnH = tensor_parallel.checkpoint(dense_attention, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+        else:
+            out_SBnH = dense_attention(q_SBnH, k_SBgH, v_SBgH, active_SBn)
+        gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
+        return self.linear_proj(gated.flatten(-2))

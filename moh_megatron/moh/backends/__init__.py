@@ -1,0 +1,1 @@
+"""Ways to compute attention where each token uses only some heads; all give the same result."""

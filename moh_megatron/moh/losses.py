@@ -1,0 +1,40 @@
+"""Losses of the routers, and how they join the language-model loss without leaving the layer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+BalanceForm = Literal["scaled", "paper"]
+
+
+def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm) -> Tensor:
+    """Load balance over the routed heads (paper, eq. 7): sum_i P_i f_i.
+
+    ``probability`` P [n_routed] is the mean routing probability, ``load`` f [n_routed] the fraction of tokens that
+    chose each head. The gradient flows through P only. ``scaled`` multiplies by n_routed, as the official code does.
+    """
+    loss = (probability * load.detach()).sum()
+    return loss * probability.numel() if form == "scaled" else loss
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.loss_like, ctx.weight = loss, weight
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradients[0], torch.full_like(ctx.loss_like, ctx.weight), None
+
+
+def attach_loss(tensor: Tensor, loss: Tensor, weight: float) -> Tensor:
+    """``tensor`` unchanged; the backward pass also gives ``loss`` the gradient ``weight``.
+
+    The total loss thereby contains weight * loss although no one adds it up, at every layer, under recomputation too.
+    ``weight`` must hold every factor the main loss is scaled by before its backward pass (1 / accumulation steps).
+    """
+    return _AttachLoss.apply(tensor, loss, weight)  # type: ignore[return-value]

@@ -1,0 +1,69 @@
+"""The process groups of a run, and DeepSpeed's view of them.
+
+Megatron-core's ``parallel_state`` holds the groups; DeepSpeed is given an ``mpu`` that answers from it. Ranks of one
+tensor-parallel group are neighbours; data-parallel groups stride over them, as everywhere in Megatron.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from moh_megatron.parallel import cpu_shim
+
+
+def backend() -> str:
+    """The communication library for the device that is there."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device(local_rank: int) -> torch.device:
+    """The device of a rank on its node."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(tensor_parallel: int, seed: int) -> None:
+    """Make the groups and seed the random states. torch.distributed must be initialised.
+
+    The CPU generator, from which all weights are drawn, starts from ``seed`` on every rank: the same seed gives the
+    same model at every tensor-parallel size.
+    """
+    cpu_shim.install()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy() -> None:
+    """Forget the groups and leave torch.distributed."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DeepSpeedMpu:
+    """The names DeepSpeed asks a *model parallel unit* for, answered by Megatron-core's groups.
+
+    It must not offer ``initialize_sequence_parallel``: DeepSpeed would take that for its own Ulysses parallelism.
+    """
+
+    get_model_parallel_group = get_tensor_model_parallel_group = staticmethod(
+        parallel_state.get_tensor_model_parallel_group
+    )
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_model_parallel_rank = get_tensor_model_parallel_rank = staticmethod(
+        parallel_state.get_tensor_model_parallel_rank
+    )
+    get_slice_parallel_world_size = get_model_parallel_world_size
+    get_slice_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
