@@ -1,0 +1,130 @@
+"""Train a SentencePiece BPE and export it as the tokenizer.json that encodes exactly as SentencePiece does.
+
+The export is the form everything reads; transformers 5 reads a SentencePiece .model with other results.
+Source: SentencePiece's BPE (github.com/google/sentencepiece) joins, at each step, the leftmost of the adjacent pairs
+whose concatenation is the piece with the best score.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
+
+UNKNOWN = "<unk>"
+END_OF_DOCUMENT = "</s>"
+SPACE = "\u2581"
+"""SentencePiece's sign for a space. A text's own U+2581 is therefore decoded as a space: the one exception to exactness."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage: float, out_dir: Path) -> None:
+    """Train on ``texts`` and write tokenizer.model, tokenizer.json and tokenizer_config.json into ``out_dir``.
+
+    BPE with byte fallback: any text can be encoded and decodes to itself. No normalisation, no space added or removed;
+    pieces hold no line ends and a space only in front. ``character_coverage`` is the share of the characters of the
+    texts that get a piece each; the others are encoded as bytes. The same texts give the same files.
+
+    Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 30,  # longer lines would be left out in silence
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # the number is written into the model: one that varied would change the file
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "tokenizer.model").write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())  # pyright: ignore[reportCallIssue]
+    to_tokenizer_json(processor).save(str(out_dir / TOKENIZER_JSON))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Every training sequence after the first document starts behind this token: it stands for "begin" as well.
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (out_dir / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def to_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
+    """The ``tokenizers`` twin of a model trained by ``train_tokenizer``: the same ids for every text."""
+    size = processor.get_piece_size()
+    pieces = [processor.id_to_piece(number) for number in range(size)]
+    reserved = {
+        number
+        for number in range(size)
+        if processor.is_control(number) or processor.is_unknown(number) or processor.is_byte(number)
+    }
+    scores = {pieces[number]: processor.get_score(number) for number in range(size) if number not in reserved}
+    # Best score first; one piece's cuts from left to right. A cut counts when both sides are pieces themselves.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    model = BPE(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
+        unk_token=UNKNOWN,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)  # pyright: ignore[reportAttributeAccessIssue]
+    # No piece has a space but in front, so that a cut at each changes no token and keeps long documents fast.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(  # pyright: ignore[reportAttributeAccessIssue]
+        Regex(SPACE), behavior="merged_with_next"
+    )
+    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (UNKNOWN, END_OF_DOCUMENT)])
+    return tokenizer
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    return (line for text in texts for line in text.split("\n") if line)
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", error):
+        return (
+            f"model.vocab_size is {vocab_size}, more than the text of data.inputs can fill: at most {most[1]}. "
+            "Lower it, or give more text, or name a tokenizer in tokenizer.path."
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"model.vocab_size is {vocab_size}, too small for the characters of data.inputs and the 256 bytes: "
+            f"at least {least[1]}. Raise it, or lower tokenizer.character_coverage."
+        )
+    if "sentences_.empty()" in error:
+        return "data.inputs holds no text to train a tokenizer on."
+    return f"SentencePiece could not train a tokenizer on data.inputs: {error}"

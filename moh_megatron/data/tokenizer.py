@@ -1,0 +1,124 @@
+"""The one tokenizer loader: a tokenizer.json through the ``tokenizers`` library, nothing else imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Encoder
+
+from moh_megatron.config.errors import UserError
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model")
+END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
+
+
+class Tokenizer:
+    """Text <-> token ids. Nothing is added to a text; the names of special tokens in it are ordinary characters.
+
+    It is also what ``megatron.core.datasets`` asks of a tokenizer: ``vocab_size``, ``eod``, ``pad``,
+    ``unique_identifiers``.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, sha256: str, eod: int, pad: int) -> None:
+        self.folder = folder
+        """Where its files lie."""
+        self.sha256 = sha256
+        """Of tokenizer.json."""
+        self.eod = eod
+        """Id of the token that ends a document."""
+        self.pad = pad
+        """Id of the padding token; ``eod`` where there is none. Prepared data holds no padding."""
+        self._encoder = encoder
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs: the largest id + 1."""
+        return max(self._encoder.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoder.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As ``encode`` for each text, on all cores."""
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special tokens give none."""
+        return self._encoder.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files into ``folder``, which is made where it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.json, or the one in a folder.
+
+    The token that ends a document is tokenizer_config.json's ``eos_token``, else the first of </s>, <|endoftext|> and
+    <|end_of_text|> the vocabulary has.
+
+    Raises UserError for a missing or broken file and where no token can end a document.
+    """
+    path = Path(path).expanduser()
+    file = path / TOKENIZER_JSON if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON} or a folder that holds one.")
+    content = file.read_bytes()
+    try:
+        encoder = Encoder.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    settings = _settings(file.parent / TOKENIZER_CONFIG)
+    eod = _token_id(encoder, settings, "eos_token", file)
+    if eod is None:
+        known = (encoder.token_to_id(name) for name in END_OF_DOCUMENT)
+        eod = next((token for token in known if token is not None), None)
+    if eod is None:
+        raise UserError(
+            f"{file}: no token that ends a document. Expected eos_token in {TOKENIZER_CONFIG} beside it, "
+            f"or one of {', '.join(END_OF_DOCUMENT)} in the vocabulary."
+        )
+    pad = _token_id(encoder, settings, "pad_token", file)
+    return Tokenizer(encoder, file.parent, hashlib.sha256(content).hexdigest(), eod, eod if pad is None else pad)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}).") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: expected a JSON object. Got {type(settings).__name__}.")
+    return settings
+
+
+def _token_id(encoder: Encoder, settings: dict[str, Any], key: str, file: Path) -> int | None:
+    token = settings.get(key)
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is None:
+        return None
+    number = encoder.token_to_id(name)
+    if number is None:
+        raise UserError(f"{file}: {key} of {TOKENIZER_CONFIG} is {name!r}, which the vocabulary does not have.")
+    return number
