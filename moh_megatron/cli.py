@@ -1,0 +1,87 @@
+"""What every pipeline script shares: its arguments, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.load import dump_config, load_config
+from moh_megatron.config.schema import Config
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of CONFIG, overrides and --dry-run, to which a script adds its own options."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/smoke.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="a value that replaces the file's, such as parallel.tensor=1",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    return parser
+
+
+def parse_config(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """Arguments of a ``config_parser`` and the configuration they name; None takes ``sys.argv``.
+
+    With --dry-run it prints the resolved configuration and leaves by SystemExit(0). Raises UserError.
+    """
+    namespace = parser.parse_intermixed_args(arguments)
+    config = load_config(namespace.config, namespace.overrides)
+    if namespace.dry_run:
+        sys.stdout.write(dump_config(config))
+        parser.exit(0)
+    return namespace, config
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Run ``main`` and turn the way it ends into an exit code: ``sys.exit(exit_code(main))``.
+
+    2 for a UserError, 1 for a Fault or a file system that refuses, each with its message alone; 130 when interrupted;
+    1 with a traceback for anything else.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        _complain(error)
+        return 2
+    except Fault as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if remedy := _remedy(error):
+            place = f"{error.filename}: " if error.filename is not None else ""
+            _complain(f"{place}{error.strerror}; {remedy}.")
+        else:
+            traceback.print_exc()
+        return 1
+    except Exception:  # noqa: BLE001 (whatever is left is a bug: say where)
+        traceback.print_exc()
+        return 1
+
+
+def _remedy(error: OSError) -> str | None:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free some space or set run.dir to a disk that has more; finished checkpoints are intact"
+        case errno.EROFS:
+            return "set run.dir to a folder that can be written"
+        case errno.EACCES | errno.EPERM:
+            return "change its permissions or use another path"
+        case _:
+            return None
+
+
+def _complain(message: object) -> None:
+    """Print ``error: ...`` with every further line aligned under the first."""
+    print("error: " + str(message).replace("\n", "\n       "), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Configuration: typed values, read from YAML and the command line. Imports neither torch nor any other part of ours."""

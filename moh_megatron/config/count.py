@@ -1,0 +1,49 @@
+"""How many parameters a configuration has, without building it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moh_megatron.config.schema import ModelConfig, MoHConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    dense: int
+    """What the dense twin has: embeddings, attention, SwiGLU, norms."""
+    router: int
+    """What the routers of all layers add."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.router
+
+
+def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
+    """Count the parameters of a validated configuration, over all tensor-parallel ranks."""
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    query_and_output = 2 * model.hidden_size * model.num_attention_heads * model.head_dim
+    key_and_value = 2 * model.hidden_size * model.query_groups * model.head_dim
+    swiglu = 3 * model.hidden_size * model.ffn_hidden_size
+    norms = 2 * model.hidden_size
+    layer = query_and_output + key_and_value + swiglu + norms
+    learned = moh.enabled and moh.router == "learned"
+    router_rows = sum(router_weight_rows(moh, model.num_attention_heads).values()) if learned else 0
+    return ParameterCount(
+        dense=embeddings + model.num_layers * layer + model.hidden_size,
+        router=model.num_layers * model.hidden_size * router_rows,
+    )
+
+
+def router_weight_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
+    """Output features of each weight of one layer's learned router (paper eq. 5-6); an absent weight is left out.
+
+    One shared head beside routed ones has gate 1, and alpha weighs shared against routed: both go where they are idle.
+    """
+    shared, routed = moh.shared_heads or 0, heads - (moh.shared_heads or 0)
+    rows = {
+        "w_shared": shared if shared > 1 or not routed else 0,
+        "w_routed": routed,
+        "w_alpha": 2 if shared and routed else 0,
+    }
+    return {name: count for name, count in rows.items() if count}

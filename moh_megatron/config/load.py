@@ -1,0 +1,239 @@
+"""From YAML files and ``section.key=value`` overrides to a checked ``Config``, and back to YAML.
+
+A file may name another as ``base:`` (relative to itself) and then states only what differs: a base's sections are
+inherited key by key. Mistakes are reported together, one per line, each with the file that holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from moh_megatron.config import core_yaml
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.config.validate import violations
+
+COMMAND_LINE = "command line"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` and its bases, then the overrides (``section.key=value``; the last one of a key holds).
+
+    An empty value means null. Raises UserError with every mistake found.
+    """
+    draft = _Draft(str(path))
+    for file, mapping in reversed(_chain(path, draft.problems)):
+        draft.add(mapping, file)
+    for override in overrides:
+        draft.override(override)
+    return draft.finish()
+
+
+def config_from_mapping(mapping: Mapping[str, Any], source: str) -> Config:
+    """Check a nested mapping, such as a checkpoint stores; ``source`` names it in messages. Raises UserError."""
+    draft = _Draft(source)
+    draft.add(mapping, source)
+    return draft.finish()
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every value spelled out; ``load_config`` reads it back to an equal Config."""
+    return core_yaml.dump(dataclasses.asdict(config))
+
+
+class _Setting(NamedTuple):
+    value: Any
+    source: str
+
+
+class _Draft:
+    """A configuration being put together: what is set, by whom, and what is wrong with it so far."""
+
+    def __init__(self, source: str):
+        self.source = source
+        """Blamed for what nobody set."""
+        self.settings: dict[str, dict[str, _Setting]] = {}
+        self.problems: list[str] = []
+        self.keys = {
+            section: [field.name for field in dataclasses.fields(cls)]
+            for section, cls in get_type_hints(Config).items()
+        }
+        self.refused_sections: set[str] = set()
+
+    def add(self, mapping: Mapping[str, Any], source: str) -> None:
+        """Lay ``mapping`` over what is set."""
+        for section, values in mapping.items():
+            if section not in self.keys:
+                self.problems.append(f"{source}: {section}: unknown section; {self._nearest_section(section)}")
+                continue
+            self.settings.setdefault(section, {})
+            if not isinstance(values, Mapping | None):
+                self.problems.append(f"{source}: {section}: must be a mapping of keys. Got {_shown(values)}.")
+                self.refused_sections.add(section)
+                continue
+            for key, value in (values or {}).items():
+                if key in self.keys[section]:
+                    self.settings[section][key] = _Setting(value, source)
+                else:
+                    self.problems.append(
+                        f"{source}: {section}.{key}: unknown key; {self._nearest_key(section, str(key))}"
+                    )
+
+    def override(self, text: str) -> None:
+        """Lay one ``section.key=value`` over what is set."""
+        name, equals, value_text = text.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and section and dot and key):
+            self.problems.append(f"{COMMAND_LINE}: '{text}': must have the form section.key=value.")
+            return
+        try:
+            value, duplicates = core_yaml.parse(value_text)
+        except UserError as error:
+            self.problems.append(f"{COMMAND_LINE}: {name}: {error}")
+            return
+        self.problems += [f"{COMMAND_LINE}: {name}: {duplicate}" for duplicate in duplicates]
+        self.add({section: {key: value}}, COMMAND_LINE)
+
+    def finish(self) -> Config:
+        config = None
+        values = {
+            section: {key: setting.value for key, setting in settings.items()}
+            for section, settings in self.settings.items()
+        }
+        try:
+            config = TypeAdapter(Config).validate_python(values)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                if detail["loc"][0] not in self.refused_sections:
+                    self.problems.append(self._message(detail))
+        if config is None or self.problems:
+            raise UserError("\n".join(self.problems))
+        if found := violations(config):
+            raise UserError("\n".join(f"{self._origin(*each.key.split('.'))}: {each.message}" for each in found))
+        return config
+
+    def _origin(self, section: str, key: str) -> str:
+        setting = self.settings.get(section, {}).get(key)
+        return setting.source if setting else self.source
+
+    def _message(self, detail: Any) -> str:
+        section, *rest = detail["loc"]
+        if not rest:  # the schema requires a section that nobody wrote
+            return f"{self.source}: {section}: missing section; it has the keys {', '.join(self.keys[section])}."
+        key, *index = rest
+        place = f"{self._origin(section, key)}: {section}.{key}" + "".join(f"[{each}]" for each in index)
+        if detail["type"] == "missing":
+            return f"{place}: missing; it has no default."
+        return f"{place}: {_expected(detail)}. Got {_shown(detail['input'])}."
+
+    def _nearest_section(self, name: str) -> str:
+        if owners := [section for section, keys in self.keys.items() if name in keys]:
+            return f"did you mean '{owners[0]}.{name}'?"
+        return _nearest(str(name), self.keys, "the sections are")
+
+    def _nearest_key(self, section: str, name: str) -> str:
+        if owners := [other for other, keys in self.keys.items() if name in keys]:
+            return f"did you mean '{owners[0]}.{name}'?"
+        return _nearest(name, self.keys[section], f"{section} has the keys")
+
+
+def _nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
+    names = list(candidates)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"{otherwise} {', '.join(names)}."
+
+
+def _expected(detail: Any) -> str:
+    """What the schema wanted, in plain words, from pydantic's error type."""
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "int_type" | "int_from_float" | "int_parsing" | "int_parsing_size":
+            return "must be an integer"
+        case "float_type" | "float_parsing":
+            return "must be a number"
+        case "finite_number":
+            return "must be a finite number"
+        case "bool_type":
+            return "must be true or false"
+        case "string_type":
+            return "must be text (in quotes, if it looks like something else)"
+        case "tuple_type":
+            return "must be a list, as in [a, b]"
+        case "literal_error":
+            return f"must be {context['expected']}"
+        case "greater_than":
+            return f"must be greater than {context['gt']:g}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}"
+        case "less_than":
+            return f"must be less than {context['lt']:g}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
+        case _:
+            return "is not acceptable"
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None | bool() | float():
+            return json.dumps(value)
+        case int():
+            return str(value) if abs(value) < 10**30 else "a huge number"
+        case str():
+            return f"the text {json.dumps(value if len(value) <= 60 else value[:57] + '...', ensure_ascii=False)}"
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return repr(value)
+
+
+def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The file and its bases, nearest first, each with what it states; keys that stand twice go to ``problems``."""
+    chain: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    current: Path | None = Path(path)
+    named_by = ""
+    while current is not None:
+        if current.resolve() in seen:
+            raise UserError(f"{named_by}goes in a circle: {' -> '.join([*(file for file, _ in chain), str(current)])}.")
+        seen.append(current.resolve())
+        mapping = _read(current, named_by, problems)
+        base = mapping.pop("base", None)
+        chain.append((str(current), mapping))
+        named_by = f"{current}: base: "
+        if not isinstance(base, str | None):
+            raise UserError(f"{named_by}must be the path of a YAML file. Got {_shown(base)}.")
+        current = Path(os.path.normpath(current.parent / base)) if base is not None else None
+    return chain
+
+
+def _read(path: Path, named_by: str, problems: list[str]) -> dict[str, Any]:
+    """The top-level mapping of one file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{named_by}{path}: no such file; write the path of a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: must be UTF-8 text. Got the byte 0x{error.object[error.start]:02x} at position {error.start}."
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(f"{named_by}{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    try:
+        mapping, duplicates = core_yaml.parse(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    problems += [f"{path}: {duplicate}" for duplicate in duplicates]
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path}: must be a mapping of sections (run, model, ...). Got {_shown(mapping)}.")
+    return mapping

@@ -1,0 +1,22 @@
+"""Where a run keeps what: every path that follows from ``run.dir``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moh_megatron.config.schema import Config
+
+
+def data_dir(config: Config) -> Path:
+    """The prepared dataset and its tokenizer."""
+    return Path(config.data.dir) if config.data.dir is not None else Path(config.run.dir) / "data"
+
+
+def checkpoint_dir(config: Config) -> Path:
+    """The run's checkpoints, one folder each."""
+    return Path(config.run.dir) / "checkpoints"
+
+
+def hf_dir(config: Config) -> Path:
+    """The exported Hugging Face folder."""
+    return Path(config.run.dir) / "hf"
