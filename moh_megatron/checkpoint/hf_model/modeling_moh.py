@@ -24,8 +24,8 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
 class MoHRouter(nn.Module):
     """The weight of each head for each token. Arithmetic in fp32, whatever the model's precision.
 
-    The learned router has bias-free linears ``shared`` [n_shared, D] (absent below two shared heads), ``routed``
-    [E, D] and ``alpha`` [2, D], row 0 shared, row 1 routed (absent without shared or without routed heads).
+    The learned router has bias-free linears ``shared`` [n_shared, D] (absent for one shared head beside routed ones),
+    ``routed`` [E, D] and ``alpha`` [2, D], row 0 shared, row 1 routed (absent without shared or without routed heads).
     The query_norm router has no parameters.
     """
 
@@ -40,7 +40,7 @@ class MoHRouter(nn.Module):
         def linear(present: bool, rows: int) -> nn.Linear | None:
             return nn.Linear(config.hidden_size, rows, bias=False) if self.learned and present else None
 
-        self.shared = linear(self.n_shared > 1, self.n_shared)
+        self.shared = linear(self.n_shared > 1 or not self.n_routed, self.n_shared)
         self.routed = linear(self.n_routed > 0, self.n_routed)
         self.alpha = linear(self.n_shared > 0 and self.n_routed > 0, 2)
 
@@ -85,7 +85,7 @@ class MoHAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.router = MoHRouter(config)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
         """As LlamaAttention: [B, S, D] -> ([B, S, D], attention weights or None)."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BSNH = self.q_proj(hidden_states).view(heads)

@@ -1,0 +1,194 @@
+"""Megatron-core's weights <-> Hugging Face LLaMA's: a table of names and pure tensor functions.
+
+Legend: D hidden size, N query heads, G KV groups, H head size, F feed-forward size, V vocabulary.
+Megatron-core fuses query, key and value into one matrix, ``[q .. q k v]`` rows for each KV group, and gate and up
+projection into another. Its KV groups stand in physical order (see ``HeadLayout``), Hugging Face's in logical order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config, ModelConfig, MoHConfig
+from moh_megatron.moh.layout import HeadLayout
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: a Megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    shape: tuple[int, ...]
+    """Of the whole Megatron-core tensor."""
+    dim: int | None = None
+    """The dimension tensor parallelism cuts; None: every rank holds all of it."""
+    stride: int = 1
+    """Matrices stacked along ``dim``, each of them cut: 2 for the fused gate and up projection."""
+    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda whole: (whole,)
+    """Megatron-core -> Hugging Face, one tensor for each name in ``hf``."""
+    join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
+    """The inverse of ``split``."""
+
+
+def router_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
+    """Rows of each matrix [rows, D] of the learned router; those it does without are absent."""
+    if not moh.enabled or moh.router != "learned":
+        return {}
+    shared = moh.shared_heads or 0
+    routed = heads - shared
+    rows = {
+        "shared": shared if shared > 1 or not routed else 0,
+        "routed": routed,
+        "alpha": 2 if shared and routed else 0,
+    }
+    return {name: count for name, count in rows.items() if count}
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def split_qkv(fused: Tensor, model: ModelConfig, order: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """[G * (N/G + 2) * H, D], groups in ``order`` -> query [N * H, D], key and value [G * H, D], in logical order."""
+    groups, width, size = model.query_groups, model.num_attention_heads // model.query_groups, model.head_dim
+    logical = fused.view(groups, width + 2, size, -1)[_inverse(order)]
+    query, key, value = logical.split([width, 1, 1], dim=1)
+    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+
+def join_qkv(parts: Sequence[Tensor], model: ModelConfig, order: Sequence[int]) -> Tensor:
+    """The inverse of ``split_qkv``."""
+    groups, size = model.query_groups, model.head_dim
+    logical = torch.cat([part.reshape(groups, -1, size, part.shape[-1]) for part in parts], dim=1)
+    return logical[list(order)].flatten(0, 2)
+
+
+def permute_columns(projection: Tensor, groups: int, order: Sequence[int]) -> Tensor:
+    """[D, N * H]: the column block of each KV group moved, so that block i of the result is block ``order[i]``."""
+    return projection.unflatten(1, (groups, -1))[:, list(order)].flatten(1)
+
+
+def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
+    model = config.model
+    heads, groups, size = model.num_attention_heads, model.query_groups, model.head_dim
+    order = HeadLayout(heads, groups, config.moh.head_layout).group_order
+    ours, hf = f"decoder.layers.{index}", f"model.layers.{index}"
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+
+    yield Rule(f"{ours}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), (hidden,))
+    yield Rule(
+        f"{ours}.self_attention.linear_qkv.weight",
+        tuple(f"{hf}.self_attn.{name}_proj.weight" for name in "qkv"),
+        ((heads + 2 * groups) * size, hidden),
+        dim=0,
+        split=lambda fused: split_qkv(fused, model, order),
+        join=lambda parts: join_qkv(parts, model, order),
+    )
+    yield Rule(
+        f"{ours}.self_attention.linear_proj.weight",
+        (f"{hf}.self_attn.o_proj.weight",),
+        (hidden, heads * size),
+        dim=1,
+        split=lambda physical: (permute_columns(physical, groups, _inverse(order)),),
+        join=lambda parts: permute_columns(parts[0], groups, order),
+    )
+    for name, rows in router_rows(config.moh, heads).items():
+        router = f"{hf}.self_attn.router.{name}.weight"
+        yield Rule(f"{ours}.self_attention.router.w_{name}", (router,), (rows, hidden))
+    yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
+    yield Rule(
+        f"{ours}.mlp.linear_fc1.weight",
+        (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+        (2 * ffn, hidden),
+        dim=0,
+        stride=2,
+        split=lambda fused: tuple(fused.chunk(2)),
+        join=lambda parts: torch.cat(list(parts)),
+    )
+    yield Rule(f"{ours}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), (hidden, ffn), dim=1)
+
+
+def rules(config: Config) -> list[Rule]:
+    """The table for one model, in the order of its layers."""
+    model = config.model
+    embedding = (model.vocab_size, model.hidden_size)
+    table = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), embedding, dim=0)]
+    for index in range(model.num_layers):
+        table.extend(_layer_rules(config, index))
+    table.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), (model.hidden_size,)))
+    if not model.tie_word_embeddings:
+        table.append(Rule("output_layer.weight", ("lm_head.weight",), embedding, dim=0))
+    return table
+
+
+def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    def names(title: str, found: list[str]) -> str:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return f"{title}: {', '.join(found[:5])}{more}."
+
+    remedy = "The weights and the configuration must be of the same model."
+    if missing := [name for name in shapes if name not in state]:
+        raise UserError(f"{what}: {names('missing tensors', missing)} {remedy}")
+    if unexpected := [name for name in state if name not in shapes]:
+        raise UserError(f"{what}: {names('unexpected tensors', unexpected)} {remedy}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{what}: {name} must have shape {list(shape)}. Got {list(state[name].shape)}. {remedy}")
+
+
+def to_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A whole Megatron-core state (all tensor-parallel shards merged) under Hugging Face's names and in its layout.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape than ``config`` gives it.
+    """
+    table = rules(config)
+    _check(state, {rule.megatron: rule.shape for rule in table}, "Megatron-core weights")
+    return {name: part for rule in table for name, part in zip(rule.hf, rule.split(state[rule.megatron]), strict=True)}
+
+
+def from_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The inverse of ``to_hf``, bit for bit.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape than ``config`` gives it.
+    """
+    table = rules(config)
+    shapes = {
+        name: tuple(part.shape)
+        for rule in table
+        for name, part in zip(rule.hf, rule.split(torch.empty(rule.shape, device="meta")), strict=True)
+    }
+    _check(state, shapes, "Hugging Face weights")
+    return {rule.megatron: rule.join([state[name] for name in rule.hf]) for rule in table}
+
+
+def split_shard(full: Tensor, dim: int | None, stride: int, rank: int, world: int) -> Tensor:
+    """The part of ``full`` that tensor-parallel ``rank`` of ``world`` holds.
+
+    Args:
+        dim: the dimension that is cut; None returns ``full``.
+        stride: how many matrices are stacked along ``dim``; each is cut, and the rank holds its share of each.
+
+    Raises:
+        ValueError: ``dim`` does not divide evenly.
+    """
+    if dim is None:
+        return full
+    if full.shape[dim] % (stride * world):
+        raise ValueError(f"dimension {dim} must be a multiple of {stride} x {world}. Got {full.shape[dim]}.")
+    return full.unflatten(dim, (stride, world, -1)).select(dim + 1, rank).flatten(dim, dim + 1)
+
+
+def merge_shards(shards: Sequence[Tensor], dim: int | None, stride: int) -> Tensor:
+    """The inverse of ``split_shard``: the whole tensor from the shards of all tensor-parallel ranks, in rank order."""
+    if dim is None:
+        return shards[0]
+    parts = [shard.unflatten(dim, (stride, -1)) for shard in shards]
+    return torch.stack(parts, dim + 1).flatten(dim, dim + 2)
