@@ -65,7 +65,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         else:
             traceback.print_exc()
         return 1
-    except Exception:  # noqa: BLE001 (whatever is left is a bug: say where)
+    except Exception:  # whatever is left is a bug: say where
         traceback.print_exc()
         return 1
 

@@ -60,6 +60,10 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        # Outside double quotes PyYAML writes some line separators as they are, and reads them back as a space.
+        return self.represent_scalar(_PREFIX + "str", text, style=None if text.isprintable() else '"')
+
 
 def _refusal(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
@@ -95,6 +99,7 @@ for _name, _pattern, _first, _what, _convert in (
     _Loader.add_implicit_resolver(_PREFIX + _name, _pattern, _first)
     _Loader.add_constructor(_PREFIX + _name, _scalar(_pattern, _what, _convert))
     _Dumper.add_implicit_resolver(_PREFIX + _name, _pattern, _first)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.add_constructor(_PREFIX + "str", _Loader.construct_yaml_str)
 _Loader.add_constructor(_PREFIX + "seq", _Loader.construct_list)
 _Loader.add_constructor(_PREFIX + "map", _Loader.construct_keys)

@@ -204,10 +204,10 @@ def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, A
     current: Path | None = Path(path)
     named_by = ""
     while current is not None:
+        mapping = _read(current, named_by, problems)
         if current.resolve() in seen:
             raise UserError(f"{named_by}goes in a circle: {' -> '.join([*(file for file, _ in chain), str(current)])}.")
         seen.append(current.resolve())
-        mapping = _read(current, named_by, problems)
         base = mapping.pop("base", None)
         chain.append((str(current), mapping))
         named_by = f"{current}: base: "

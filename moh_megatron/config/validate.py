@@ -80,7 +80,7 @@ def _model(config: Config) -> Iterator[Violation]:
         yield Violation(
             "model.hidden_size",
             f"model.hidden_size / model.num_attention_heads, the size of a head, must be even: RoPE rotates pairs of "
-            f"channels. Got {model.head_dim}; nearest hidden sizes: {_nearest_multiples(model.hidden_size, 2 * heads)}.",
+            f"channels. Got {model.head_dim}; nearest hidden_size: {_nearest_multiples(model.hidden_size, 2 * heads)}.",
         )
     if heads % groups:
         yield Violation(
@@ -212,7 +212,8 @@ def _optimizer(config: Config) -> Iterator[Violation]:
         if value > optimizer.learning_rate:
             yield Violation(
                 f"optimizer.{key}",
-                f"optimizer.{key} must be at most optimizer.learning_rate ({optimizer.learning_rate:g}). Got {value:g}.",
+                f"optimizer.{key} must be at most optimizer.learning_rate ({optimizer.learning_rate:g}). "
+                f"Got {value:g}.",
             )
     length = f"the run's {steps} steps (train.total_tokens / (train.global_batch_size x train.sequence_length))"
     if optimizer.warmup_steps >= steps:
@@ -220,7 +221,7 @@ def _optimizer(config: Config) -> Iterator[Violation]:
             "optimizer.warmup_steps",
             f"optimizer.warmup_steps must be less than {length}. Got {optimizer.warmup_steps}.",
         )
-    elif optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_fraction * steps > steps:
+    elif optimizer.schedule == "wsd" and optimizer.warmup_steps + math.ceil(steps * optimizer.decay_fraction) > steps:
         yield Violation(
             "optimizer.decay_fraction",
             f"optimizer.decay_fraction must leave room for optimizer.warmup_steps ({optimizer.warmup_steps}) in "

@@ -1,0 +1,121 @@
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.load import load_config
+
+_REPOSITORY = Path(__file__).parents[2]
+_SMOKE = str(_REPOSITORY / "configs/smoke.yaml")
+
+
+def ends_with(error):
+    def main():
+        raise error
+
+    return exit_code(main)
+
+
+@pytest.mark.parametrize("result", [None, 0, 2, 75])
+def test_a_returned_code_is_kept(result):
+    assert exit_code(lambda: result) == (result or 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (UserError("run.dir: no."), 2, "error: run.dir: no.\n"),
+        (UserError("first\nsecond"), 2, "error: first\n       second\n"),
+        (Fault("step_3: broken."), 1, "error: step_3: broken.\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            1,
+            "error: runs/x: No space left on device; free some space or set run.dir to a disk that has more; "
+            "finished checkpoints are intact.\n",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "runs/x"),
+            1,
+            "error: runs/x: Read-only file system; set run.dir to a folder that can be written.\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs/x"),
+            1,
+            "error: runs/x: Permission denied; change its permissions or use another path.\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "error: No space left on device; free some space or set run.dir to a disk that has more; finished "
+            "checkpoints are intact.\n",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_expected_end_is_one_message(capsys, error, code, printed):
+    assert ends_with(error) == code
+    assert capsys.readouterr() == ("", printed)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), FileNotFoundError(errno.ENOENT, "oops", "x")])
+def test_a_bug_leaves_its_traceback(capsys, error):
+    assert ends_with(error) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback")
+    assert "oops" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [_SMOKE, "run.seed=5", "optimizer.learning_rate=1e-3", "--nproc", "2"],
+        [_SMOKE, "--nproc", "2", "run.seed=5", "optimizer.learning_rate=1e-3"],
+        ["--nproc", "2", _SMOKE, "run.seed=5", "optimizer.learning_rate=1e-3"],
+        [_SMOKE, "run.seed=5", "--nproc", "2", "optimizer.learning_rate=1e-3"],
+    ],
+)
+def test_overrides_stand_before_and_after_options(arguments):
+    parser = config_parser("Do something.")
+    parser.add_argument("--nproc", type=int)
+    namespace, config = parse_config(parser, arguments)
+    assert namespace.nproc == 2
+    assert config == load_config(_SMOKE, ["run.seed=5", "optimizer.learning_rate=1e-3"])
+
+
+def test_a_dry_run_prints_a_configuration_that_can_be_read(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(config_parser("Do something."), [_SMOKE, "--dry-run", "run.seed=5"])
+    assert caught.value.code == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "resolved.yaml") == load_config(_SMOKE, ["run.seed=5"])
+
+
+@pytest.mark.parametrize("arguments", [[], [_SMOKE, "--no-such-option"]])
+def test_wrong_arguments_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(config_parser("Do something."), arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_script_ends_with_its_code_and_one_message():
+    code = (
+        "import sys\n"
+        "from moh_megatron.cli import config_parser, exit_code, parse_config\n"
+        "sys.exit(exit_code(lambda: parse_config(config_parser('x')) and 0))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "configs/smoke.yaml", "moh.active_head=3"],
+        cwd=_REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr == "error: command line: moh.active_head: unknown key; did you mean 'active_heads'?\n"
