@@ -57,8 +57,6 @@ class MoHConfig(LlamaConfig):
 
     def validate_architecture(self):
         """Unlike LLaMA's: with an explicit head_dim the heads need not divide hidden_size."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}). "
-                f"Got {self.num_key_value_heads}."
-            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if heads % groups:
+            raise ValueError(f"num_key_value_heads must divide num_attention_heads ({heads}). Got {groups}.")

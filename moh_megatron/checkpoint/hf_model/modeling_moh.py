@@ -7,7 +7,7 @@ Heads are in logical order: the first ``moh_shared_heads`` are shared, the other
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import Cache, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.generic import maybe_autocast
@@ -85,18 +85,27 @@ class MoHAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.router = MoHRouter(config)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
         """As LlamaAttention: [B, S, D] -> ([B, S, D], attention weights or None)."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BSNH = self.q_proj(hidden_states).view(heads)
         gates_BSN = self.router(hidden_states, q_BSNH)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(q_BSNH.transpose(1, 2), key, *position_embeddings)
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(q_BSNH.transpose(1, 2), key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         out_BSNH, weights = attend(
             self,
             query,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,12 @@ SETTINGS = {
 }
 
 
-def make_model(**settings) -> MoHForCausalLM:
+def make_model(**settings: Any) -> Any:
     torch.manual_seed(0)
     return MoHForCausalLM(MoHConfig(**SETTINGS | settings)).eval()
 
 
-def make_router(**settings) -> MoHRouter:
+def make_router(**settings: Any) -> Any:
     torch.manual_seed(1)
     return MoHRouter(MoHConfig(**SETTINGS | settings))
 
@@ -67,7 +68,8 @@ def test_learned_gates_follow_the_formulas(gating, shared):
 
     shared_part = softmax(logits(router.shared)) if shared > 1 else [torch.tensor(1.0)] * shared
     if shared == 6:
-        assert router.alpha is None and router.routed is None
+        assert router.alpha is None
+        assert router.routed is None
         assert_close(got, torch.stack(shared_part) * 6, rtol=1e-5, atol=1e-6)
         return
     routed, k = logits(router.routed), active - shared
@@ -208,7 +210,8 @@ def test_training_with_gradient_checkpointing():
 
     loss, plain = gradients(False)
     loss_again, recomputed = gradients(True)
-    assert loss == pytest.approx(loss_again) and 0 < loss < 20
+    assert loss == pytest.approx(loss_again)
+    assert 0 < loss < 20
     assert all(grad is not None and grad.abs().max() > 0 for grad in plain.values())
     for name, grad in plain.items():
         assert_close(recomputed[name], grad, rtol=1e-4, atol=1e-7, msg=name)
@@ -217,8 +220,9 @@ def test_training_with_gradient_checkpointing():
 def test_save_and_load(tmp_path):
     model = make_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    again = MoHForCausalLM.from_pretrained(tmp_path)
-    assert again.config.moh_active_heads == 4 and again.config.moh_router == "learned"
+    again: Any = MoHForCausalLM.from_pretrained(tmp_path)
+    assert again.config.moh_active_heads == 4
+    assert again.config.moh_router == "learned"
     tokens = torch.randint(61, (1, 9))
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 

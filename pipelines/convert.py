@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Convert checkpoints: python pipelines/convert.py megatron-to-hf --load-dir CKPT --hf-dir DIR."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from moh_megatron.cli import exit_code
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert models between Megatron-core and Hugging Face.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to_hf = commands.add_parser(
+        "megatron-to-hf",
+        help="export a checkpoint as a folder for AutoModelForCausalLM",
+        description="Export a checkpoint as a Hugging Face folder, reload it and compare the logits.",
+    )
+    to_hf.add_argument(
+        "--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, a folder of them, or a run folder"
+    )
+    to_hf.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the folder to make")
+    to_hf.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the precision of the training")
+    to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
+    to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    return parser.parse_args()
+
+
+def megatron_to_hf(arguments: argparse.Namespace) -> None:
+    from moh_megatron.checkpoint import convert, hf, native
+    from moh_megatron.config.load import dump_config
+
+    checkpoint = native.resolve_checkpoint(arguments.load_dir, lambda message: print(message, file=sys.stderr))
+    config = native.read_config(checkpoint)
+    if arguments.dry_run:
+        hf.check_replaceable(arguments.hf_dir)
+        dtype = arguments.dtype or config.train.precision
+        print(
+            f"# {checkpoint} -> {arguments.hf_dir} in {dtype}, with the configuration:\n{dump_config(config)}", end=""
+        )
+        return
+    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype)
+    if arguments.summary is not None:
+        convert.merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
+    print(json.dumps({"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    {"megatron-to-hf": megatron_to_hf}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
