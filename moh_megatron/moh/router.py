@@ -11,22 +11,12 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.losses import attach_loss
 from moh_megatron.moh.routing import Routing, learned_routing, norm_routing, query_norms, token_mean
 from moh_megatron.parallel.gradients import gather_sequence, mean_over_ranks, sum_gradient
-
-
-def router_weight_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
-    """Rows of each weight [rows, D] of the learned router; a weight the paper does without is absent."""
-    shared, routed = moh.shared_heads or 0, heads - (moh.shared_heads or 0)
-    rows = {
-        "w_shared": shared if shared > 1 or not routed else 0,
-        "w_routed": routed,
-        "w_alpha": 2 if shared and routed else 0,
-    }
-    return {name: count for name, count in rows.items() if count}
 
 
 class LearnedRouter(nn.Module):

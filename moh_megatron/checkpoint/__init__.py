@@ -1,0 +1,1 @@
+"""Checkpoints: our own sharded form, and the way to Hugging Face's."""

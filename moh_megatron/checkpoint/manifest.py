@@ -1,0 +1,105 @@
+"""What makes a checkpoint complete: a list of its files with sizes and hashes, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a checkpoint's optimizer state is cut; it is resumed at the same one."""
+
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    precision: str
+
+    def __str__(self) -> str:
+        return f"TP {self.tensor_parallel} x DP {self.data_parallel}, ZeRO {self.zero_stage}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint that is not a tensor."""
+
+    step: int
+    tokens: int
+    topology: Topology
+    data: str
+    """Hash of the dataset's manifest: the data order continues only over the same dataset."""
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    format_version: int = FORMAT_VERSION
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file, flushed to the disk first if it was just written."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, digest.hexdigest())
+
+
+def relative_files(folder: Path) -> list[str]:
+    """Every file below ``folder`` but the manifest, sorted."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it whole or not at all, and flush it to the disk."""
+    temporary = folder / f".{MANIFEST}"
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(asdict(manifest), stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; ValueError says what is wrong with it."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if raw["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format version {raw['format_version']}, this program reads version {FORMAT_VERSION}"
+            )
+        files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
+        return Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
+
+
+def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> str | None:
+    """What differs between a checkpoint's files and its manifest, or None. ``names`` limits the check to a share."""
+    for name in manifest.files if names is None else names:
+        path, expected = folder / name, manifest.files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected.bytes:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected.bytes}"
+        if hash_file(path).sha256 != expected.sha256:
+            return f"{name} does not have the content it was saved with"
+    return None

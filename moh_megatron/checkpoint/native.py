@@ -1,0 +1,127 @@
+"""Checkpoints of a run: written whole or not at all, found again newest first, refused where they do not fit.
+
+    checkpoints/step_00000100/
+        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last
+        config.yaml        the resolved configuration
+        weights/           safetensors, one file a tensor-parallel rank
+        engine/            DeepSpeed's optimizer state
+        rng/               random states of every rank
+        tokenizer/
+
+A checkpoint is written under a name that starts with ``.partial`` and renamed when complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.load import load_config
+from moh_megatron.config.schema import Config
+
+CONFIG, ENGINE, RNG, TOKENIZER = "config.yaml", "engine", "rng", "tokenizer"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint of ``step``."""
+    return f"step_{step:08d}"
+
+
+def random_states_file(checkpoint: Path) -> Path:
+    """Where this rank's random states are kept."""
+    return checkpoint / RNG / f"rank_{dist.get_rank():05d}.pt"
+
+
+def topology_of(config: Config, world_size: int) -> Topology:
+    """How ``config`` cuts the optimizer state over ``world_size`` ranks."""
+    parallel = config.parallel
+    return Topology(parallel.tensor, world_size // parallel.tensor, parallel.zero_stage, config.train.precision)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Folders below ``root`` that are named as checkpoints, newest first; their content is not looked at."""
+    return sorted(root.glob("step_" + "[0-9]" * 8), reverse=True) if root.is_dir() else []
+
+
+def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Checkpoints with a readable manifest, newest first."""
+    for folder in step_folders(root):
+        try:
+            yield folder, read_manifest(folder)
+        except ValueError:
+            continue
+
+
+def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda message: None) -> Path:
+    """The checkpoint meant by ``path``: itself, or the newest good one in a folder of checkpoints or a run folder.
+
+    ``report`` is told of every checkpoint passed over because its files are not what its manifest says.
+
+    Raises:
+        UserError: there is none, or the one named is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder. Expected a checkpoint, a folder of checkpoints, or a run folder.")
+    if path.name.startswith("step_"):
+        problem = problem_with(path)
+        if problem is not None:
+            raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one beside it.")
+        return path
+    for root in (path, path / "checkpoints"):
+        for folder in step_folders(root):
+            problem = problem_with(folder)
+            if problem is None:
+                return folder
+            report(f"{folder} is passed over: {problem}")
+    raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
+
+
+def problem_with(folder: Path) -> str | None:
+    """Why ``folder`` cannot be used as a checkpoint, or None; reads every file."""
+    try:
+        return damage(folder, read_manifest(folder))
+    except ValueError as error:
+        return str(error)
+
+
+def read_state(checkpoint: Path) -> Manifest:
+    """Step, tokens, topology and versions of a complete checkpoint."""
+    return read_manifest(checkpoint)
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The configuration a checkpoint was written with."""
+    return load_config(checkpoint / CONFIG)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Every parameter whole, under Megatron-core's names, heads in physical order."""
+    return weights.read_weights(checkpoint, read_config(checkpoint))
+
+
+def engine_folder(checkpoint: Path) -> Path:
+    """DeepSpeed's part of a checkpoint."""
+    return checkpoint / ENGINE
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """The tokenizer a checkpoint was trained with."""
+    return checkpoint / TOKENIZER
+
+
+def restore_random_states(checkpoint: Path) -> None:
+    """Give this rank the random states it had when ``checkpoint`` was written."""
+    states = torch.load(random_states_file(checkpoint), weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,156 @@
+"""Writing a checkpoint: whole or not at all, by every rank together. ``native.py`` says what it looks like."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors import SafetensorError
+from torch import nn
+
+from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint.manifest import FileEntry, Manifest, hash_file, relative_files, write_manifest
+from moh_megatron.checkpoint.native import (
+    CONFIG,
+    ENGINE,
+    TOKENIZER,
+    checkpoint_name,
+    complete_checkpoints,
+    random_states_file,
+    topology_of,
+)
+from moh_megatron.config.errors import Fault
+from moh_megatron.config.load import dump_config
+from moh_megatron.config.schema import Config
+
+_PACKAGES = ("torch", "megatron-core", "deepspeed")
+_PARTIAL = ".partial_"
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, as far as a checkpoint cares."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint."""
+
+    config: Config
+    step: int
+    tokens: int
+    data: str
+    model: nn.Module
+    tokenizer: SavesFiles
+    save_engine: Callable[[Path], None]
+    """Writes DeepSpeed's part into a folder; called on every rank."""
+    expected_bytes: int
+    """What this rank is going to write, roughly."""
+
+
+def save(root: Path, contents: Contents) -> Path:
+    """Write one checkpoint below ``root``; every rank calls it. Returns its folder.
+
+    Raises:
+        Fault: the disk is full or not writable; what was complete before is untouched.
+    """
+    final, partial = root / checkpoint_name(contents.step), root / f"{_PARTIAL}{checkpoint_name(contents.step)}"
+    first = dist.get_rank() == 0
+    _require_space(root, contents)
+    try:
+        if first:
+            for stale in root.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(stale)
+            random_states_file(partial).parent.mkdir(parents=True)
+            (partial / CONFIG).write_text(dump_config(contents.config), encoding="utf-8")
+            contents.tokenizer.save(partial / TOKENIZER)
+        dist.barrier()
+        contents.save_engine(partial / ENGINE)
+        if parallel_state.get_data_parallel_rank() == 0:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            weights.write_shard(partial, contents.model, rank, contents.config.parallel.tensor)
+        torch.save(_random_states(), random_states_file(partial))
+        dist.barrier()
+        files = _hash_together(partial)
+        if first:
+            write_manifest(partial, _manifest(contents, files))
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+        dist.barrier()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if "gloo" in str(error) or isinstance(error, dist.DistError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise Fault(_cannot_write(root, contents.step, str(error))) from error
+    return final
+
+
+def _cannot_write(root: Path, step: int, reason: str) -> str:
+    newest = next((path.name for path, _ in complete_checkpoints(root)), "none")
+    return (
+        f"the checkpoint of step {step} cannot be written to {root}: {reason.strip()} "
+        f"Free space there or set run.dir to another disk, and start again. Newest complete checkpoint: {newest}."
+    )
+
+
+def _require_space(root: Path, contents: Contents) -> None:
+    """End on every rank alike before anything is written where the disk clearly cannot hold it."""
+    needed = torch.tensor([contents.expected_bytes], dtype=torch.float64, device=_device())
+    dist.all_reduce(needed)
+    verdict: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(root).free
+            if free < needed.item():
+                need = f"{needed.item() / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free."
+                verdict[0] = _cannot_write(root, contents.step, f"No space left on device ({need})")
+        except OSError as error:
+            verdict[0] = _cannot_write(root, contents.step, f"{error}.")
+    dist.broadcast_object_list(verdict, src=0)
+    if verdict[0] is not None:
+        raise Fault(verdict[0])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _manifest(contents: Contents, files: dict[str, FileEntry]) -> Manifest:
+    versions = {package: version(package) for package in _PACKAGES}
+    topology = topology_of(contents.config, dist.get_world_size())
+    return Manifest(contents.step, contents.tokens, topology, contents.data, versions, files)
+
+
+def _share(names: list[str]) -> list[str]:
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def _hash_together(folder: Path) -> dict[str, FileEntry]:
+    own = {name: hash_file(folder / name) for name in _share(relative_files(folder))}
+    parts: list[dict[str, FileEntry]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _random_states() -> dict[str, object]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "tracker": get_cuda_rng_tracker().get_states()}
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints; each disappears from view at once."""
+    for checkpoint, _ in list(complete_checkpoints(root))[keep_last:]:
+        doomed = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,57 @@
+"""Text from a Megatron-core model, for a look at what it learned: no cache, every tensor-parallel rank takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from moh_megatron.model.build import position_ids
+
+
+def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """One token from logits [V]: greedy at temperature 0, else from the ``top_k`` most likely (all, if None)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float().cpu() / temperature
+    if top_k is not None and top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+@torch.no_grad()
+def continue_text(
+    model: torch.nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    stop_token: int,
+    context: int,
+    seed: int,
+    device: torch.device,
+) -> list[int]:
+    """The tokens that follow ``prompt`` (at least one token), up to ``stop_token``, which is left out.
+
+    ``model`` is in evaluation mode; it sees at most ``context`` tokens. All tensor-parallel ranks call this and draw
+    the same tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    group = parallel_state.get_tensor_model_parallel_group()
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        window = tokens[-context:]
+        # Sequence parallelism cuts the sequence evenly; what stands after the last token cannot influence it.
+        padding = -len(window) % group.size()
+        ids = torch.tensor([window + [stop_token] * padding], device=device)
+        last = model(ids, position_ids(ids), None)[:, len(window) - 1].contiguous()
+        logits = gather_from_tensor_model_parallel_region(last, group=group)[0]
+        token = sample_token(logits, temperature, top_k, generator)
+        if token == stop_token:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]

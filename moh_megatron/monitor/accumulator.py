@@ -1,0 +1,104 @@
+"""Step metrics that stay on the device until the logging interval, then cross over in one reduction."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step, averaged over micro-batches and data-parallel ranks."""
+
+    step: int
+    tokens: int
+    """Trained on so far, this step included."""
+    lm_loss: float
+    balance_loss: float
+    """Mean over MoH layers, before beta; 0 in a dense model."""
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+
+
+@dataclass
+class _Pending:
+    step: int
+    lr: float
+    values: Tensor
+    """[2] local means: language-model loss, balance loss."""
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """All steps since the last flush, and the head load over them."""
+
+    steps: list[StepMetrics]
+    head_load: Tensor | None
+    """[L, N] share of tokens that used each head (logical order), None in a dense model."""
+
+
+@dataclass
+class MetricsAccumulator:
+    """Collects steps; ``flush`` reduces them over the data-parallel ranks (every rank calls it at the same step)."""
+
+    group: dist.ProcessGroup
+    tokens_per_step: int
+    _pending: list[_Pending] = field(default_factory=list)
+    _counts: Tensor | None = None
+    _since: float = field(default_factory=time.monotonic)
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last flush (validation, saving) from the next rate."""
+        self._since = time.monotonic()
+
+    def add(self, step: int, lr: float, losses: list[Tensor], grad_norm: Tensor, routers: Tensor | None) -> None:
+        """One finished step.
+
+        ``losses``: one scalar a micro-batch. ``routers`` [L, N + 1]: of each MoH layer the tokens that used each head
+        and the mean balance loss.
+        """
+        lm_loss = torch.stack(losses).mean().double()
+        balance = lm_loss.new_zeros(()) if routers is None else routers[:, -1].mean()
+        self._pending.append(_Pending(step, lr, torch.stack([lm_loss, balance]), grad_norm))
+        if routers is not None:
+            counts = routers[:, :-1]
+            self._counts = counts if self._counts is None else self._counts + counts
+
+    def flush(self) -> Interval:
+        """Everything since the last flush, on the host."""
+        if not self._pending:
+            return Interval([], None)
+        pending, counts = self._pending, self._counts
+        self._pending, self._counts = [], None
+        flat = [torch.cat([entry.values for entry in pending])] + ([counts.flatten()] if counts is not None else [])
+        together = torch.cat(flat)
+        dist.all_reduce(together, group=self.group)
+        together /= self.group.size()
+        norms = torch.stack([entry.grad_norm.to(together.device) for entry in pending]).tolist()
+        losses = together[: 2 * len(pending)].view(-1, 2).tolist()
+        now = time.monotonic()
+        rate = len(pending) * self.tokens_per_step / max(now - self._since, 1e-9)
+        self._since = now
+        steps = [
+            StepMetrics(
+                step=entry.step,
+                tokens=entry.step * self.tokens_per_step,
+                lm_loss=lm_loss,
+                balance_loss=balance,
+                grad_norm=norm,
+                lr=entry.lr,
+                tokens_per_second=rate,
+            )
+            for entry, (lm_loss, balance), norm in zip(pending, losses, norms, strict=True)
+        ]
+        load = None
+        if counts is not None:
+            local_tokens = len(pending) * self.tokens_per_step / self.group.size()
+            load = (together[2 * len(pending) :].view_as(counts) / local_tokens).cpu()
+        return Interval(steps, load)

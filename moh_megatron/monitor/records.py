@@ -1,0 +1,57 @@
+"""metrics.jsonl: one line a step, in order, however often a run is stopped and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                yield line, json.loads(line)
+            except ValueError:
+                return
+
+
+class StepRecords:
+    """Appends records to a file; what lies after ``start_step``, left by an earlier life of the run, is cut first."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        if path.exists():
+            kept = [line for line, record in _complete_lines(path) if record["step"] <= start_step]
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append and flush."""
+        self._stream.writelines(json.dumps(record) + "\n" for record in records)
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def last_step(path: Path) -> int | None:
+    """Step of the last whole record, or None."""
+    steps = [record["step"] for _, record in _complete_lines(path)] if path.exists() else []
+    return steps[-1] if steps else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:
+    """exit.json: how a run ended, for the one who starts it again."""
+    write_json(run_dir / "exit.json", {"code": code, "reason": reason, "step": step})

@@ -1,0 +1,123 @@
+"""Start one process a rank on this node, pass signals on, wait for the save, and return the worst rank's code.
+
+torchrun returns 1 for every failure, dies of USR1 leaving its workers behind, and kills them 30 seconds after TERM;
+this uses torch.distributed's process launcher underneath, but supervises by these rules instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.monitor.records import last_step, write_exit
+from moh_megatron.train.preflight import preflight
+from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS
+
+PARENT_VARIABLE = "MOH_LAUNCHER_PID"
+_EXPECTED_CODES = (0, 2, EXIT_STOPPED)
+_GRACE_SECONDS = 15.0
+"""How long the other ranks may run on after one has failed; a peer's death normally ends them within a second."""
+_POLL_SECONDS = 0.1
+
+
+def worst_code(codes: Sequence[int]) -> int:
+    """1 if any rank failed in an unforeseen way, else 2, else 75, else 0."""
+    if any(code not in _EXPECTED_CODES for code in codes):
+        return 1
+    return next((code for code in (2, EXIT_STOPPED) if code in codes), 0)
+
+
+def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
+    """Run ``script`` once for each rank with the given arguments; returns each rank's exit code when all have ended.
+
+    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        # The ranks are clients of this process's store: no port is picked that another program could take meanwhile.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+    # Held back until each rank has its own handlers: a signal during start-up must not kill what could stop in order.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    context = start_processes(
+        name="pretrain",
+        entrypoint=sys.executable,
+        args={rank: (script, *arguments) for rank in range(ranks)},
+        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
+        logs_specs=DefaultLogsSpecs(),
+    )
+    assert isinstance(context, SubprocessContext)
+    processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    deadline = float("inf")
+    while True:
+        codes = {rank: process.poll() for rank, process in processes.items()}
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        if len(ended) == ranks:
+            return ended
+        if deadline == float("inf") and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for rank in codes.keys() - ended.keys():
+                os.killpg(processes[rank].pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+
+
+def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int) -> int:
+    """Check the configuration for so many ranks, run them, and return the worst rank's code.
+
+    exit.json is written by rank 0; where it could not (it was killed, or another rank failed), here.
+    """
+    run_dir = Path(config.run.dir)
+    try:
+        if ranks < 1:
+            raise UserError(f"--nproc-per-node must be at least 1. Got {ranks}.")
+        preflight(config, ranks)
+    except UserError as error:
+        _write_exit(run_dir, 2, str(error))
+        raise
+    (run_dir / "exit.json").unlink(missing_ok=True)
+    codes = launch(script, arguments, ranks)
+    code = worst_code(list(codes.values()))
+    if unforeseen := {rank: ended for rank, ended in sorted(codes.items()) if ended not in _EXPECTED_CODES}:
+        reason = ", ".join(f"rank {rank} {_how(ended)}" for rank, ended in unforeseen.items())
+        print(f"{reason}. The same command goes on from the newest checkpoint in {run_dir}.", file=sys.stderr)
+        if not (run_dir / "exit.json").exists():
+            _write_exit(run_dir, code, reason)
+    return code
+
+
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _write_exit(run_dir: Path, code: int, reason: str) -> None:
+    with contextlib.suppress(OSError):
+        write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))

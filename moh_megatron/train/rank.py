@@ -1,0 +1,49 @@
+"""One rank's life: handlers first, then training, then exit.json and an exit code, whatever happened."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from moh_megatron.cli import exit_code
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.monitor.records import last_step, write_exit
+from moh_megatron.train.signals import StopRequest
+from moh_megatron.train.world import World
+
+
+def run_rank(config: Config, world: World, stop: StopRequest) -> int:
+    """Train as one rank of ``world``; returns 0 finished, 2 the user's mistake, 75 stopped and saved, 1 otherwise."""
+    code = exit_code(lambda: _train(config, world, stop))
+    if code != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Peers of a rank that failed may wait for it in a collective; nothing may keep this process from leaving.
+        os._exit(code)
+    return code
+
+
+def _train(config: Config, world: World, stop: StopRequest) -> int:
+    # Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    # Imported here: these take seconds, and the signal handlers must stand before.
+    from moh_megatron.parallel import groups
+    from moh_megatron.train.loop import train
+
+    run_dir = Path(config.run.dir)
+    try:
+        outcome = train(config, world, stop)
+    except Exception as error:
+        code = 2 if isinstance(error, UserError) else 1
+        if "gloo" in str(error) and not isinstance(error, UserError | Fault):
+            error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
+        elif world.rank == 0:
+            write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
+        raise error
+    if world.rank == 0:
+        write_exit(run_dir, outcome.code, outcome.reason, outcome.step)
+    groups.destroy()
+    return outcome.code

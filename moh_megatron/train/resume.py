@@ -1,0 +1,115 @@
+"""Where a run starts: at its newest good checkpoint, from another run's weights, or anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moh_megatron.checkpoint.manifest import Manifest
+from moh_megatron.checkpoint.native import (
+    problem_with,
+    read_config,
+    read_state,
+    resolve_checkpoint,
+    step_folders,
+    topology_of,
+)
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.paths import checkpoint_dir
+from moh_megatron.config.schema import Config
+
+_SAME_RUN = (
+    "model",
+    "moh",
+    "run.seed",
+    "train.sequence_length",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.total_tokens",
+    "train.precision",
+)
+"""What must not change when a run goes on: the model, and the order of the data."""
+
+_SAME_WEIGHTS = (
+    *(
+        f"model.{name}"
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+            "tie_word_embeddings",
+        )
+    ),
+    "moh.enabled",
+    "moh.router",
+    "moh.shared_heads",
+    "moh.head_layout",
+)
+"""What another run's weights must agree in."""
+
+
+def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    everything: dict[str, Any] = dataclasses.asdict(config)
+    values: dict[str, Any] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        names = [name] if name else list(everything[section])
+        values |= {f"{section}.{each}": everything[section][each] for each in names}
+    return values
+
+
+def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], remedy: str) -> None:
+    differences = [f"  {key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
+    if differences:
+        raise UserError("\n".join([f"{checkpoint} was made with other values:", *differences, remedy]))
+
+
+def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, or None to start anew; ``report`` is told of damaged ones that are passed over.
+
+    Raises:
+        UserError: the run folder holds checkpoints and train.resume is never.
+        Fault: it holds checkpoints, and every one of them is damaged.
+    """
+    root = checkpoint_dir(config)
+    folders = step_folders(root)
+    if not folders:
+        return None
+    if config.train.resume == "never":
+        raise UserError(
+            f"{root} already holds checkpoints and train.resume is never. "
+            f"Set run.dir to a new folder, or train.resume=auto to go on from {folders[0].name}."
+        )
+    for folder in folders:
+        problem = problem_with(folder)
+        if problem is None:
+            return folder
+        report(f"warning: {folder} is passed over: {problem}")
+    raise Fault(f"every checkpoint in {root} is damaged. Move the folder away to start anew.")
+
+
+def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str) -> Manifest:
+    """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``."""
+    manifest = read_state(checkpoint)
+    there, here = _values(read_config(checkpoint), _SAME_RUN), _values(config, _SAME_RUN)
+    there["parallelism"], here["parallelism"] = str(manifest.topology), str(topology_of(config, world_size))
+    there["data"], here["data"] = manifest.data[:12], data[:12]
+    remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
+    _refuse_differences(checkpoint, there, here, remedy)
+    return manifest
+
+
+def weights_to_start_from(config: Config) -> Path | None:
+    """The checkpoint of train.init_from, checked to fit this model. Raises UserError."""
+    if config.train.init_from is None:
+        return None
+    checkpoint = resolve_checkpoint(config.train.init_from)
+    there, here = _values(read_config(checkpoint), _SAME_WEIGHTS), _values(config, _SAME_WEIGHTS)
+    _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
+    return checkpoint

@@ -1,0 +1,120 @@
+"""Everything a training run needs on this rank, made in the order it must be made in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moh_megatron.checkpoint import native, weights
+from moh_megatron.config.paths import data_dir
+from moh_megatron.config.schema import Config
+from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
+from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
+from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.model.build import build_model
+from moh_megatron.parallel import groups
+from moh_megatron.train.engine import Engine, initialize_distributed
+from moh_megatron.train.preflight import preflight
+from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.world import World
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run on one rank, ready for its next step."""
+
+    config: Config
+    world: World
+    device: torch.device
+    engine: Engine
+    tokenizer: Tokenizer
+    data: Manifest
+    data_hash: str
+    train_dataset: Sequences
+    validation_dataset: Sequences
+    start_step: int
+    """Steps already done; 0 for a new run."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.world.rank == 0
+
+    def report(self, message: str) -> None:
+        """Print once, not once a rank."""
+        if self.first:
+            print(message, flush=True)
+
+
+def hash_of(data: Manifest) -> str:
+    """One hash for the tokens of a dataset."""
+    files = [*data.train.files, *data.validation.files]
+    return hashlib.sha256(" ".join(record.sha256 for record in files).encode()).hexdigest()
+
+
+def _agreed_checkpoint(config: Config, world: World) -> Path | None:
+    """The first rank looks (it reads every byte), the others follow; a mistake it finds is raised on every rank."""
+    found: list[Path | None | Exception] = [None]
+    if world.rank == 0:
+        try:
+            found[0] = newest_good(config, report=print)
+        except Exception as error:  # raised below, on every rank alike
+            found[0] = error
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def prepare_session(config: Config, world: World) -> Session:
+    """Process groups, data, model, engine, and the state to go on from."""
+    data = preflight(config, world.size)
+    initialize_distributed(world.local_rank)
+    groups.initialize(config.parallel.tensor, config.run.seed)
+    device = groups.device(world.local_rank)
+
+    checkpoint = _agreed_checkpoint(config, world)
+    start_step = 0
+    if checkpoint is not None:
+        start_step = check_same_run(checkpoint, config, world.size, hash_of(data)).step
+    elsewhere = weights_to_start_from(config) if checkpoint is None else None
+
+    tokenizer = load_dataset_tokenizer(data_dir(config), data)
+    train_dataset = build_train_dataset(config, data, tokenizer)
+    validation_dataset = build_validation_dataset(config, data, tokenizer)
+
+    accumulation_steps = gradient_accumulation_steps(config, world.size)
+    model = build_model(config, accumulation_steps)
+    if elsewhere is not None:
+        source = native.read_config(elsewhere)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        weights.load_into(model, weights.read_weights(elsewhere, source), config, rank, config.parallel.tensor)
+    engine = Engine(
+        model,
+        config,
+        data_parallel=data_parallel_size(config, world.size),
+        accumulation_steps=accumulation_steps,
+    )
+    if checkpoint is not None:
+        engine.load(native.engine_folder(checkpoint))
+        native.restore_random_states(checkpoint)
+    return Session(
+        config,
+        world,
+        device,
+        engine,
+        tokenizer,
+        data,
+        hash_of(data),
+        train_dataset,
+        validation_dataset,
+        start_step,
+    )
+
+

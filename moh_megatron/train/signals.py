@@ -1,0 +1,51 @@
+"""A request to stop, from outside the process. Imports nothing heavy: it must stand before the slow imports."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_STOPPED = 75
+"""sysexits.h's EX_TEMPFAIL: saved, to be started again."""
+
+_SAME_SIGNAL_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Remembers that TERM, INT or USR1 came; the training loop asks after each step.
+
+    A second signal, later than the two seconds in which one request may arrive by several ways, ends the process at
+    once; the last complete checkpoint stays intact.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._since = 0.0
+
+    @classmethod
+    def install(cls) -> StopRequest:
+        """Handle the stop signals from now on; those that a launcher held back arrive now."""
+        request = cls()
+        for number in STOP_SIGNALS:
+            signal.signal(number, request._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return request
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.reason is None:
+            self.reason, self._since = f"received {signal.Signals(number).name}", now
+        elif now - self._since > _SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+
+def die_with(parent: int) -> None:
+    """Receive TERM when the launching process ends, however it ends (Linux), so that no rank is left behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

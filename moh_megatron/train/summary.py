@@ -1,0 +1,44 @@
+"""summary.json: what a finished run was and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moh_megatron.config.count import parameter_count
+from moh_megatron.monitor.records import write_json
+from moh_megatron.train.setup import Session
+
+
+def summarise(
+    session: Session, step: int, seconds: float, train_loss: float | None, val_loss: float, text: str
+) -> None:
+    """Write it to the run folder and print it. ``seconds`` is the training time of this life of the run.
+
+    Losses and entropies are in nats a token; ``hf_max_logit_diff`` is filled in by the export.
+    """
+    config, world, baselines = session.config, session.world, session.data.baselines or {}
+    heads, tokens = config.model.num_attention_heads, config.train.tokens_per_step
+    active = (config.moh.active_heads or 0) if config.moh.enabled else heads
+    summary = {
+        "steps": step,
+        "tokens": step * tokens,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round((step - session.start_step) * tokens / seconds, 1) if seconds else None,
+        "train_loss": train_loss,
+        "val_loss": val_loss,
+        "unigram_entropy": baselines.get("unigram_entropy"),
+        "bigram_entropy": baselines.get("bigram_entropy"),
+        "parameters": parameter_count(config.model, config.moh).total,
+        "layers": config.model.num_layers,
+        "active_head_fraction": active / heads,
+        "tensor_parallel": config.parallel.tensor,
+        "data_parallel": world.size // config.parallel.tensor,
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+        "hf_max_logit_diff": None,
+        "sample_text": text,
+    }
+    write_json(Path(config.run.dir) / "summary.json", summary)
+    for name, value in summary.items():
+        if value is not None:
+            print(f"  {name:22} {value}")

@@ -1,0 +1,48 @@
+"""Loss on held-out text, and a sample of what the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from moh_megatron.config.schema import Config
+from moh_megatron.data.batches import ValidationBatch
+from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.model.build import token_losses
+from moh_megatron.model.generation import continue_text
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: Iterable[ValidationBatch], device: torch.device) -> float:
+    """Mean cross-entropy in nats over every token that counts in ``batches``, over all data-parallel ranks."""
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        losses = token_losses(model, batch.tokens.to(device))[: batch.samples]
+        totals += torch.stack([losses.double().sum(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
+    model.train()
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    return float(totals[0] / totals[1])
+
+
+def sample_text(model: nn.Module, config: Config, tokenizer: Tokenizer, device: torch.device) -> str:
+    """The first prompt of the configuration and what the model makes of it; the same on every rank."""
+    prompt = config.generate.prompts[0] if config.generate.prompts else ""
+    model.eval()
+    written = continue_text(
+        model,
+        tokenizer.encode(prompt) or [tokenizer.eod],
+        max_new_tokens=config.generate.max_new_tokens,
+        temperature=config.generate.temperature,
+        top_k=config.generate.top_k,
+        stop_token=tokenizer.eod,
+        context=config.train.sequence_length,
+        seed=config.run.seed,
+        device=device,
+    )
+    model.train()
+    return prompt + tokenizer.decode(written)

