@@ -33,6 +33,8 @@ def megatron_to_hf(arguments: argparse.Namespace) -> None:
 
     checkpoint = native.resolve_checkpoint(arguments.load_dir, lambda message: print(message, file=sys.stderr))
     config = native.read_config(checkpoint)
+    if arguments.summary is not None:
+        convert.read_summary(arguments.summary)
     if arguments.dry_run:
         hf.check_replaceable(arguments.hf_dir)
         dtype = arguments.dtype or config.train.precision

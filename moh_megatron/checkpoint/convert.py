@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moh_megatron.checkpoint import hf, native
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.model.build import DTYPES
 from moh_megatron.model.single import build_single_process, logits
 
 TOLERANCE = 1e-4
@@ -28,16 +29,22 @@ def verification_tokens(config: Config, seed: int) -> torch.Tensor:
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def merge_summary(summary: Path, values: dict[str, Any]) -> None:
-    """Add ``values`` to a JSON object in a file, which is replaced at once or not at all. Raises UserError."""
+def read_summary(summary: Path) -> dict[str, Any]:
+    """The content of a run's summary.json. Raises UserError where it is none."""
     try:
         content = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{summary}: must be the summary.json of a run. It cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{summary}: must be the summary.json of a run, a JSON object. Got a {type(content).__name__}.")
+    return content
+
+
+def merge_summary(summary: Path, values: dict[str, Any]) -> None:
+    """Add ``values`` to a run's summary.json, which is replaced at once or not at all. Raises UserError."""
+    content = read_summary(summary) | values
     temporary = summary.with_name(f".{summary.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content | values, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(summary)
 
 
@@ -57,7 +64,7 @@ def megatron_to_hf(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> 
         Fault: the reloaded model differs by ``TOLERANCE`` or more, or the disk refuses; ``hf_dir`` stays as it was.
     """
     config, progress = native.read_config(checkpoint), native.read_state(checkpoint)
-    precision = hf.DTYPES[dtype or config.train.precision]
+    precision = DTYPES[dtype or config.train.precision]
     hf.check_replaceable(hf_dir)
     with tqdm(total=4, desc="export", unit="step", file=sys.stderr) as bar:
         weights = hf.cast(native.read_weights(checkpoint), precision)

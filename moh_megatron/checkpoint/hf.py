@@ -27,7 +27,6 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, load_tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKER = "moh_megatron.json"
 """Names the files of an export, so that a later one may replace them and nothing else."""
 MAX_SHARD_SIZE = "5GB"
