@@ -23,7 +23,7 @@ from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
 UNKNOWN = "<unk>"
 END_OF_DOCUMENT = "</s>"
 SPACE = "\u2581"
-"""SentencePiece's sign for a space. A text's own U+2581 is therefore decoded as a space: the one exception to exactness."""
+"""SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage: float, out_dir: Path) -> None:
@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())  # pyright: ignore[reportCallIssue]
-    to_tokenizer_json(processor).save(str(out_dir / TOKENIZER_JSON))
+    (out_dir / TOKENIZER_JSON).write_text(to_tokenizer_json(processor).to_str(pretty=True) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Every training sequence after the first document starts behind this token: it stands for "begin" as well.

@@ -1,0 +1,154 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.data.batches import train_batches, validation_batches
+from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
+from moh_megatron.data.manifest import load_dataset_tokenizer
+from moh_megatron.data.prepare import prepare
+
+MakeConfig = Callable[..., Config]
+Build = Callable[[Config], tuple[Sequences, Sequences]]
+
+
+@pytest.fixture
+def build() -> Build:
+    def both(config: Config) -> tuple[Sequences, Sequences]:
+        manifest = prepare(config)
+        tokenizer = load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
+        return (
+            build_train_dataset(config, manifest, tokenizer),
+            build_validation_dataset(config, manifest, tokenizer),
+        )
+
+    return both
+
+
+def rows(dataset: Sequences) -> list[list[int]]:
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def test_samples_are_runs_of_the_stored_tokens(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+    config = make_config([corpus], train={"total_tokens": 64 * 500})
+    train, validation = build(config)
+    assert len(train) == config.train.steps * 4 == 2000
+    folder = Path(str(config.data.dir))
+    for dataset, name in ((train, "train"), (validation, "validation")):
+        stored = np.fromfile(folder / f"{name}.bin", dtype=np.uint16)
+        documents = {document.tobytes() for document in np.split(stored, np.flatnonzero(stored == 1) + 1)}
+        for tokens in [dataset[index] for index in range(0, len(dataset), 7)]:
+            assert tokens.dtype == torch.int64
+            assert tokens.shape == (17,)
+            # Documents are drawn in any order, but each stretch between two ends of document is in one of them.
+            stretch = tokens.numpy().astype(np.uint16)
+            for part in np.split(stretch, np.flatnonzero(stretch == 1) + 1):
+                assert any(part.tobytes() in document for document in documents)
+    assert any(1 in row for row in rows(train))
+    # One pass over the validation tokens, each sequence sharing its last token with the next one's first.
+    tokens = np.fromfile(folder / "validation.bin", dtype=np.uint16)
+    assert len(validation) == (len(tokens) - 1) // 16
+
+
+def test_order_follows_the_seed_alone(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+    config = make_config([corpus])
+    train, validation = (rows(dataset) for dataset in build(config))
+    cache = Path(str(config.data.dir)) / "cache"
+    assert [rows(dataset) for dataset in build(config)] == [train, validation]
+    shutil.rmtree(cache)
+    assert [rows(dataset) for dataset in build(config)] == [train, validation]
+    assert rows(build(make_config([corpus], seed=2))[0]) != train
+    some = rows(build(make_config([corpus], train={"eval_samples": 5}))[1])
+    assert some == validation[:5]
+
+
+def test_a_half_built_index_is_built_anew(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+    config = make_config([corpus])
+    expected = rows(build(config)[0])
+    (cache,) = (Path(str(config.data.dir)) / "cache").glob("train-*")
+    (cache / "complete").unlink()
+    (index,) = cache.glob("*shuffle_index.npy")
+    index.write_bytes(index.read_bytes()[:-8])
+    assert rows(build(config)[0]) == expected
+
+
+def test_under_torch_distributed(make_config: MakeConfig, corpus: Path, build: Build, tmp_path: Path) -> None:
+    expected = [rows(dataset) for dataset in build(make_config([corpus]))]
+    shutil.rmtree(tmp_path / "dataset" / "cache")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert [rows(dataset) for dataset in build(make_config([corpus]))] == expected
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_data_for_another_model_is_refused(make_config: MakeConfig, corpus: Path) -> None:
+    config = make_config([corpus])
+    manifest = prepare(config)
+    tokenizer = load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
+    with pytest.raises(UserError, match=r"model\.vocab_size must be at least 400, .* Got 100"):
+        build_train_dataset(make_config([corpus], vocab_size=100), manifest, tokenizer)
+    with pytest.raises(UserError, match="fewer than one sequence: at least 100001"):
+        build_validation_dataset(make_config([corpus], train={"sequence_length": 100000}), manifest, tokenizer)
+    tokenizer_file = Path(str(config.data.dir)) / "tokenizer" / "tokenizer.json"
+    tokenizer_file.write_text(tokenizer_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(UserError, match="not the tokenizer this dataset was made with"):
+        load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
+
+
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"tokens": torch.tensor([index, index])}
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_step_has_the_same_samples_however_shared(data_parallel_size: int, micro_batch_size: int) -> None:
+    def batches(rank: int, start: int) -> list[list[torch.Tensor]]:
+        return list(
+            train_batches(
+                Sequences(Numbers(), 40),
+                global_batch_size=8,
+                micro_batch_size=micro_batch_size,
+                data_parallel_rank=rank,
+                data_parallel_size=data_parallel_size,
+                start_step=start,
+                end_step=5,
+            )
+        )
+
+    for start in (0, 3):
+        ranks = [batches(rank, start) for rank in range(data_parallel_size)]
+        for step in range(start, 5):
+            micro_batches = [rank[step - start] for rank in ranks]
+            assert {len(each) for each in micro_batches} == {8 // (micro_batch_size * data_parallel_size)}
+            order = [
+                row[0].item() for together in zip(*micro_batches, strict=True) for rows in together for row in rows
+            ]
+            assert order == list(range(step * 8, step * 8 + 8))
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9])
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+def test_validation_counts_each_sample_once(length: int, data_parallel_size: int) -> None:
+    ranks = [
+        list(
+            validation_batches(
+                Sequences(Numbers(), length),
+                micro_batch_size=2,
+                data_parallel_rank=rank,
+                data_parallel_size=data_parallel_size,
+            )
+        )
+        for rank in range(data_parallel_size)
+    ]
+    assert {len(batches) for batches in ranks} == {-(-length // (2 * data_parallel_size))}
+    assert {batch.tokens.shape for batches in ranks for batch in batches} == {(2, 2)}
+    counted = [row[0].item() for batches in ranks for batch in batches for row in batch.tokens[: batch.samples]]
+    assert sorted(counted) == list(range(length))
