@@ -1,0 +1,33 @@
+"""The same weights at TP 1, TP 2 and TP 2 with sequence parallelism, for each kind of router and recomputation."""
+
+from __future__ import annotations
+
+import sys
+
+import tiny
+import torch
+import torch.distributed as dist
+
+CASES = {
+    "dense": {"moh": {"enabled": False}},
+    "learned": {},
+    "learned_paper": {"moh": {"gating": "paper", "balance_loss": "paper"}},
+    "one_shared_head": {"moh": {"shared_heads": 1}},
+    "no_shared_head": {"moh": {"shared_heads": 0}},
+    "query_norm": {"moh": {"router": "query_norm"}},
+    "contiguous": {"moh": {"head_layout": "contiguous"}},
+    "tied": {"model": {"tie_word_embeddings": True}},
+    "full_recompute": {"train": {"recompute": "full"}},
+    "selective_recompute": {"train": {"recompute": "selective"}},
+}
+LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
+
+if __name__ == "__main__":
+    tiny.start()
+    results = {}
+    for case, sections in CASES.items():
+        for layout, parallel in LAYOUTS.items():
+            config = tiny.tiny_config(**sections, parallel=parallel)
+            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+    torch.save(results, sys.argv[1])
+    dist.destroy_process_group()
