@@ -1,0 +1,55 @@
+# Two commands matter: `make smoke` and `make test`. Each makes .venv when it is missing or out of date.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# constraints/cuda.txt on a machine with a GPU.
+CONSTRAINTS ?= constraints/cpu.txt
+# Where torch comes from, such as a wheel index for one CUDA version; empty: the default index.
+TORCH_INDEX ?=
+
+# Overrides for the smoke run: make smoke ARGS='parallel.tensor=1'.
+ARGS ?=
+RUN ?= runs/smoke
+
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup smoke checks format test test-slow clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## the virtual environment .venv, with pinned versions
+
+$(STAMP): setup.py pyproject.toml constraints/cpu.txt constraints/cuda.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; $(PYTHON) is older. Name one: make setup PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install -c $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+smoke: $(STAMP) ## raw text -> tokenizer -> training on two processes -> Hugging Face folder -> text
+	@RUN='$(RUN)' BIN='$(BIN)' bash tools/smoke.sh $(ARGS)
+
+checks: $(STAMP) ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	git ls-files '*.sh' .ci/run | xargs $(BIN)/shellcheck
+
+format: $(STAMP) ## apply ruff's format and fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP) ## unit, distributed and integration tests
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-slow: $(STAMP) ## the long tables
+	$(PYTEST) -m 'slow and not gpu'
+
+clean: ## remove the virtual environment
+	rm -rf $(VENV)

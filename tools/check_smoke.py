@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Hold a finished smoke run to what it promises: python tools/check_smoke.py runs/smoke"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+MARGIN_NATS = 1.2
+LOGIT_LIMIT = 1e-4
+TOKENS = 1_000_000
+
+
+def failures(run: Path) -> list[str]:
+    """Every promise the run folder breaks."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    ending = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    bound = summary["unigram_entropy"] - MARGIN_NATS
+    promises = {
+        f"val_loss {summary['val_loss']:.3f} must be below unigram_entropy - {MARGIN_NATS} = {bound:.3f}": (
+            summary["val_loss"] < bound
+        ),
+        f"hf_max_logit_diff {summary['hf_max_logit_diff']} must be below {LOGIT_LIMIT}": (
+            summary["hf_max_logit_diff"] < LOGIT_LIMIT
+        ),
+        f"tokens {summary['tokens']} must be at least {TOKENS}": summary["tokens"] >= TOKENS,
+        f"exit.json must hold code 0. It holds {ending['code']}": ending["code"] == 0,
+        "metrics.jsonl must hold one line a step, in order": steps == list(range(1, summary["steps"] + 1)),
+        "sample_text must not be empty": bool(summary["sample_text"].strip()),
+        "hf/ must hold safetensors": any((run / "hf").glob("*.safetensors")),
+        "tensorboard/ must hold event files": any((run / "tensorboard").glob("events.*")),
+    }
+    return [promise for promise, held in promises.items() if not held]
+
+
+def main() -> int:
+    broken = failures(Path(sys.argv[1]))
+    for promise in broken:
+        print(f"error: {promise}", file=sys.stderr)
+    print("smoke run: " + ("promises broken" if broken else "every promise held"))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

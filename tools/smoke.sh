@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The whole path on two processes; called by `make smoke` with overrides as arguments, BIN and RUN in the environment.
+set -euo pipefail
+
+config=configs/smoke.yaml
+export HF_HUB_OFFLINE=1
+
+# A mistake in the overrides shows before anything is moved.
+"$BIN/python" pipelines/prepare_data.py "$config" --dry-run "run.dir=$RUN" "$@" >/dev/null
+if [ -e "$RUN" ]; then
+    aside="$RUN.$(date +%Y%m%d-%H%M%S)"
+    echo "moving the earlier $RUN to $aside"
+    mv "$RUN" "$aside"
+fi
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/4 text -> tokenizer and Megatron files"
+"$BIN/python" pipelines/prepare_data.py "$config" "run.dir=$RUN" "$@"
+step "2/4 training on two processes"
+"$BIN/python" pipelines/pretrain.py "$config" --nproc-per-node 2 "run.dir=$RUN" "$@"
+step "3/4 checkpoint -> Hugging Face folder, reloaded and compared"
+"$BIN/python" pipelines/convert.py megatron-to-hf --load-dir "$RUN" --hf-dir "$RUN/hf" --summary "$RUN/summary.json"
+step "4/4 text from the exported model"
+"$BIN/python" pipelines/generate.py "$config" "run.dir=$RUN" "$@"
+step "done in $SECONDS s: $RUN/summary.json; tensorboard --logdir $RUN"
