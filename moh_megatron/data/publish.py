@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -23,11 +24,14 @@ def published_folder(folder: Path) -> Iterator[Path]:
     partial = _sibling(folder, "partial")
     partial.mkdir()
     try:
-        yield partial
-        former = _sibling(folder, "former")
-        if folder.exists():
-            os.rename(folder, former)
-        os.rename(partial, folder)
+        with _opened(partial) as descriptor:
+            with suppress(OSError):  # a file system without locks: what this run leaves will stay
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield partial
+            former = _sibling(folder, "former")
+            if folder.exists():
+                os.rename(folder, former)
+            os.rename(partial, folder)
         shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -41,18 +45,17 @@ def _clear_leftovers(folder: Path) -> None:
     for kind in ("partial", "former"):
         prefix = f".{folder.name}.{kind}.{socket.gethostname()}."
         for path in folder.parent.iterdir():
-            process = path.name.removeprefix(prefix)
-            # A live process keeps its folder; our own number can only be left from an earlier life of it.
-            if path.name.startswith(prefix) and process.isdigit() and not _is_other_live_process(int(process)):
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name.startswith(prefix):
+                # The system lets a lock go when its process dies; where it is held, flock raises.
+                with suppress(OSError), _opened(path) as descriptor:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_other_live_process(number: int) -> bool:
-    if number == os.getpid():
-        return False
-    with suppress(PermissionError):
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
-            return False
-    return True
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

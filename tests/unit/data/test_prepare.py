@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import resource
@@ -129,10 +130,13 @@ def test_leftovers_of_dead_runs_are_cleared_and_strange_folders_kept(
     make_config: MakeConfig, corpus: Path, tmp_path: Path
 ) -> None:
     host = os.uname().nodename
-    dead, alive = (tmp_path / f".dataset.partial.{host}.{number}" for number in (2**22 + 1, 1))
+    dead, alive = (tmp_path / f".dataset.partial.{host}.{number}" for number in (os.getpid(), 1))
     for folder in (dead, alive):
         folder.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     prepare(make_config([corpus]))
+    os.close(lock)
     assert not dead.exists()
     assert alive.exists()
     (tmp_path / "thesis").mkdir()
