@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
 
 
@@ -100,6 +100,10 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
             return f"{name} is missing"
         if path.stat().st_size != expected.bytes:
             return f"{name} has {path.stat().st_size} bytes, expected {expected.bytes}"
-        if hash_file(path).sha256 != expected.sha256:
+        try:
+            found = hash_file(path)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found.sha256 != expected.sha256:
             return f"{name} does not have the content it was saved with"
     return None

@@ -28,6 +28,7 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 CONFIG, ENGINE, RNG, TOKENIZER = "config.yaml", "engine", "rng", "tokenizer"
+_STEP_PATTERN = "step_" + "[0-9]" * 8
 
 
 def checkpoint_name(step: int) -> str:
@@ -48,7 +49,7 @@ def topology_of(config: Config, world_size: int) -> Topology:
 
 def step_folders(root: Path) -> list[Path]:
     """Folders below ``root`` that are named as checkpoints, newest first; their content is not looked at."""
-    return sorted(root.glob("step_" + "[0-9]" * 8), reverse=True) if root.is_dir() else []
+    return sorted(root.glob(_STEP_PATTERN), reverse=True) if root.is_dir() else []
 
 
 def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
@@ -71,7 +72,7 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder. Expected a checkpoint, a folder of checkpoints, or a run folder.")
-    if path.name.startswith("step_"):
+    if path.resolve().match(_STEP_PATTERN) or (path / ENGINE).is_dir():
         problem = problem_with(path)
         if problem is not None:
             raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one beside it.")

@@ -14,7 +14,7 @@ class Board:
     """One run's event files; a resumed run's steps after ``start_step`` replace those of its earlier life."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def step(self, metrics: StepMetrics, loss: float) -> None:
         """Scalars of one step; ``loss`` is the total."""

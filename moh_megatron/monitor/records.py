@@ -12,6 +12,8 @@ from typing import Any
 def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as stream:
         for line in stream:
+            if not line.endswith(b"\n"):
+                return
             try:
                 yield line, json.loads(line)
             except ValueError:
@@ -48,8 +50,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:

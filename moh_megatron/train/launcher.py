@@ -24,8 +24,8 @@ from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS
+from moh_megatron.train.world import PARENT_VARIABLE
 
-PARENT_VARIABLE = "MOH_LAUNCHER_PID"
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
 _GRACE_SECONDS = 15.0
 """How long the other ranks may run on after one has failed; a peer's death normally ends them within a second."""
@@ -57,12 +57,14 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
     }
     # Held back until each rank has its own handlers: a signal during start-up must not kill what could stop in order.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # Torch takes these two as well, which would end a run under nohup when its terminal closes.
+    untouched = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
     context = start_processes(
         name="pretrain",
         entrypoint=sys.executable,
-        args={rank: (script, *arguments) for rank in range(ranks)},
+        args=dict.fromkeys(range(ranks), (script, *arguments)),
         envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
@@ -74,6 +76,8 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
+    for number, handler in untouched.items():
+        signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     deadline = float("inf")

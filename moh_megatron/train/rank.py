@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -12,7 +13,7 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.signals import StopRequest
-from moh_megatron.train.world import World
+from moh_megatron.train.world import PARENT_VARIABLE, World
 
 
 def run_rank(config: Config, world: World, stop: StopRequest) -> int:
@@ -35,13 +36,18 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
 
     run_dir = Path(config.run.dir)
     try:
+        if world.rank == 0:
+            (run_dir / "exit.json").unlink(missing_ok=True)
         outcome = train(config, world, stop)
     except Exception as error:
         code = 2 if isinstance(error, UserError) else 1
-        if "gloo" in str(error) and not isinstance(error, UserError | Fault):
+        lost = "gloo" in str(error) and not isinstance(error, UserError | Fault | OSError)
+        if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
-        elif world.rank == 0:
-            write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
+        # Of a lost peer our launcher knows more; a full disk must not hide the error behind its own.
+        if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ):
+            with contextlib.suppress(OSError):
+                write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
         raise error
     if world.rank == 0:
         write_exit(run_dir, outcome.code, outcome.reason, outcome.step)

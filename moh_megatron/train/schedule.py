@@ -11,7 +11,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> fl
     """The rate of ``step`` (0 for the first) in a run of ``total_steps``.
 
     Linear warm-up from warmup_learning_rate reaches learning_rate at step warmup_steps; the last step has
-    min_learning_rate, except under ``constant``.
+    min_learning_rate, except under ``constant`` and where the warm-up leaves one step only, which has learning_rate.
     """
     peak, final, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if step < warmup:
@@ -21,7 +21,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> fl
         return peak
     decay_start = warmup
     if optimizer.schedule == "wsd":
-        decay_start = max(warmup, total_steps - math.ceil(total_steps * optimizer.decay_fraction))
+        decay_start = max(warmup, total_steps - 1 - math.ceil(total_steps * optimizer.decay_fraction))
         if step < decay_start:
             return peak
     progress = min(1.0, (step - decay_start) / max(1, total_steps - 1 - decay_start))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+PARENT_VARIABLE = "MOH_LAUNCHER_PID"
+"""Set by our own launcher: the process that reports on all ranks."""
+
 
 @dataclass(frozen=True)
 class World:
