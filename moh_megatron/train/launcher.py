@@ -85,6 +85,7 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
         codes = {rank: process.poll() for rank, process in processes.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
         if len(ended) == ranks:
+            context.close()
             return ended
         if deadline == float("inf") and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
             deadline = time.monotonic() + _GRACE_SECONDS
