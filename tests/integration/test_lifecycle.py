@@ -1,0 +1,160 @@
+"""Stopping, killing, filling the disk, breaking files: the loss curve is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.runs import STEPS, Run, end, gone, ranks_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NewRun = Callable[[], Run]
+CURVE = ("step", "tokens", "loss", "lm_loss", "balance_loss", "grad_norm", "lr")
+
+
+def curve(run: Run) -> list[tuple[Any, ...]]:
+    """What must not depend on how often a run was stopped."""
+    return [tuple(record[name] for name in CURVE) for record in run.records()]
+
+
+def checkpoints(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+
+
+def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
+    records, summary = uninterrupted.records(), uninterrupted.json("summary.json")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(record["tokens_per_second"] > 0 for record in records)
+    for record in records:
+        assert record["loss"] == record["lm_loss"] + 0.01 * record["balance_loss"]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert uninterrupted.json("exit.json") == {"code": 0, "reason": "finished", "step": STEPS}
+    assert checkpoints(uninterrupted) == ["step_00000010", "step_00000020", "step_00000030"]
+    expected = {"tensor_parallel": 2, "data_parallel": 1, "zero_stage": 1, "layers": 2, "active_head_fraction": 0.5}
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["tokens"] == STEPS * 8 * 32
+    assert summary["bigram_entropy"] < summary["unigram_entropy"]
+    assert 0 < summary["val_loss"] < 6
+    assert summary["sample_text"].startswith("the")
+
+    events = EventAccumulator(str(uninterrupted.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    lm_loss = [(event.step, event.value) for event in events.Scalars("loss/lm")]
+    assert [step for step, _ in lm_loss] == list(range(1, STEPS + 1))
+    loads = [tag for tag in events.Tags()["scalars"] if tag.startswith("head_load/")]
+    assert len(loads) == 2 * 8
+    assert events.Scalars("head_load/layer_00/head_00")[-1].value == 1.0
+    routed = sum(events.Scalars(f"head_load/layer_00/head_{head:02d}")[-1].value for head in range(2, 8))
+    assert abs(routed - 2) < 1e-5
+
+
+def test_stopped_then_disk_full_then_finished(uninterrupted: Run, new_run: NewRun) -> None:
+    run = new_run()
+    process = run.start()
+    run.wait_for_step(6, process)
+    code, output = end(process, signal.SIGTERM)
+    assert code == 75, output
+    ending = run.json("exit.json")
+    assert ending["code"] == 75
+    assert "SIGTERM" in ending["reason"]
+    stopped_at = ending["step"]
+    assert checkpoints(run)[-1] == f"step_{stopped_at:08d}"
+    assert len(run.records()) == stopped_at
+
+    full = run.finish(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert full.returncode == 1, full.stdout + full.stderr
+    assert "cannot be written" in full.stderr
+    assert f"Newest complete checkpoint: step_{stopped_at:08d}" in full.stderr or stopped_at >= 10
+    assert "Traceback" not in full.stderr
+    assert run.json("exit.json")["code"] == 1
+    assert f"step_{stopped_at:08d}" in checkpoints(run)
+
+    done = run.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curve(run) == curve(uninterrupted)
+
+
+def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun) -> None:
+    run = new_run()
+    process = run.start()
+    run.wait_for_step(13, process)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "rank 1 was ended by SIGKILL" in output
+    assert all(gone(rank) for rank in ranks)
+    assert run.json("exit.json")["code"] == 1
+
+    done = run.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step 10" in done.stdout
+    assert curve(run) == curve(uninterrupted)
+
+    newest, before = (run.folder / "checkpoints" / name for name in ("step_00000030", "step_00000020"))
+    weights = next(newest.glob("weights/*.safetensors"))
+    os.truncate(weights, weights.stat().st_size // 2)
+    state = next(before.glob("engine/*optim_states.pt"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    again = run.finish()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step_00000030 is passed over" in again.stdout
+    assert "step_00000020 is passed over" in again.stdout
+    assert "resumed after step 10" in again.stdout
+    assert curve(run) == curve(uninterrupted)
+
+
+def test_killed_launcher_leaves_no_rank_behind(new_run: NewRun) -> None:
+    run = new_run()
+    process = run.start()
+    run.wait_for_step(2, process)
+    ranks = ranks_of(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all(gone(rank) for rank in ranks):
+        time.sleep(0.1)
+    assert all(gone(rank) for rank in ranks)
+    assert run.json("exit.json")["code"] in (0, 75)
+
+
+def test_other_values_are_refused_on_resume_and_weights_start_a_new_run(uninterrupted: Run, new_run: NewRun) -> None:
+    refused = uninterrupted.finish("moh.active_heads=5")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "moh.active_heads: 4 there, 5 here" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    run = new_run()
+    done = run.finish(
+        f"train.init_from={uninterrupted.folder}",
+        "parallel.tensor=1",
+        f"train.total_tokens={5 * 8 * 32}",
+        "optimizer.warmup_steps=0",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [record["lm_loss"] for record in run.records()]
+    assert len(losses) == 5
+    trained = uninterrupted.records()
+    assert abs(losses[0] - trained[-1]["lm_loss"]) < 0.3 < trained[0]["lm_loss"] - losses[0]
+    summary = run.json("summary.json")
+    assert (summary["tensor_parallel"], summary["data_parallel"]) == (1, 2)
+
+
+def test_a_finished_run_stays_finished(uninterrupted: Run, new_run: NewRun) -> None:
+    run = new_run()
+    shutil.copytree(uninterrupted.folder, run.folder)
+    before = json.loads(Path(run.folder / "summary.json").read_text())
+    done = run.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curve(run) == curve(uninterrupted)
+    assert run.json("summary.json")["val_loss"] == before["val_loss"]
