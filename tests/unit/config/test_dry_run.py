@@ -1,0 +1,36 @@
+"""Every configuration the repository ships, as a user would look at it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moh_megatron.config.load import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CONFIGURATIONS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configurations() -> None:
+    assert len(CONFIGURATIONS) >= 7
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=str)
+def test_dry_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("pretrain_script", REPOSITORY / "pipelines" / "pretrain.py")
+    assert spec
+    assert spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", ["pretrain.py", str(path), "--dry-run"])
+    with pytest.raises(SystemExit) as ending:
+        script.main()
+    assert ending.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_config(printed) == load_config(path)
