@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -59,5 +60,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:
-    """exit.json: how a run ended, for the one who starts it again."""
-    write_json(run_dir / "exit.json", {"code": code, "reason": reason, "step": step})
+    """exit.json: how a run ended, for the one who starts it again; on a full disk it may be missing."""
+    with contextlib.suppress(OSError):
+        write_json(run_dir / "exit.json", {"code": code, "reason": reason, "step": step})

@@ -6,7 +6,6 @@ this uses torch.distributed's process launcher underneath, but supervises by the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -106,7 +105,7 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
             raise UserError(f"--nproc-per-node must be at least 1. Got {ranks}.")
         preflight(config, ranks)
     except UserError as error:
-        _write_exit(run_dir, 2, str(error))
+        write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise
     (run_dir / "exit.json").unlink(missing_ok=True)
     codes = launch(script, arguments, ranks)
@@ -115,14 +114,9 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
         reason = ", ".join(f"rank {rank} {_how(ended)}" for rank, ended in unforeseen.items())
         print(f"{reason}. The same command goes on from the newest checkpoint in {run_dir}.", file=sys.stderr)
         if not (run_dir / "exit.json").exists():
-            _write_exit(run_dir, code, reason)
+            write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))
     return code
 
 
 def _how(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _write_exit(run_dir: Path, code: int, reason: str) -> None:
-    with contextlib.suppress(OSError):
-        write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))

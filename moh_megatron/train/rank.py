@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import warnings
@@ -44,10 +43,9 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         lost = "gloo" in str(error) and not isinstance(error, UserError | Fault | OSError)
         if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
-        # Of a lost peer our launcher knows more; a full disk must not hide the error behind its own.
+        # Of a lost peer our launcher knows more.
         if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ):
-            with contextlib.suppress(OSError):
-                write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
+            write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
         raise error
     if world.rank == 0:
         write_exit(run_dir, outcome.code, outcome.reason, outcome.step)
