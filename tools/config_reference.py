@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Print every configuration key as Markdown: python tools/config_reference.py > docs/configuration.md"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from moh_megatron.config import schema
+
+_INTRODUCTION = """\
+# Configuration
+
+Every key of a configuration file. This page is printed by `tools/config_reference.py` from
+`moh_megatron/config/schema.py`; change it there.
+
+A key is written `section: {key: value}` in YAML and `section.key=value` on the command line; the command line wins.
+A file may start from another one with `base: other.yaml` (relative to itself) and then holds only what differs.
+Numbers may be written as `2e11` or `6e-5`. *(ours)* marks what the MoH paper does not give.
+Unknown keys, wrong types and combinations that cannot work are refused before anything is loaded, all in one message.
+"""
+_WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def field_docstrings(section: type) -> dict[str, str]:
+    """The text below each field of a class, on one line; fields without one are left out."""
+    body, found = _definition(section).body, {}
+    for field, text in itertools.pairwise(body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[name] = _prose(words)
+    return found
+
+
+def kind(hint: Any) -> str:
+    """What a field's type allows, in plain words."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case origin if origin is Annotated:
+            bounds = [words for each in arguments[1:] if isinstance(each, FieldInfo) for words in _bounds(each)]
+            return " ".join([kind(arguments[0]), ", ".join(bounds)]).strip()
+        case origin if origin is Literal:
+            return ", ".join(f"`{each}`" for each in arguments)
+        case origin if origin in (Union, UnionType):
+            return ", or ".join(map(kind, arguments))
+        case origin if origin is tuple:
+            return f"list of {kind(arguments[0])}"
+        case _:
+            return _WORDS[hint]
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    found = []
+    for bound in field.metadata:
+        match bound:
+            case Gt(gt=value):
+                found.append(f"above {value}")
+            case Ge(ge=value):
+                found.append(f"at least {value}")
+            case Lt(lt=value):
+                found.append(f"below {value}")
+            case Le(le=value):
+                found.append(f"at most {value}")
+    return found
+
+
+def reference() -> str:
+    """The whole page."""
+    page = [_INTRODUCTION]
+    for name, section in get_type_hints(schema.Config).items():
+        page.append(f"## {name}\n")
+        if description := ast.get_docstring(_definition(section)):
+            page.append(f"{_prose(description)}\n")
+        page += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        hints, docstrings = get_type_hints(section, include_extras=True), field_docstrings(section)
+        for field in dataclasses.fields(section):
+            required = field.default is dataclasses.MISSING
+            default = "required" if required else f"`{json.dumps(field.default)}`"
+            meaning = docstrings.get(field.name, "")
+            page.append(f"| `{name}.{field.name}` | {kind(hints[field.name])} | {default} | {meaning} |")
+        page.append("")
+    return "\n".join(page)
+
+
+def _definition(section: type) -> ast.ClassDef:
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    return definition
+
+
+def _prose(docstring: str) -> str:
+    return " ".join(docstring.split()).replace("``", "`").replace("|", "\\|").replace("<", "\\<")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
