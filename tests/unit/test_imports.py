@@ -1,0 +1,178 @@
+"""The house rules that a machine can check: who imports whom, and how long a file may be."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = "moh_megatron"
+
+# An area may import itself and these. An arrow that is used no more is taken out here, too.
+ARROWS = {
+    "config": set(),
+    "cli": {"config"},
+    "parallel": set(),
+    "monitor": set(),
+    "data": {"config"},
+    "moh": {"config", "parallel"},
+    "model": {"config", "moh", "parallel"},
+    "checkpoint": {"config", "data", "model", "moh"},
+    "train": {"checkpoint", "cli", "config", "data", "model", "monitor", "parallel"},
+}
+
+# A library stays where it is wrapped: files or folders below moh_megatron/.
+LIBRARIES = {
+    "deepspeed": {"train/engine.py"},
+    "megatron": {
+        "moh/attention.py",
+        "moh/router.py",
+        "model",
+        "parallel",
+        "data/dataset.py",
+        "data/ngrams.py",
+        "data/prepare.py",
+        "checkpoint/native.py",
+        "checkpoint/save.py",
+        "train/engine.py",
+        "train/loop.py",
+        "train/setup.py",
+        "train/validation.py",
+    },
+    "transformers": {"checkpoint/hf.py", "checkpoint/text.py", "checkpoint/hf_model"},
+    "tokenizers": {"checkpoint/hf.py", "data/sentencepiece_bpe.py", "data/tokenizer.py"},
+    "sentencepiece": {"data/sentencepiece_bpe.py"},
+    "safetensors": {"checkpoint"},
+    "tensorboard": {"monitor/board.py"},
+    "pydantic": {"config", "data/manifest.py"},
+    "yaml": {"config/core_yaml.py"},
+}
+# Where Megatron-core may be used for nothing but the groups and random states it holds.
+ONLY_ITS_STATE = {"train", "checkpoint"}
+STATE_OF_MEGATRON = {"megatron.core.parallel_state", "megatron.core.tensor_parallel.random"}
+
+HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
+LONGEST_FILE, LONGEST_PIPELINE = 400, 100
+FOLDERS = (PACKAGE, "pipelines", "tools", "tests")
+SOURCES = [file for folder in FOLDERS for file in sorted((REPOSITORY / folder).rglob("*.py"))]
+MODULES = [file for file in SOURCES if file.is_relative_to(REPOSITORY / PACKAGE)]
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(REPOSITORY))
+
+
+def imports(file: Path, tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that the nodes below ``tree`` import; ``from a import b`` gives a.b."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (each.name for each in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                above = file.relative_to(REPOSITORY).parts[:-level] if level else ()
+                base = ".".join([*above, *([module] if module else [])])
+                yield from (f"{base}.{each.name}" for each in names)
+
+
+def all_imports(file: Path) -> set[str]:
+    return set(imports(file, ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def area(file: Path) -> str:
+    """config for moh_megatron/config/load.py, cli for moh_megatron/cli.py."""
+    return file.relative_to(REPOSITORY / PACKAGE).parts[0].removesuffix(".py")
+
+
+def library(imported: str) -> str:
+    return "tensorboard" if imported.startswith("torch.utils.tensorboard") else imported.split(".")[0]
+
+
+def test_no_arrow_between_areas_but_those_of_the_table():
+    found: dict[str, set[str]] = {name: set() for name in ARROWS}
+    for file in MODULES:
+        if file.parent == REPOSITORY / PACKAGE and file.name == "__init__.py":
+            assert not all_imports(file), "importing the package must load nothing"
+            continue
+        ours = {each.split(".")[1] for each in all_imports(file) if each.startswith(f"{PACKAGE}.")}
+        found.setdefault(area(file), set()).update(ours - {area(file)})
+    assert found == ARROWS
+
+
+def test_the_arrows_form_no_circle():
+    TopologicalSorter(ARROWS).prepare()
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARIES))
+def test_a_library_is_imported_only_where_it_is_wrapped(name):
+    users = {
+        file.relative_to(REPOSITORY / PACKAGE)
+        for file in MODULES
+        if name in {library(imported) for imported in all_imports(file)}
+    }
+    homes = {Path(home) for home in LIBRARIES[name]}
+    assert [str(user) for user in users if not any(user.is_relative_to(home) for home in homes)] == []
+    assert [str(home) for home in homes if not any(user.is_relative_to(home) for user in users)] == [], "used no more"
+
+
+@pytest.mark.parametrize("folder", sorted(ONLY_ITS_STATE))
+def test_training_and_checkpoints_take_only_groups_and_random_states_from_megatron(folder):
+    for file in (REPOSITORY / PACKAGE / folder).rglob("*.py"):
+        taken = {each for each in all_imports(file) if library(each) == "megatron"}
+        allowed = {each for each in taken if any(f"{each}.".startswith(f"{state}.") for state in STATE_OF_MEGATRON)}
+        assert taken == allowed, name_of(file)
+
+
+def test_configuration_needs_neither_torch_nor_another_area():
+    files = [*(REPOSITORY / PACKAGE / "config").glob("*.py")]
+    assert {library(each) for file in files for each in all_imports(file)}.isdisjoint(HEAVY)
+
+
+def test_the_exported_model_code_stands_alone():
+    folder = REPOSITORY / PACKAGE / "checkpoint" / "hf_model"
+    own = ".".join(folder.relative_to(REPOSITORY).parts)
+    outside = {each for file in folder.glob("*.py") for each in all_imports(file) if not each.startswith(f"{own}.")}
+    assert not {each for each in outside if each.startswith(PACKAGE)}
+    assert HEAVY & {library(each) for each in outside} == {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("file", [file for file in SOURCES if "tests" not in file.parts], ids=name_of)
+def test_nothing_imports_scripts_or_tests(file):
+    assert {library(each) for each in all_imports(file)}.isdisjoint({"pipelines", "tools", "slurm", "tests", "support"})
+
+
+def module_file(dotted: str) -> Path | None:
+    """The file of a module of ours, None for a name inside one."""
+    path = REPOSITORY.joinpath(*dotted.split("."))
+    return next((each for each in (path / "__init__.py", path.with_suffix(".py")) if each.is_file()), None)
+
+
+def imported_at_once(file: Path, seen: set[Path]) -> Iterator[str]:
+    """What importing ``file`` imports right away, through modules of ours; functions' own imports come later."""
+    if file in seen:
+        return
+    seen.add(file)
+    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            continue
+        for imported in imports(file, statement):
+            yield imported
+            for prefix in accumulate(imported.split("."), "{}.{}".format):
+                if prefix.startswith(PACKAGE) and (module := module_file(prefix)):
+                    yield from imported_at_once(module, seen)
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "pipelines").glob("*.py")), ids=name_of)
+def test_a_script_reads_its_arguments_before_anything_slow_is_loaded(script):
+    assert {library(each) for each in imported_at_once(script, set())}.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_no_file_is_long_or_left_unfinished(file):
+    text = file.read_text(encoding="utf-8")
+    longest = LONGEST_PIPELINE if file.parent.name == "pipelines" else LONGEST_FILE
+    assert len(text.splitlines()) <= longest
+    assert re.findall(r"\b(?:TO" r"DO|FIX" r"ME|NotImplemented" r"Error)\b", text) == []
