@@ -63,7 +63,7 @@ class MetricsAccumulator:
         ``losses``: one scalar a micro-batch. ``routers`` [L, N + 1]: of each MoH layer the tokens that used each head
         and the mean balance loss.
         """
-        lm_loss = torch.stack(losses).mean().double()
+        lm_loss = torch.stack(losses).double().mean()
         balance = lm_loss.new_zeros(()) if routers is None else routers[:, -1].mean()
         self._pending.append(_Pending(step, lr, torch.stack([lm_loss, balance]), grad_norm))
         if routers is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,13 +59,15 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # Torch takes these two as well, which would end a run under nohup when its terminal closes.
     untouched = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
-    context = start_processes(
-        name="pretrain",
-        entrypoint=sys.executable,
-        args=dict.fromkeys(range(ranks), (script, *arguments)),
-        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
+    # Torch wants a folder of logs, and would leave it behind; the ranks write to this process's streams instead.
+    with tempfile.TemporaryDirectory() as unused:
+        context = start_processes(
+            name="pretrain",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(ranks), (script, *arguments)),
+            envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
+            logs_specs=DefaultLogsSpecs(unused),
+        )
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
@@ -84,7 +87,6 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
         codes = {rank: process.poll() for rank, process in processes.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
         if len(ended) == ranks:
-            context.close()
             return ended
         if deadline == float("inf") and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
             deadline = time.monotonic() + _GRACE_SECONDS

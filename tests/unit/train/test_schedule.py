@@ -1,6 +1,7 @@
 """Learning-rate shapes, by their values at the corners and against closed forms between them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -101,8 +102,8 @@ def test_rises_to_the_peak_then_never_rises_and_stays_between_its_ends(shape, to
     )
     slack = 1e-12
     assert rates[warmup] == pytest.approx(1.0)
-    assert all(a <= b + slack for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))
-    assert all(a + slack >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a <= b + slack for a, b in pairwise(rates[: warmup + 1]))
+    assert all(a + slack >= b for a, b in pairwise(rates[warmup:]))
     assert min(rates[:warmup], default=1.0) >= start - slack
     assert min(rates[warmup:]) >= min(final, 1.0) - slack
     if warmup < total - 1 and shape != "constant":

@@ -1,0 +1,128 @@
+"""metrics.jsonl over several lives of a run, and files written whole or not at all."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moh_megatron.monitor.records import StepRecords, last_step, write_exit, write_json
+
+
+def record(step, life=1):
+    return {"step": step, "loss": step / 8, "life": life}
+
+
+def live(path, start, end, life=1):
+    """One life of a run: steps start + 1 to end."""
+    records = StepRecords(path, start)
+    records.write(record(step, life) for step in range(start + 1, end + 1))
+    records.close()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_new_file_gets_one_line_a_step(tmp_path):
+    live(tmp_path / "metrics.jsonl", 0, 3)
+    assert read(tmp_path / "metrics.jsonl") == [record(1), record(2), record(3)]
+
+
+def test_lines_can_be_read_before_the_file_is_closed(tmp_path):
+    records = StepRecords(tmp_path / "metrics.jsonl", 0)
+    records.write([record(1)])
+    assert read(tmp_path / "metrics.jsonl") == [record(1)]
+    records.close()
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5])
+def test_what_lies_after_the_start_is_cut(tmp_path, start):
+    path = tmp_path / "metrics.jsonl"
+    live(path, 0, 5)
+    live(path, start, 6, life=2)
+    assert read(path) == [record(step) for step in range(1, start + 1)] + [record(s, 2) for s in range(start + 1, 7)]
+
+
+@given(cut=st.integers(0, 200), start=st.integers(0, 5))
+def test_a_file_torn_anywhere_keeps_whole_lines_only(tmp_path_factory, cut, start):
+    path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
+    live(path, 0, 5)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    survived = min(whole[:cut].count(b"\n"), start)
+    assert last_step(path) == (whole[:cut].count(b"\n") or None)
+    live(path, start, 6, life=2)
+    assert read(path) == [record(step) for step in range(1, survived + 1)] + [record(s, 2) for s in range(start + 1, 7)]
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 40, b"\xff\xfe\n", b'{"step": 4, "los\n'])
+def test_what_a_crash_left_is_dropped_with_all_behind_it(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    live(path, 0, 3)
+    path.write_bytes(path.read_bytes() + garbage + b'{"step": 5}\n')
+    assert last_step(path) == 3
+    live(path, 3, 4, life=2)
+    assert read(path) == [record(1), record(2), record(3), record(4, 2)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
+def test_any_history_of_restarts_ends_with_one_line_a_step_in_order(tmp_path_factory, lives):
+    path = tmp_path_factory.mktemp("lives") / "metrics.jsonl"
+    reached = 0
+    for life, (back, further) in enumerate(lives):
+        start = max(0, reached - back)
+        live(path, start, start + further, life)
+        reached = start + further
+    live(path, reached, 30, life=99)
+    assert [line["step"] for line in read(path)] == list(range(1, 31))
+
+
+def test_restarting_leaves_no_other_file(tmp_path):
+    live(tmp_path / "metrics.jsonl", 0, 3)
+    live(tmp_path / "metrics.jsonl", 2, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_last_step_of_nothing_is_none(tmp_path):
+    assert last_step(tmp_path / "metrics.jsonl") is None
+    (tmp_path / "metrics.jsonl").touch()
+    assert last_step(tmp_path / "metrics.jsonl") is None
+
+
+def test_write_json_replaces_makes_folders_and_keeps_letters(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_json(path, {"text": "alt"})
+    write_json(path, {"text": "naïve — 漢字", "n": 1.5})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "naïve — 漢字", "n": 1.5}
+    assert "漢字" in path.read_text(encoding="utf-8")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_json_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    write_json(path, {"n": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"n": object()})
+
+    def refuse(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"n": 2})
+    assert json.loads(path.read_text()) == {"n": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", [7, None])
+def test_write_exit(tmp_path, step):
+    write_exit(tmp_path / "run", 75, "received SIGUSR1: saved", step)
+    content = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert content == {"code": 75, "reason": "received SIGUSR1: saved", "step": step}
+
+
+def test_write_exit_never_hides_the_error_it_reports(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    write_exit(tmp_path / "run", 1, "the real reason", None)
+    assert (tmp_path / "run").read_text() == "a file where the folder should be"
