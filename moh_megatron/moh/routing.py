@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 
 def token_mean(values: Tensor) -> Tensor:
     """[..., E] -> [E]: the mean over all tokens at hand."""
-    return values.flatten(0, -2).mean(0)
+    return values.reshape(-1, values.shape[-1]).mean(0)
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""Placement of heads: a permutation whose every contiguous run is a fair sample."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moh_megatron.moh.layout import HeadLayout
+
+PLACEMENTS = ["interleaved", "contiguous"]
+shapes = st.tuples(st.integers(1, 48), st.integers(1, 4)).map(lambda pair: (pair[0] * pair[1], pair[0]))
+
+
+@given(shapes, st.sampled_from(PLACEMENTS))
+def test_orders_are_permutations_that_keep_groups_together(shape, placement):
+    heads, groups = shape
+    layout = HeadLayout(heads, groups, placement)
+    width = heads // groups
+    assert sorted(layout.group_order) == list(range(groups))
+    assert sorted(layout.head_order) == list(range(heads))
+    assert [head // width for head in layout.head_order[::width]] == list(layout.group_order)
+    for start in range(0, heads, width):
+        first = layout.head_order[start]
+        assert layout.head_order[start : start + width] == tuple(range(first, first + width))
+
+
+@given(shapes, st.sampled_from(PLACEMENTS), st.data())
+def test_ranks_share_out_all_heads_in_physical_order(shape, placement, data):
+    heads, groups = shape
+    size = data.draw(st.sampled_from([size for size in range(1, groups + 1) if groups % size == 0]))
+    layout = HeadLayout(heads, groups, placement)
+    shares = [layout.local_heads(rank, size) for rank in range(size)]
+    assert {len(share) for share in shares} == {heads // size}
+    assert tuple(head for share in shares for head in share) == layout.head_order
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 32, 64])
+def test_every_tensor_parallel_rank_gets_its_share_of_the_first_groups(groups):
+    layout = HeadLayout(2 * groups, groups)
+    size = 1
+    while size <= groups:
+        for shared_groups in range(groups + 1):
+            shares = [sum(head < 2 * shared_groups for head in layout.local_heads(rank, size)) for rank in range(size)]
+            assert max(shares) - min(shares) <= 2  # one group of two heads
+            if shared_groups % size == 0:
+                assert set(shares) == {2 * shared_groups // size}
+        size *= 2
+
+
+@pytest.mark.parametrize(("groups", "size"), [(6, 2), (12, 2), (12, 4), (10, 2), (20, 4), (9, 3)])
+def test_leading_prime_factors_are_fair_too(groups, size):
+    layout = HeadLayout(groups, groups)
+    for shared in range(groups + 1):
+        shares = [sum(head < shared for head in layout.local_heads(rank, size)) for rank in range(size)]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_known_orders():
+    assert HeadLayout(8, 8).group_order == (0, 4, 2, 6, 1, 5, 3, 7)
+    assert HeadLayout(8, 4).head_order == (0, 1, 4, 5, 2, 3, 6, 7)
+    assert HeadLayout(6, 6).group_order == (0, 2, 4, 1, 3, 5)
+    assert HeadLayout(5, 5).group_order == (0, 1, 2, 3, 4)
+
+
+def test_contiguous_placement_changes_nothing():
+    layout = HeadLayout(8, 4, "contiguous")
+    assert layout.head_order == tuple(range(8))
+    assert layout.local_heads(1, 2) == (4, 5, 6, 7)
+
+
+def test_what_cannot_be_placed():
+    with pytest.raises(ValueError, match=r"^groups must divide heads \(8\)\. Got 3\.$"):
+        HeadLayout(8, 3)
+    with pytest.raises(ValueError, match=r"^world_size must divide groups \(4\)\. Got 8\.$"):
+        HeadLayout(8, 4).local_heads(0, 8)
