@@ -35,6 +35,9 @@ class MoHSelfAttention(SelfAttention):
             beta / layers / gradient accumulation steps.
     """
 
+    local_heads: Tensor
+    """[n] logical heads of this rank, in their local order."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -50,7 +53,8 @@ class MoHSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         layout = HeadLayout(heads, groups, moh.head_layout)
-        self.local_heads = list(layout.local_heads(self.tp_group.rank(), self.tp_group.size()))
+        local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
+        self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
         self.balance_weight = balance_weight
         self.statistics = HeadStatistics(heads)
         if moh.router == "learned":
@@ -83,7 +87,7 @@ class MoHSelfAttention(SelfAttention):
         # Full recomputation runs the layer twice, the first time without gradients: count it once.
         if self.training and torch.is_grad_enabled():
             self.statistics.record(routing)
-        gates_SBn, active_SBn = routing.gates[..., self.local_heads], routing.active[..., self.local_heads]
+        gates_SBn, active_SBn = (x.index_select(-1, self.local_heads) for x in (routing.gates, routing.active))
 
         if rotary_pos_emb is not None:
             q_freqs, k_freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2

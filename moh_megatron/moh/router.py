@@ -77,16 +77,19 @@ class LearnedRouter(nn.Module):
 class QueryNormRouter(nn.Module):
     """Parameter-free routing; each rank knows its own heads' norms, and gathers the others'."""
 
+    physical_of_logical: Tensor
+
     def __init__(self, moh: MoHConfig, *, layout: HeadLayout, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.moh, self.group = moh, group
-        self.physical_of_logical = sorted(range(layout.heads), key=layout.head_order.__getitem__)
+        order = sorted(range(layout.heads), key=layout.head_order.__getitem__)
+        self.register_buffer("physical_of_logical", torch.tensor(order), persistent=False)
 
     def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
         norms = gather_from_tensor_model_parallel_region(query_norms(q), group=self.group)
         gates, active, balance = norm_routing(
-            norms[..., self.physical_of_logical],
+            norms.index_select(-1, self.physical_of_logical),
             shared_heads=self.moh.shared_heads or 0,
             top_k=(self.moh.active_heads or 0) - (self.moh.shared_heads or 0),
             balance=self.moh.balance_loss,

@@ -53,6 +53,8 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
+        # Megatron-core overlaps tensor-parallel communication correctly only with one queue.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         PARENT_VARIABLE: str(os.getpid()),
     }
     # Held back until each rank has its own handlers: a signal during start-up must not kill what could stop in order.

@@ -60,7 +60,7 @@ def hash_of(data: Manifest) -> str:
 
 def _agreed_checkpoint(config: Config, world: World) -> Path | None:
     """The first rank looks (it reads every byte), the others follow; a mistake it finds is raised on every rank."""
-    found: list[Path | None | Exception] = [None]
+    found: list[Path | Exception | None] = [None]
     if world.rank == 0:
         try:
             found[0] = newest_good(config, report=print)

@@ -1,0 +1,161 @@
+"""The model against its own description: parameter counts, initialisation, norms, generation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from moh_megatron.config.count import parameter_count
+from moh_megatron.config.load import config_from_mapping, load_config
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import build_model, moh_layers, token_losses, transformer_config
+from moh_megatron.model.generation import continue_text, sample_token
+from moh_megatron.model.norm import RMSNorm
+from moh_megatron.parallel import groups
+from moh_megatron.train.engine import adamw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A world of one rank for this module."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups.initialize(tensor_parallel=1, seed=1)
+    yield
+    groups.destroy()
+
+
+def config(model: dict[str, Any] | None = None, moh: dict[str, Any] | None = None) -> Config:
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "vocab_size": 128}
+    return config_from_mapping(
+        {
+            "run": {"dir": "unused"},
+            "model": {**sizes, **(model or {})},
+            "moh": {"shared_heads": 2, "active_heads": 4, **(moh or {})},
+            "train": {"sequence_length": 16, "total_tokens": 64, "global_batch_size": 1, "precision": "fp32"},
+            "optimizer": {"learning_rate": 1e-3},
+        },
+        "test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "moh"),
+    [
+        ({}, {}),
+        ({"num_query_groups": 2}, {}),
+        ({"tie_word_embeddings": True}, {"shared_heads": 1}),
+        ({"kv_channels": 32}, {"shared_heads": 0}),
+        ({}, {"router": "query_norm"}),
+        ({}, {"enabled": False}),
+        ({}, {"shared_heads": 8, "active_heads": 8}),
+    ],
+)
+def test_parameters_are_as_many_as_counted(model: dict[str, Any], moh: dict[str, Any]) -> None:
+    made = config(model, moh)
+    built = build_model(made)
+    assert sum(p.numel() for p in built.parameters()) == parameter_count(made.model, made.moh).total
+    assert token_losses(built, torch.randint(0, 128, (2, 17))).shape == (2, 16)
+
+
+def test_dense_twin_has_the_same_shapes() -> None:
+    shapes = {name: p.shape for name, p in build_model(config()).named_parameters() if ".router." not in name}
+    twin = {name: p.shape for name, p in build_model(config(moh={"enabled": False})).named_parameters()}
+    assert shapes == twin
+
+
+def test_all_heads_active_and_no_preference_is_nearly_dense() -> None:
+    everything = config(moh={"shared_heads": 0, "active_heads": 8})
+    sparse, dense = build_model(everything), build_model(config(moh={"enabled": False}))
+    with torch.no_grad():
+        for layer in moh_layers(sparse):
+            assert layer.router.w_routed is not None
+            layer.router.w_routed.zero_()
+        mine = dict(sparse.named_parameters())
+        for name, p in dense.named_parameters():
+            p.copy_(mine[name])
+        tokens = torch.randint(0, 128, (2, 17))
+        torch.testing.assert_close(token_losses(sparse, tokens), token_losses(dense, tokens), rtol=1e-6, atol=1e-6)
+
+
+def test_initialisation_follows_its_keys() -> None:
+    wide = {"hidden_size": 256, "ffn_hidden_size": 512, "init_method_std": 0.05}
+    scaled = dict(build_model(config(wide, {"router_init_std": 0.3})).named_parameters())
+    plain = dict(build_model(config({**wide, "scaled_residual_init": False})).named_parameters())
+    projection = "decoder.layers.0.self_attention.linear_proj.weight"
+    assert float(scaled[projection].std()) == pytest.approx(0.05 / (2 * 2) ** 0.5, rel=0.05)
+    assert float(plain[projection].std()) == pytest.approx(0.05, rel=0.05)
+    assert float(scaled["decoder.layers.0.self_attention.linear_qkv.weight"].std()) == pytest.approx(0.05, rel=0.05)
+    assert float(scaled["decoder.layers.0.self_attention.router.w_routed"].std()) == pytest.approx(0.3, rel=0.1)
+    assert float(plain["decoder.layers.0.self_attention.router.w_routed"].std()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_same_seed_same_model() -> None:
+    def draw() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        return list(build_model(config()).parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(), draw(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_llamas(dtype: torch.dtype) -> None:
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    made = config()
+    made = dataclasses.replace(made, train=dataclasses.replace(made.train, precision=precision))
+    ours, theirs = RMSNorm(transformer_config(made), 64, eps=1e-5), LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    weight, x = torch.randn(64).to(dtype), torch.randn(7, 64).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(weight)
+        theirs.weight.copy_(weight)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_weight_decay_spares_norms() -> None:
+    model = build_model(config())
+    optimizer = adamw(model, config())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.0 if "layernorm" in name else 0.1), name
+
+
+def test_sampling() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 5.0, 1.0, 4.0])
+    assert sample_token(logits, 0, None, generator) == 1
+    drawn = {sample_token(logits, 2.0, 2, generator) for _ in range(200)}
+    assert drawn == {1, 3}
+    assert {sample_token(logits, 50.0, None, generator) for _ in range(200)} == {0, 1, 2, 3}
+
+
+def test_generation_is_deterministic_and_stays_in_its_context() -> None:
+    model = build_model(config()).eval()
+
+    def write(context: int) -> list[int]:
+        return continue_text(
+            model,
+            [1, 2, 3],
+            max_new_tokens=20,
+            temperature=1.0,
+            top_k=None,
+            stop_token=127,
+            context=context,
+            seed=4,
+            device=torch.device("cpu"),
+        )
+
+    assert write(16) == write(16)
+    assert len(write(4)) <= 20
+
+
+def test_shipped_small_models_are_what_the_paper_counts() -> None:
+    for name, expected in (("llm_s_dense", 185_617_152), ("llm_s_moh75", 185_617_152 + 129_024)):
+        shipped = load_config(f"configs/pretrain/{name}.yaml")
+        assert parameter_count(shipped.model, shipped.moh).total == expected
+    assert parallel_state.get_tensor_model_parallel_world_size() == 1
