@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from moh_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -15,6 +16,10 @@ from moh_megatron.checkpoint.manifest import (
 )
 from moh_megatron.config.load import config_from_mapping, dump_config
 from moh_megatron.config.schema import Config
+
+# A busy machine is no reason to fail.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 _TINY = {
     "run": {"dir": "runs/x"},

@@ -41,7 +41,8 @@ def test_output_and_every_gradient_of_the_whole_layer(dit):
     gates = attach_loss(routing.gates, routing.balance_loss, 0.01)
     batch, length, dim = x.shape
     qkv = F.linear(x, leaves["qkv.weight"], leaves["qkv.bias"]).view(batch, length, 3, 8, dim // 8)
-    heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     out = F.linear((heads * gates.unsqueeze(-1)).flatten(2), leaves["proj.weight"], leaves["proj.bias"])
     assert_close(out, dit["out"], rtol=1e-4, atol=1e-5)
     (out * dit["grad_probe"]).sum().backward()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -158,9 +158,10 @@ def test_one_shared_head_is_weighed_by_alpha_alone():
     assert w_alpha is not None
     x = tokens(6)
     alpha = (x @ w_alpha.T).softmax(-1)
-    for gating, factor in (("normalized", 2.0), ("paper", 1.0)):
-        routing = learned_routing(x, None, w_routed, w_alpha, top_k=2, gating=gating)
-        assert_close(routing.gates[:, 0], factor * alpha[:, 0])
+    official = learned_routing(x, None, w_routed, w_alpha, top_k=2, gating="normalized")
+    assert_close(official.gates[:, 0], 2 * alpha[:, 0])
+    paper = learned_routing(x, None, w_routed, w_alpha, top_k=2, gating="paper")
+    assert_close(paper.gates[:, 0], alpha[:, 0])
 
 
 def test_without_routed_heads_the_shared_ones_are_all():
@@ -238,7 +239,6 @@ def test_weights_that_fit_no_reading():
 # --- ties ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.data())
 def test_ties_go_to_the_lower_index(scores, data):
     top_k = data.draw(st.integers(1, len(scores)))

@@ -1,0 +1,114 @@
+"""How a rank ends: its exit code and what it leaves in exit.json, with a stub in place of training."""
+
+import errno
+import json
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.train.rank import run_rank
+from moh_megatron.train.signals import StopRequest
+from moh_megatron.train.world import World
+
+
+class Left(BaseException):
+    """Stands for os._exit."""
+
+
+@pytest.fixture
+def end(tiny, tmp_path, monkeypatch):
+    """end(outcome or exception, rank=0): run a rank that ends so; returns its code and exit.json."""
+    config = tiny({"run.dir": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run" / "exit.json"
+    record.write_text('{"code": 75, "reason": "of an earlier life"}')
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.delenv("MOH_LAUNCHER_PID", raising=False)
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def end(how, rank=0):
+        def train(config, world, stop):
+            if isinstance(how, Exception):
+                raise how
+            return how
+
+        loop, groups = ModuleType("loop"), ModuleType("groups")
+        loop.train, groups.destroy = train, lambda: None  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "moh_megatron.train.loop", loop)
+        monkeypatch.setitem(sys.modules, "moh_megatron.parallel.groups", groups)
+        monkeypatch.setattr("moh_megatron.parallel.groups", groups, raising=False)
+        try:
+            code = run_rank(config, World(rank, 2, rank), StopRequest())
+        except Left as left:
+            code = left.args[0]
+        return code, json.loads(record.read_text()) if record.exists() else None
+
+    return end
+
+
+@pytest.mark.parametrize(("code", "reason"), [(0, "finished"), (75, "received SIGUSR1: saved")])
+def test_an_orderly_end(end, code, reason):
+    assert end(SimpleNamespace(code=code, reason=reason, step=9)) == (code, {"code": code, "reason": reason, "step": 9})
+
+
+def test_the_users_mistake(end, capfd):
+    assert end(UserError("not so")) == (2, {"code": 2, "reason": "not so", "step": 2})
+    assert capfd.readouterr().err == "error: not so\n"
+
+
+def test_a_fault(end, capfd):
+    assert end(Fault("disk full")) == (1, {"code": 1, "reason": "disk full", "step": 2})
+    assert capfd.readouterr().err == "error: disk full\n"
+
+
+def test_a_bug_shows_where(end, capfd):
+    assert end(KeyError("what")) == (1, {"code": 1, "reason": "'what'", "step": 2})
+    assert "in train" in capfd.readouterr().err
+
+
+def test_only_the_first_rank_writes(end):
+    code, record = end(UserError("not so"), rank=1)
+    assert code == 2
+    assert record is not None
+    assert record["reason"] == "of an earlier life"
+
+
+LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+
+def test_a_lost_peer_is_told_without_a_traceback(end, capfd):
+    reason = "rank 0 lost contact with another rank, whose message says why."
+    assert end(LOST) == (1, {"code": 1, "reason": reason, "step": 2})
+    assert capfd.readouterr().err == f"error: {reason}\n"
+
+
+def test_our_launcher_reports_on_a_lost_peer_itself(end, monkeypatch):
+    monkeypatch.setenv("MOH_LAUNCHER_PID", "1")
+    assert end(LOST) == (1, None)
+
+
+def test_a_path_with_gloo_in_it_is_no_lost_peer(end, capfd):
+    assert end(OSError(errno.ENOSPC, "No space left on device", "/data/igloo/x"))[0] == 1
+    assert "/data/igloo/x: No space left on device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({}, World(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(5, 8, 1)),
+    ],
+)
+def test_world_from_environment(monkeypatch, environment, world):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == world

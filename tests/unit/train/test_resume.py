@@ -1,0 +1,203 @@
+"""Where a run starts, and what keeps it from going on."""
+
+import re
+
+import pytest
+
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+
+DATA = "d" * 64
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    """config({...}): a small configuration of the run folder tmp_path/run."""
+    return lambda changes=None: tiny({"run.dir": str(tmp_path / "run"), **(changes or {})})
+
+
+@pytest.fixture
+def checkpoint(config, fake_checkpoint, tmp_path):
+    """checkpoint(step, changes): a complete checkpoint of the run."""
+
+    def checkpoint(step=5, changes=None):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        return fake_checkpoint(folder, config(changes), step=step, data=DATA)
+
+    return checkpoint
+
+
+def silent(message):
+    raise AssertionError(message)
+
+
+# --- newest_good ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_checkpoints_starts_anew(config, tmp_path):
+    assert newest_good(config(), silent) is None
+    (tmp_path / "run" / "checkpoints" / ".partial_step_00000005").mkdir(parents=True)
+    assert newest_good(config(), silent) is None
+    assert newest_good(config({"train.resume": "never"}), silent) is None
+
+
+def test_the_newest_checkpoint_is_taken(config, checkpoint):
+    checkpoint(5)
+    newest = checkpoint(10)
+    assert newest_good(config(), silent) == newest
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_warning(config, checkpoint):
+    good, damaged = checkpoint(5), checkpoint(10)
+    (damaged / "engine" / "state.pt").unlink()
+    reports = []
+    assert newest_good(config(), reports.append) == good
+    assert reports == [f"warning: {damaged} is passed over: engine/state.pt is missing"]
+
+
+def test_never_refuses_a_run_folder_that_holds_checkpoints(config, checkpoint, tmp_path):
+    checkpoint(5)
+    checkpoint(10)
+    message = (
+        f"{tmp_path}/run/checkpoints already holds checkpoints and train.resume is never. "
+        "Set run.dir to a new folder, or train.resume=auto to go on from step_00000010."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        newest_good(config({"train.resume": "never"}), silent)
+
+
+def test_every_checkpoint_damaged_is_a_fault_not_a_new_start(config, checkpoint, tmp_path):
+    for step in (5, 10):
+        (checkpoint(step) / "manifest.json").unlink()
+    reports = []
+    with pytest.raises(Fault, match=f"^every checkpoint in {tmp_path}/run/checkpoints is damaged"):
+        newest_good(config(), reports.append)
+    assert len(reports) == 2
+
+
+# --- check_same_run ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_goes_on(config, checkpoint):
+    assert check_same_run(checkpoint(5), config(), 1, DATA).step == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "there", "here"),
+    [
+        ("model.num_layers", 2, 3),
+        ("model.norm_epsilon", 1e-05, 1e-06),
+        ("moh.active_heads", 4, 5),
+        ("moh.balance_coefficient", 0.01, 0.02),
+        ("moh.gating", "normalized", "paper"),
+        ("run.seed", 1234, 1),
+        ("train.sequence_length", 16, 32),
+        ("train.global_batch_size", 4, 8),
+        ("train.micro_batch_size", 1, 2),
+        ("train.total_tokens", 6400, 12800),
+    ],
+)
+def test_another_value_is_refused_naming_both(config, checkpoint, key, there, here):
+    folder = checkpoint(5)
+    with pytest.raises(UserError) as caught:
+        check_same_run(folder, config({key: here}), 1, DATA)
+    first, *differences, remedy = str(caught.value).splitlines()
+    assert first == f"{folder} was made with other values:"
+    assert differences == [f"  {key}: {there} there, {here} here"]
+    assert f"train.init_from={folder}" in remedy
+
+
+def test_another_precision_is_told_with_the_topology(config, checkpoint):
+    with pytest.raises(UserError, match=r"  train\.precision: fp32 there, bf16 here"):
+        check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "here"),
+    [
+        ({}, 2, "TP 1 x DP 2, ZeRO 1, fp32"),
+        ({"parallel.tensor": 2}, 2, "TP 2 x DP 1, ZeRO 1, fp32"),
+        ({"parallel.zero_stage": 2}, 1, "TP 1 x DP 1, ZeRO 2, fp32"),
+    ],
+)
+def test_another_parallelism_is_refused(config, checkpoint, changes, world_size, here):
+    message = f"  parallelism: TP 1 x DP 1, ZeRO 1, fp32 there, {here} here"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_same_run(checkpoint(5), config(changes), world_size, DATA)
+
+
+def test_another_dataset_is_refused(config, checkpoint):
+    with pytest.raises(UserError, match=f"  data: {'d' * 12} there, {'e' * 12} here"):
+        check_same_run(checkpoint(5), config(), 1, "e" * 64)
+
+
+def test_every_difference_is_told_at_once(config, checkpoint):
+    with pytest.raises(UserError) as caught:
+        check_same_run(checkpoint(5), config({"run.seed": 1, "moh.active_heads": 5}), 2, "e" * 64)
+    assert len(str(caught.value).splitlines()) == 1 + 4 + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.learning_rate": 2e-3},
+        {"checkpoint.interval": 7, "monitor.log_interval": 1},
+        {"train.eval_interval": 3, "generate.max_new_tokens": 2},
+    ],
+)
+def test_what_does_not_touch_model_or_data_may_change(config, checkpoint, changes):
+    assert check_same_run(checkpoint(5), config(changes), 1, DATA).step == 5
+
+
+# --- weights_to_start_from -----------------------------------------------------------------------------------------
+
+
+def test_no_other_weights(config):
+    assert weights_to_start_from(config()) is None
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step_00000005"])
+def test_weights_of_the_same_architecture(config, checkpoint, tmp_path, where):
+    folder = checkpoint(5)
+    changes = {"run.dir": "other", "run.seed": 9, "train.total_tokens": 64, "moh.active_heads": 6}
+    changes |= {"parallel.tensor": 2, "train.precision": "bf16", "train.init_from": str(tmp_path / "run" / where)}
+    assert weights_to_start_from(config(changes)) == folder
+
+
+@pytest.mark.parametrize(
+    ("key", "there", "here"),
+    [
+        ("model.num_layers", 2, 3),
+        ("model.hidden_size", 32, 64),
+        ("model.ffn_hidden_size", 48, 64),
+        ("model.num_query_groups", 4, 8),
+        ("model.vocab_size", 96, 128),
+        ("model.tie_word_embeddings", False, True),
+        ("moh.shared_heads", 2, 1),
+        ("moh.router", "learned", "query_norm"),
+        ("moh.head_layout", "interleaved", "contiguous"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(config, checkpoint, key, there, here):
+    folder = checkpoint(5)
+    with pytest.raises(UserError) as caught:
+        weights_to_start_from(config({"train.init_from": str(folder), key: here}))
+    assert str(caught.value).splitlines() == [
+        f"{folder} was made with other values:",
+        f"  {key}: {there} there, {here} here",
+        "train.init_from needs weights of the same architecture.",
+    ]
+
+
+def test_weights_from_nowhere(config, tmp_path):
+    with pytest.raises(UserError, match="absent: no such folder"):
+        weights_to_start_from(config({"train.init_from": str(tmp_path / "absent")}))
+
+
+def test_damaged_weights_are_refused(config, checkpoint):
+    folder = checkpoint(5)
+    (folder / "weights" / "tp_rank_00_of_01.safetensors").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"is not a complete checkpoint: weights/tp_rank_00_of_01\.safetensors has 0 bytes"
+    ):
+        weights_to_start_from(config({"train.init_from": str(folder)}))
