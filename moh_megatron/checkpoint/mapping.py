@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.errors import UserError
-from moh_megatron.config.schema import Config, ModelConfig, MoHConfig
+from moh_megatron.config.schema import Config, ModelConfig
 from moh_megatron.moh.layout import HeadLayout
 
 
@@ -34,20 +35,6 @@ class Rule:
     """Megatron-core -> Hugging Face, one tensor for each name in ``hf``."""
     join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
     """The inverse of ``split``."""
-
-
-def router_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
-    """Rows of each matrix [rows, D] of the learned router; those it does without are absent."""
-    if not moh.enabled or moh.router != "learned":
-        return {}
-    shared = moh.shared_heads or 0
-    routed = heads - shared
-    rows = {
-        "shared": shared if shared > 1 or not routed else 0,
-        "routed": routed,
-        "alpha": 2 if shared and routed else 0,
-    }
-    return {name: count for name, count in rows.items() if count}
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -98,9 +85,9 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
         split=lambda physical: (permute_columns(physical, groups, _inverse(order)),),
         join=lambda parts: permute_columns(parts[0], groups, order),
     )
-    for name, rows in router_rows(config.moh, heads).items():
-        router = f"{hf}.self_attn.router.{name}.weight"
-        yield Rule(f"{ours}.self_attention.router.w_{name}", (router,), (rows, hidden))
+    for name, rows in router_weight_rows(config.moh, heads).items():
+        router = f"{hf}.self_attn.router.{name.removeprefix('w_')}.weight"
+        yield Rule(f"{ours}.self_attention.router.{name}", (router,), (rows, hidden))
     yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
     yield Rule(
         f"{ours}.mlp.linear_fc1.weight",

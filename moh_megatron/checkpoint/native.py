@@ -16,9 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from moh_megatron.checkpoint import weights
@@ -27,18 +24,13 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
-CONFIG, ENGINE, RNG, TOKENIZER = "config.yaml", "engine", "rng", "tokenizer"
+CONFIG, ENGINE, TOKENIZER = "config.yaml", "engine", "tokenizer"
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 
 
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint of ``step``."""
     return f"step_{step:08d}"
-
-
-def random_states_file(checkpoint: Path) -> Path:
-    """Where this rank's random states are kept."""
-    return checkpoint / RNG / f"rank_{dist.get_rank():05d}.pt"
 
 
 def topology_of(config: Config, world_size: int) -> Topology:
@@ -117,12 +109,3 @@ def engine_folder(checkpoint: Path) -> Path:
 def tokenizer_folder(checkpoint: Path) -> Path:
     """The tokenizer a checkpoint was trained with."""
     return checkpoint / TOKENIZER
-
-
-def restore_random_states(checkpoint: Path) -> None:
-    """Give this rank the random states it had when ``checkpoint`` was written."""
-    states = torch.load(random_states_file(checkpoint), weights_only=True)
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])

@@ -11,12 +11,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import SafetensorError
 from torch import nn
 
-from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint import random_states, weights
 from moh_megatron.checkpoint.manifest import FileEntry, Manifest, hash_file, relative_files, write_manifest
 from moh_megatron.checkpoint.native import (
     CONFIG,
@@ -24,12 +22,12 @@ from moh_megatron.checkpoint.native import (
     TOKENIZER,
     checkpoint_name,
     complete_checkpoints,
-    random_states_file,
     topology_of,
 )
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
+from moh_megatron.parallel import groups
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
 _PARTIAL = ".partial_"
@@ -70,15 +68,15 @@ def save(root: Path, contents: Contents) -> Path:
         if first:
             for stale in root.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(stale)
-            random_states_file(partial).parent.mkdir(parents=True)
+            random_states.make_folder(partial)
             (partial / CONFIG).write_text(dump_config(contents.config), encoding="utf-8")
             contents.tokenizer.save(partial / TOKENIZER)
         dist.barrier()
         contents.save_engine(partial / ENGINE)
-        if parallel_state.get_data_parallel_rank() == 0:
-            rank = parallel_state.get_tensor_model_parallel_rank()
+        if groups.data_group().rank() == 0:
+            rank = groups.tensor_group().rank()
             weights.write_shard(partial, contents.model, rank, contents.config.parallel.tensor)
-        torch.save(_random_states(), random_states_file(partial))
+        random_states.write(partial)
         dist.barrier()
         files = _hash_together(partial)
         if first:
@@ -88,11 +86,16 @@ def save(root: Path, contents: Contents) -> Path:
             partial.rename(final)
         dist.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "gloo" in str(error) or isinstance(error, dist.DistError):
+        if not _is_the_disk(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise Fault(_cannot_write(root, contents.step, str(error))) from error
     return final
+
+
+def _is_the_disk(error: Exception) -> bool:
+    # torch.save reports a failed write as a RuntimeError of its zip writer.
+    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error) or "file write" in str(error)
 
 
 def _cannot_write(root: Path, step: int, reason: str) -> str:
@@ -141,11 +144,6 @@ def _hash_together(folder: Path) -> dict[str, FileEntry]:
     parts: list[dict[str, FileEntry]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
     return {name: entry for part in parts for name, entry in part.items()}
-
-
-def _random_states() -> dict[str, object]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "tracker": get_cuda_rng_tracker().get_states()}
 
 
 def prune(root: Path, keep_last: int) -> None:

@@ -21,7 +21,7 @@ def model_to_load(config: Config) -> Path:
     """generate.load, else the run's exported folder, else the run's newest checkpoint. Raises UserError."""
     if config.generate.load is not None:
         path = Path(config.generate.load)
-        return path if _is_exported(path) else native.resolve_checkpoint(path)
+        return path if _is_exported(path) else native.resolve_checkpoint(path, print)
     if _is_exported(hf_dir(config)):
         return hf_dir(config)
     if not Path(config.run.dir).is_dir():
@@ -29,7 +29,7 @@ def model_to_load(config: Config) -> Path:
             f"{config.run.dir}: no such run folder. Train first (pipelines/pretrain.py), or set generate.load to an "
             f"exported folder or a checkpoint."
         )
-    return native.resolve_checkpoint(config.run.dir)
+    return native.resolve_checkpoint(config.run.dir, print)
 
 
 def _is_exported(folder: Path) -> bool:
@@ -44,7 +44,7 @@ def open_model(path: Path, config: Config) -> Continue:
 def _open_exported(folder: Path, config: Config) -> Continue:
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     settings = config.generate
     sampling = {"do_sample": settings.temperature > 0}

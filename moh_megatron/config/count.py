@@ -27,8 +27,7 @@ def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
     swiglu = 3 * model.hidden_size * model.ffn_hidden_size
     norms = 2 * model.hidden_size
     layer = query_and_output + key_and_value + swiglu + norms
-    learned = moh.enabled and moh.router == "learned"
-    router_rows = sum(router_weight_rows(moh, model.num_attention_heads).values()) if learned else 0
+    router_rows = sum(router_weight_rows(moh, model.num_attention_heads).values())
     return ParameterCount(
         dense=embeddings + model.num_layers * layer + model.hidden_size,
         router=model.num_layers * model.hidden_size * router_rows,
@@ -36,10 +35,13 @@ def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
 
 
 def router_weight_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
-    """Output features of each weight of one layer's learned router (paper eq. 5-6); an absent weight is left out.
+    """Output features of each weight of one layer's learned router (paper eq. 5-6); an absent weight is left out,
+    all of them where the router has none.
 
     One shared head beside routed ones has gate 1, and alpha weighs shared against routed: both go where they are idle.
     """
+    if not moh.enabled or moh.router != "learned":
+        return {}
     shared, routed = moh.shared_heads or 0, heads - (moh.shared_heads or 0)
     rows = {
         "w_shared": shared if shared > 1 or not routed else 0,

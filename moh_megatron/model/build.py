@@ -71,7 +71,7 @@ def _block_spec(config: Config, balance_weight: float) -> TransformerBlockSubmod
     if config.moh.enabled:
         attention.module = MoHSelfAttention
         attention.params = {**attention.params, "moh": config.moh, "balance_weight": balance_weight}
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
 
 
 def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
@@ -83,7 +83,7 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     moh, model = config.moh, config.model
     return GPTModel(
         config=transformer_config(config),
-        transformer_layer_spec=_block_spec(config, moh.balance_coefficient / model.num_layers / accumulation_steps),
+        transformer_layer_spec=_block_spec(config, moh.balance_coefficient / model.num_layers / accumulation_steps),  # pyright: ignore[reportArgumentType]
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
         share_embeddings_and_output_weights=model.tie_word_embeddings,

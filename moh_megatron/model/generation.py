@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from moh_megatron.model.build import position_ids
+from moh_megatron.parallel import groups
+from moh_megatron.parallel.gradients import gather_last_dimension
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
@@ -41,7 +41,7 @@ def continue_text(
     the same tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = groups.tensor_group()
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = tokens[-context:]
@@ -49,7 +49,7 @@ def continue_text(
         padding = -len(window) % group.size()
         ids = torch.tensor([window + [stop_token] * padding], device=device)
         last = model(ids, position_ids(ids), None)[:, len(window) - 1].contiguous()
-        logits = gather_from_tensor_model_parallel_region(last, group=group)[0]
+        logits = gather_last_dimension(last, group)[0]
         token = sample_token(logits, temperature, top_k, generator)
         if token == stop_token:
             break

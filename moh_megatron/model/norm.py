@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moh_megatron.parallel import groups
 from moh_megatron.parallel.gradients import sum_gradient
 
 
@@ -27,6 +27,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.sequence_parallel:
-            weight = sum_gradient(weight, parallel_state.get_tensor_model_parallel_group())
+            weight = sum_gradient(weight, groups.tensor_group())
         normalised = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normalised.to(x.dtype) * weight

@@ -5,7 +5,7 @@ Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -82,7 +82,8 @@ class MoHSelfAttention(SelfAttention):
 
         Attention is causal; ``attention_mask`` is accepted for Megatron-core's sake and not read.
         """
-        q_SBnH, k_SBgH, v_SBgH = self.get_query_key_value_tensors(hidden_states)
+        projected = self.get_query_key_value_tensors(hidden_states)
+        q_SBnH, k_SBgH, v_SBgH = cast(tuple[Tensor, Tensor, Tensor], projected)
         routing = self.router(hidden_states, q_SBnH, self.balance_weight)
         # Full recomputation runs the layer twice, the first time without gradients: count it once.
         if self.training and torch.is_grad_enabled():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from moh_megatron.config.count import router_weight_rows
@@ -16,7 +15,7 @@ from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.losses import attach_loss
 from moh_megatron.moh.routing import Routing, learned_routing, norm_routing, query_norms, token_mean
-from moh_megatron.parallel.gradients import gather_sequence, mean_over_ranks, sum_gradient
+from moh_megatron.parallel.gradients import gather_last_dimension, gather_sequence, mean_over_ranks, sum_gradient
 
 
 class LearnedRouter(nn.Module):
@@ -87,7 +86,7 @@ class QueryNormRouter(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
-        norms = gather_from_tensor_model_parallel_region(query_norms(q), group=self.group)
+        norms = gather_last_dimension(query_norms(q), self.group)
         gates, active, balance = norm_routing(
             norms.index_select(-1, self.physical_of_logical),
             shared_heads=self.moh.shared_heads or 0,

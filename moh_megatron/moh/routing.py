@@ -36,7 +36,7 @@ def token_mean(values: Tensor) -> Tensor:
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
-    """True at the ``top_k`` largest of the last dimension; ties go to the lower index (torch.topk promises no order)."""
+    """True at the ``top_k`` largest of the last dimension; ties go to the lower index (torch.topk says no order)."""
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
@@ -104,6 +104,8 @@ def learned_routing(
 
 def routed_heads(heads: int, shared_heads: int | Sequence[int]) -> list[int]:
     """The heads that are not shared; ``shared_heads`` is a count (the first n) or a list of head indices."""
+    if isinstance(shared_heads, int) and not 0 <= shared_heads <= heads:
+        raise ValueError(f"shared_heads must be from 0 to the number of heads ({heads}). Got {shared_heads}.")
     shared = list(range(shared_heads)) if isinstance(shared_heads, int) else list(shared_heads)
     if len(set(shared)) != len(shared) or any(not 0 <= head < heads for head in shared):
         raise ValueError(f"shared_heads must be distinct heads below {heads}. Got {shared_heads}.")

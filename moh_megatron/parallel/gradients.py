@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -41,6 +44,11 @@ def sum_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-gather [S / TP, ...] -> [S, ...] forward, reduce-scatter backward (every rank uses the whole differently)."""
     return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=group)
+
+
+def gather_last_dimension(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-gather [..., n] -> [..., n * TP] in rank order; backward keeps this rank's part of a shared gradient."""
+    return gather_from_tensor_model_parallel_region(tensor, group=group)
 
 
 class _MeanOverRanks(torch.autograd.Function):

@@ -36,6 +36,21 @@ def initialize(tensor_parallel: int, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def tensor_group() -> dist.ProcessGroup:
+    """The ranks that share one replica of the model."""
+    return _a_group(parallel_state.get_tensor_model_parallel_group())
+
+
+def data_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of the model and see different data."""
+    return _a_group(parallel_state.get_data_parallel_group())
+
+
+def _a_group(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def destroy() -> None:
     """Forget the groups and leave torch.distributed."""
     parallel_state.destroy_model_parallel()

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from moh_megatron.config.schema import Config
 from moh_megatron.parallel import groups
+from moh_megatron.train.world import World
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -29,15 +29,22 @@ import deepspeed.ops
 _BUCKET_ELEMENTS = 200_000_000
 
 
-def initialize_distributed(local_rank: int) -> None:
+def initialize_distributed(world: World) -> None:
     """Join the process group of this run: NCCL on GPUs, gloo elsewhere."""
     deepspeed.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(world.local_rank)
     else:
         # Otherwise DeepSpeed compiles a shared-memory extension for minutes, under a lock a killed run leaves behind.
-        deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend=groups.backend(), auto_mpi_discovery=False, verbose=False)
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    deepspeed.init_distributed(
+        dist_backend=groups.backend(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        rank=world.rank,
+        world_size=world.size,
+    )
 
 
 def deepspeed_config(config: Config, data_parallel: int, accumulation_steps: int, parameters: int) -> dict[str, Any]:
@@ -84,9 +91,11 @@ class Engine:
         self._stage = config.parallel.zero_stage
         self._accumulation_steps = accumulation_steps
         count = sum(p.numel() for p in model.parameters())
-        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+        self._optimizer = adamw(model, config)
+        self._module = model
+        self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config),
+            optimizer=self._optimizer,
             mpu=groups.DeepSpeedMpu(),
             config=deepspeed_config(config, data_parallel, accumulation_steps, count),
         )
@@ -99,13 +108,12 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The Megatron-core model inside."""
-        return self._deepspeed.module
+        return self._module
 
     @property
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state this rank holds."""
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        state = (value for slots in inner.state.values() for value in slots.values())
+        state = (value for slots in self._optimizer.state.values() for value in slots.values())
         return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
 
     def backward(self, loss: Tensor) -> None:
@@ -126,14 +134,14 @@ class Engine:
 
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.
-        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        group = groups.tensor_group()
         squares = [
             p.grad.float().square().sum()
             for p in self.module.parameters()
-            if p.grad is not None and (first or getattr(p, "tensor_model_parallel", False))
+            if p.grad is not None and (group.rank() == 0 or getattr(p, "tensor_model_parallel", False))
         ]
         total = torch.stack(squares).sum()
-        dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(total, group=group)
         return total.sqrt()
 
     def save(self, folder: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from tqdm import tqdm
 
 from moh_megatron.checkpoint import save
@@ -24,6 +23,7 @@ from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
 from moh_megatron.monitor.records import StepRecords
+from moh_megatron.parallel import groups
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
 from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
@@ -61,7 +61,7 @@ class _Training:
         self.step = session.start_step
         self.seconds = 0.0
         self.layers = moh_layers(session.engine.module)
-        self.metrics = MetricsAccumulator(parallel_state.get_data_parallel_group(), config.train.tokens_per_step)
+        self.metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
         # NCCL would need a transfer to the device and back to agree on a flag.
         self.control_group = dist.new_group(backend="gloo")
         self.last: Interval | None = None
@@ -77,7 +77,8 @@ class _Training:
         (self.run_dir / ".config.yaml").replace(self.run_dir / "config.yaml")
         start = self.session.start_step
         self.records = StepRecords(self.run_dir / "metrics.jsonl", start)
-        self.validations = StepRecords(self.run_dir / "validation.jsonl", start)
+        # The checkpoint of a step is saved before its validation: what was cut short is done again.
+        self.validations = StepRecords(self.run_dir / "validation.jsonl", start - 1)
         if self.config.monitor.tensorboard:
             self.board = Board(self.run_dir / "tensorboard", start)
 
@@ -88,8 +89,8 @@ class _Training:
             self.session.train_dataset,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=groups.data_group().rank(),
+            data_parallel_size=groups.data_group().size(),
             start_step=self.step,
             end_step=self.steps,
         )
@@ -104,6 +105,9 @@ class _Training:
         self.metrics.restart_clock()
         started = time.monotonic()
         with bar:
+            if self.step and _due(self.step, train.eval_interval) and self.step < self.steps:
+                self._validate()
+                self.metrics.restart_clock()
             for micro_batches in batches:
                 self._train_step(micro_batches)
                 self.step += 1
@@ -171,7 +175,7 @@ class _Training:
             return
         session, engine, root = self.session, self.session.engine, checkpoint_dir(self.config)
         parameters = sum(p.numel() * p.element_size() for p in engine.module.parameters())
-        replica = parallel_state.get_data_parallel_rank() == 0
+        replica = groups.data_group().rank() == 0
         contents = save.Contents(
             config=self.config,
             step=self.step,
@@ -194,8 +198,8 @@ class _Training:
         batches = validation_batches(
             session.validation_dataset,
             micro_batch_size=self.config.train.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=groups.data_group().rank(),
+            data_parallel_size=groups.data_group().size(),
         )
         loss = validation_loss(module, batches, session.device)
         text = sample_text(module, self.config, session.tokenizer, session.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
@@ -27,10 +26,9 @@ def run_rank(config: Config, world: World, stop: StopRequest) -> int:
 
 
 def _train(config: Config, world: World, stop: StopRequest) -> int:
-    # Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     # Imported here: these take seconds, and the signal handlers must stand before.
     from moh_megatron.parallel import groups
+    from moh_megatron.parallel.failures import lost_a_peer
     from moh_megatron.train.loop import train
 
     run_dir = Path(config.run.dir)
@@ -40,7 +38,7 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         outcome = train(config, world, stop)
     except Exception as error:
         code = 2 if isinstance(error, UserError) else 1
-        lost = "gloo" in str(error) and not isinstance(error, UserError | Fault | OSError)
+        lost = lost_a_peer(error)
         if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
         # Of a lost peer our launcher knows more.

@@ -105,11 +105,11 @@ def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str)
     return manifest
 
 
-def weights_to_start_from(config: Config) -> Path | None:
-    """The checkpoint of train.init_from, checked to fit this model. Raises UserError."""
+def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint of train.init_from, checked to fit this model; ``report`` as above. Raises UserError."""
     if config.train.init_from is None:
         return None
-    checkpoint = resolve_checkpoint(config.train.init_from)
+    checkpoint = resolve_checkpoint(config.train.init_from, report)
     there, here = _values(read_config(checkpoint), _SAME_WEIGHTS), _values(config, _SAME_WEIGHTS)
     _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
     return checkpoint

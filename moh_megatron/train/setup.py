@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from moh_megatron.checkpoint import native, weights
+from moh_megatron.checkpoint import native, random_states, weights
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
@@ -58,12 +58,12 @@ def hash_of(data: Manifest) -> str:
     return hashlib.sha256(" ".join(record.sha256 for record in files).encode()).hexdigest()
 
 
-def _agreed_checkpoint(config: Config, world: World) -> Path | None:
-    """The first rank looks (it reads every byte), the others follow; a mistake it finds is raised on every rank."""
+def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:
+    """What the first rank sees (it reads every byte); a mistake it finds is raised on every rank."""
     found: list[Path | Exception | None] = [None]
     if world.rank == 0:
         try:
-            found[0] = newest_good(config, report=print)
+            found[0] = look()
         except Exception as error:  # raised below, on every rank alike
             found[0] = error
     dist.broadcast_object_list(found, src=0)
@@ -75,15 +75,15 @@ def _agreed_checkpoint(config: Config, world: World) -> Path | None:
 def prepare_session(config: Config, world: World) -> Session:
     """Process groups, data, model, engine, and the state to go on from."""
     data = preflight(config, world.size)
-    initialize_distributed(world.local_rank)
+    initialize_distributed(world)
     groups.initialize(config.parallel.tensor, config.run.seed)
     device = groups.device(world.local_rank)
 
-    checkpoint = _agreed_checkpoint(config, world)
+    checkpoint = _agreed(world, lambda: newest_good(config, print))
     start_step = 0
     if checkpoint is not None:
         start_step = check_same_run(checkpoint, config, world.size, hash_of(data)).step
-    elsewhere = weights_to_start_from(config) if checkpoint is None else None
+    elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
     tokenizer = load_dataset_tokenizer(data_dir(config), data)
     train_dataset = build_train_dataset(config, data, tokenizer)
@@ -93,8 +93,8 @@ def prepare_session(config: Config, world: World) -> Session:
     model = build_model(config, accumulation_steps)
     if elsewhere is not None:
         source = native.read_config(elsewhere)
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        weights.load_into(model, weights.read_weights(elsewhere, source), config, rank, config.parallel.tensor)
+        whole = weights.read_weights(elsewhere, source)
+        weights.load_into(model, whole, config, groups.tensor_group().rank(), config.parallel.tensor)
     engine = Engine(
         model,
         config,
@@ -103,7 +103,7 @@ def prepare_session(config: Config, world: World) -> Session:
     )
     if checkpoint is not None:
         engine.load(native.engine_folder(checkpoint))
-        native.restore_random_states(checkpoint)
+        random_states.restore(checkpoint)
     return Session(
         config,
         world,
@@ -116,5 +116,3 @@ def prepare_session(config: Config, world: World) -> Session:
         validation_dataset,
         start_step,
     )
-
-

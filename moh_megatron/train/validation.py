@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import nn
 
 from moh_megatron.config.schema import Config
@@ -14,6 +13,7 @@ from moh_megatron.data.batches import ValidationBatch
 from moh_megatron.data.tokenizer import Tokenizer
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.generation import continue_text
+from moh_megatron.parallel import groups
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def validation_loss(model: nn.Module, batches: Iterable[ValidationBatch], device
         losses = token_losses(model, batch.tokens.to(device))[: batch.samples]
         totals += torch.stack([losses.double().sum(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
     model.train()
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(totals, group=groups.data_group())
     return float(totals[0] / totals[1])
 
 

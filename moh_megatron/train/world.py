@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from moh_megatron.config.errors import UserError
+
 PARENT_VARIABLE = "MOH_LAUNCHER_PID"
 """Set by our own launcher: the process that reports on all ranks."""
+
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun's names, ours too
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,21 @@ class World:
     local_rank: int
 
     @classmethod
-    def from_environment(cls) -> World:
-        """From RANK, WORLD_SIZE and LOCAL_RANK (ours and torchrun's names); without them, the only rank."""
-        value = os.environ.get
-        return cls(int(value("RANK", "0")), int(value("WORLD_SIZE", "1")), int(value("LOCAL_RANK", "0")))
+    def from_environment(cls) -> World | None:
+        """The place that torchrun, srun or our launcher gave this process; None if it is to start ranks itself.
+
+        Raises:
+            UserError: there are several ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet.
+        """
+        for names in _LAUNCHERS:
+            if all(name in os.environ for name in names):
+                world = cls(*(int(os.environ[name]) for name in names))
+                missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+                if world.size > 1 and missing:
+                    raise UserError(
+                        f"{' and '.join(missing)} must be set for {world.size} ranks to meet: "
+                        f"the first node's address and a free port, the same on every rank."
+                    )
+                if names == _LAUNCHERS[0] or world.size > 1:
+                    return world
+        return None

@@ -14,6 +14,7 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.train.engine import Engine, adamw, initialize_distributed
 from moh_megatron.train.schedule import learning_rate
+from moh_megatron.train.world import World
 
 STEPS = 4
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,9 @@ def engine_loop(parallel: dict[str, Any], precision: str = "fp32") -> dict[str, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    initialize_distributed(0)
+    world = World.from_environment()
+    assert world is not None
+    initialize_distributed(world)
     results: dict[str, Any] = {"bare": bare_loop()}
     for name, parallel in LAYOUTS.items():
         results[name] = engine_loop(parallel)

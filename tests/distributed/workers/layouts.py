@@ -25,8 +25,8 @@ LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "
 if __name__ == "__main__":
     tiny.start()
     results = {}
-    for case, sections in CASES.items():
-        for layout, parallel in LAYOUTS.items():
+    for layout, parallel in LAYOUTS.items():
+        for case, sections in CASES.items():
             config = tiny.tiny_config(**sections, parallel=parallel)
             results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
     torch.save(results, sys.argv[1])

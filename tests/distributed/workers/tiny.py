@@ -50,8 +50,14 @@ def tokens(rows: int, seed: int = 6) -> torch.Tensor:
 
 
 def fresh_model(config: Config, accumulation_steps: int = 1) -> torch.nn.Module:
-    """New process groups for the configuration's tensor parallelism, and a model drawn from its seed."""
+    """A model drawn from the configuration's seed; new process groups only where tensor parallelism changes.
+
+    Each gloo group keeps threads of its own: workers go through all cases of one layout before the next.
+    """
     if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
+            torch.manual_seed(config.run.seed)
+            return build_model(config, accumulation_steps)
         parallel_state.destroy_model_parallel()
     groups.initialize(config.parallel.tensor, config.run.seed)
     return build_model(config, accumulation_steps)

@@ -18,6 +18,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, token_losses, transformer_config
 from moh_megatron.model.generation import continue_text, sample_token
 from moh_megatron.model.norm import RMSNorm
+from moh_megatron.moh.router import LearnedRouter
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import adamw
 
@@ -75,6 +76,7 @@ def test_all_heads_active_and_no_preference_is_nearly_dense() -> None:
     sparse, dense = build_model(everything), build_model(config(moh={"enabled": False}))
     with torch.no_grad():
         for layer in moh_layers(sparse):
+            assert isinstance(layer.router, LearnedRouter)
             assert layer.router.w_routed is not None
             layer.router.w_routed.zero_()
         mine = dict(sparse.named_parameters())

@@ -153,7 +153,7 @@ def test_what_does_not_touch_model_or_data_may_change(config, checkpoint, change
 
 
 def test_no_other_weights(config):
-    assert weights_to_start_from(config()) is None
+    assert weights_to_start_from(config(), print) is None
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step_00000005"])
@@ -161,7 +161,7 @@ def test_weights_of_the_same_architecture(config, checkpoint, tmp_path, where):
     folder = checkpoint(5)
     changes = {"run.dir": "other", "run.seed": 9, "train.total_tokens": 64, "moh.active_heads": 6}
     changes |= {"parallel.tensor": 2, "train.precision": "bf16", "train.init_from": str(tmp_path / "run" / where)}
-    assert weights_to_start_from(config(changes)) == folder
+    assert weights_to_start_from(config(changes), print) == folder
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_weights_of_the_same_architecture(config, checkpoint, tmp_path, where):
 def test_weights_of_another_architecture_are_refused(config, checkpoint, key, there, here):
     folder = checkpoint(5)
     with pytest.raises(UserError) as caught:
-        weights_to_start_from(config({"train.init_from": str(folder), key: here}))
+        weights_to_start_from(config({"train.init_from": str(folder), key: here}), print)
     assert str(caught.value).splitlines() == [
         f"{folder} was made with other values:",
         f"  {key}: {there} there, {here} here",
@@ -191,7 +191,7 @@ def test_weights_of_another_architecture_are_refused(config, checkpoint, key, th
 
 def test_weights_from_nowhere(config, tmp_path):
     with pytest.raises(UserError, match="absent: no such folder"):
-        weights_to_start_from(config({"train.init_from": str(tmp_path / "absent")}))
+        weights_to_start_from(config({"train.init_from": str(tmp_path / "absent")}), print)
 
 
 def test_damaged_weights_are_refused(config, checkpoint):
@@ -200,4 +200,4 @@ def test_damaged_weights_are_refused(config, checkpoint):
     with pytest.raises(
         UserError, match=r"is not a complete checkpoint: weights/tp_rank_00_of_01\.safetensors has 0 bytes"
     ):
-        weights_to_start_from(config({"train.init_from": str(folder)}))
+        weights_to_start_from(config({"train.init_from": str(folder)}), print)

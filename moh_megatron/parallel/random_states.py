@@ -1,0 +1,28 @@
+"""The random states of one rank: the CPU's, the GPU's, and Megatron-core's named ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
+
+
+def capture() -> dict[str, Any]:
+    """All of them, as tensors in dictionaries."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "tracker": _tracker().get_states()}
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Put back what ``capture`` returned."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    _tracker().set_states(states["tracker"])

@@ -1,0 +1,53 @@
+"""The layouts of three and four ranks: the whole table, too long for `make test`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.layouts import Results, assert_same
+
+pytestmark = pytest.mark.slow
+
+CASES = [
+    "dense",
+    "learned",
+    "learned_paper",
+    "one_shared_head",
+    "no_shared_head",
+    "query_norm",
+    "contiguous",
+    "tied",
+    "full_recompute",
+    "selective_recompute",
+]
+ENGINES = [f"tp2_dp2_zero{stage}{sequence}" for stage in (0, 1, 2) for sequence in ("", "_sp")]
+
+
+@pytest.fixture(scope="module")
+def wide(spawn: Any) -> list[dict[str, Any]]:
+    return spawn("layouts_wide", 4)
+
+
+@pytest.fixture(scope="module")
+def odd(spawn: Any) -> Results:
+    return spawn("layouts_odd", 3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", ["tp4", "tp4_sp"])
+def test_four_ranks(wide: list[dict[str, Any]], case: str, layout: str) -> None:
+    assert_same([rank["layouts"] for rank in wide], case, layout)
+
+
+@pytest.mark.parametrize("case", ["learned", "query_norm"])
+def test_nine_heads_in_three_groups(odd: Results, case: str) -> None:
+    assert_same(odd, case, "tp3")
+
+
+@pytest.mark.parametrize("layout", ENGINES)
+def test_two_by_two_follows_the_bare_loop(wide: list[dict[str, Any]], layout: str) -> None:
+    here, bare = wide[0]["engines"][layout], wide[0]["engines"]["bare"]
+    assert here["losses"][0] == pytest.approx(bare["losses"][0], rel=1e-5)
+    assert here["losses"] == pytest.approx(bare["losses"], rel=1e-4)
+    assert here["norms"] == pytest.approx(bare["norms"], rel=1e-4)

@@ -1,0 +1,35 @@
+"""Four ranks: TP 4, TP 4 with sequence parallelism, TP 2 x DP 2; nine heads in three groups on three of them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import engine
+import tiny
+import torch
+import torch.distributed as dist
+from layouts import CASES
+
+from moh_megatron.train.engine import initialize_distributed
+from moh_megatron.train.world import World
+
+LAYOUTS = {"tp1": {"tensor": 1}, "tp4": {"tensor": 4}, "tp4_sp": {"tensor": 4, "sequence": True}}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    assert world is not None
+    initialize_distributed(world)
+    results: dict[Any, Any] = {}
+    for layout, parallel in LAYOUTS.items():
+        for case, sections in CASES.items():
+            config = tiny.tiny_config(**sections, parallel=parallel)
+            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+    engines: dict[str, Any] = {"bare": engine.bare_loop()}
+    for stage in (0, 1, 2):
+        for sequence in (False, True):
+            name = f"tp2_dp2_zero{stage}{'_sp' if sequence else ''}"
+            engines[name] = engine.engine_loop({"tensor": 2, "sequence": sequence, "zero_stage": stage})
+    torch.save({"layouts": results, "engines": engines}, sys.argv[1])
+    dist.destroy_process_group()

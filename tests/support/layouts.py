@@ -1,0 +1,53 @@
+"""Comparing what tensor-parallel ranks computed with what one rank computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moh_megatron.checkpoint.mapping import merge_shards
+
+TOLERANCE = 1e-5
+Results = list[dict[tuple[str, str], dict[str, Any]]]
+"""For each rank: (case, layout) -> what workers/tiny.py's ``gradients`` returns."""
+
+
+def cut(name: str) -> tuple[int | None, int]:
+    """Dimension and stride along which tensor parallelism cuts a parameter."""
+    if "linear_qkv" in name or "embedding" in name or "output_layer" in name:
+        return 0, 1
+    if "linear_fc1" in name:
+        return 0, 2
+    return (1, 1) if "linear_proj" in name or "linear_fc2" in name else (None, 1)
+
+
+def whole(results: Results, case: str, layout: str, kind: str) -> dict[str, Tensor]:
+    """One kind of tensor (weights, gradients) with the shards of all ranks merged."""
+    shards = [rank[case, layout][kind] for rank in results]
+    if layout == "tp1":
+        return shards[0]
+    return {name: merge_shards([shard[name] for shard in shards], *cut(name)) for name in shards[0]}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def assert_same(results: Results, case: str, layout: str) -> None:
+    """The same initial weights, routing, loss and every gradient as at TP 1."""
+    reference, here = results[0][case, "tp1"], results[0][case, layout]
+    assert reference["margin"] > 1e-4, "choose a seed whose routing is not near a tie"
+    weights, their_weights = whole(results, case, "tp1", "weights"), whole(results, case, layout, "weights")
+    for name, weight in weights.items():
+        assert torch.equal(their_weights[name], weight), f"{name} is not initialised alike"
+    for layer, (active, expected) in enumerate(zip(here["active"], reference["active"], strict=True)):
+        assert torch.equal(active, expected), f"layer {layer} routes otherwise"
+    assert difference(here["loss"], reference["loss"]) < TOLERANCE
+    expected_gradients = whole(results, case, "tp1", "gradients")
+    got = whole(results, case, layout, "gradients")
+    assert got.keys() == expected_gradients.keys() == weights.keys()
+    worst = {name: difference(got[name], gradient) for name, gradient in expected_gradients.items()}
+    assert max(worst.values()) < TOLERANCE, {name: value for name, value in worst.items() if value >= TOLERANCE}
