@@ -86,16 +86,22 @@ def save(root: Path, contents: Contents) -> Path:
             partial.rename(final)
         dist.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_the_disk(error):
+        reason = _disk_failure(error)
+        if reason is None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        raise Fault(_cannot_write(root, contents.step, str(error))) from error
+        raise Fault(_cannot_write(root, contents.step, reason)) from error
     return final
 
 
-def _is_the_disk(error: Exception) -> bool:
+def _disk_failure(error: Exception) -> str | None:
+    """What the disk refused, or None if ``error`` is something else."""
+    if not isinstance(error, RuntimeError):
+        return f"{error}."
     # torch.save reports a failed write as a RuntimeError of its zip writer.
-    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error) or "file write" in str(error)
+    if any(writer in str(error) for writer in ("PytorchStreamWriter", "inline_container")):
+        return "a file could not be written whole; the disk, a quota or a limit on file sizes is exhausted."
+    return None
 
 
 def _cannot_write(root: Path, step: int, reason: str) -> str:

@@ -285,9 +285,11 @@ def test_routed_heads():
     assert routed_heads(3, 3) == []
 
 
-@pytest.mark.parametrize("shared", [9, [8], [-1], [1, 1]])
+@pytest.mark.parametrize("shared", [9, -1, [8], [-1], [1, 1]])
 def test_shared_heads_that_are_none(shared):
-    with pytest.raises(ValueError, match=r"^shared_heads must be distinct heads below 8\. Got "):
+    with pytest.raises(
+        ValueError, match=r"^shared_heads must be (distinct heads below 8|from 0 to the number of heads \(8\))\. Got "
+    ):
         query_norm_routing(queries(2, 8, 4), shared_heads=shared, top_k=1)
 
 

@@ -99,16 +99,34 @@ def test_a_path_with_gloo_in_it_is_no_lost_peer(end, capfd):
     assert "/data/igloo/x: No space left on device" in capfd.readouterr().err
 
 
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def _environment(monkeypatch, values):
+    for name in (*_PLACE, *_MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("environment", "world"),
     [
-        ({}, World(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(5, 8, 1)),
+        ({}, None),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **_MEETING}, World(5, 8, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, World(0, 1, 0)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", **_MEETING}, World(3, 4, 1)),
+        # A shell inside an allocation is no rank.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, None),
     ],
 )
 def test_world_from_environment(monkeypatch, environment, world):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    _environment(monkeypatch, environment)
     assert World.from_environment() == world
+
+
+def test_ranks_that_cannot_meet(monkeypatch):
+    _environment(monkeypatch, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"})
+    with pytest.raises(UserError, match="MASTER_PORT must be set for 4 ranks"):
+        World.from_environment()
