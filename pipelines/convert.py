@@ -30,11 +30,12 @@ def parse_arguments() -> argparse.Namespace:
 def megatron_to_hf(arguments: argparse.Namespace) -> None:
     from moh_megatron.checkpoint import convert, hf, native
     from moh_megatron.config.load import dump_config
+    from moh_megatron.monitor import records
 
     checkpoint = native.resolve_checkpoint(arguments.load_dir, lambda message: print(message, file=sys.stderr))
     config = native.read_config(checkpoint)
     if arguments.summary is not None:
-        convert.read_summary(arguments.summary)
+        records.read_summary(arguments.summary)
     if arguments.dry_run:
         hf.check_replaceable(arguments.hf_dir)
         dtype = arguments.dtype or config.train.precision
@@ -44,7 +45,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> None:
         return
     difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype)
     if arguments.summary is not None:
-        convert.merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
+        records.merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
     print(json.dumps({"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}))
 
 

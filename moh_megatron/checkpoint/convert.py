@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from moh_megatron.checkpoint import hf, native
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.errors import Fault
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import DTYPES
 from moh_megatron.model.single import build_single_process, logits
@@ -27,25 +24,6 @@ def verification_tokens(config: Config, seed: int) -> torch.Tensor:
     """Random tokens [B, S], the same for the same seed."""
     shape = (SEQUENCES, min(LONGEST_SEQUENCE, config.train.sequence_length))
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def read_summary(summary: Path) -> dict[str, Any]:
-    """The content of a run's summary.json. Raises UserError where it is none."""
-    try:
-        content = json.loads(summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{summary}: must be the summary.json of a run. It cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{summary}: must be the summary.json of a run, a JSON object. Got a {type(content).__name__}.")
-    return content
-
-
-def merge_summary(summary: Path, values: dict[str, Any]) -> None:
-    """Add ``values`` to a run's summary.json, which is replaced at once or not at all. Raises UserError."""
-    content = read_summary(summary) | values
-    temporary = summary.with_name(f".{summary.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(summary)
 
 
 def megatron_to_hf(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> float:

@@ -170,7 +170,17 @@ def write_folder(
     step: int,
     tokens: int,
 ) -> None:
-    """Fill an empty ``folder``; see ``export``."""
+    """Fill an empty ``folder`` with what AutoModelForCausalLM and AutoTokenizer open; ``replacing`` puts it in place.
+
+    Args:
+        state: whole tensors under Megatron-core's names, see ``mapping.to_hf``.
+        tokenizer_dir: holds the tokenizer's files.
+        dtype: precision of the written weights.
+        step, tokens: training so far, for the model card.
+
+    Raises:
+        UserError: weights, tokenizer and configuration do not fit.
+    """
     tokenizer = load_tokenizer(tokenizer_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -191,33 +201,6 @@ def write_folder(
     (folder / "README.md").write_text(card, encoding="utf-8")
     marker = {"format": 1, "step": step, "tokens": tokens, "files": sorted(os.listdir(folder))}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-
-
-def export(
-    hf_dir: Path,
-    config: Config,
-    state: Mapping[str, Tensor],
-    tokenizer_dir: Path,
-    dtype: torch.dtype,
-    *,
-    step: int,
-    tokens: int,
-) -> None:
-    """Write ``state`` as a folder for AutoModelForCausalLM and AutoTokenizer, all of it or nothing.
-
-    Args:
-        hf_dir: the folder to make; an earlier export there is replaced.
-        state: whole tensors under Megatron-core's names, see ``mapping.to_hf``.
-        tokenizer_dir: holds the tokenizer's files.
-        dtype: precision of the written weights.
-        step, tokens: training so far, for the model card.
-
-    Raises:
-        UserError: weights, tokenizer and configuration do not fit, or ``hf_dir`` holds something else.
-        Fault: the folder could not be written.
-    """
-    with replacing(hf_dir) as folder:
-        write_folder(folder, config, state, tokenizer_dir, dtype, step=step, tokens=tokens)
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moh_megatron.config.errors import UserError
+
 
 def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as stream:
@@ -57,6 +59,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of a run's summary.json. Raises UserError where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: must be the summary.json of a run. It cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be the summary.json of a run, a JSON object. Got a {type(content).__name__}.")
+    return content
+
+
+def merge_summary(path: Path, values: dict[str, Any]) -> None:
+    """Add ``values`` to a run's summary.json, which is replaced at once or not at all. Raises UserError."""
+    write_json(path, read_summary(path) | values)
 
 
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:

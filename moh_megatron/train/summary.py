@@ -12,10 +12,15 @@ from moh_megatron.train.setup import Session
 def summarise(
     session: Session, step: int, seconds: float, train_loss: float | None, val_loss: float, text: str
 ) -> None:
-    """Write it to the run folder and print it. ``seconds`` is the training time of this life of the run.
+    """Write it to the run folder and print it; a run that was finished before keeps the summary it has.
 
+    ``seconds`` is the training time of this life of the run.
     Losses and entropies are in nats a token; ``hf_max_logit_diff`` is filled in by the export.
     """
+    path = Path(session.config.run.dir) / "summary.json"
+    if step == session.start_step and path.exists():
+        print(f"{path.parent}: finished before, nothing to do; the summary stays as it is")
+        return
     config, world, baselines = session.config, session.world, session.data.baselines or {}
     heads, tokens = config.model.num_attention_heads, config.train.tokens_per_step
     active = (config.moh.active_heads or 0) if config.moh.enabled else heads
@@ -38,7 +43,7 @@ def summarise(
         "hf_max_logit_diff": None,
         "sample_text": text,
     }
-    write_json(Path(config.run.dir) / "summary.json", summary)
+    write_json(path, summary)
     for name, value in summary.items():
         if value is not None:
             print(f"  {name:22} {value}")

@@ -6,20 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.layouts import TOLERANCE, Results, assert_same, cut, difference
-
-CASES = [
-    "dense",
-    "learned",
-    "learned_paper",
-    "one_shared_head",
-    "no_shared_head",
-    "query_norm",
-    "contiguous",
-    "tied",
-    "full_recompute",
-    "selective_recompute",
-]
+from support.layouts import CASES, TOLERANCE, Results, assert_same, cut, difference
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.layouts import Results, assert_same
+from support.layouts import CASES, Results, assert_same
 
 pytestmark = pytest.mark.slow
 
-CASES = [
-    "dense",
-    "learned",
-    "learned_paper",
-    "one_shared_head",
-    "no_shared_head",
-    "query_norm",
-    "contiguous",
-    "tied",
-    "full_recompute",
-    "selective_recompute",
-]
 ENGINES = [f"tp2_dp2_zero{stage}{sequence}" for stage in (0, 1, 2) for sequence in ("", "_sp")]
 
 

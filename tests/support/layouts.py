@@ -10,6 +10,20 @@ from torch import Tensor
 from moh_megatron.checkpoint.mapping import merge_shards
 
 TOLERANCE = 1e-5
+CASES = [
+    "dense",
+    "learned",
+    "learned_paper",
+    "one_shared_head",
+    "no_shared_head",
+    "query_norm",
+    "contiguous",
+    "tied",
+    "full_recompute",
+    "selective_recompute",
+]
+"""Those of workers/layouts.py."""
+
 Results = list[dict[tuple[str, str], dict[str, Any]]]
 """For each rank: (case, layout) -> what workers/tiny.py's ``gradients`` returns."""
 

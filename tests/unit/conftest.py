@@ -38,6 +38,12 @@ _TINY = {
 
 
 @pytest.fixture(scope="session")
+def tiny_mapping() -> dict[str, dict[str, Any]]:
+    """What ``tiny`` starts from; not to be changed."""
+    return _TINY
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Callable[[dict[str, Any] | None], Config]:
     """tiny({"parallel.tensor": 2, ...}): a small valid configuration with some values replaced."""
 

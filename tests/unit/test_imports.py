@@ -17,7 +17,7 @@ ARROWS = {
     "config": set(),
     "cli": {"config"},
     "parallel": set(),
-    "monitor": set(),
+    "monitor": {"config"},
     "data": {"config"},
     "moh": {"config", "parallel"},
     "model": {"config", "moh", "parallel"},

@@ -69,7 +69,8 @@ def export(folder: Path, config: Config, tokenizer_dir: Path, dtype=torch.float3
         "step": 12,
         "tokens": 3456,
     }
-    hf.export(folder, config, **(arguments | changes))
+    with hf.replacing(folder) as partial:
+        hf.write_folder(partial, config, **(arguments | changes))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
         ({"parallel.zero_stage": 0, "train.precision": "fp32"}, []),
         ({"parallel.zero_stage": 2}, []),
         (
-            {"parallel.zero_stage": 0},
+            {"parallel.zero_stage": 0, "train.precision": "bf16"},
             [
                 "parallel.zero_stage must be 1 or 2 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
                 "master weights then, and small updates are lost. Got 0."
