@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moh_megatron", "moh_megatron.*"]),
-    package_data={"moh_megatron": ["py.typed"]},
+    package_data={"moh_megatron": ["py.typed", "moh/backends/*.cpp"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",

@@ -16,6 +16,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.moh.attention import MoHSelfAttention
+from moh_megatron.moh.backends.choice import choose_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,6 +90,21 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
         share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
+    )
+
+
+def attention_backend(config: Config, device: torch.device) -> str:
+    """The backend that computes attention in training, ``auto`` resolved for the training shape."""
+    moh = config.moh
+    if not moh.enabled:
+        return "dense"
+    if moh.backend != "auto":
+        return moh.backend
+    return choose_backend(
+        length=config.train.sequence_length,
+        share=(moh.active_heads or 0) / config.model.num_attention_heads,
+        dtype=DTYPES[config.train.precision],
+        device=device,
     )
 
 

@@ -3,5 +3,14 @@
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.losses import attach_loss, balance_loss
 from moh_megatron.moh.routing import Routing, learned_routing, query_norm_routing
+from moh_megatron.moh.sparse_attention import sparse_attention
 
-__all__ = ["HeadLayout", "Routing", "attach_loss", "balance_loss", "learned_routing", "query_norm_routing"]
+__all__ = [
+    "HeadLayout",
+    "Routing",
+    "attach_loss",
+    "balance_loss",
+    "learned_routing",
+    "query_norm_routing",
+    "sparse_attention",
+]

@@ -5,6 +5,7 @@ Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moh_megatron.config.schema import MoHConfig
-from moh_megatron.moh.backends.dense import dense_attention
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
+from moh_megatron.moh.sparse_attention import sparse_attention
 from moh_megatron.moh.statistics import HeadStatistics
 
 
@@ -57,6 +58,7 @@ class MoHSelfAttention(SelfAttention):
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
         self.balance_weight = balance_weight
         self.statistics = HeadStatistics(heads)
+        self.attend = functools.partial(sparse_attention, backend=moh.backend)
         if moh.router == "learned":
             self.router = LearnedRouter(
                 moh,
@@ -96,8 +98,8 @@ class MoHSelfAttention(SelfAttention):
             k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
 
         if self.checkpoint_core_attention and self.training:
-            out_SBnH = tensor_parallel.checkpoint(dense_attention, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = tensor_parallel.checkpoint(self.attend, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         else:
-            out_SBnH = dense_attention(q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = self.attend(q_SBnH, k_SBgH, v_SBgH, active_SBn)
         gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
         return self.linear_proj(gated.flatten(-2))

@@ -19,7 +19,7 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
-from moh_megatron.model.build import moh_layers, token_losses
+from moh_megatron.model.build import attention_backend, moh_layers, token_losses
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
 from moh_megatron.monitor.records import StepRecords
@@ -219,7 +219,8 @@ class _Training:
         where = f"resumed after step {self.step}" if self.step else "from the start"
         self.session.report(
             f"{config.run.dir}: {count.total:,} parameters, TP {tensor} x DP {world.size // tensor}, "
-            f"ZeRO {config.parallel.zero_stage}, {config.train.precision}, {self.session.device.type}; "
+            f"ZeRO {config.parallel.zero_stage}, {config.train.precision}, {self.session.device.type}, "
+            f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
 

@@ -32,6 +32,9 @@ _SAME_RUN = (
 )
 """What must not change when a run goes on: the model, and the order of the data."""
 
+_ANY_BACKEND = "moh.backend"
+"""All compute the same, to rounding."""
+
 _SAME_WEIGHTS = (
     *(
         f"model.{name}"
@@ -97,7 +100,8 @@ def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
 def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str) -> Manifest:
     """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``."""
     manifest = read_state(checkpoint)
-    there, here = _values(read_config(checkpoint), _SAME_RUN), _values(config, _SAME_RUN)
+    there, here = (_values(each, _SAME_RUN) for each in (read_config(checkpoint), config))
+    del there[_ANY_BACKEND], here[_ANY_BACKEND]
     there["parallelism"], here["parallelism"] = str(manifest.topology), str(topology_of(config, world_size))
     there["data"], here["data"] = manifest.data[:12], data[:12]
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."

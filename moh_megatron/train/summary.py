@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moh_megatron.config.count import parameter_count
+from moh_megatron.model.build import attention_backend
 from moh_megatron.monitor.records import write_json
 from moh_megatron.train.setup import Session
 
@@ -36,6 +37,7 @@ def summarise(
         "parameters": parameter_count(config.model, config.moh).total,
         "layers": config.model.num_layers,
         "active_head_fraction": active / heads,
+        "attention_backend": attention_backend(config, session.device),
         "tensor_parallel": config.parallel.tensor,
         "data_parallel": world.size // config.parallel.tensor,
         "zero_stage": config.parallel.zero_stage,

@@ -39,6 +39,14 @@ def test_recomputation_changes_nothing(results: Results, case: str) -> None:
         assert torch.equal(recomputed["gradients"][name], gradient), name
 
 
+@pytest.mark.parametrize("case", ["gathered", "cpu"])
+def test_backends_agree_with_dense(results: Results, case: str) -> None:
+    dense, sparse = results[0]["learned", "tp1"], results[0][case, "tp1"]
+    assert difference(sparse["loss"], dense["loss"]) < TOLERANCE
+    for name, gradient in dense["gradients"].items():
+        assert difference(sparse["gradients"][name], gradient) < TOLERANCE, name
+
+
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp"])
 @pytest.mark.parametrize("case", ["learned", "full_recompute", "selective_recompute"])
 def test_head_statistics_count_each_token_once(results: Results, case: str, layout: str) -> None:

@@ -5,18 +5,39 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from moh_megatron.moh.backends.documents import document_mask
 
-def causal_attention(q_SBNH: Tensor, k_SBGH: Tensor, v_SBGH: Tensor, *, scale: float | None = None) -> Tensor:
+
+def causal_attention(
+    q_SBNH: Tensor,
+    k_SBGH: Tensor,
+    v_SBGH: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """Causal softmax attention by torch's fused kernel; grouped keys and values are shared by N / G query heads.
 
-    q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]. ``scale`` defaults to 1 / sqrt(H).
+    q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]. ``scale`` defaults to 1 / sqrt(H). ``cu_seqlens``
+    [documents + 1] keeps attention inside each document, by a mask of S x S.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    mask = None if cu_seqlens is None else document_mask(cu_seqlens, q.shape[2])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return out.permute(2, 0, 1, 3)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, scale: float | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    active: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """Causal attention with zeros where ``active`` [S, B, N] is false; shapes as in ``causal_attention``."""
-    return causal_attention(q, k, v, scale=scale) * active.unsqueeze(-1)
+    return causal_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens) * active.unsqueeze(-1)

@@ -1,0 +1,87 @@
+"""Attention where each token uses only some heads: one function, several ways to compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moh_megatron.moh.backends.choice import Backend, choose_backend
+from moh_megatron.moh.backends.cpu import available, cpu_attention
+from moh_megatron.moh.backends.dense import dense_attention
+from moh_megatron.moh.backends.gathered import gathered_attention
+
+_BACKENDS: dict[Backend, Callable[..., Tensor]] = {
+    "dense": dense_attention,
+    "gathered": gathered_attention,
+    "cpu": cpu_attention,
+}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, cu_seqlens: Tensor | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [S, B, N, H]. Got {list(q.shape)}.")
+    length, batch, heads, size = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (length, batch, size):
+        raise ValueError(f"k must have shape [S, B, G, H] = [{length}, {batch}, G, {size}]. Got {list(k.shape)}.")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {list(k.shape)}. Got {list(v.shape)}.")
+    if heads % k.shape[2]:
+        raise ValueError(f"The KV groups of k must divide the {heads} heads of q. Got {k.shape[2]}.")
+    if active.shape != q.shape[:3]:
+        raise ValueError(f"active must have shape [S, B, N] = {list(q.shape[:3])}. Got {list(active.shape)}.")
+    if active.dtype != torch.bool:
+        raise ValueError(f"active must be bool. Got {active.dtype}.")
+    if cu_seqlens is None:
+        return
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs B = 1: pack the documents into one row. Got B = {batch}.")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens must be int32 [documents + 1]. Got {cu_seqlens.dtype} {list(cu_seqlens.shape)}.")
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens must rise from 0 to S = {length}. Got {ends}.")
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    active: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Literal["auto", "dense", "gathered", "cpu"] = "auto",
+) -> Tensor:
+    """Causal softmax attention, computed only where ``active``.
+
+    Args:
+        q: queries [S, B, N, H].
+        k, v: keys and values [S, B, G, H] of every token: a later token may use a head its predecessors skipped.
+        active: bool [S, B, N], the heads each token uses.
+        scale: of the scores; None means 1 / sqrt(H).
+        cu_seqlens: int32 [documents + 1], with B = 1: attention stays inside each packed document.
+        backend: ``dense`` computes every head and drops the rest; ``gathered`` and ``cpu`` skip what is not active;
+            ``auto`` takes the fastest that was measured for the shape.
+
+    Returns:
+        [S, B, N, H], zero where inactive. Gradients to q, k and v are exact; a skipped head has none.
+
+    Raises:
+        ValueError: shapes or types that do not agree, or a backend that cannot serve these tensors.
+    """
+    _check(q, k, v, active, cu_seqlens)
+    if backend == "auto":
+        # Counting would make a GPU wait; there the answer does not depend on it yet.
+        share = float(active.float().mean()) if q.device.type == "cpu" else 1.0
+        backend = choose_backend(length=q.shape[0], share=share, dtype=q.dtype, device=q.device)
+    elif backend == "cpu" and not available(q.dtype, q.device):
+        raise ValueError(
+            f"backend 'cpu' needs fp32 or bf16 on the CPU and a C++ compiler. Got {q.dtype} on {q.device.type}; "
+            f"use 'gathered' or 'auto'."
+        )
+    elif backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}. Got {backend!r}.")
+    return _BACKENDS[backend](q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)

@@ -1,0 +1,214 @@
+"""Every backend against dense attention with each head masked: values and gradients."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moh_megatron.moh import sparse_attention
+from moh_megatron.moh.backends import choice, cpu
+
+SPARSE = ["gathered", "cpu"]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, active: Tensor, starts: Tensor) -> Tensor:
+    """Attention written out: scores, mask, softmax, mask of heads."""
+    width = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(width, 2) for x in (k, v))
+    scores = torch.einsum("ibnh,jbnh->bnij", q, k) * q.shape[-1] ** -0.5
+    position = torch.arange(q.shape[0])
+    seen = (position <= position[:, None]) & (position >= starts[:, None])
+    out = torch.einsum("bnij,jbnh->ibnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    return out * active.unsqueeze(-1)
+
+
+def compare(backend: str, q: Tensor, k: Tensor, v: Tensor, active: Tensor, documents: list[int] | None = None) -> None:
+    """Output and gradients within rounding of the reference."""
+    length = q.shape[0]
+    ends = documents or [0, length]
+    starts = torch.tensor([s for s, e in itertools.pairwise(ends) for _ in range(e - s)])
+    cu_seqlens = torch.tensor(documents, dtype=torch.int32) if documents else None
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    probe = torch.randn(q.shape, generator=torch.Generator().manual_seed(9), dtype=q.dtype)
+    expected = reference(*leaves, active, starts)
+    expected_gradients = torch.autograd.grad(expected, leaves, probe)
+    got = sparse_attention(*leaves, active, cu_seqlens=cu_seqlens, backend=backend)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(got, leaves, probe)
+    assert not got[~active].any()
+    for name, a, b in zip(["out", "q", "k", "v"], (got, *gradients), (expected, *expected_gradients), strict=True):
+        # Inputs are of size one; a gradient that is exactly zero (a token that sees only itself) has no scale.
+        scale = float(b.abs().max().clamp_min(0.1))
+        assert float((a - b).abs().max()) <= TOLERANCE[q.dtype] * scale, name
+
+
+def draw(
+    length: int, batch: int, groups: int, width: int, size: int, share: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    heads = groups * width
+    q, k, v = (torch.randn(length, batch, n, size, generator=generator, dtype=dtype) for n in (heads, groups, groups))
+    active = torch.rand(length, batch, heads, generator=generator) < share
+    return q, k, v, active
+
+
+@settings(max_examples=40)
+@given(
+    backend=st.sampled_from(SPARSE),
+    length=st.sampled_from([1, 2, 17, 64, 65, 130, 300]),
+    batch=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 3]),
+    width=st.sampled_from([1, 2, 3]),
+    size=st.sampled_from([8, 12, 64]),
+    share=st.sampled_from([0.0, 0.02, 0.5, 0.75, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_share(backend: str, seed: int, **shape: Any) -> None:
+    compare(backend, *draw(**shape, seed=seed, dtype=torch.float32))
+
+
+@settings(max_examples=20)
+@given(
+    backend=st.sampled_from(SPARSE),
+    cuts=st.lists(st.integers(0, 150), max_size=5),
+    share=st.sampled_from([0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_packed_documents(backend: str, cuts: list[int], share: float, seed: int) -> None:
+    compare(backend, *draw(150, 1, 2, 2, 16, share, seed, torch.float32), documents=[0, *sorted(cuts), 150])
+
+
+@pytest.mark.parametrize("backend", ["dense", "gathered"])
+def test_float64_tells_a_bug_from_rounding(backend: str) -> None:
+    compare(backend, *draw(200, 2, 3, 3, 16, 0.5, 1, torch.float64))
+    compare(backend, *draw(200, 1, 3, 3, 16, 0.5, 1, torch.float64), documents=[0, 3, 90, 200])
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_skewed_routing_and_heads_nobody_chose(backend: str) -> None:
+    q, k, v, active = draw(300, 2, 2, 3, 16, 0.5, 2, torch.float32)
+    active[..., 0], active[..., 1], active[:250, :, 2], active[1:, :, 5] = True, False, False, False
+    active[:, 1, 3:] = False
+    compare(backend, q, k, v, active)
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    q, k, v, active = draw(300, 1, 1, 2, 16, 0.5, 3, torch.float32)
+    compare(backend, q * 30, k, v, active)
+
+
+@pytest.mark.parametrize("backend", ["dense", *SPARSE])
+def test_bf16_stays_near(backend: str) -> None:
+    q, k, v, active = draw(260, 1, 2, 2, 32, 0.5, 4, torch.float32)
+    exact = sparse_attention(q, k, v, active, backend="dense")
+    rounded = sparse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), active, backend=backend)  # type: ignore[arg-type]
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("backend", ["dense", *SPARSE])
+def test_scale_and_strides(backend: str) -> None:
+    q, k, v, active = draw(70, 2, 2, 2, 16, 0.5, 5, torch.float32)
+    plain = sparse_attention(q * 2, k, v, active, scale=0.25, backend=backend)  # type: ignore[arg-type]
+    doubled = sparse_attention(q, k, v, active, scale=0.5, backend=backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(plain, doubled)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q * 2, k, v, active)]
+    torch.testing.assert_close(sparse_attention(*strided, scale=0.25, backend=backend), plain)  # type: ignore[arg-type]
+
+
+def test_repeated_runs_are_bit_identical() -> None:
+    q, k, v, active = draw(300, 2, 2, 2, 16, 0.5, 6, torch.float32)
+    for backend in ("gathered", "cpu"):
+        first, second = (sparse_attention(q, k, v, active, backend=backend) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def choose(length: int, share: float, dtype: torch.dtype = torch.float32) -> str:
+        return choice.choose_backend(length=length, share=share, dtype=dtype, device=torch.device("cpu"))
+
+    assert choose(128, 0.5) == "dense"
+    assert choose(2048, 1.0) == "dense"
+    assert choose(2048, 0.5) == "cpu"
+    assert choose(2048, 0.5, torch.float64) == "gathered"
+    monkeypatch.setattr(cpu, "kernel_library", lambda: None)
+    assert choose(2048, 0.5) == "gathered"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert choose(2048, 0.5) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(4, 1, 4)}, r"^q must have shape \[S, B, N, H\]"),
+        ({"k": torch.zeros(5, 1, 2, 8), "v": torch.zeros(5, 1, 2, 8)}, "^k must have shape"),
+        ({"v": torch.zeros(4, 1, 4, 8)}, "^v must have the shape of k"),
+        ({"k": torch.zeros(4, 1, 3, 8), "v": torch.zeros(4, 1, 3, 8)}, "must divide the 4 heads"),
+        ({"active": torch.ones(4, 1, 3, dtype=torch.bool)}, "^active must have shape"),
+        ({"active": torch.ones(4, 1, 4)}, "^active must be bool"),
+        ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "must rise from 0 to S = 4"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "^cu_seqlens must be int32"),
+        ({"backend": "fast"}, "^backend must be one of"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(4, 1, 4, 8),
+        "k": torch.zeros(4, 1, 2, 8),
+        "v": torch.zeros(4, 1, 2, 8),
+        "active": torch.ones(4, 1, 4, dtype=torch.bool),
+    }
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(**{**arguments, **change})
+
+
+def test_documents_need_one_row() -> None:
+    q = torch.zeros(4, 2, 2, 8)
+    with pytest.raises(ValueError, match="needs B = 1"):
+        sparse_attention(
+            q, q, q, torch.ones(4, 2, 2, dtype=torch.bool), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)
+        )
+
+
+BUILD = "from moh_megatron.moh.backends.cpu import kernel_library; print(kernel_library() is not None)"
+
+
+def _build(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ranks_that_build_at_once_and_an_abandoned_lock(tmp_path: Any) -> None:
+    (tmp_path / "moh_megatron").mkdir()
+    (tmp_path / "moh_megatron" / "lock").touch()
+    ranks = [_build(TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["True", "True"]
+    assert len(list((tmp_path / "moh_megatron").glob("*.so"))) == 1
+    assert not list((tmp_path / "moh_megatron").glob(".build-*"))
+
+
+def test_without_a_compiler_there_is_one_warning(tmp_path: Any) -> None:
+    out, err = _build(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/such/compiler").communicate(timeout=120)
+    assert out.strip() == "False"
+    assert err.count("cannot be built") == 1
+
+
+def test_the_kernel_is_there() -> None:
+    assert cpu.kernel_library() is not None
