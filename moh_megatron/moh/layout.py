@@ -54,6 +54,30 @@ class HeadLayout:
         width = self.heads // self.groups
         return tuple(group * width + slot for group in self.group_order for slot in range(width))
 
+    def expected_load(self, shared_heads: int, active_heads: int, world_size: int) -> list[float]:
+        """Heads each tensor-parallel rank computes for a token, if the routed ones are chosen evenly.
+
+        The first ``shared_heads`` logical heads are always on, ``active_heads`` counts them too.
+        """
+        routed = self.heads - shared_heads
+        chance = (active_heads - shared_heads) / routed if routed else 0.0
+        ranks = (self.local_heads(rank, world_size) for rank in range(world_size))
+        return [sum(1.0 if head < shared_heads else chance for head in heads) for heads in ranks]
+
+    def report(self, shared_heads: int, active_heads: int) -> str:
+        """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, and its balance."""
+        lines = []
+        for size in (1, 2, 4, 8):
+            if self.groups % size:
+                continue
+            load = self.expected_load(shared_heads, active_heads, size)
+            balance = max(load) * size / sum(load)
+            lines.append(
+                f"TP {size}: {', '.join(f'{heads:.2f}' for heads in load)} heads a token on each rank, "
+                f"max / mean {balance:.2f}"
+            )
+        return "\n".join(lines)
+
     def local_heads(self, rank: int, world_size: int) -> tuple[int, ...]:
         """Logical heads of one tensor-parallel rank, in its local order."""
         if self.groups % world_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.model.build import attention_backend, moh_layers, token_losses
+from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
 from moh_megatron.monitor.records import StepRecords
@@ -223,6 +225,10 @@ class _Training:
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
+        if config.moh.enabled:
+            layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
+            report = layout.report(config.moh.shared_heads or 0, config.moh.active_heads or 0)
+            self.session.report(f"heads, {config.moh.head_layout}:\n{textwrap.indent(report, '  ')}")
 
     def _summarise(self, val_loss: float, text: str) -> None:
         if self.session.first:

@@ -22,7 +22,7 @@ ARROWS = {
     "moh": {"config", "parallel"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "moh", "parallel"},
-    "train": {"checkpoint", "cli", "config", "data", "model", "monitor", "parallel"},
+    "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
 }
 
 # A library stays where it is wrapped: files or folders below moh_megatron/.

@@ -72,3 +72,17 @@ def test_what_cannot_be_placed():
         HeadLayout(8, 3)
     with pytest.raises(ValueError, match=r"^world_size must divide groups \(4\)\. Got 8\.$"):
         HeadLayout(8, 4).local_heads(0, 8)
+
+
+def test_report_counts_what_each_rank_computes():
+    layout = HeadLayout(8, 4)
+    assert layout.expected_load(2, 4, 1) == pytest.approx([4.0])
+    assert layout.expected_load(2, 4, 2) == pytest.approx([2 + 2 * 2 / 6, 4 * 2 / 6])
+    assert sum(layout.expected_load(3, 6, 4)) == pytest.approx(6)
+    assert HeadLayout(32, 8).expected_load(16, 24, 4) == pytest.approx([6.0] * 4)
+    assert max(HeadLayout(32, 8, "contiguous").expected_load(16, 24, 2)) == 16
+    assert HeadLayout(8, 8).expected_load(8, 8, 8) == [1.0] * 8
+    lines = HeadLayout(32, 8).report(16, 24).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["TP 1", "TP 2", "TP 4", "TP 8"]
+    assert lines[2].endswith("max / mean 1.00")
+    assert lines[3].endswith("max / mean 1.33")
