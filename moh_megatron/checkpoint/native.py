@@ -24,7 +24,7 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
-CONFIG, ENGINE, TOKENIZER = "config.yaml", "engine", "tokenizer"
+CONFIG, ENGINE, RNG, TOKENIZER = "config.yaml", "engine", "rng", "tokenizer"
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 
 
@@ -65,23 +65,28 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder. Expected a checkpoint, a folder of checkpoints, or a run folder.")
     if path.resolve().match(_STEP_PATTERN) or (path / ENGINE).is_dir():
-        problem = problem_with(path)
+        problem = problem_with(path, weights_only=True)
         if problem is not None:
             raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one beside it.")
         return path
     for root in (path, path / "checkpoints"):
         for folder in step_folders(root):
-            problem = problem_with(folder)
+            problem = problem_with(folder, weights_only=True)
             if problem is None:
                 return folder
             report(f"{folder} is passed over: {problem}")
     raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
 
 
-def problem_with(folder: Path) -> str | None:
-    """Why ``folder`` cannot be used as a checkpoint, or None; reads every file."""
+def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
+    """Why ``folder`` cannot be used as a checkpoint, or None; reads every file.
+
+    ``weights_only`` leaves out what only a resume needs: the optimizer state is by far the largest part.
+    """
     try:
-        return damage(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        parts = [name for name in manifest.files if not (weights_only and name.split("/")[0] in (ENGINE, RNG))]
+        return damage(folder, manifest, parts)
     except ValueError as error:
         return str(error)
 

@@ -7,18 +7,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moh_megatron.checkpoint.native import RNG
 from moh_megatron.parallel import random_states
-
-FOLDER = "rng"
 
 
 def make_folder(checkpoint: Path) -> None:
     """Make a new checkpoint's folder for them, and its parents."""
-    (checkpoint / FOLDER).mkdir(parents=True)
+    (checkpoint / RNG).mkdir(parents=True)
 
 
 def _file(checkpoint: Path) -> Path:
-    return checkpoint / FOLDER / f"rank_{dist.get_rank():05d}.pt"
+    return checkpoint / RNG / f"rank_{dist.get_rank():05d}.pt"
 
 
 def write(checkpoint: Path) -> None:

@@ -24,8 +24,11 @@ def run(tmp_path, tiny, fake_checkpoint):
     return tmp_path / "run"
 
 
+SPOILED = "weights/tp_rank_00_of_01.safetensors"
+
+
 def spoil(folder):
-    (folder / "engine" / "state.pt").write_bytes(b"")
+    (folder / SPOILED).write_bytes(b"")
 
 
 def test_the_newest_one(run):
@@ -49,7 +52,7 @@ def test_damaged_ones_are_passed_over_and_reported(run):
     reports = []
     assert resolve_checkpoint(run, reports.append) == root / "step_00000005"
     assert reports == [
-        f"{root}/step_00000015 is passed over: engine/state.pt has 0 bytes, expected 18",
+        f"{root}/step_00000015 is passed over: {SPOILED} has 0 bytes, expected 10",
         f"{root}/step_00000010 is passed over: it has no manifest.json",
     ]
 
@@ -73,16 +76,14 @@ def test_one_under_another_name(run):
     (run / "checkpoints" / "step_00000010").rename(best)
     assert resolve_checkpoint(best) == best
     spoil(best)
-    with pytest.raises(UserError, match=r"is not a complete checkpoint: engine/state\.pt has 0 bytes"):
+    with pytest.raises(UserError, match=r"is not a complete checkpoint: weights/.* has 0 bytes"):
         resolve_checkpoint(best)
 
 
 def test_a_damaged_one_named_directly_is_refused(run):
     named = run / "checkpoints" / "step_00000015"
     spoil(named)
-    message = (
-        f"{named} is not a complete checkpoint: engine/state.pt has 0 bytes, expected 18. Use another one beside it."
-    )
+    message = f"{named} is not a complete checkpoint: {SPOILED} has 0 bytes, expected 10. Use another one beside it."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         resolve_checkpoint(named)
 
@@ -132,6 +133,13 @@ def test_problem_with_a_good_one_is_none_and_its_config_comes_back(run, tiny):
     folder = run / "checkpoints" / "step_00000010"
     assert problem_with(folder) is None
     assert read_config(folder) == tiny()
+
+
+def test_reading_weights_does_not_need_the_optimizer_state(run):
+    folder = run / "checkpoints" / "step_00000015"
+    (folder / "engine" / "state.pt").write_bytes(b"")
+    assert resolve_checkpoint(run) == folder
+    assert problem_with(folder) == "engine/state.pt has 0 bytes, expected 18"
 
 
 def test_topology_of(tiny):
