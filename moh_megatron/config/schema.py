@@ -94,9 +94,10 @@ class MoHConfig:
     """beta of eq. 8."""
     router_init_std: PositiveFloat | None = None
     """Deviation of the routers' initialisation *(ours)*; null means model.init_method_std."""
-    backend: Literal["auto", "dense", "gathered", "cpu"] = "auto"
-    """How attention is computed: dense computes every head and drops the rest; gathered (PyTorch, any device) and cpu
-    (C++, one thread) skip what is not active; auto takes the fastest that was measured for the shape."""
+    backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto"
+    """How attention is computed: dense computes every head and drops the rest; gathered (PyTorch, any device), cpu
+    (C++, one thread) and triton (CUDA) skip what is not active; auto takes the fastest that was measured for the shape,
+    which on a GPU is dense until someone has measured there."""
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
     """How KV groups are placed on tensor-parallel ranks: interleaved gives each its share of shared heads."""
 

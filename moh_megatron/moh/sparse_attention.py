@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +15,36 @@ from moh_megatron.moh.backends.cpu import available, cpu_attention
 from moh_megatron.moh.backends.dense import dense_attention
 from moh_megatron.moh.backends.gathered import gathered_attention
 
+
+def _triton_attention(*tensors: Tensor, **settings: Any) -> Tensor:
+    from moh_megatron.moh.backends.triton_kernel import triton_attention  # compiles on import; rarely there
+
+    return triton_attention(*tensors, **settings)
+
+
 _BACKENDS: dict[Backend, Callable[..., Tensor]] = {
     "dense": dense_attention,
     "gathered": gathered_attention,
     "cpu": cpu_attention,
+    "triton": _triton_attention,
 }
+
+
+def _require(backend: str, q: Tensor) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}. Got {backend!r}.")
+    if backend == "cpu" and not available(q.dtype, q.device):
+        raise ValueError(
+            f"backend 'cpu' needs fp32 or bf16 on the CPU and a C++ compiler. Got {q.dtype} on {q.device.type}; "
+            f"use 'gathered' or 'auto'."
+        )
+    if backend == "triton":
+        device_serves = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        if not device_serves or importlib.util.find_spec("triton") is None or q.dtype == torch.float64:
+            raise ValueError(
+                f"backend 'triton' needs the triton package and fp32, bf16 or fp16 tensors on a GPU. "
+                f"Got {q.dtype} on {q.device.type}; use 'gathered' or 'auto'."
+            )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -53,7 +80,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: Literal["auto", "dense", "gathered", "cpu"] = "auto",
+    backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto",
 ) -> Tensor:
     """Causal softmax attention, computed only where ``active``.
 
@@ -63,8 +90,9 @@ def sparse_attention(
         active: bool [S, B, N], the heads each token uses.
         scale: of the scores; None means 1 / sqrt(H).
         cu_seqlens: int32 [documents + 1], with B = 1: attention stays inside each packed document.
-        backend: ``dense`` computes every head and drops the rest; ``gathered`` and ``cpu`` skip what is not active;
-            ``auto`` takes the fastest that was measured for the shape.
+        backend: ``dense`` computes every head and drops the rest; ``gathered`` (PyTorch, any device), ``cpu`` (C++,
+            one thread) and ``triton`` (CUDA) skip what is not active; ``auto`` takes the fastest that was measured
+            for the shape.
 
     Returns:
         [S, B, N, H], zero where inactive. Gradients to q, k and v are exact; a skipped head has none.
@@ -77,11 +105,6 @@ def sparse_attention(
         # Counting would make a GPU wait; there the answer does not depend on it yet.
         share = float(active.float().mean()) if q.device.type == "cpu" else 1.0
         backend = choose_backend(length=q.shape[0], share=share, dtype=q.dtype, device=q.device)
-    elif backend == "cpu" and not available(q.dtype, q.device):
-        raise ValueError(
-            f"backend 'cpu' needs fp32 or bf16 on the CPU and a C++ compiler. Got {q.dtype} on {q.device.type}; "
-            f"use 'gathered' or 'auto'."
-        )
-    elif backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}. Got {backend!r}.")
+    else:
+        _require(backend, q)
     return _BACKENDS[backend](q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)

@@ -34,6 +34,7 @@ LIBRARIES = {
     "sentencepiece": {"data/sentencepiece_bpe.py"},
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/board.py"},
+    "triton": {"moh/backends/triton_kernel.py"},
     "pydantic": {"config", "data/manifest.py"},
     "yaml": {"config/core_yaml.py"},
 }

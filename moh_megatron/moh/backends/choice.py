@@ -22,7 +22,7 @@ import torch
 
 from moh_megatron.moh.backends import cpu
 
-Backend = Literal["dense", "gathered", "cpu"]
+Backend = Literal["dense", "gathered", "cpu", "triton"]
 
 _LARGEST_SHARE = 0.8
 _SHORTEST: dict[Backend, int] = {"cpu": 256, "gathered": 512}

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists, ragged_attention
+from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32, ragged_attention
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -94,11 +94,13 @@ def available(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class _CpuKernel:
+    precision = staticmethod(at_least_fp32)
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
     def forward(self, lists: Lists) -> tuple[Tensor, Tensor]:
-        q, ragged = lists.q, lists.ragged
+        q, ragged = lists.q * lists.scale, lists.ragged
         rows, log_sums = torch.empty_like(q), q.new_empty(q.shape[0])
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             part = slice(ragged.bounds[index], ragged.bounds[index + 1])
@@ -112,7 +114,7 @@ class _CpuKernel:
 
     def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
         assert extra is not None
-        q, ragged, delta = lists.q, lists.ragged, (d_rows * rows).sum(-1)
+        q, ragged, delta = lists.q * lists.scale, lists.ragged, (d_rows * rows).sum(-1)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             part = slice(ragged.bounds[index], ragged.bounds[index + 1])
@@ -123,7 +125,7 @@ class _CpuKernel:
                 q.shape[1],
                 *_pointers(d_q[part], d_k[index], d_v[index]),
             )
-        return d_q, d_k, d_v
+        return d_q.mul_(lists.scale), d_k, d_v
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

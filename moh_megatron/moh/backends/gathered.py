@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.ragged import Block
-from moh_megatron.moh.backends.ragged_function import Lists, ragged_attention
+from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32, ragged_attention
 
 # Measured: the block that pays most with several query heads to a KV group, and with one.
 _BLOCK_MERGED, _BLOCK_SINGLE = 256, 128
@@ -52,26 +52,28 @@ class _Blocks:
 
 
 class _GatheredKernel:
+    precision = staticmethod(at_least_fp32)
+
     def forward(self, lists: Lists) -> tuple[Tensor, None]:
-        blocks, rows = _Blocks(lists), torch.empty_like(lists.q)
+        blocks, rows, q = _Blocks(lists), torch.empty_like(lists.q), lists.q * lists.scale
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             for block in lists.ragged.blocks(index, blocks.size):
-                torch.mm(blocks.probabilities(lists.q, key, block), value[block.keys], out=rows[block.rows])
+                torch.mm(blocks.probabilities(q, key, block), value[block.keys], out=rows[block.rows])
         return rows, None
 
     def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
-        blocks = _Blocks(lists)
-        d_q, d_k, d_v = torch.empty_like(lists.q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
+        blocks, q = _Blocks(lists), lists.q * lists.scale
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             for block in lists.ragged.blocks(index, blocks.size):
-                probability, d_out = blocks.probabilities(lists.q, key, block), d_rows[block.rows]
+                probability, d_out = blocks.probabilities(q, key, block), d_rows[block.rows]
                 d_v[index, block.keys].addmm_(probability.t(), d_out)
                 d_scores = torch.mm(d_out, value[block.keys].t(), out=blocks.buffer(1, block))
                 softmax_backward = torch.ops.aten._softmax_backward_data.out
                 softmax_backward(d_scores, probability, -1, d_scores.dtype, grad_input=d_scores)
                 torch.mm(d_scores, key[block.keys], out=d_q[block.rows])
-                d_k[index, block.keys].addmm_(d_scores.t(), lists.q[block.rows])
-        return d_q, d_k, d_v
+                d_k[index, block.keys].addmm_(d_scores.t(), q[block.rows])
+        return d_q.mul_(lists.scale), d_k, d_v
 
 
 def gathered_attention(

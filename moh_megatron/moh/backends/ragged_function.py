@@ -11,7 +11,7 @@ from moh_megatron.moh.backends.ragged import RaggedQueries, ragged_queries
 
 
 class Lists(NamedTuple):
-    """M active queries, already scaled, and the keys and values of each list."""
+    """M active queries and the keys and values of each list."""
 
     q: Tensor
     """[M, H]"""
@@ -20,10 +20,16 @@ class Lists(NamedTuple):
     v: Tensor
     """[B * G, S, H]"""
     ragged: RaggedQueries
+    scale: float
+    """Of the scores."""
 
 
 class Kernel(Protocol):
-    """What a backend computes. All tensors are contiguous, in fp32 or, for float64 inputs, float64."""
+    """What a backend computes. All tensors are contiguous, in the precision the kernel asks for."""
+
+    def precision(self, inputs: torch.dtype) -> torch.dtype:
+        """The precision in which it takes its tensors, given that of the inputs."""
+        ...
 
     def forward(self, lists: Lists) -> tuple[Tensor, Tensor | None]:
         """The rows [M, H] of the output, and what the backward pass wants besides them."""
@@ -56,10 +62,13 @@ def _scatter(rows: Tensor, ragged: RaggedQueries, like: Tensor) -> Tensor:
     return whole
 
 
-def _lists(q: Tensor, k: Tensor, v: Tensor, ragged: RaggedQueries, scale: float) -> Lists:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    queries = _rows(q, ragged, dtype) * scale
-    return Lists(queries, _keys_by_list(k, dtype), _keys_by_list(v, dtype), ragged)
+def at_least_fp32(inputs: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.promote_types(inputs, torch.float32)
+
+
+def _lists(q: Tensor, k: Tensor, v: Tensor, ragged: RaggedQueries, scale: float, dtype: torch.dtype) -> Lists:
+    return Lists(_rows(q, ragged, dtype), _keys_by_list(k, dtype), _keys_by_list(v, dtype), ragged, scale)
 
 
 class _RaggedAttention(torch.autograd.Function):
@@ -75,7 +84,7 @@ class _RaggedAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> Tensor:
         ctx.ragged, ctx.scale, ctx.kernel = ragged_queries(active, k.shape[2], cu_seqlens), scale, kernel
-        rows, extra = kernel.forward(_lists(q, k, v, ctx.ragged, scale))
+        rows, extra = kernel.forward(_lists(q, k, v, ctx.ragged, scale, kernel.precision(q.dtype)))
         ctx.save_for_backward(q, k, v, rows, extra)
         return _scatter(rows, ctx.ragged, q)
 
@@ -83,11 +92,10 @@ class _RaggedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rows, extra = ctx.saved_tensors
         # Gathered again rather than kept: twice the memory of the queries buys little time.
-        lists = _lists(q, k, v, ctx.ragged, ctx.scale)
+        lists = _lists(q, k, v, ctx.ragged, ctx.scale, ctx.kernel.precision(q.dtype))
         d_rows = _rows(gradients[0], ctx.ragged, lists.q.dtype)
         d_q, d_k, d_v = ctx.kernel.backward(lists, d_rows, rows, extra)
-        d_q = _scatter(d_q * ctx.scale, ctx.ragged, q)
-        return d_q, _keys_of_lists(d_k, k), _keys_of_lists(d_v, v), None, None, None, None
+        return _scatter(d_q, ctx.ragged, q), _keys_of_lists(d_k, k), _keys_of_lists(d_v, v), None, None, None, None
 
 
 def ragged_attention(
