@@ -35,6 +35,7 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "dev": [
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
             "pytest-timeout>=2.3",

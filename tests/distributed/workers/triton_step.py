@@ -1,0 +1,21 @@
+"""One training step with the Triton kernels, in their interpreter, beside the same step with dense attention."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import tiny
+import torch
+import torch.distributed as dist
+
+if __name__ == "__main__":
+    tiny.start()
+    results = {}
+    for backend in ("dense", "triton"):
+        config = tiny.tiny_config(moh={"backend": backend})
+        results["learned", backend] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(1)[:, :17])
+    torch.save(results, sys.argv[1])
+    dist.destroy_process_group()
