@@ -61,6 +61,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except (NotADirectoryError, FileExistsError) as error:
+        _complain(f"{error.filename}: a file stands where a folder is needed; set run.dir or data.dir to another path.")
+        return 2
     except OSError as error:
         if remedy := _remedy(error):
             place = f"{error.filename}: " if error.filename is not None else ""

@@ -8,26 +8,30 @@ torchrun ... (or srun ...) pipelines/pretrain.py CONFIG.yaml [section.key=value 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.train.signals import StopRequest, die_with
+from moh_megatron.train.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.world import PARENT_VARIABLE, World
 
 
 def main() -> int:
+    # Until the handlers stand (a rank's, or the launcher's), a request to stop waits instead of killing.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parser = config_parser("Pretrain a Mixture-of-Head (or dense) language model.")
     parser.add_argument(
         "--nproc-per-node",
         type=int,
-        default=1,
         metavar="N",
-        help="start N ranks on this node (default 1); ignored in a process that torchrun or srun started as a rank",
+        help="start N ranks on this node (default 1, unless torchrun or srun started this process as a rank)",
     )
     args, config = parse_config(parser)
-    world = World.from_environment()
-    return launch_node(config, args.nproc_per_node) if world is None else rank(config, world)
+    # Ranks get the launcher's arguments too, and are told by RANK.
+    ranks = args.nproc_per_node
+    world = World.from_environment() if ranks is None or "RANK" in os.environ else None
+    return rank(config, world) if world is not None else launch_node(config, 1 if ranks is None else ranks)
 
 
 def rank(config: Config, world: World) -> int:

@@ -3,6 +3,12 @@
 set -euo pipefail
 
 config=configs/smoke.yaml
+case " $*" in
+    *" run.dir="*)
+        echo "error: name the run folder as make smoke RUN=$(sed 's/.* run\.dir=\([^ ]*\).*/\1/' <<<" $*"), not in ARGS" >&2
+        exit 2
+        ;;
+esac
 export HF_HUB_OFFLINE=1
 
 # A mistake in the overrides shows before anything is moved.

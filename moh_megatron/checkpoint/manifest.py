@@ -49,11 +49,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, flushed to the disk first if it was just written."""
+def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
+    """Size and SHA-256 of a file; ``flush`` makes sure first that what was just written is on the disk."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+        if flush:
+            os.fsync(stream.fileno())
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

@@ -63,11 +63,12 @@ def save(root: Path, contents: Contents) -> Path:
     """
     final, partial = root / checkpoint_name(contents.step), root / f"{_PARTIAL}{checkpoint_name(contents.step)}"
     first = dist.get_rank() == 0
+    if first:
+        for stale in root.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(stale, ignore_errors=True)
     _require_space(root, contents)
     try:
         if first:
-            for stale in root.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(stale)
             random_states.make_folder(partial)
             (partial / CONFIG).write_text(dump_config(contents.config), encoding="utf-8")
             contents.tokenizer.save(partial / TOKENIZER)
@@ -89,13 +90,15 @@ def save(root: Path, contents: Contents) -> Path:
         reason = _disk_failure(error)
         if reason is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
+        # The partial folder stays until the next start: another rank may still be writing into it.
         raise Fault(_cannot_write(root, contents.step, reason)) from error
     return final
 
 
 def _disk_failure(error: Exception) -> str | None:
     """What the disk refused, or None if ``error`` is something else."""
+    if isinstance(error, FileNotFoundError):
+        return None  # somebody deleted the folder: no matter of space
     if not isinstance(error, RuntimeError):
         return f"{error}."
     # torch.save reports a failed write as a RuntimeError of its zip writer.
@@ -146,15 +149,19 @@ def _share(names: list[str]) -> list[str]:
 
 
 def _hash_together(folder: Path) -> dict[str, FileEntry]:
-    own = {name: hash_file(folder / name) for name in _share(relative_files(folder))}
+    own = {name: hash_file(folder / name, flush=True) for name in _share(relative_files(folder))}
     parts: list[dict[str, FileEntry]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
     return {name: entry for part in parts for name, entry in part.items()}
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints; each disappears from view at once."""
-    for checkpoint, _ in list(complete_checkpoints(root))[keep_last:]:
+def prune(root: Path, keep_last: int, step: int) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints up to ``step``; each disappears from view at once.
+
+    What lies after ``step`` was passed over as damaged when this run went on: it must not push a good one out.
+    """
+    up_to_now = [checkpoint for checkpoint, manifest in complete_checkpoints(root) if manifest.step <= step]
+    for checkpoint in up_to_now[keep_last:]:
         doomed = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}")
         checkpoint.rename(doomed)
         shutil.rmtree(doomed)

@@ -6,9 +6,10 @@ rules across sections stand in ``validate.py``. Values the MoH paper does not gi
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 
@@ -28,6 +29,9 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 
+# "~" is the user's home, here as in the shell.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 
 
@@ -35,9 +39,9 @@ _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 class RunConfig:
     """Where a run lives and what makes it reproducible."""
 
-    dir: str
+    dir: PathText
     """Run folder: configuration, metrics, TensorBoard files, checkpoints."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] = 1234
     """Seed of initialisation, data order and text samples."""
 
 
@@ -124,7 +128,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class DataConfig:
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
     inputs: tuple[str, ...] = ()
     """Raw text for prepare_data: .jsonl or .txt files, also .gz; globs allowed."""
@@ -175,7 +179,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder, if there is one; never: start anew, refused
     where the run folder already holds checkpoints."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A checkpoint (or a folder of them) whose weights start this run, with a fresh optimizer and data position."""
     eval_interval: NonNegativeInt = 1000
     """Steps between validations; 0: only at the end."""
@@ -208,7 +212,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class GenerateConfig:
-    load: str | None = None
+    load: PathText | None = None
     """An exported folder or a checkpoint; null means <run.dir>/hf, else the newest checkpoint of the run."""
     prompts: tuple[str, ...] = ("",)
     max_new_tokens: PositiveInt = 64

@@ -106,6 +106,9 @@ def _index_cache(cache: Path) -> Iterator[None]:
         yield
         return
     complete = cache / "complete"
+    if complete.exists():
+        yield  # nothing to write: the folder may be read-only
+        return
     try:
         cache.parent.mkdir(exist_ok=True)
         with open(cache.parent / "lock", "w") as lock:
@@ -116,4 +119,7 @@ def _index_cache(cache: Path) -> Iterator[None]:
             yield
             complete.touch()
     except OSError as error:
-        raise Fault(f"Cannot write the index cache {cache}: {error.strerror or error}.") from error
+        raise Fault(
+            f"Cannot write the index cache {cache}: {error.strerror or error}. Make the folder writable once, or copy "
+            f"the dataset and set data.dir."
+        ) from error

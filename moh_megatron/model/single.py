@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import build_model, position_ids
+from moh_megatron.model.build import build_model, moh_layers, position_ids
+from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
 from moh_megatron.parallel import groups
 
 _PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -38,6 +39,28 @@ def build_single_process(
         for name, parameter in own.items():
             parameter.copy_(weights[name])
     return model.eval()
+
+
+@torch.inference_mode()
+def routing_margin(model: torch.nn.Module, tokens: Tensor) -> float:
+    """How far the routing of ``tokens`` [B, S] is from a tie; infinite in a dense model.
+
+    It is the smallest distance, over layers and tokens, of the last chosen routed head's score to the next one's.
+    """
+    margins = [float("inf")]
+
+    def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor, float], output: object) -> None:
+        assert isinstance(router, LearnedRouter | QueryNormRouter)
+        scores, chosen = router.routed_scores(*inputs[:2]), router.top_k
+        if scores is not None and chosen < scores.shape[-1]:
+            ordered = scores.sort(-1, descending=True).values
+            margins.append(float((ordered[..., chosen - 1] - ordered[..., chosen]).min()))
+
+    hooks = [layer.router.register_forward_hook(record) for layer in moh_layers(model)]
+    model(tokens, position_ids(tokens), None)
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
 
 
 @torch.inference_mode()

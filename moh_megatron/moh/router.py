@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moh_megatron.config.count import router_weight_rows
@@ -51,6 +52,15 @@ class LearnedRouter(nn.Module):
         mean = token_mean(values)
         return mean_over_ranks(mean, self.group) if self.sequence_parallel else mean
 
+    @property
+    def top_k(self) -> int:
+        """Routed heads a token uses."""
+        return (self.moh.active_heads or 0) - (self.moh.shared_heads or 0)
+
+    def routed_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """[..., E]: what the routed heads are ranked by; None where there are none."""
+        return None if self.w_routed is None else F.linear(x.float(), self.w_routed.float())
+
     def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
         """x [S, B, D], or [S / TP, B, D] under sequence parallelism -> gates and active [S, B, N] on every rank."""
         moh = self.moh
@@ -59,7 +69,7 @@ class LearnedRouter(nn.Module):
             self._weight(self.w_shared),
             self._weight(self.w_routed),
             self._weight(self.w_alpha),
-            top_k=(moh.active_heads or 0) - (moh.shared_heads or 0),
+            top_k=self.top_k,
             gating=moh.gating,
             balance=moh.balance_loss,
             mean=self._mean,
@@ -84,13 +94,26 @@ class QueryNormRouter(nn.Module):
         order = sorted(range(layout.heads), key=layout.head_order.__getitem__)
         self.register_buffer("physical_of_logical", torch.tensor(order), persistent=False)
 
+    @property
+    def top_k(self) -> int:
+        """Routed heads a token uses."""
+        return (self.moh.active_heads or 0) - (self.moh.shared_heads or 0)
+
+    def _norms(self, q: Tensor) -> Tensor:
+        """[S, B, n, H] -> [S, B, N], heads in logical order."""
+        norms = gather_last_dimension(query_norms(q), self.group)
+        return norms.index_select(-1, self.physical_of_logical)
+
+    def routed_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """[S, B, E]: what the routed heads are ranked by."""
+        return self._norms(q)[..., self.moh.shared_heads or 0 :]
+
     def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
-        norms = gather_last_dimension(query_norms(q), self.group)
         gates, active, balance = norm_routing(
-            norms.index_select(-1, self.physical_of_logical),
+            self._norms(q),
             shared_heads=self.moh.shared_heads or 0,
-            top_k=(self.moh.active_heads or 0) - (self.moh.shared_heads or 0),
+            top_k=self.top_k,
             balance=self.moh.balance_loss,
         )
         gates = attach_loss(gates, balance, balance_weight)

@@ -18,9 +18,12 @@ def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield line, json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 return
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                return
+            yield line, record
 
 
 class StepRecords:

@@ -92,6 +92,9 @@ class Engine:
         self._accumulation_steps = accumulation_steps
         count = sum(p.numel() for p in model.parameters())
         self._optimizer = adamw(model, config)
+        self._settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
+        ]
         self._module = model
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
@@ -154,3 +157,6 @@ class Engine:
         path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}.")
+        # DeepSpeed restores these too; the configuration of this life of the run is what counts.
+        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)

@@ -6,12 +6,14 @@ this uses torch.distributed's process launcher underneath, but supervises by the
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -98,6 +100,22 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
         time.sleep(_POLL_SECONDS)
 
 
+@contextlib.contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder; the system lets go of it when this process ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir}: another process trains in this folder. Wait for it, or set run.dir to another one."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int) -> int:
     """Check the configuration for so many ranks, run them, and return the worst rank's code.
 
@@ -111,8 +129,9 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
     except UserError as error:
         write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise
-    (run_dir / "exit.json").unlink(missing_ok=True)
-    codes = launch(script, arguments, ranks)
+    with _alone_in(run_dir):
+        (run_dir / "exit.json").unlink(missing_ok=True)
+        codes = launch(script, arguments, ranks)
     code = worst_code(list(codes.values()))
     if unforeseen := {rank: ended for rank, ended in sorted(codes.items()) if ended not in _EXPECTED_CODES}:
         reason = ", ".join(f"rank {rank} {_how(ended)}" for rank, ended in unforeseen.items())

@@ -192,7 +192,7 @@ class _Training:
         save.save(root, contents)
         self.saved_step = self.step
         if self.config.checkpoint.keep_last is not None and session.first:
-            save.prune(root, self.config.checkpoint.keep_last)
+            save.prune(root, self.config.checkpoint.keep_last, self.step)
 
     def _validate(self) -> tuple[float, str]:
         """Validation loss in nats a token, and a sample of text."""

@@ -97,8 +97,13 @@ def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
     raise Fault(f"every checkpoint in {root} is damaged. Move the folder away to start anew.")
 
 
-def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str) -> Manifest:
-    """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``."""
+def check_same_run(
+    checkpoint: Path, config: Config, world_size: int, data: str, report: Callable[[str], None]
+) -> Manifest:
+    """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``.
+
+    The optimizer's settings may change; ``report`` is told, because the loss curve then is another one.
+    """
     manifest = read_state(checkpoint)
     there, here = (_values(each, _SAME_RUN) for each in (read_config(checkpoint), config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
@@ -106,6 +111,10 @@ def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str)
     there["data"], here["data"] = manifest.data[:12], data[:12]
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
     _refuse_differences(checkpoint, there, here, remedy)
+    before, now = (_values(each, ["optimizer"]) for each in (read_config(checkpoint), config))
+    for key, value in now.items():
+        if before[key] != value:
+            report(f"warning: {key} is {value} from here on; it was {before[key]} up to {checkpoint.name}")
     return manifest
 
 

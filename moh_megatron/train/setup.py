@@ -72,6 +72,10 @@ def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:
     return found[0]
 
 
+def _say_nothing(message: str) -> None:
+    pass
+
+
 def prepare_session(config: Config, world: World) -> Session:
     """Process groups, data, model, engine, and the state to go on from."""
     data = preflight(config, world.size)
@@ -79,10 +83,11 @@ def prepare_session(config: Config, world: World) -> Session:
     groups.initialize(config.parallel.tensor, config.run.seed)
     device = groups.device(world.local_rank)
 
+    report = print if world.rank == 0 else _say_nothing
     checkpoint = _agreed(world, lambda: newest_good(config, print))
     start_step = 0
     if checkpoint is not None:
-        start_step = check_same_run(checkpoint, config, world.size, hash_of(data)).step
+        start_step = check_same_run(checkpoint, config, world.size, hash_of(data), report).step
     elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
     tokenizer = load_dataset_tokenizer(data_dir(config), data)

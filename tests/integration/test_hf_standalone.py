@@ -65,7 +65,8 @@ def exported(tmp_path_factory) -> Path:
     )
     generator = torch.Generator().manual_seed(2)
     state = {rule.megatron: 0.3 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
-    hf.export(root / "hf", config, state, root / "tokenizer", torch.float32, step=1, tokens=64)
+    with hf.replacing(root / "hf") as partial:
+        hf.write_folder(partial, config, state, root / "tokenizer", torch.float32, step=1, tokens=64)
     return root / "hf"
 
 

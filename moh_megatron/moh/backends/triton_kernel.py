@@ -8,6 +8,9 @@ has not been measured.
 Legend: M rows of all lists, L lists, S keys, H head size.
 """
 
+# Inside a kernel, values are Triton's, not Python's.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import itertools

@@ -38,7 +38,7 @@ def compare(backend: str, q: Tensor, k: Tensor, v: Tensor, active: Tensor, docum
     ends = documents or [0, length]
     starts = torch.tensor([s for s, e in itertools.pairwise(ends) for _ in range(e - s)])
     cu_seqlens = torch.tensor(documents, dtype=torch.int32) if documents else None
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = (q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_())
     probe = torch.randn(q.shape, generator=torch.Generator().manual_seed(9), dtype=q.dtype)
     expected = reference(*leaves, active, starts)
     expected_gradients = torch.autograd.grad(expected, leaves, probe)
@@ -54,7 +54,7 @@ def compare(backend: str, q: Tensor, k: Tensor, v: Tensor, active: Tensor, docum
 
 def draw(
     length: int, batch: int, groups: int, width: int, size: int, share: float, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     heads = groups * width
     q, k, v = (torch.randn(length, batch, n, size, generator=generator, dtype=dtype) for n in (heads, groups, groups))

@@ -79,7 +79,7 @@ def test_every_checkpoint_damaged_is_a_fault_not_a_new_start(config, checkpoint,
 
 
 def test_the_same_run_goes_on(config, checkpoint):
-    assert check_same_run(checkpoint(5), config(), 1, DATA).step == 5
+    assert check_same_run(checkpoint(5), config(), 1, DATA, print).step == 5
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_same_run_goes_on(config, checkpoint):
 def test_another_value_is_refused_naming_both(config, checkpoint, key, there, here):
     folder = checkpoint(5)
     with pytest.raises(UserError) as caught:
-        check_same_run(folder, config({key: here}), 1, DATA)
+        check_same_run(folder, config({key: here}), 1, DATA, print)
     first, *differences, remedy = str(caught.value).splitlines()
     assert first == f"{folder} was made with other values:"
     assert differences == [f"  {key}: {there} there, {here} here"]
@@ -109,7 +109,7 @@ def test_another_value_is_refused_naming_both(config, checkpoint, key, there, he
 
 def test_another_precision_is_told_with_the_topology(config, checkpoint):
     with pytest.raises(UserError, match=r"  train\.precision: fp32 there, bf16 here"):
-        check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA)
+        check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA, print)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +123,17 @@ def test_another_precision_is_told_with_the_topology(config, checkpoint):
 def test_another_parallelism_is_refused(config, checkpoint, changes, world_size, here):
     message = f"  parallelism: TP 1 x DP 1, ZeRO 1, fp32 there, {here} here"
     with pytest.raises(UserError, match=re.escape(message)):
-        check_same_run(checkpoint(5), config(changes), world_size, DATA)
+        check_same_run(checkpoint(5), config(changes), world_size, DATA, print)
 
 
 def test_another_dataset_is_refused(config, checkpoint):
     with pytest.raises(UserError, match=f"  data: {'d' * 12} there, {'e' * 12} here"):
-        check_same_run(checkpoint(5), config(), 1, "e" * 64)
+        check_same_run(checkpoint(5), config(), 1, "e" * 64, print)
 
 
 def test_every_difference_is_told_at_once(config, checkpoint):
     with pytest.raises(UserError) as caught:
-        check_same_run(checkpoint(5), config({"run.seed": 1, "moh.active_heads": 5}), 2, "e" * 64)
+        check_same_run(checkpoint(5), config({"run.seed": 1, "moh.active_heads": 5}), 2, "e" * 64, print)
     assert len(str(caught.value).splitlines()) == 1 + 4 + 1
 
 
@@ -146,7 +146,7 @@ def test_every_difference_is_told_at_once(config, checkpoint):
     ],
 )
 def test_what_does_not_touch_model_or_data_may_change(config, checkpoint, changes):
-    assert check_same_run(checkpoint(5), config(changes), 1, DATA).step == 5
+    assert check_same_run(checkpoint(5), config(changes), 1, DATA, print).step == 5
 
 
 # --- weights_to_start_from -----------------------------------------------------------------------------------------
