@@ -32,6 +32,12 @@ def test_follows_the_bare_loop(results: list[dict[str, Any]], layout: str) -> No
         assert _relative(norm, expected) < ADAM_TOLERANCE, step
 
 
+def test_query_norm_balance_loss_is_in_the_gradient(results: list[dict[str, Any]]) -> None:
+    here, bare = results[0]["tp2_query_norm"], results[0]["bare_query_norm"]
+    assert here["losses"] == pytest.approx(bare["losses"], rel=ADAM_TOLERANCE)
+    assert here["norms"] == pytest.approx(bare["norms"], rel=ADAM_TOLERANCE)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bf16_stays_near(results: list[dict[str, Any]], stage: int) -> None:
     for loss, expected in zip(results[0][f"tp2_zero{stage}_bf16"]["losses"], results[0]["bare"]["losses"], strict=True):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.runs import STEPS, Run, end, gone, ranks_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +54,31 @@ def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
     assert events.Scalars("head_load/layer_00/head_00")[-1].value == 1.0
     routed = sum(events.Scalars(f"head_load/layer_00/head_{head:02d}")[-1].value for head in range(2, 8))
     assert abs(routed - 2) < 1e-5
+
+
+def test_two_replicas_are_one_run(uninterrupted: Run, new_run: NewRun) -> None:
+    """The same model and data at TP 1 x DP 2: every replica's data counts, in training and in validation."""
+    run = new_run()
+    done = run.finish("parallel.tensor=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses, expected = ([record["lm_loss"] for record in each.records()] for each in (run, uninterrupted))
+    assert losses[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=5e-3)
+    assert run.json("summary.json")["val_loss"] == pytest.approx(
+        uninterrupted.json("summary.json")["val_loss"], rel=5e-3
+    )
+
+
+def test_changed_optimizer_values_are_told_and_act(uninterrupted: Run, new_run: NewRun) -> None:
+    run = new_run()
+    shutil.copytree(uninterrupted.folder, run.folder)
+    for name in ("step_00000030", "step_00000020"):
+        shutil.rmtree(run.folder / "checkpoints" / name)
+    done = run.finish("optimizer.weight_decay=50.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "optimizer.weight_decay is 50.0 from here on; it was 0.1" in done.stdout
+    assert run.records()[10]["loss"] == uninterrupted.records()[10]["loss"]
+    assert run.records()[-1]["loss"] != uninterrupted.records()[-1]["loss"]
 
 
 def test_stopped_then_disk_full_then_finished(uninterrupted: Run, new_run: NewRun) -> None:

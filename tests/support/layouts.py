@@ -21,6 +21,7 @@ CASES = [
     "gathered",
     "cpu",
     "cpu_query_norm",
+    "six_groups",
     "tied",
     "full_recompute",
     "selective_recompute",

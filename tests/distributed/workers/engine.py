@@ -33,9 +33,9 @@ def global_batch(step: int) -> torch.Tensor:
     return tiny.tokens(4, seed=100 + step)
 
 
-def bare_loop() -> dict[str, list[float]]:
+def bare_loop(moh: dict[str, Any] | None = None) -> dict[str, list[float]]:
     """No engine, no attached losses: the total loss written out, whole batch gradients, torch's own clipping."""
-    config = tiny.tiny_config()
+    config = tiny.tiny_config(moh=moh or {})
     model = tiny.fresh_model(config)
     routed: list[torch.Tensor] = []
     for layer in moh_layers(model):
@@ -60,9 +60,9 @@ def bare_loop() -> dict[str, list[float]]:
     return {"losses": losses, "norms": norms}
 
 
-def engine_loop(parallel: dict[str, Any], precision: str = "fp32") -> dict[str, Any]:
+def engine_loop(parallel: dict[str, Any], precision: str = "fp32", moh: dict[str, Any] | None = None) -> dict[str, Any]:
     """The same steps through the engine."""
-    config = tiny.tiny_config(parallel=parallel, train={"precision": precision})
+    config = tiny.tiny_config(parallel=parallel, train={"precision": precision}, moh=moh or {})
     size = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, size), data_parallel_size(config, size)
     model = tiny.fresh_model(config, accumulation)
@@ -92,6 +92,8 @@ if __name__ == "__main__":
     results: dict[str, Any] = {"bare": bare_loop()}
     for name, parallel in LAYOUTS.items():
         results[name] = engine_loop(parallel)
+    results["bare_query_norm"] = bare_loop({"router": "query_norm"})
+    results["tp2_query_norm"] = engine_loop({"tensor": 2}, moh={"router": "query_norm"})
     for stage in (1, 2):
         results[f"tp2_zero{stage}_bf16"] = engine_loop({"tensor": 2, "zero_stage": stage}, "bf16")
     torch.save(results, sys.argv[1])

@@ -19,6 +19,10 @@ CASES = {
     "gathered": {"moh": {"backend": "gathered"}},
     "cpu": {"moh": {"backend": "cpu"}},
     "cpu_query_norm": {"moh": {"backend": "cpu", "router": "query_norm"}, "train": {"recompute": "selective"}},
+    "six_groups": {
+        "model": {"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 96},
+        "moh": {"router": "query_norm"},
+    },
     "tied": {"model": {"tie_word_embeddings": True}},
     "full_recompute": {"train": {"recompute": "full"}},
     "selective_recompute": {"train": {"recompute": "selective"}},

@@ -15,12 +15,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.load import config_from_mapping, load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import build_model, moh_layers, token_losses, transformer_config
+from moh_megatron.data.batches import ValidationBatch
+from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses, transformer_config
 from moh_megatron.model.generation import continue_text, sample_token
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.moh.router import LearnedRouter
-from moh_megatron.parallel import groups
+from moh_megatron.parallel import groups, random_states
 from moh_megatron.train.engine import adamw
+from moh_megatron.train.validation import validation_loss
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +127,56 @@ def test_weight_decay_spares_norms() -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if "layernorm" in name else 0.1), name
+
+
+def test_optimizer_takes_its_values_from_the_configuration() -> None:
+    made = config()
+    other = dataclasses.replace(made.optimizer, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3, weight_decay=0.3)
+    groups_made = adamw(build_model(made), dataclasses.replace(made, optimizer=other)).param_groups
+    assert [group["betas"] for group in groups_made] == [(0.7, 0.8)] * 2
+    assert [group["eps"] for group in groups_made] == [1e-3] * 2
+    assert [group["weight_decay"] for group in groups_made] == [0.3, 0.0]
+
+
+def test_rope_and_norms_take_theirs() -> None:
+    model = build_model(config({"rotary_base": 500.0, "norm_epsilon": 0.25}))
+    expected = 500.0 ** -(torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(model.rotary_pos_emb.inv_freq, expected)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 2 * 2 + 1
+    assert {norm.eps for norm in norms} == {0.25}
+
+
+def test_validation_counts_each_token_once() -> None:
+    model = build_model(config())
+    tokens = torch.randint(0, 128, (3, 17))
+    batches = [ValidationBatch(tokens[:2], 2), ValidationBatch(tokens[[2, 0]], 1), ValidationBatch(tokens[:2], 0)]
+    with torch.no_grad():
+        expected = float(token_losses(model, tokens).double().mean())
+    assert validation_loss(model, batches, torch.device("cpu")) == pytest.approx(expected, rel=1e-6)
+
+
+def test_random_states_come_back() -> None:
+    states = random_states.capture()
+    drawn = torch.rand(3)
+    tracker = random_states._tracker()
+    with tracker.fork():
+        inside = torch.rand(3)
+    random_states.restore(states)
+    assert torch.equal(torch.rand(3), drawn)
+    with tracker.fork():
+        assert torch.equal(torch.rand(3), inside)
+
+
+def test_generation_sees_the_last_tokens_of_its_context() -> None:
+    model = build_model(config()).eval()
+    prompt = list(range(1, 30))
+    settings: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0, "top_k": None, "stop_token": 127, "seed": 0}
+    settings["device"] = torch.device("cpu")
+    with torch.no_grad():
+        window = torch.tensor([prompt[-8:]])
+        expected = int(model(window, position_ids(window), None)[0, -1].argmax())
+    assert continue_text(model, prompt, context=8, **settings) == [expected]
 
 
 def test_sampling() -> None:
