@@ -22,7 +22,7 @@ def odd(spawn: Any) -> Results:
     return spawn("layouts_odd", 3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "six_groups"])
 @pytest.mark.parametrize("layout", ["tp4", "tp4_sp"])
 def test_four_ranks(wide: list[dict[str, Any]], case: str, layout: str) -> None:
     assert_same([rank["layouts"] for rank in wide], case, layout)

@@ -14,6 +14,8 @@ from layouts import CASES
 from moh_megatron.train.engine import initialize_distributed
 from moh_megatron.train.world import World
 
+# Six KV groups cannot be shared by four ranks.
+FOUR_RANKS = [case for case in CASES if case != "six_groups"]
 LAYOUTS = {"tp1": {"tensor": 1}, "tp4": {"tensor": 4}, "tp4_sp": {"tensor": 4, "sequence": True}}
 
 if __name__ == "__main__":
@@ -23,7 +25,8 @@ if __name__ == "__main__":
     initialize_distributed(world)
     results: dict[Any, Any] = {}
     for layout, parallel in LAYOUTS.items():
-        for case, sections in CASES.items():
+        for case in FOUR_RANKS:
+            sections = CASES[case]
             config = tiny.tiny_config(**sections, parallel=parallel)
             results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
     engines: dict[str, Any] = {"bare": engine.bare_loop()}
