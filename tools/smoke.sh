@@ -5,7 +5,7 @@ set -euo pipefail
 config=configs/smoke.yaml
 case " $*" in
     *" run.dir="*)
-        echo "error: name the run folder as make smoke RUN=$(sed 's/.* run\.dir=\([^ ]*\).*/\1/' <<<" $*"), not in ARGS" >&2
+        echo "error: run.dir stands in ARGS; name the run folder as make smoke RUN=DIR instead" >&2
         exit 2
         ;;
 esac
