@@ -5,29 +5,30 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.choice import Backend, choose_backend
-from moh_megatron.moh.backends.cpu import available, cpu_attention
+from moh_megatron.moh.backends.cpu import CpuKernel, available
 from moh_megatron.moh.backends.dense import dense_attention
-from moh_megatron.moh.backends.gathered import gathered_attention
+from moh_megatron.moh.backends.gathered import GatheredKernel
+from moh_megatron.moh.backends.ragged_function import Kernel, ragged_attention
 
 
-def _triton_attention(*tensors: Tensor, **settings: Any) -> Tensor:
-    from moh_megatron.moh.backends.triton_kernel import triton_attention  # compiles on import; rarely there
+def _triton_kernel() -> Kernel:
+    from moh_megatron.moh.backends.triton_kernel import TritonKernel  # compiles on import; rarely there
 
-    return triton_attention(*tensors, **settings)
+    return TritonKernel()
 
 
-_BACKENDS: dict[Backend, Callable[..., Tensor]] = {
-    "dense": dense_attention,
-    "gathered": gathered_attention,
-    "cpu": cpu_attention,
-    "triton": _triton_attention,
+_KERNELS: dict[Backend, Callable[[], Kernel]] = {
+    "gathered": GatheredKernel,
+    "cpu": CpuKernel,
+    "triton": _triton_kernel,
 }
+_BACKENDS = ("dense", *_KERNELS)
 
 
 def _require(backend: str, q: Tensor) -> None:
@@ -107,4 +108,6 @@ def sparse_attention(
         backend = choose_backend(length=q.shape[0], share=share, dtype=q.dtype, device=q.device)
     else:
         _require(backend, q)
-    return _BACKENDS[backend](q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
+    if backend == "dense":
+        return dense_attention(q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
+    return ragged_attention(_KERNELS[backend](), q, k, v, active, scale, cu_seqlens)

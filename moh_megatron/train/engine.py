@@ -89,7 +89,6 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Config, *, data_parallel: int, accumulation_steps: int) -> None:
         self._stage = config.parallel.zero_stage
-        self._accumulation_steps = accumulation_steps
         count = sum(p.numel() for p in model.parameters())
         self._optimizer = adamw(model, config)
         self._settings = [

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32, ragged_attention
+from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -93,10 +93,14 @@ def available(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and kernel_library() is not None
 
 
-class _CpuKernel:
+class CpuKernel:
+    """The C++ kernel, which must be ``available``; see ``ragged_function.Kernel``."""
+
     precision = staticmethod(at_least_fp32)
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self) -> None:
+        library = kernel_library()
+        assert library is not None
         self._library = library
 
     def forward(self, lists: Lists) -> tuple[Tensor, Tensor]:
@@ -131,18 +135,3 @@ class _CpuKernel:
 def _pointers(*tensors: Tensor) -> list[int]:
     assert all(tensor.is_contiguous() for tensor in tensors)
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def cpu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    active: Tensor,
-    *,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """As ``dense.dense_attention``, to rounding; the inputs must be such that ``available``."""
-    library = kernel_library()
-    assert library is not None
-    return ragged_attention(_CpuKernel(library), q, k, v, active, scale, cu_seqlens)

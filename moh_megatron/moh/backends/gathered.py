@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.ragged import Block
-from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32, ragged_attention
+from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32
 
 # Measured: the block that pays most with several query heads to a KV group, and with one.
 _BLOCK_MERGED, _BLOCK_SINGLE = 256, 128
@@ -51,7 +51,9 @@ class _Blocks:
             scores[:, : head.numel()].masked_fill_(head < first[:, None], -math.inf)
 
 
-class _GatheredKernel:
+class GatheredKernel:
+    """Matrix products of blocks; see ``ragged_function.Kernel``."""
+
     precision = staticmethod(at_least_fp32)
 
     def forward(self, lists: Lists) -> tuple[Tensor, None]:
@@ -74,16 +76,3 @@ class _GatheredKernel:
                 torch.mm(d_scores, key[block.keys], out=d_q[block.rows])
                 d_k[index, block.keys].addmm_(d_scores.t(), q[block.rows])
         return d_q.mul_(lists.scale), d_k, d_v
-
-
-def gathered_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    active: Tensor,
-    *,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """As ``dense.dense_attention``, to rounding, at a cost that falls with the number of active pairs."""
-    return ragged_attention(_GatheredKernel(), q, k, v, active, scale, cu_seqlens)

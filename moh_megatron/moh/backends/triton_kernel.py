@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists, ragged_attention
+from moh_megatron.moh.backends.ragged_function import Lists
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _NEGATIVE = tl.constexpr(-1.0e30)
@@ -151,7 +151,9 @@ def _backward_keys(
     tl.store(D_V + base + keys[:, None] * H + columns[None, :], d_v, mask=mask)
 
 
-class _TritonKernel:
+class TritonKernel:
+    """The kernels above; see ``ragged_function.Kernel``."""
+
     def precision(self, inputs: torch.dtype) -> torch.dtype:
         """As the inputs are: tensor cores multiply bf16."""
         return inputs
@@ -199,16 +201,3 @@ def _grid_of_rows(lists: Lists) -> Any:
 
 def _grid_of_keys(lists: Lists) -> Any:
     return lambda settings: (triton.cdiv(lists.k.shape[1], settings["KEYS"]), lists.k.shape[0])
-
-
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    active: Tensor,
-    *,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """As ``dense.dense_attention``, to rounding, at a cost that falls with the number of active pairs."""
-    return ragged_attention(_TritonKernel(), q, k, v, active, scale, cu_seqlens)
