@@ -44,6 +44,8 @@ def kind(hint: Any) -> str:
     """What a field's type allows, in plain words."""
     arguments = get_args(hint)
     match get_origin(hint):
+        case origin if origin is Annotated and isinstance(arguments[-1], str):
+            return arguments[-1]
         case origin if origin is Annotated:
             bounds = [words for each in arguments[1:] if isinstance(each, FieldInfo) for words in _bounds(each)]
             return " ".join([kind(arguments[0]), ", ".join(bounds)]).strip()

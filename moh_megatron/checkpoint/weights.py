@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moh_megatron.checkpoint.mapping import merge_shards, rules, split_shard
 from moh_megatron.config.schema import Config
+from moh_megatron.model.tensors import model_tensors
 
 FOLDER = "weights"
 
@@ -22,14 +23,14 @@ def _file(folder: Path, rank: int, size: int) -> Path:
 
 
 def write_shard(folder: Path, model: nn.Module, rank: int, size: int) -> None:
-    """This tensor-parallel rank's parameters, under Megatron-core's names."""
+    """This tensor-parallel rank's parameters and router biases, under Megatron-core's names."""
     path = _file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, path)
+    save_file({name: each.detach().cpu().contiguous() for name, each in model_tensors(model).items()}, path)
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
-    """Every parameter whole, heads in physical order, whatever tensor-parallel size wrote it."""
+    """Every tensor whole, heads in physical order, whatever tensor-parallel size wrote it."""
     size = config.parallel.tensor
     with ExitStack() as stack:
         shards = [stack.enter_context(safe_open(_file(folder, rank, size), "pt")) for rank in range(size)]
@@ -41,8 +42,12 @@ def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_into(model: nn.Module, whole: Mapping[str, Tensor], config: Config, rank: int, size: int) -> None:
-    """Copy this tensor-parallel rank's share of whole parameters into ``model``, in the model's precision."""
+    """Copy this tensor-parallel rank's share of whole tensors into ``model``, in the model's precision.
+
+    Router biases that ``whole`` lacks stay as they are: it was balanced by a loss.
+    """
     table = {rule.megatron: rule for rule in rules(config)}
-    for name, parameter in model.named_parameters():
+    for name, tensor in model_tensors(model).items():
         rule = table[name]
-        parameter.copy_(split_shard(whole[name], rule.dim, rule.stride, rank, size))
+        if name in whole or rule.dtype is None:
+            tensor.copy_(split_shard(whole[name], rule.dim, rule.stride, rank, size))

@@ -167,6 +167,8 @@ def _expected(detail: Any) -> str:
             return "must be text (in quotes, if it looks like something else)"
         case "tuple_type":
             return "must be a list, as in [a, b]"
+        case "one_of_several":
+            return detail["msg"]
         case "literal_error":
             return f"must be {context['expected']}"
         case "greater_than":

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
+from moh_megatron.config.heads import active_share, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
@@ -64,27 +65,32 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _block_spec(config: Config, balance_weight: float) -> TransformerBlockSubmodules:
+def _block_spec(config: Config, accumulation_steps: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.core_attention = CausalAttention
     if config.moh.enabled:
         attention.module = MoHSelfAttention
-        attention.params = {**attention.params, "moh": config.moh, "balance_weight": balance_weight}
+        attention.params = {
+            **attention.params,
+            "moh": config.moh,
+            "heads": layer_heads(config.model, config.moh),
+            "loss_scale": 1 / config.model.num_layers / accumulation_steps,
+        }
     return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
 
 
 def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     """This rank's part of the model, freshly initialised from the current random state.
 
-    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the balance loss as
-    the engine scales the main one.
+    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the routers' losses
+    as the engine scales the main one.
     """
-    moh, model = config.moh, config.model
+    model = config.model
     return GPTModel(
         config=transformer_config(config),
-        transformer_layer_spec=_block_spec(config, moh.balance_coefficient / model.num_layers / accumulation_steps),  # pyright: ignore[reportArgumentType]
+        transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
@@ -96,13 +102,13 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
 def attention_backend(config: Config, device: torch.device) -> str:
     """The backend that computes attention in training, ``auto`` resolved for the training shape."""
     moh = config.moh
-    if not moh.enabled:
+    if not moh.enabled or moh.straight_through == "all":
         return "dense"
     if moh.backend != "auto":
         return moh.backend
     return choose_backend(
         length=config.train.sequence_length,
-        share=(moh.active_heads or 0) / config.model.num_attention_heads,
+        share=active_share(config.model, moh),
         dtype=DTYPES[config.train.precision],
         device=device,
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids
-from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
+from moh_megatron.model.tensors import model_tensors
+from moh_megatron.moh.router import Router
 from moh_megatron.parallel import groups
 
 _PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -29,15 +30,17 @@ def build_single_process(
     alone = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
+        # What is loaded is the finished model, on its way down to fewer heads or not.
+        moh=dataclasses.replace(config.moh, activation_schedule_steps=0),
         train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
     )
     model = build_model(alone)
-    own = dict(model.named_parameters())
+    own = model_tensors(model)
     if missing := sorted(set(own) ^ set(weights)):
-        raise ValueError(f"weights must hold exactly the model's parameters. They differ in {missing}.")
+        raise ValueError(f"weights must hold exactly the model's tensors. They differ in {missing}.")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     return model.eval()
 
 
@@ -49,9 +52,9 @@ def routing_margin(model: torch.nn.Module, tokens: Tensor) -> float:
     """
     margins = [float("inf")]
 
-    def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor, float], output: object) -> None:
-        assert isinstance(router, LearnedRouter | QueryNormRouter)
-        scores, chosen = router.routed_scores(*inputs[:2]), router.top_k
+    def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor], output: object) -> None:
+        assert isinstance(router, Router)
+        scores, chosen = router.ranked_by(*inputs), router.top_k
         if scores is not None and chosen < scores.shape[-1]:
             ordered = scores.sort(-1, descending=True).values
             margins.append(float((ordered[..., chosen - 1] - ordered[..., chosen]).min()))

@@ -52,6 +52,7 @@ _SAME_WEIGHTS = (
     "moh.enabled",
     "moh.router",
     "moh.shared_heads",
+    "moh.shared_placement",
     "moh.head_layout",
 )
 """What another run's weights must agree in."""

@@ -139,7 +139,7 @@ def test_the_reference_of_the_configuration_is_current():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", page, re.MULTILINE))
     assert rows["parallel.zero_stage"] == "integer at least 0, at most 3"
     assert rows["optimizer.decay_fraction"] == "number above 0, at most 1"
-    assert rows["moh.shared_heads"] == "integer at least 0, or null"
+    assert rows["moh.shared_heads"] == "integer, list of lists of integers, or null"
     assert rows["generate.prompts"] == "list of text"
     assert rows["train.precision"] == "`fp32`, `bf16`"
     sections = {name: field.type for name, field in Config.__dataclass_fields__.items()}

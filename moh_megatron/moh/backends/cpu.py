@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32
+from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.precision import at_least_fp32
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")

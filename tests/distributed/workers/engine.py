@@ -39,7 +39,7 @@ def bare_loop(moh: dict[str, Any] | None = None) -> dict[str, list[float]]:
     model = tiny.fresh_model(config)
     routed: list[torch.Tensor] = []
     for layer in moh_layers(model):
-        layer.balance_weight = 0.0
+        layer.router.loss_scale = 0.0
         layer.router.register_forward_hook(lambda module, inputs, output: routed.append(output.balance_loss))
     optimizer = adamw(model, config)
     losses, norms = [], []

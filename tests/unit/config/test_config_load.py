@@ -84,7 +84,7 @@ def test_the_last_override_holds():
     [
         ("moh.active_head=3", "moh.active_head: unknown key; did you mean 'active_heads'?"),
         ("train.learning_rate=3", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
-        ("moh.a.b=3", "moh.a.b: unknown key; moh has the keys enabled, shared_heads, active_heads, router, gating, "),
+        ("moh.a.b=3", "moh.a.b: unknown key; moh has the keys enabled, shared_heads, shared_placement, active_heads, "),
         ("mho.router=learned", "mho: unknown section; did you mean 'moh'?"),
         ("zzz.router=learned", "zzz: unknown section; the sections are run, model, moh, train, "),
         ("base.x=small.yaml", "base: unknown section; "),
