@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moh_megatron.config.schema import MoHConfig
+from moh_megatron.moh.document_attention import document_attention
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
 from moh_megatron.moh.sparse_attention import sparse_attention
@@ -58,7 +59,8 @@ class MoHSelfAttention(SelfAttention):
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
         self.balance_weight = balance_weight
         self.statistics = HeadStatistics(heads)
-        self.attend = functools.partial(sparse_attention, backend=moh.backend)
+        attention = functools.partial(sparse_attention, backend=moh.backend)
+        self.attend = functools.partial(document_attention, attention)
         if moh.router == "learned":
             self.router = LearnedRouter(
                 moh,
@@ -82,8 +84,10 @@ class MoHSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, D] (or [S / TP, B, D] under sequence parallelism) -> the same shape, and linear_proj's bias.
 
-        Attention is causal; ``attention_mask`` is accepted for Megatron-core's sake and not read.
+        Attention is causal. ``attention_mask``, which Megatron-core hands through unread, is no mask: it carries
+        cu_seqlens, int32 [documents + 1] over the batch rows one behind the other, or None for no documents.
         """
+        cu_seqlens = attention_mask
         projected = self.get_query_key_value_tensors(hidden_states)
         q_SBnH, k_SBgH, v_SBgH = cast(tuple[Tensor, Tensor, Tensor], projected)
         routing = self.router(hidden_states, q_SBnH, self.balance_weight)
@@ -98,8 +102,8 @@ class MoHSelfAttention(SelfAttention):
             k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
 
         if self.checkpoint_core_attention and self.training:
-            out_SBnH = tensor_parallel.checkpoint(self.attend, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = tensor_parallel.checkpoint(self.attend, False, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         else:
-            out_SBnH = self.attend(q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = self.attend(cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
         return self.linear_proj(gated.flatten(-2))

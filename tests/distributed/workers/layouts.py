@@ -26,6 +26,16 @@ CASES = {
     "tied": {"model": {"tie_word_embeddings": True}},
     "full_recompute": {"train": {"recompute": "full"}},
     "selective_recompute": {"train": {"recompute": "selective"}},
+    "documents": {"data": {"document_mask": True}},
+    "documents_dense": {"data": {"document_mask": True}, "moh": {"enabled": False}},
+    "documents_dense_recompute": {
+        "data": {"document_mask": True},
+        "moh": {"enabled": False},
+        "train": {"recompute": "selective"},
+    },
+    "documents_query_norm": {"data": {"document_mask": True}, "moh": {"router": "query_norm"}},
+    "documents_cpu": {"data": {"document_mask": True}, "moh": {"backend": "cpu"}, "train": {"recompute": "selective"}},
+    "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
 }
 LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
 
@@ -35,6 +45,6 @@ if __name__ == "__main__":
     for layout, parallel in LAYOUTS.items():
         for case, sections in CASES.items():
             config = tiny.tiny_config(**sections, parallel=parallel)
-            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+            results[case, layout] = tiny.gradients_of(config)
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

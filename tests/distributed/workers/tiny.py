@@ -26,6 +26,7 @@ TINY: dict[str, dict[str, Any]] = {
         "init_method_std": 0.1,
     },
     "moh": {"shared_heads": 2, "active_heads": 5, "balance_coefficient": 0.5},
+    "data": {},
     "train": {
         "sequence_length": 32,
         "total_tokens": 4096,
@@ -88,10 +89,10 @@ def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float | No
     return seen
 
 
-def gradients(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
+def gradients(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> dict[str, Any]:
     """Loss, every gradient, routing and margins of one forward and backward pass over ``rows``."""
     seen = watch_routing(model)
-    loss = token_losses(model, rows).mean()
+    loss = token_losses(model, rows, end_of_document).mean()
     loss.backward()
     decided = seen[: len(moh_layers(model))]
     return {
@@ -102,6 +103,14 @@ def gradients(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
         "margin": min((margin for _, margin in decided if margin is not None), default=1.0),
         "statistics": [layer.statistics.drain(torch.device("cpu")) for layer in moh_layers(model)],
     }
+
+
+def gradients_of(config: Config) -> dict[str, Any]:
+    """``gradients`` of a fresh model over two rows; with data.document_mask, of documents of eight tokens or so."""
+    rows, end = tokens(2), 0
+    if config.data.document_mask:
+        return gradients(fresh_model(config), rows.where(rows > 12, end), end)
+    return gradients(fresh_model(config), rows)
 
 
 def start() -> None:
