@@ -154,6 +154,9 @@ class DataConfig:
     """Share of the documents held out, chosen by a hash of their text."""
     ngram_baselines: Bool = False
     """Measure unigram and bigram cross-entropies of the validation tokens, to compare a model with."""
+    document_mask: Bool = False
+    """Keep attention inside each of the documents that share a sequence, in training and validation, with positions
+    that restart at each; false: attention crosses their borders."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)

@@ -16,6 +16,8 @@ from moh_megatron.config.heads import active_share, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
+from moh_megatron.model.packed_gpt import PackedGPTModel
+from moh_megatron.model.packing import document_ends, document_positions
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
 
@@ -88,7 +90,8 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     as the engine scales the main one.
     """
     model = config.model
-    return GPTModel(
+    model_class = PackedGPTModel if config.data.document_mask else GPTModel
+    return model_class(
         config=transformer_config(config),
         transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
         vocab_size=model.vocab_size,
@@ -106,12 +109,15 @@ def attention_backend(config: Config, device: torch.device) -> str:
         return "dense"
     if moh.backend != "auto":
         return moh.backend
-    return choose_backend(
+    backend = choose_backend(
         length=config.train.sequence_length,
         share=active_share(config.model, moh),
         dtype=DTYPES[config.train.precision],
         device=device,
     )
+    if config.data.document_mask and backend != "dense":
+        return f"{backend}, dense where documents are short"
+    return backend
 
 
 def position_ids(tokens: Tensor) -> Tensor:
@@ -119,10 +125,18 @@ def position_ids(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks."""
+def token_losses(model: torch.nn.Module, tokens: Tensor, end_of_document: int | None = None) -> Tensor:
+    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks.
+
+    With ``end_of_document``, for a model built with data.document_mask, attention stays inside each document and
+    positions restart there.
+    """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return model(inputs, position_ids(inputs), None, labels=labels)
+    if end_of_document is None:
+        return model(inputs, position_ids(inputs), None, labels=labels)
+    ends, positions = document_ends(inputs, end_of_document), document_positions(inputs, end_of_document)
+    # In the place of the mask: Megatron-core hands it to attention unread (see MoHSelfAttention).
+    return model(inputs, positions, ends, labels=labels)
 
 
 def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:

@@ -6,7 +6,7 @@ Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,17 +21,16 @@ from torch import Tensor
 from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.document_attention import document_attention
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
 from moh_megatron.moh.sparse_attention import sparse_attention
 from moh_megatron.moh.statistics import HeadStatistics
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-
-def all_heads(q: Tensor, k: Tensor, v: Tensor, active: Tensor) -> Tensor:
+def attend_all(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Every head's output, whatever is active: a skipped head's gate, 0, then has a gradient (eq. 9-10, in full)."""
-    return causal_attention(q, k, v)
+    return causal_attention(q, k, v, cu_seqlens=cu_seqlens)
 
 
 class MoHSelfAttention(SelfAttention):
@@ -68,9 +67,10 @@ class MoHSelfAttention(SelfAttention):
         local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
         self.statistics = HeadStatistics(own.count)
-        self.attend: Attend = functools.partial(sparse_attention, backend=moh.backend)
+        attention = functools.partial(sparse_attention, backend=moh.backend)
         if moh.straight_through == "all":
-            self.attend = all_heads
+            attention = attend_all
+        self.attend = functools.partial(document_attention, attention)
         if moh.router == "learned":
             self.router: Router = LearnedRouter(
                 moh,
@@ -95,8 +95,10 @@ class MoHSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, D] (or [S / TP, B, D] under sequence parallelism) -> the same shape, and linear_proj's bias.
 
-        Attention is causal; ``attention_mask`` is accepted for Megatron-core's sake and not read.
+        Attention is causal. ``attention_mask``, which Megatron-core hands through unread, is no mask: it carries
+        cu_seqlens, int32 [documents + 1] over the batch rows one behind the other, or None for no documents.
         """
+        cu_seqlens = attention_mask
         projected = self.get_query_key_value_tensors(hidden_states)
         q_SBnH, k_SBgH, v_SBgH = cast(tuple[Tensor, Tensor, Tensor], projected)
         routing = self.router(hidden_states, q_SBnH)
@@ -111,8 +113,8 @@ class MoHSelfAttention(SelfAttention):
             k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
 
         if self.checkpoint_core_attention and self.training:
-            out_SBnH = tensor_parallel.checkpoint(self.attend, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = tensor_parallel.checkpoint(self.attend, False, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         else:
-            out_SBnH = self.attend(q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = self.attend(cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
         return self.linear_proj(gated.flatten(-2))

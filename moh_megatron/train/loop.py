@@ -135,7 +135,7 @@ class _Training:
     def _train_step(self, micro_batches: list[torch.Tensor]) -> None:
         engine, losses = self.session.engine, []
         for tokens in micro_batches:
-            loss = token_losses(engine.model, tokens.to(self.session.device)).mean()
+            loss = token_losses(engine.model, tokens.to(self.session.device), self.session.end_of_document).mean()
             engine.backward(loss)
             losses.append(loss.detach())
         lr = learning_rate(self.config.optimizer, self.step, self.steps)
@@ -207,7 +207,7 @@ class _Training:
             data_parallel_rank=groups.data_group().rank(),
             data_parallel_size=groups.data_group().size(),
         )
-        loss = validation_loss(module, batches, session.device)
+        loss = validation_loss(module, batches, session.device, session.end_of_document)
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
             tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")

@@ -64,16 +64,30 @@ def test_replicated_gradients_agree_on_all_ranks(results: Results, layout: str) 
                 assert difference(second[name], gradient) < TOLERANCE, (case, name)
 
 
-@pytest.mark.parametrize("case", ["full_recompute", "selective_recompute"])
-def test_recomputation_changes_nothing(results: Results, case: str) -> None:
-    plain, recomputed = results[0]["learned", "tp1"], results[0][case, "tp1"]
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [
+        ("full_recompute", "learned"),
+        ("selective_recompute", "learned"),
+        ("documents_full_recompute", "documents"),
+        ("documents_dense_recompute", "documents_dense"),
+    ],
+)
+def test_recomputation_changes_nothing(results: Results, case: str, reference: str) -> None:
+    plain, recomputed = results[0][reference, "tp1"], results[0][case, "tp1"]
     assert torch.equal(plain["loss"], recomputed["loss"])
     for name, gradient in plain["gradients"].items():
         assert torch.equal(recomputed["gradients"][name], gradient), name
 
 
 @pytest.mark.parametrize(
-    ("case", "reference"), [("gathered", "learned"), ("cpu", "learned"), ("cpu_query_norm", "query_norm")]
+    ("case", "reference"),
+    [
+        ("gathered", "learned"),
+        ("cpu", "learned"),
+        ("cpu_query_norm", "query_norm"),
+        ("documents_cpu", "documents"),
+    ],
 )
 def test_backends_agree_with_dense(results: Results, case: str, reference: str) -> None:
     dense, sparse = results[0][reference, "tp1"], results[0][case, "tp1"]

@@ -32,6 +32,12 @@ CASES = [
     "tied",
     "full_recompute",
     "selective_recompute",
+    "documents",
+    "documents_dense",
+    "documents_dense_recompute",
+    "documents_query_norm",
+    "documents_cpu",
+    "documents_full_recompute",
 ]
 """Those of workers/layouts.py."""
 DOUBLE = ["dense", "learned", "query_norm", "spread", "lists", "gathered", "straight_through_all", "full_recompute"]

@@ -29,7 +29,7 @@ _SHORTEST: dict[Backend, int] = {"cpu": 256, "gathered": 512}
 
 
 def choose_backend(*, length: int, share: float, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The fastest backend for sequences of ``length`` of which ``share`` of the (token, head) pairs are active."""
+    """The fastest backend for documents of ``length`` with ``share`` of the (token, head) pairs active."""
     if device.type != "cpu" or torch.get_num_threads() > 1 or share > _LARGEST_SHARE:
         return "dense"
     if length >= _SHORTEST["cpu"] and cpu.available(dtype, device):

@@ -34,6 +34,16 @@ CASES = {
     "tied": {"model": {"tie_word_embeddings": True}},
     "full_recompute": {"train": {"recompute": "full"}},
     "selective_recompute": {"train": {"recompute": "selective"}},
+    "documents": {"data": {"document_mask": True}},
+    "documents_dense": {"data": {"document_mask": True}, "moh": {"enabled": False}},
+    "documents_dense_recompute": {
+        "data": {"document_mask": True},
+        "moh": {"enabled": False},
+        "train": {"recompute": "selective"},
+    },
+    "documents_query_norm": {"data": {"document_mask": True}, "moh": {"router": "query_norm"}},
+    "documents_cpu": {"data": {"document_mask": True}, "moh": {"backend": "cpu"}, "train": {"recompute": "selective"}},
+    "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
 }
 DOUBLE = ("dense", "learned", "query_norm", "spread", "lists", "gathered", "straight_through_all", "full_recompute")
 """Cases run in float64 too, which tells a wrong formula from rounding."""
@@ -47,7 +57,7 @@ if __name__ == "__main__":
     for layout, parallel in LAYOUTS.items():
         for case, sections in CASES.items():
             config = tiny.tiny_config(**sections, parallel=parallel)
-            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+            results[case, layout] = tiny.gradients_of(config)
         for case in DOUBLE:
             config = tiny.tiny_config(**CASES[case], parallel=parallel)
             results[f"{case}_float64", layout] = tiny.gradients(tiny.fresh_model(config).double(), tiny.tokens(2))

@@ -28,7 +28,7 @@ if __name__ == "__main__":
         for case in FOUR_RANKS:
             sections = CASES[case]
             config = tiny.tiny_config(**sections, parallel=parallel)
-            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+            results[case, layout] = tiny.gradients_of(config)
     engines: dict[str, Any] = {"bare": engine.bare_loop()}
     for stage in (0, 1, 2):
         for sequence in (False, True):

@@ -27,6 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
         "init_method_std": 0.1,
     },
     "moh": {"shared_heads": 2, "active_heads": 5, "balance_coefficient": 0.5},
+    "data": {},
     "train": {
         "sequence_length": 32,
         "total_tokens": 4096,
@@ -85,11 +86,11 @@ def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
     return seen
 
 
-def gradients(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
+def gradients(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> dict[str, Any]:
     """Loss, every gradient, routing and margins of one forward and backward pass over ``rows``."""
     seen = watch_routing(model)
     set_biases(model)
-    loss = mean_loss(model, rows)
+    loss = mean_loss(model, rows, end_of_document)
     loss.backward()
     decided = seen[: len(moh_layers(model))]
     return {
@@ -110,10 +111,10 @@ def set_biases(model: torch.nn.Module) -> None:
             steps.copy_(torch.randint(-9, 10, steps.shape, generator=torch.Generator().manual_seed(number)))
 
 
-def mean_loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+def mean_loss(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> torch.Tensor:
     """The mean loss of ``rows``; of a model in float64 in that precision, which Megatron-core's own loss gives up."""
     if next(model.parameters()).dtype != torch.float64:
-        return token_losses(model, rows).mean()
+        return token_losses(model, rows, end_of_document).mean()
     inputs, labels = rows[:, :-1], rows[:, 1:]
     logits = gather_last_dimension(model(inputs, position_ids(inputs), None).contiguous(), groups.tensor_group())
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -132,6 +133,14 @@ def accumulated(config: Config, rows: torch.Tensor, steps: int) -> dict[str, Any
         "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
         "statistics": [layer.statistics.drain(torch.device("cpu")) for layer in moh_layers(model)],
     }
+
+
+def gradients_of(config: Config) -> dict[str, Any]:
+    """``gradients`` of a fresh model over two rows; with data.document_mask, of documents of eight tokens or so."""
+    rows, end = tokens(2), 0
+    if config.data.document_mask:
+        return gradients(fresh_model(config), rows.where(rows > 12, end), end)
+    return gradients(fresh_model(config), rows)
 
 
 def start() -> None:
