@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +14,6 @@ from moh_megatron.data.batches import ValidationBatch
 from moh_megatron.model.build import attention_backend, build_model, token_losses
 from moh_megatron.model.packed_gpt import PackedGPTModel
 from moh_megatron.model.packing import document_ends, document_positions
-from moh_megatron.parallel import groups
 from moh_megatron.train.validation import validation_loss
 
 END = 7
@@ -25,13 +22,7 @@ ROWS = [[11, 5], [4, 1, 1, 8, 2]]
 """Lengths of the documents in each row; one is empty but for its end."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A world of one rank for this module."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    groups.initialize(tensor_parallel=1, seed=1)
-    yield
-    groups.destroy()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def packed() -> Tensor:

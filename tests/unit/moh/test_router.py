@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
@@ -24,13 +22,7 @@ from moh_megatron.parallel import groups
 D, HEADS, SIZE = 16, 8, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A world of one rank for this module."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    groups.initialize(tensor_parallel=1, seed=1)
-    yield
-    groups.destroy()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def make(heads: LayerHeads, *, loss_scale: float = 0.5, **settings: Any) -> Any:
