@@ -19,14 +19,19 @@ from moh_megatron.parallel import groups
 _PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
+def be_alone(seed: int) -> None:
+    """Make the process groups of this one process, if there are none yet."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        groups.initialize(tensor_parallel=1, seed=seed)
+
+
 def build_single_process(
     config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """The model of ``config`` without any parallelism, holding ``weights`` (full tensors, Megatron-core's names)."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        groups.initialize(tensor_parallel=1, seed=config.run.seed)
+    be_alone(config.run.seed)
     alone = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
