@@ -22,7 +22,8 @@ from timing import Turn, circumstances, markdown, median_and_range, ratios, take
 from torch import Tensor
 from tqdm import tqdm
 
-from moh_megatron.config.count import router_weight_rows
+from moh_megatron.config.count import parameter_count
+from moh_megatron.config.heads import active_share
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import attention_backend, build_model, token_losses
@@ -58,9 +59,9 @@ def count(config: Config) -> Work:
     model, moh, length = config.model, config.moh, config.train.sequence_length
     hidden, size, heads = model.hidden_size, model.head_dim, model.num_attention_heads
     projections = hidden * size * (2 * heads + 2 * model.query_groups)
-    router = hidden * sum(router_weight_rows(moh, heads).values())
+    router = parameter_count(model, moh).router / model.num_layers
     weights = (1 + _BACKWARD) * (projections + 3 * hidden * model.ffn_hidden_size + router)
-    active = (moh.active_heads or 0) if moh.enabled else heads
+    active = active_share(model, moh) * heads
     core = _CORE_PRODUCTS * active * size * (length + 1) / 2
     return Work(length * (weights + core), length * (1 + _BACKWARD) * hidden * model.vocab_size)
 
