@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,11 +21,11 @@ def _file(folder: Path, rank: int, size: int) -> Path:
     return folder / FOLDER / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors"
 
 
-def write_shard(folder: Path, model: nn.Module, rank: int, size: int) -> None:
-    """This tensor-parallel rank's parameters, under Megatron-core's names."""
+def write_shard(folder: Path, parameters: Iterable[tuple[str, Tensor]], rank: int, size: int) -> None:
+    """This tensor-parallel rank's parameters, under Megatron-core's names; all are held in host memory meanwhile."""
     path = _file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, path)
+    save_file({name: value.cpu().contiguous() for name, value in parameters}, path)
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
