@@ -47,7 +47,7 @@ class Contents:
     step: int
     tokens: int
     data: str
-    parameters: Callable[[], Iterable[tuple[str, Tensor]]]
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
     """This tensor-parallel rank's part of the model, whole; may gather, so every rank iterates to the end."""
     tokenizer: SavesFiles
     save_engine: Callable[[Path], None]
@@ -77,9 +77,9 @@ def save(root: Path, contents: Contents) -> Path:
         contents.save_engine(partial / ENGINE)
         if groups.data_group().rank() == 0:
             rank = groups.tensor_group().rank()
-            weights.write_shard(partial, contents.parameters(), rank, contents.config.parallel.tensor)
+            weights.write_shard(partial, contents.weights(), rank, contents.config.parallel.tensor)
         else:
-            for _ in contents.parameters():
+            for _ in contents.weights():
                 pass
         random_states.write(partial)
         dist.barrier()

@@ -163,8 +163,11 @@ def _unknown(own: dict[str, Any], asked: _Asked, place: str) -> Iterator[str]:
     for key, value in own.items():
         if key not in asked.asked:
             yield f"{place}.{key}: unknown key; {nearest(key, sorted(asked.asked), f'{place} has the keys')}"
-        elif isinstance(value, dict) and value:
-            yield from _unknown(value, dict.__getitem__(asked, key), f"{place}.{key}")
+            continue
+        inner = dict.get(asked, key)
+        # What pydantic reads it reads whole, and refuses unknown keys itself.
+        if isinstance(inner, _Asked) and inner.asked:
+            yield from _unknown(value, inner, f"{place}.{key}")
 
 
 def _refusals(error: ValidationError, own: dict[str, Any]) -> Iterator[str]:

@@ -113,15 +113,15 @@ class Engine:
         """The Megatron-core model inside; under stage 3 its parameters are whole only while it runs."""
         return self._module
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter of this tensor-parallel rank, whole.
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter and buffer, whole on this tensor-parallel rank; all ranks go through it.
 
-        Under stage 3 each is gathered when its turn comes and let go at the next one: all data-parallel ranks iterate
-        to the end together.
+        Stage 3 gathers each when its turn comes, and lets go of it at the next one.
         """
-        for name, parameter in self._module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.detach()
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                    yield name, tensor.detach()
 
     @property
     def optimizer_state_bytes(self) -> int:

@@ -182,7 +182,7 @@ class _Training:
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
             data=session.data_hash,
-            parameters=engine.parameters,
+            weights=engine.weights,
             tokenizer=session.tokenizer,
             save_engine=engine.save,
             # DeepSpeed keeps a second copy of the weights, and fp32 masters beside Adam's two moments.

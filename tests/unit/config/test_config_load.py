@@ -175,8 +175,8 @@ def test_a_base_is_inherited_key_by_key(folder):
 
 def test_a_free_section_is_inherited_leaf_by_leaf(folder):
     (folder / "base.yaml").write_text(
-        _SMALL
-        + "deepspeed:\n  wall_clock_breakdown: true\n  zero_optimization: {reduce_scatter: true, x: {y: [1, 2]}}\n"
+        f"{_SMALL}deepspeed:\n  wall_clock_breakdown: true\n"
+        "  zero_optimization: {reduce_scatter: true, x: {y: [1, 2]}}\n"
     )
     (folder / "top.yaml").write_text("base: base.yaml\ndeepspeed: {zero_optimization: {reduce_scatter: false, x: 3}}\n")
     assert load_config("small.yaml").deepspeed == {}
@@ -192,9 +192,7 @@ def test_a_free_section_is_inherited_leaf_by_leaf(folder):
     }
     (folder / "again.yaml").write_text(dump_config(config))
     assert load_config("again.yaml") == config
-    assert (
-        complaint("small.yaml", "deepspeed=3") == "command line: 'deepspeed=3': must have the form section.key=value."
-    )
+    assert complaint("small.yaml", "deepspeed=3").endswith("must have the form section.key=value.")
     (folder / "bad.yaml").write_text("base: small.yaml\ndeepspeed: 3\n")
     assert complaint("bad.yaml") == "bad.yaml: deepspeed: must be a mapping of keys. Got 3."
 
