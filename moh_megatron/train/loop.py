@@ -20,7 +20,7 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
-from moh_megatron.model.build import attention_backend, moh_layers, token_losses
+from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
 from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
@@ -224,6 +224,8 @@ class _Training:
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
+        if warning := attention_warning(config, self.session.device):
+            self.session.report(f"warning: {warning}")
         if config.moh.enabled:
             layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
             report = layout.report(config.moh.shared_heads or 0, config.moh.active_heads or 0)
