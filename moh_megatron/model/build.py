@@ -20,6 +20,7 @@ from moh_megatron.model.packed_gpt import PackedGPTModel
 from moh_megatron.model.packing import document_ends, document_positions
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
+from moh_megatron.moh.backends.flash import flash_refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,6 +119,22 @@ def attention_backend(config: Config, device: torch.device) -> str:
     if config.data.document_mask and backend != "dense":
         return f"{backend}, dense where documents are short"
     return backend
+
+
+def attention_warning(config: Config, device: torch.device) -> str | None:
+    """Why dense attention will be slow on this GPU; None where it is not, or where something else computes it."""
+    if device.type != "cuda" or attention_backend(config, device) != "dense":
+        return None
+    model, tensor = config.model, config.parallel.tensor
+    reason = flash_refusal(
+        length=config.train.sequence_length,
+        heads=model.num_attention_heads // tensor,
+        groups=model.query_groups // tensor,
+        head_dim=model.head_dim,
+        dtype=DTYPES[config.train.precision],
+        device=device,
+    )
+    return reason and f"attention runs without the flash kernel, slower and with more memory: {reason}"
 
 
 def position_ids(tokens: Tensor) -> Tensor:

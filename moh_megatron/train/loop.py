@@ -19,7 +19,7 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
-from moh_megatron.model.build import attention_backend, moh_layers, token_losses
+from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
 from moh_megatron.moh.balancing import follow_schedule, update_biases
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
@@ -180,18 +180,17 @@ class _Training:
         if self.saved_step == self.step:
             return
         session, engine, root = self.session, self.session.engine, checkpoint_dir(self.config)
-        parameters = sum(p.numel() * p.element_size() for p in engine.module.parameters())
         replica = groups.data_group().rank() == 0
         contents = save.Contents(
             config=self.config,
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
             data=session.data_hash,
-            model=engine.module,
+            weights=engine.weights,
             tokenizer=session.tokenizer,
             save_engine=engine.save,
             # DeepSpeed keeps a second copy of the weights, and fp32 masters beside Adam's two moments.
-            expected_bytes=int(2 * parameters * replica + 1.5 * engine.optimizer_state_bytes),
+            expected_bytes=int(2 * engine.parameter_bytes * replica + 1.5 * engine.optimizer_state_bytes),
         )
         save.save(root, contents)
         self.saved_step = self.step
@@ -229,6 +228,8 @@ class _Training:
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
+        if warning := attention_warning(config, self.session.device):
+            self.session.report(f"warning: {warning}")
         if config.moh.enabled:
             self.session.report(head_report(config))
 
