@@ -133,8 +133,12 @@ def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaCo
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``state`` in another precision. Raises UserError naming a tensor that is not finite, or not any more."""
-    result = {name: tensor.to(dtype) for name, tensor in state.items()}
+    """``state`` in another precision; integers stay as they are.
+
+    Raises:
+        UserError: a tensor is not finite, or not any more; the message names it.
+    """
+    result = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     for name, tensor in result.items():
         if not tensor.isfinite().all():
             cause = f"too large for {dtype}: choose another dtype" if state[name].isfinite().all() else "broken weights"

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 held DeepSpeed's own optimizer files, which fit one topology only: its weights are read, a resume is refused."""
+_READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 
@@ -24,7 +26,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Topology:
-    """How a checkpoint's optimizer state is cut; it is resumed at the same one."""
+    """How the ranks of a run share the work; another one may resume it, but for the precision."""
 
     tensor_parallel: int
     data_parallel: int
@@ -81,9 +83,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ValueError says what is wrong with it."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if raw["format_version"] != FORMAT_VERSION:
+        if raw["format_version"] not in _READABLE:
             raise ValueError(
-                f"it has format version {raw['format_version']}, this program reads version {FORMAT_VERSION}"
+                f"it has format version {raw['format_version']}, this program reads versions up to {FORMAT_VERSION}"
             )
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
         return Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)

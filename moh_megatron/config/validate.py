@@ -182,14 +182,8 @@ def _parallel(config: Config) -> Iterator[Violation]:
     if parallel.zero_stage == 0 and config.train.precision == "bf16":
         yield Violation(
             "parallel.zero_stage",
-            "parallel.zero_stage must be 1 or 2 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 master "
-            "weights then, and small updates are lost. Got 0.",
-        )
-    if parallel.zero_stage == 3:
-        yield Violation(
-            "parallel.zero_stage",
-            "parallel.zero_stage must be at most 2: the sharded parameters of stage 3 cannot be exported yet; "
-            "use stage 1 or 2. Got 3.",
+            "parallel.zero_stage must be 1, 2 or 3 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
+            "master weights then, and small updates are lost. Got 0.",
         )
 
 

@@ -32,12 +32,11 @@ def build_single_process(
         train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
     )
     model = build_model(alone)
-    own = dict(model.named_parameters())
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if missing := sorted(set(own) ^ set(weights)):
         raise ValueError(f"weights must hold exactly the model's parameters. They differ in {missing}.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
     return model.eval()
 
 

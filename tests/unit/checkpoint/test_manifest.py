@@ -60,7 +60,7 @@ def test_the_manifest_lists_every_file_but_itself(checkpoint):
 def test_what_is_written_is_read_back_and_no_damage_is_found(tmp_path):
     manifest = make(tmp_path)
     assert read_manifest(tmp_path) == manifest
-    assert manifest.format_version == FORMAT_VERSION == 1
+    assert manifest.format_version == FORMAT_VERSION == 2
     assert sorted(manifest.files) == sorted(CONTENT)
     assert damage(tmp_path, manifest) is None
 
@@ -130,7 +130,7 @@ def test_no_manifest(checkpoint):
 
 def test_another_format_version(checkpoint):
     rewrite(checkpoint, lambda raw: raw | {"format_version": 99, "something": "new"})
-    with pytest.raises(ValueError, match=r"^it has format version 99, this program reads version 1$"):
+    with pytest.raises(ValueError, match=r"^it has format version 99, this program reads versions up to 2$"):
         read_manifest(checkpoint)
 
 
