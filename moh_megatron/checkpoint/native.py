@@ -1,16 +1,17 @@
 """Checkpoints of a run: written whole or not at all, found again newest first, refused where they do not fit.
 
     checkpoints/step_00000100/
-        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last
+        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last, with its own
+        manifest.sha256    hash, as sha256sum writes it
         config.yaml        the resolved configuration
         weights/           safetensors, one file a tensor-parallel rank
         optimizer/         safetensors, one file a rank: Adam's moments and master weights, by parameter name
         rng/               random states of every rank
         tokenizer/
-    checkpoints/latest     a link to the newest one, moved last
+    checkpoints/latest     the name of the newest one; changed last
 
-A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. Nothing relies on the
-link: a run goes on from the newest checkpoint whose files are what its manifest says.
+A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. ``latest`` is
+for people and scripts: a run goes on from the newest checkpoint whose files are what its manifest says.
 """
 
 from __future__ import annotations

@@ -132,15 +132,16 @@ def publish(root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_s
     topology = topology_of(config, world_size)
     tokens = snapshot.step * config.train.tokens_per_step
     write_manifest(folder, Manifest(snapshot.step, tokens, topology, snapshot.data, versions, files))
+    replaced = root / f"{PARTIAL}replaced_{final.name}"
     if final.exists():  # a damaged one that was passed over
-        final.rename(root / f"{PARTIAL}replaced_{final.name}")
+        final.rename(replaced)
     folder.rename(final)
     _flush_names(root)
     temporary = root / f".{LATEST}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(final.name)
+    temporary.write_text(f"{final.name}\n", encoding="utf-8")
     temporary.replace(root / LATEST)
     _flush_names(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every, snapshot.step)
 
 

@@ -29,3 +29,10 @@ def test_another_topology_goes_on_to_rounding(results: list[dict[str, Any]]) -> 
     for (loss, norm), (expected_loss, expected_norm) in zip(curves["changing"], curves["straight"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_all_ranks_hear_of_one_that_cannot_write(results: list[dict[str, Any]]) -> None:
+    assert results[0]["fault"] == results[1]["fault"]
+    assert results[0]["fault"].startswith("the checkpoint of step 1 cannot be written to ")
+    assert "No space left on device" in results[0]["fault"]
+    assert results[0]["fault"].endswith("Newest complete checkpoint: none.")

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from checkpoints import config_of, save, start_engine, train
 
+from moh_megatron.checkpoint import save as save_module
+from moh_megatron.config.errors import Fault
 from moh_megatron.train.engine import initialize_distributed
 from moh_megatron.train.world import World
 
@@ -48,11 +50,37 @@ def chain(root: Path) -> dict[str, list[tuple[float, float]]]:
     return {"straight": straight, "changing": changing}
 
 
+def one_rank_fails(root: Path) -> str:
+    """The message every rank gets where one of them cannot write."""
+    config = config_of(2, 1)
+    engine = start_engine(config)
+    train(engine, config, 0, 1)
+    write_part = save_module.write_part
+
+    def refuse(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == 1:
+        save_module.write_part = refuse
+    try:
+        save(engine, config, root / "fails", 1)
+    except Fault as error:
+        return str(error)
+    finally:
+        save_module.write_part = write_part
+    return "no error"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     world = World.from_environment()
     assert world is not None
     initialize_distributed(world)
     result = Path(sys.argv[1])
-    torch.save({"same": same_topology(result.parent), "chain": chain(result.parent)}, result)
+    results = {
+        "same": same_topology(result.parent),
+        "chain": chain(result.parent),
+        "fault": one_rank_fails(result.parent),
+    }
+    torch.save(results, result)
     dist.destroy_process_group()

@@ -134,6 +134,21 @@ def test_another_format_version(checkpoint):
         read_manifest(checkpoint)
 
 
+def test_any_other_byte_in_the_manifest_or_its_hash(checkpoint):
+    for name in ("manifest.json", "manifest.sha256"):
+        whole = (checkpoint / name).read_bytes()
+        for position in range(len(whole)):
+            (checkpoint / name).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+            with pytest.raises(ValueError, match=r"^its manifest\.json |^it has format version "):
+                read_manifest(checkpoint)
+        for shorter in (b"", whole[:-1]):
+            (checkpoint / name).write_bytes(shorter)
+            with pytest.raises(ValueError, match=r"^its manifest\.json "):
+                read_manifest(checkpoint)
+        (checkpoint / name).write_bytes(whole)
+    read_manifest(checkpoint)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"step": 7', b"\xff\xfe\x00", b"\0" * 64, b"[]", b"7", b"null", b"{}"]
 )
