@@ -23,10 +23,8 @@ def test_the_loss_goes_on(spawn: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("RESHARD_PLACES", json.dumps(places))
         monkeypatch.setenv("RESHARD_WHOLE", str(0 if whole else steps))
         ranks = spawn("reshard", world_size)
-        for rank in ranks:
-            assert [loss for loss, _ in rank["curve"]] == pytest.approx(
-                [loss for loss, _ in ranks[0]["curve"]], rel=1e-6
-            )
+        losses = [[loss for loss, _ in rank["curve"]] for rank in ranks]
+        assert all(each == pytest.approx(losses[0], rel=1e-6) for each in losses)
         curve += ranks[0]["curve"]
         whole = whole or ranks[0]["whole"]
     assert len(curve) == len(whole) == steps

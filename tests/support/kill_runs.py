@@ -6,6 +6,7 @@ the ranks run what ``pipelines/pretrain.py`` runs in each of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -105,10 +106,19 @@ def newest_complete(folder: Path) -> int:
     return max(steps_of(folder, ""), default=0)
 
 
-def in_flight(folder: Path) -> int | None:
-    """A partial folder of an earlier step is one that retention is deleting."""
+def in_flight(folder: Path, since: float) -> int | None:
+    """The checkpoint that a life begun at ``since`` is writing.
+
+    A partial folder of an earlier step than the newest complete one is what retention deletes; one that is older than
+    this life was left behind by another.
+    """
     newest = newest_complete(folder)
-    return next((step for step in steps_of(folder, r"\.partial_") if step > newest), None)
+    for step in steps_of(folder, r"\.partial_"):
+        with contextlib.suppress(FileNotFoundError):
+            partial = folder / "checkpoints" / f".partial_step_{step:08d}"
+            if step > newest and partial.stat().st_ctime >= since:
+                return step
+    return None
 
 
 def live_and_die(config: Config, ranks: int, draw: random.Random, moment: str, log: Path) -> Death | None:
@@ -116,12 +126,13 @@ def live_and_die(config: Config, ranks: int, draw: random.Random, moment: str, l
     folder, interval = Path(config.run.dir), config.checkpoint.interval
     done, earlier = newest_complete(folder), _inode(folder)
     target, delay, victim = done + draw.randint(1, 2 * interval - 1), draw.random(), draw.randrange(ranks)
+    born = time.time()
     pids = start(config, ranks, log)
     deadline = time.monotonic() + _LONGEST_LIFE
     while moment != "start":
         # Lines of an earlier life are cut, in a new file, when this one begins to train.
         steps = recorded(folder) if _inode(folder) != earlier else 0
-        if steps >= target if moment == "step" else steps and in_flight(folder):
+        if steps >= target if moment == "step" else steps and in_flight(folder, born):
             break
         if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
             codes = wait_all(pids, _LONGEST_END)
@@ -135,7 +146,7 @@ def live_and_die(config: Config, ranks: int, draw: random.Random, moment: str, l
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     wait_all(pids, _LONGEST_END)
-    return Death(moment, recorded(folder), newest_complete(folder), in_flight(folder), time.monotonic() - killed)
+    return Death(moment, recorded(folder), newest_complete(folder), in_flight(folder, born), time.monotonic() - killed)
 
 
 def _inode(folder: Path) -> int | None:
