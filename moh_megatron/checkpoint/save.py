@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from moh_megatron.checkpoint import optimizer, random_states, weights
+from moh_megatron.checkpoint import optimizer_state, random_states, weights
 from moh_megatron.checkpoint.manifest import FileEntry, Manifest, hash_file, relative_files, write_manifest
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.native import (
@@ -84,7 +84,7 @@ class Snapshot:
             data,
             tokenizer,
             weights=held if replica.rank() == 0 else None,
-            optimizer=optimizer.deal(engine.optimizer_tensors(), replica.rank(), replica.size()),
+            optimizer=optimizer_state.deal(engine.optimizer_tensors(), replica.rank(), replica.size()),
             updates=engine.updates,
             random_states=capture(),
         )
@@ -104,7 +104,7 @@ def make_room(root: Path, step: int) -> None:
     """Clear away what a killed run left behind, and make the folder of a new checkpoint; the first rank's task."""
     for stale in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    for folder in (weights.FOLDER, optimizer.FOLDER, random_states.FOLDER):
+    for folder in (weights.FOLDER, optimizer_state.FOLDER, random_states.FOLDER):
         (partial_folder(root, step) / folder).mkdir(parents=True)
 
 
@@ -113,7 +113,7 @@ def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
     tensor, replica = groups.tensor_group(), groups.data_group()
     place = (tensor.rank(), tensor.size(), replica.rank(), replica.size())
-    written = [optimizer.write_share(folder, snapshot.optimizer, snapshot.updates, place)]
+    written = [optimizer_state.write_share(folder, snapshot.optimizer, snapshot.updates, place)]
     if snapshot.weights is not None:
         written.append(weights.write_shard(folder, snapshot.weights, tensor.rank(), tensor.size()))
     written.append(random_states.write(folder, snapshot.random_states))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moh_megatron.checkpoint import native, random_states, weights
-from moh_megatron.checkpoint.optimizer import StoredState
+from moh_megatron.checkpoint.optimizer_state import StoredState
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.model.build import build_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moh_megatron.checkpoint import optimizer, weights
+from moh_megatron.checkpoint import optimizer_state, weights
 from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
 from moh_megatron.config.errors import UserError
 
@@ -31,7 +31,7 @@ def table(tiny, monkeypatch):
     """The tiny model's names, and an integer buffer beside them."""
     table = [*rules(tiny()), COUNTS]
     monkeypatch.setattr(weights, "rules", lambda config: table)
-    monkeypatch.setattr(optimizer, "rules", lambda config: table)
+    monkeypatch.setattr(optimizer_state, "rules", lambda config: table)
     return table
 
 
@@ -77,22 +77,22 @@ def test_a_tensor_that_is_not_there_is_named(tiny, tmp_path, table, whole):
 def test_optimizer_state_of_any_size_loads_at_any_size(tiny, tmp_path, table, whole, there, replicas, here):
     for rank in range(there):
         state = [(f"exp_avg/{name}", part) for name, part in shard(whole, table, rank, there).items()]
-        shares = [optimizer.deal(state, replica, replicas) for replica in range(replicas)]
+        shares = [optimizer_state.deal(state, replica, replicas) for replica in range(replicas)]
         assert sorted(name for share in shares for name in share) == sorted(name for name, _ in state)
         largest = max(part.nbytes for _, part in state)
         sizes = [sum(part.nbytes for part in share.values()) for share in shares]
         assert max(sizes) - min(sizes) <= largest
         for replica, share in enumerate(shares):
-            optimizer.write_share(tmp_path, share, 7, (rank, there, replica, replicas))
+            optimizer_state.write_share(tmp_path, share, 7, (rank, there, replica, replicas))
     for rank in range(here):
         expected = shard(whole, table, rank, here)
-        with optimizer.StoredState(tmp_path, tiny({"parallel.tensor": there}), rank, here) as stored:
+        with optimizer_state.StoredState(tmp_path, tiny({"parallel.tensor": there}), rank, here) as stored:
             assert stored.updates == 7
             assert all(torch.equal(stored.read("exp_avg", name), expected[name]) for name in whole)
 
 
 def test_a_share_is_a_copy():
     tensor = torch.ones(3)
-    share = optimizer.deal([("a", tensor)], 0, 1)
+    share = optimizer_state.deal([("a", tensor)], 0, 1)
     tensor.zero_()
     assert share["a"].tolist() == [1, 1, 1]

@@ -3,9 +3,8 @@
 Every tensor has its parameter's shape and is called ``slot/parameter``, such as ``exp_avg/output_layer.weight``. The
 tensors of one tensor-parallel rank are dealt out over its data-parallel ranks, a safetensors file each.
 
-DeepSpeed's own files follow its partitions instead, and its universal checkpoints, which undo that, cover neither
-stage 0 (nothing to convert) nor a change between stage 3 and the others (each reads only its own global state), and
-cut no tensor-parallel shards at stage 3.
+DeepSpeed's own files follow its partitions instead. Its universal checkpoints, which undo that, cover neither stage 0
+nor a change between stage 3 and the others, and cut no tensor-parallel shards at stage 3: see docs/checkpoints.md.
 """
 
 from __future__ import annotations
