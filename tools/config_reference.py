@@ -91,7 +91,8 @@ def reference() -> str:
             required = field.default is dataclasses.MISSING
             default = "required" if required else f"`{json.dumps(field.default)}`"
             meaning = docstrings.get(field.name, "")
-            page.append(f"| `{name}.{field.name}` | {kind(hints[field.name])} | {default} | {meaning} |")
+            key = section.__pydantic_fields__[field.name].alias or field.name
+            page.append(f"| `{name}.{key}` | {kind(hints[field.name])} | {default} | {meaning} |")
         page.append("")
     return "\n".join(page)
 

@@ -145,11 +145,12 @@ def _heads(config: Config) -> dict[str, Any]:
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``state`` in another precision, whole numbers as they are.
+    """``state`` in another precision; integers stay as they are.
 
-    Raises UserError naming a tensor that is not finite, or not any more.
+    Raises:
+        UserError: a tensor is not finite, or not any more; the message names it.
     """
-    result = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+    result = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     for name, tensor in result.items():
         if not tensor.isfinite().all():
             cause = f"too large for {dtype}: choose another dtype" if state[name].isfinite().all() else "broken weights"

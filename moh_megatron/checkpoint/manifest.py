@@ -9,8 +9,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 held DeepSpeed's own optimizer files, which fit one topology only: its weights are read, a resume is refused."""
+_READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
+_SEAL = "manifest.sha256"
 _CHUNK = 1 << 22
 
 
@@ -24,7 +27,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Topology:
-    """How a checkpoint's optimizer state is cut; it is resumed at the same one."""
+    """How the ranks of a run share the work; another one may resume it, but for the precision."""
 
     tensor_parallel: int
     data_parallel: int
@@ -62,33 +65,46 @@ def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
 
 
 def relative_files(folder: Path) -> list[str]:
-    """Every file below ``folder`` but the manifest, sorted."""
+    """Every file below ``folder`` but the manifest and its hash, sorted."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST)
+    return sorted(name for name in found if name not in (MANIFEST, _SEAL))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it whole or not at all, and flush it to the disk."""
-    temporary = folder / f".{MANIFEST}"
+    """Write it and its own hash, each whole or not at all, and flush them to the disk."""
+    _write_flushed(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    _write_flushed(folder / _SEAL, _seal_of(folder))
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(asdict(manifest), stream, indent=1)
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(folder / MANIFEST)
+    temporary.replace(path)
+
+
+def _seal_of(folder: Path) -> str:
+    """A line as sha256sum writes it, so that ``sha256sum -c`` can check it."""
+    return f"{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ValueError says what is wrong with it."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if raw["format_version"] != FORMAT_VERSION:
+        if raw["format_version"] not in _READABLE:
             raise ValueError(
-                f"it has format version {raw['format_version']}, this program reads version {FORMAT_VERSION}"
+                f"it has format version {raw['format_version']}, this program reads versions up to {FORMAT_VERSION}"
             )
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
-        return Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
-    except FileNotFoundError:
-        raise ValueError(f"it has no {MANIFEST}") from None
+        manifest = Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
+        if manifest.format_version > 1 and (folder / _SEAL).read_bytes() != _seal_of(folder).encode():
+            raise ValueError(f"its {MANIFEST} does not have the content that {_SEAL} says")
+        return manifest
+    except FileNotFoundError as error:
+        raise ValueError(f"it has no {Path(error.filename).name}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
 

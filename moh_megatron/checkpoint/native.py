@@ -1,14 +1,17 @@
 """Checkpoints of a run: written whole or not at all, found again newest first, refused where they do not fit.
 
     checkpoints/step_00000100/
-        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last
+        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last, with its own
+        manifest.sha256    hash, as sha256sum writes it
         config.yaml        the resolved configuration
         weights/           safetensors, one file a tensor-parallel rank
-        engine/            DeepSpeed's optimizer state
+        optimizer/         safetensors, one file a rank: Adam's moments and master weights, by parameter name
         rng/               random states of every rank
         tokenizer/
+    checkpoints/latest     the name of the newest one; changed last
 
-A checkpoint is written under a name that starts with ``.partial`` and renamed when complete.
+A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. ``latest`` is
+for people and scripts: a run goes on from the newest checkpoint whose files are what its manifest says.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint import optimizer_state, random_states, weights
 from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
-CONFIG, ENGINE, RNG, TOKENIZER = "config.yaml", "engine", "rng", "tokenizer"
+CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
+_RESUME_ONLY = (optimizer_state.FOLDER, random_states.FOLDER, "engine")
+"""Folders that nothing but a resume needs; the last one is DeepSpeed's, of format version 1."""
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 
 
@@ -34,7 +39,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def topology_of(config: Config, world_size: int) -> Topology:
-    """How ``config`` cuts the optimizer state over ``world_size`` ranks."""
+    """How ``config`` spreads a run over ``world_size`` ranks."""
     parallel = config.parallel
     return Topology(parallel.tensor, world_size // parallel.tensor, parallel.zero_stage, config.train.precision)
 
@@ -64,7 +69,7 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder. Expected a checkpoint, a folder of checkpoints, or a run folder.")
-    if path.resolve().match(_STEP_PATTERN) or (path / ENGINE).is_dir():
+    if path.resolve().match(_STEP_PATTERN) or (path / weights.FOLDER).is_dir():
         problem = problem_with(path, weights_only=True)
         if problem is not None:
             raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one beside it.")
@@ -85,7 +90,7 @@ def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
     """
     try:
         manifest = read_manifest(folder)
-        parts = [name for name in manifest.files if not (weights_only and name.split("/")[0] in (ENGINE, RNG))]
+        parts = [name for name in manifest.files if not (weights_only and name.split("/")[0] in _RESUME_ONLY)]
         return damage(folder, manifest, parts)
     except ValueError as error:
         return str(error)
@@ -102,13 +107,8 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Every parameter whole, under Megatron-core's names, heads in physical order."""
+    """Every tensor whole, under Megatron-core's names, heads in physical order."""
     return weights.read_weights(checkpoint, read_config(checkpoint))
-
-
-def engine_folder(checkpoint: Path) -> Path:
-    """DeepSpeed's part of a checkpoint."""
-    return checkpoint / ENGINE
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:

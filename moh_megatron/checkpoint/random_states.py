@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moh_megatron.checkpoint.native import RNG
 from moh_megatron.parallel import random_states
 
-
-def make_folder(checkpoint: Path) -> None:
-    """Make a new checkpoint's folder for them, and its parents."""
-    (checkpoint / RNG).mkdir(parents=True)
+FOLDER = "rng"
 
 
 def _file(checkpoint: Path) -> Path:
-    return checkpoint / RNG / f"rank_{dist.get_rank():05d}.pt"
+    return checkpoint / FOLDER / f"rank_{dist.get_rank():05d}.pt"
 
 
-def write(checkpoint: Path) -> None:
-    """Save this rank's."""
-    torch.save(random_states.capture(), _file(checkpoint))
+def write(checkpoint: Path, states: dict[str, Any]) -> Path:
+    """Save what ``parallel.random_states.capture`` gave on this rank; returns the file."""
+    torch.save(states, _file(checkpoint))
+    return _file(checkpoint)
 
 
 def restore(checkpoint: Path) -> None:
-    """Give this rank the random states it had when ``checkpoint`` was written."""
+    """Give this rank the random states it had when ``checkpoint`` was written, at the same topology."""
     random_states.restore(torch.load(_file(checkpoint), weights_only=True))

@@ -1,17 +1,22 @@
-"""Weights as safetensors, one file a tensor-parallel rank; readable whole, or cut for another tensor-parallel size."""
+"""Weights as safetensors, one file a tensor-parallel rank; readable whole, or cut for another tensor-parallel size.
+
+Everything the table of names lists is here: parameters, and buffers that a model keeps. Integers stay integers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moh_megatron.checkpoint.mapping import merge_shards, rules, split_shard
+from moh_megatron.checkpoint.mapping import Rule, merge_shards, rules, split_shard
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.model.tensors import model_tensors
 
@@ -22,32 +27,65 @@ def _file(folder: Path, rank: int, size: int) -> Path:
     return folder / FOLDER / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors"
 
 
-def write_shard(folder: Path, tensors: Iterable[tuple[str, Tensor]], rank: int, size: int) -> None:
-    """This tensor-parallel rank's tensors, under Megatron-core's names; all are held in host memory meanwhile."""
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> Path:
+    """Write one tensor-parallel rank's tensors, under Megatron-core's names; returns the file."""
     path = _file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.cpu().contiguous() for name, value in tensors}, path)
+    save_file(dict(tensors), path)
+    return path
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
     """Every tensor whole, heads in physical order, whatever tensor-parallel size wrote it."""
-    size = config.parallel.tensor
     with ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(_file(folder, rank, size), "pt")) for rank in range(size)]
+        shards = _open(stack, folder, config, range(config.parallel.tensor))
         return {
-            rule.megatron: merge_shards([shard.get_tensor(rule.megatron) for shard in shards], rule.dim, rule.stride)
-            for rule in rules(config)
+            rule.megatron: reshard(_reader(shards, rule.megatron), rule, len(shards), 0, 1) for rule in rules(config)
         }
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, whole: Mapping[str, Tensor], config: Config, rank: int, size: int) -> None:
-    """Copy this tensor-parallel rank's share of whole tensors into ``model``, in the model's precision.
+def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config, rank: int) -> None:
+    """Copy tensor-parallel ``rank``'s share of a checkpoint's weights into ``model``, in the model's precision.
 
-    Router biases that ``whole`` lacks stay as they are: it was balanced by a loss.
+    Router biases that the checkpoint lacks stay as they are: it was balanced by a loss.
+
+    Args:
+        config: the model's own configuration.
+        written_by: the configuration of the checkpoint ``folder``.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model.
     """
-    table = {rule.megatron: rule for rule in rules(config)}
-    for name, tensor in model_tensors(model).items():
-        rule = table[name]
-        if name in whole or rule.dtype is None:
-            tensor.copy_(split_shard(whole[name], rule.dim, rule.stride, rank, size))
+    there, here = written_by.parallel.tensor, config.parallel.tensor
+    own = model_tensors(model)
+    with ExitStack() as stack:
+        shards = _open(stack, folder, written_by, [rank] if there == here else range(there))
+        held = set(next(iter(shards.values())).keys())
+        for rule in rules(config):
+            if rule.megatron not in held:
+                if rule.dtype is not None:
+                    continue
+                raise UserError(f"{folder} holds no {rule.megatron}. The weights must be of the same architecture.")
+            own[rule.megatron].copy_(reshard(_reader(shards, rule.megatron), rule, there, rank, here))
+
+
+def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int, here: int) -> Tensor:
+    """What ``rank`` of ``here`` tensor-parallel ranks holds of a tensor cut over ``there`` ranks.
+
+    ``shard_of`` gives the part of one of those; only what is needed is asked for.
+    """
+    if there == here:
+        return shard_of(rank)
+    needed = range(there) if rule.dim is not None else range(1)
+    whole = merge_shards([shard_of(each) for each in needed], rule.dim, rule.stride)
+    return split_shard(whole, rule.dim, rule.stride, rank, here)
+
+
+def _open(stack: ExitStack, folder: Path, config: Config, ranks: Any) -> dict[int, Any]:
+    size = config.parallel.tensor
+    return {rank: stack.enter_context(safe_open(_file(folder, rank, size), "pt")) for rank in ranks}
+
+
+def _reader(shards: Mapping[int, Any], name: str) -> Callable[[int], Tensor]:
+    return lambda rank: shards[rank].get_tensor(name)

@@ -9,7 +9,6 @@ and overridden leaf by leaf (``deepspeed.zero_optimization.reduce_scatter=false`
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
@@ -48,9 +47,14 @@ def config_from_mapping(mapping: Mapping[str, Any], source: str) -> Config:
     return draft.finish()
 
 
+def mapping_of(config: Config) -> dict[str, dict[str, Any]]:
+    """Every value by section and key; ``config_from_mapping`` makes an equal Config of it."""
+    return TypeAdapter(Config).dump_python(config, by_alias=True)
+
+
 def dump_config(config: Config) -> str:
     """YAML with every value spelled out; ``load_config`` reads it back to an equal Config."""
-    return core_yaml.dump(dataclasses.asdict(config))
+    return core_yaml.dump(mapping_of(config))
 
 
 class _Setting(NamedTuple):
@@ -67,7 +71,7 @@ class _Draft:
         self.settings: dict[str, dict[str, _Setting]] = {}
         self.problems: list[str] = []
         self.keys = {
-            section: [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+            section: [field.alias or name for name, field in getattr(cls, "__pydantic_fields__", {}).items()]
             for section, cls in get_type_hints(Config).items()
         }
         self.free = {section for section, keys in self.keys.items() if not keys}

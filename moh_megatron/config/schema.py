@@ -6,7 +6,7 @@ rules across sections stand in ``validate.py``. Values the MoH paper does not gi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -220,8 +220,12 @@ class TrainConfig:
 class CheckpointConfig:
     interval: NonNegativeInt = 1000
     """Steps between saves; 0: only at the end and when stopped by a signal."""
+    async_: Annotated[Bool, Field(alias="async")] = True
+    """Copy the state to host memory and write it behind the training's back; false: wait until it is written."""
     keep_last: PositiveInt | None = None
     """How many of the newest checkpoints to keep; null: all."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps divisible by this are kept besides those of keep_last; null: no others are."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)

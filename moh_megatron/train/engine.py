@@ -1,15 +1,14 @@
-"""DeepSpeed behind five verbs: backward, step, save, load, and the gradient norm. Its only importer.
+"""DeepSpeed behind a few verbs: backward, step, the gradient norm, and what a checkpoint needs. Its only importer.
 
 DeepSpeed owns ZeRO, gradient accumulation, averaging over data parallelism and clipping; nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,17 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER = "master"
 
 
 def initialize_distributed(world: World) -> None:
@@ -90,12 +100,7 @@ class Engine:
         make_optimizer: Callable[[nn.Module, Config], torch.optim.Optimizer] = adamw,
     ) -> None:
         self._stage = config.parallel.zero_stage
-        self.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        """Of this tensor-parallel rank's part, whole."""
         self._optimizer = make_optimizer(model, config)
-        self._settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
-        ]
         self._module = model
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
@@ -103,6 +108,7 @@ class Engine:
             mpu=groups.DeepSpeedMpu(),
             config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
         )
+        self._make_state()
 
     @property
     def model(self) -> nn.Module:
@@ -157,16 +163,72 @@ class Engine:
         dist.all_reduce(total, group=group)
         return total.sqrt()
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's part of a checkpoint (optimizer state, its copy of the weights); all ranks call it."""
-        with contextlib.redirect_stdout(None):
-            self._deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    @property
+    def updates(self) -> int:
+        """How many times the optimizer has updated the weights."""
+        return int(next(iter(self._optimizer.state.values()))["step"])
 
-    def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote at the same topology; all ranks call it."""
-        path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no state in {folder}.")
-        # DeepSpeed restores these too; the configuration of this life of the run is what counts.
-        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
+    def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(slot/parameter, fp32 tensor in the parameter's shape) of Adam's state; all ranks go through it together.
+
+        The slots are Adam's two moments, and ``master`` where the weights are kept in fp32 beside those in bf16.
+        """
+        for name, parameter in self._trained():
+            for slot in _MOMENTS:
+                if self._stage == 0:
+                    yield f"{slot}/{name}", self._optimizer.state[parameter][slot]
+                else:
+                    yield f"{slot}/{name}", _whole(safe_get_full_optimizer_state(parameter, slot), parameter)
+            if parameter.dtype is not torch.float32:
+                yield f"{_MASTER}/{name}", _whole(safe_get_full_fp32_param(parameter), parameter)
+
+    def load_optimizer(self, updates: int, read: Callable[[str, str], Tensor]) -> None:
+        """Take over Adam's state; ``read(slot, parameter)`` gives what ``optimizer_tensors`` gave, at any stage.
+
+        The weights themselves are set before the engine is made.
+        """
+        for state in self._optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], updates)
+        for name, parameter in self._trained():
+            if self._stage in (1, 2) and parameter._hp_mapping is None:
+                continue  # no part of it is here
+            for slot in (*_MOMENTS, _MASTER) if parameter.dtype is not torch.float32 else _MOMENTS:
+                self._set(parameter, slot, read(slot, name))
+
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        # Any: DeepSpeed hangs its own attributes on parameters. Frozen ones have no state.
+        return ((name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad)
+
+    def _set(self, parameter: Any, slot: str, whole: Tensor) -> None:
+        if self._stage == 0:
+            self._optimizer.state[parameter][slot].copy_(whole)
+        elif self._stage < 3:
+            flat = whole.to(parameter.device).flatten()
+            if slot == _MASTER:
+                safe_set_full_fp32_param(parameter, flat)
+            else:
+                safe_set_full_optimizer_state(parameter, flat, slot)
+        else:
+            # DeepSpeed's function for whole tensors does not know the padding of uneven ones.
+            size, rank = parameter.ds_tensor.numel(), groups.data_group().rank()
+            padded = nn.functional.pad(whole.flatten(), (0, size * groups.data_group().size() - whole.numel()))
+            part = padded[rank * size : (rank + 1) * size].to(parameter.device)
+            if slot == _MASTER:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, slot)
+
+    def _make_state(self) -> None:
+        # Adam makes its state in its first update, group by group, and after the first group DeepSpeed ties every
+        # parameter to the state there is: those of the second group to none. So it is made here, as Adam would.
+        zero: Any = self._deepspeed.optimizer
+        partitions = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for partition in zero.fp32_partitioned_groups_flat if self._stage == 3 else partitions:
+            moments = {slot: torch.zeros_like(partition) for slot in _MOMENTS}
+            self._optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+        if self._stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+
+
+def _whole(state: Any, parameter: Any) -> Tensor:
+    return state.view(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)

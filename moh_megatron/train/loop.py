@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from moh_megatron.checkpoint import save
+from moh_megatron.checkpoint.save import Snapshot
+from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
@@ -67,6 +68,8 @@ class _Training:
         self.metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
         # NCCL would need a transfer to the device and back to agree on a flag.
         self.control_group = dist.new_group(backend="gloo")
+        assert isinstance(self.control_group, dist.ProcessGroup)
+        self.saver = Saver(checkpoint_dir(config), self.control_group)
         self.last: Interval | None = None
         self.records: StepRecords | None = None
         self.validations: StepRecords | None = None
@@ -115,6 +118,7 @@ class _Training:
                 self._train_step(micro_batches)
                 self.step += 1
                 bar.update()
+                self.saver.advance()
                 stopping = self._stop_agreed()
                 validating = _due(self.step, train.eval_interval) and self.step < self.steps
                 saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping
@@ -123,11 +127,13 @@ class _Training:
                 if saving:
                     self._save()
                 if stopping:
+                    self.saver.finish()
                     return Outcome(EXIT_STOPPED, f"{self.stop.reason or 'a signal to another rank'}: saved", self.step)
                 if validating:
                     self._validate()
                 if saving or validating:
                     self.metrics.restart_clock()
+            self.saver.finish()
             self.seconds = time.monotonic() - started
         self._summarise(*self._validate())
         return Outcome(0, "finished", self.step)
@@ -159,6 +165,7 @@ class _Training:
         beta = moh.balance_coefficient if self.layers and moh.balancing == "loss" else 0.0
         for metrics in interval.steps:
             if not (math.isfinite(metrics.lm_loss) and math.isfinite(metrics.grad_norm)):
+                self.saver.finish()
                 raise Fault(
                     f"step {metrics.step}: the loss is {metrics.lm_loss} and the gradient norm {metrics.grad_norm}. "
                     f"The last checkpoint is of step {self.saved_step}; lower optimizer.learning_rate or raise "
@@ -179,23 +186,11 @@ class _Training:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        session, engine, root = self.session, self.session.engine, checkpoint_dir(self.config)
-        replica = groups.data_group().rank() == 0
-        contents = save.Contents(
-            config=self.config,
-            step=self.step,
-            tokens=self.step * self.config.train.tokens_per_step,
-            data=session.data_hash,
-            weights=engine.weights,
-            tokenizer=session.tokenizer,
-            save_engine=engine.save,
-            # DeepSpeed keeps a second copy of the weights, and fp32 masters beside Adam's two moments.
-            expected_bytes=int(2 * engine.parameter_bytes * replica + 1.5 * engine.optimizer_state_bytes),
-        )
-        save.save(root, contents)
+        session = self.session
+        self.saver.begin(Snapshot.take(self.config, self.step, session.data_hash, session.tokenizer, session.engine))
+        if not self.config.checkpoint.async_:
+            self.saver.finish()
         self.saved_step = self.step
-        if self.config.checkpoint.keep_last is not None and session.first:
-            save.prune(root, self.config.checkpoint.keep_last, self.step)
 
     def _validate(self) -> tuple[float, str]:
         """Validation loss in nats a token, and a sample of text."""

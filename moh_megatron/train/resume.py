@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint.manifest import Manifest
+from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
 from moh_megatron.checkpoint.native import (
     problem_with,
     read_config,
@@ -17,6 +16,7 @@ from moh_megatron.checkpoint.native import (
     topology_of,
 )
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 
@@ -60,7 +60,7 @@ _SAME_WEIGHTS = (
 
 
 def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
-    everything: dict[str, Any] = dataclasses.asdict(config)
+    everything = mapping_of(config)
     values: dict[str, Any] = {}
     for key in keys:
         section, _, name = key.partition(".")
@@ -104,15 +104,24 @@ def check_same_run(
 ) -> Manifest:
     """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``.
 
-    The optimizer's settings may change; ``report`` is told, because the loss curve then is another one.
+    The optimizer's settings may change; ``report`` is told, because the loss curve then is another one. So may the
+    parallelism: then the losses agree to rounding, not bit for bit.
     """
     manifest = read_state(checkpoint)
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{checkpoint} has format version {manifest.format_version}, whose optimizer state this program cannot "
+            f"read: it needs version {FORMAT_VERSION}. Finish the run with the release that wrote it, or start a new "
+            f"one from its weights with train.init_from={checkpoint}."
+        )
     there, here = (_values(each, _SAME_RUN) for each in (read_config(checkpoint), config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
-    there["parallelism"], here["parallelism"] = str(manifest.topology), str(topology_of(config, world_size))
     there["data"], here["data"] = manifest.data[:12], data[:12]
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
     _refuse_differences(checkpoint, there, here, remedy)
+    topology = topology_of(config, world_size)
+    if topology != manifest.topology:
+        report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
     before, now = (_values(each, ["optimizer"]) for each in (read_config(checkpoint), config))
     for key, value in now.items():
         if before[key] != value:

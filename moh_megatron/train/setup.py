@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moh_megatron.checkpoint import native, random_states, weights
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
 from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
 from moh_megatron.data.tokenizer import Tokenizer
-from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
+from moh_megatron.train.restore import build_engine
 from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
 from moh_megatron.train.world import World
 
@@ -99,21 +97,7 @@ def prepare_session(config: Config, world: World) -> Session:
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_dataset = build_validation_dataset(config, data, tokenizer)
 
-    accumulation_steps = gradient_accumulation_steps(config, world.size)
-    model = build_model(config, accumulation_steps)
-    if elsewhere is not None:
-        source = native.read_config(elsewhere)
-        whole = weights.read_weights(elsewhere, source)
-        weights.load_into(model, whole, config, groups.tensor_group().rank(), config.parallel.tensor)
-    engine = Engine(
-        model,
-        config,
-        data_parallel=data_parallel_size(config, world.size),
-        accumulation_steps=accumulation_steps,
-    )
-    if checkpoint is not None:
-        engine.load(native.engine_folder(checkpoint))
-        random_states.restore(checkpoint)
+    engine = build_engine(config, world.size, checkpoint or elsewhere, resume=checkpoint is not None)
     return Session(
         config,
         world,

@@ -37,7 +37,7 @@ def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
         assert record["loss"] == record["lm_loss"] + 0.01 * record["balance_loss"]
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert uninterrupted.json("exit.json") == {"code": 0, "reason": "finished", "step": STEPS}
-    assert checkpoints(uninterrupted) == ["step_00000010", "step_00000020", "step_00000030"]
+    assert checkpoints(uninterrupted) == ["latest", "step_00000010", "step_00000020", "step_00000030"]
     expected = {"tensor_parallel": 2, "data_parallel": 1, "zero_stage": 1, "layers": 2, "active_head_fraction": 0.5}
     assert {name: summary[name] for name in expected} == expected
     assert summary["tokens"] == STEPS * 8 * 32
@@ -139,7 +139,7 @@ def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun
     newest, before = (run.folder / "checkpoints" / name for name in ("step_00000030", "step_00000020"))
     weights = next(newest.glob("weights/*.safetensors"))
     os.truncate(weights, weights.stat().st_size // 2)
-    state = next(before.glob("engine/*optim_states.pt"))
+    state = next(before.glob("optimizer/*.safetensors"))
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)

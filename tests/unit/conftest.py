@@ -62,10 +62,10 @@ def fake_checkpoint() -> Callable[..., Path]:
     """A checkpoint folder that is complete by its manifest, with a few bytes in place of tensors."""
 
     def fake_checkpoint(folder: Path, config: Config, *, step: int = 1, data: str = "d" * 64) -> Path:
-        (folder / "engine").mkdir(parents=True)
+        (folder / "optimizer").mkdir(parents=True)
         (folder / "weights").mkdir()
         (folder / "config.yaml").write_text(dump_config(config))
-        (folder / "engine" / "state.pt").write_bytes(b"optimizer state %d" % step)
+        (folder / "optimizer" / "state.pt").write_bytes(b"optimizer state %d" % step)
         (folder / "weights" / "tp_rank_00_of_01.safetensors").write_bytes(b"weights %d" % step)
         files = {name: hash_file(folder / name) for name in relative_files(folder)}
         topology = Topology(config.parallel.tensor, 1, config.parallel.zero_stage, config.train.precision)

@@ -60,7 +60,7 @@ def test_the_manifest_lists_every_file_but_itself(checkpoint):
 def test_what_is_written_is_read_back_and_no_damage_is_found(tmp_path):
     manifest = make(tmp_path)
     assert read_manifest(tmp_path) == manifest
-    assert manifest.format_version == FORMAT_VERSION == 1
+    assert manifest.format_version == FORMAT_VERSION == 2
     assert sorted(manifest.files) == sorted(CONTENT)
     assert damage(tmp_path, manifest) is None
 
@@ -130,8 +130,23 @@ def test_no_manifest(checkpoint):
 
 def test_another_format_version(checkpoint):
     rewrite(checkpoint, lambda raw: raw | {"format_version": 99, "something": "new"})
-    with pytest.raises(ValueError, match=r"^it has format version 99, this program reads version 1$"):
+    with pytest.raises(ValueError, match=r"^it has format version 99, this program reads versions up to 2$"):
         read_manifest(checkpoint)
+
+
+def test_any_other_byte_in_the_manifest_or_its_hash(checkpoint):
+    for name in ("manifest.json", "manifest.sha256"):
+        whole = (checkpoint / name).read_bytes()
+        for position in range(len(whole)):
+            (checkpoint / name).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+            with pytest.raises(ValueError, match=r"^its manifest\.json |^it has format version "):
+                read_manifest(checkpoint)
+        for shorter in (b"", whole[:-1]):
+            (checkpoint / name).write_bytes(shorter)
+            with pytest.raises(ValueError, match=r"^its manifest\.json "):
+                read_manifest(checkpoint)
+        (checkpoint / name).write_bytes(whole)
+    read_manifest(checkpoint)
 
 
 @pytest.mark.parametrize(

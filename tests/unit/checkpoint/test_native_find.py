@@ -137,9 +137,9 @@ def test_problem_with_a_good_one_is_none_and_its_config_comes_back(run, tiny):
 
 def test_reading_weights_does_not_need_the_optimizer_state(run):
     folder = run / "checkpoints" / "step_00000015"
-    (folder / "engine" / "state.pt").write_bytes(b"")
+    (folder / "optimizer" / "state.pt").write_bytes(b"")
     assert resolve_checkpoint(run) == folder
-    assert problem_with(folder) == "engine/state.pt has 0 bytes, expected 18"
+    assert problem_with(folder) == "optimizer/state.pt has 0 bytes, expected 18"
 
 
 def test_topology_of(tiny):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.config.load import config_from_mapping, dump_config, load_config
+from moh_megatron.config.load import config_from_mapping, dump_config, load_config, mapping_of
 
 _REPOSITORY = Path(__file__).parents[3]
 
@@ -276,7 +276,7 @@ def test_a_dumped_configuration_is_read_back(tmp_path_factory, configure, direct
 
 def test_a_stored_mapping_is_checked_like_a_file(small):
     config = config_from_mapping(small, "step_3/config")
-    assert config_from_mapping(dataclasses.asdict(config), "again") == config
+    assert config_from_mapping(mapping_of(config), "again") == config
     small["moh"]["active_head"] = 1
     small["base"] = "small.yaml"
     with pytest.raises(UserError) as caught:

@@ -1,5 +1,6 @@
 """Where a run starts, and what keeps it from going on."""
 
+import json
 import re
 
 import pytest
@@ -49,10 +50,10 @@ def test_the_newest_checkpoint_is_taken(config, checkpoint):
 
 def test_damaged_checkpoints_are_passed_over_with_a_warning(config, checkpoint):
     good, damaged = checkpoint(5), checkpoint(10)
-    (damaged / "engine" / "state.pt").unlink()
+    (damaged / "optimizer" / "state.pt").unlink()
     reports = []
     assert newest_good(config(), reports.append) == good
-    assert reports == [f"warning: {damaged} is passed over: engine/state.pt is missing"]
+    assert reports == [f"warning: {damaged} is passed over: optimizer/state.pt is missing"]
 
 
 def test_never_refuses_a_run_folder_that_holds_checkpoints(config, checkpoint, tmp_path):
@@ -108,7 +109,7 @@ def test_another_value_is_refused_naming_both(config, checkpoint, key, there, he
     assert f"train.init_from={folder}" in remedy
 
 
-def test_another_precision_is_told_with_the_topology(config, checkpoint):
+def test_another_precision_is_refused(config, checkpoint):
     with pytest.raises(UserError, match=r"  train\.precision: fp32 there, bf16 here"):
         check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA, print)
 
@@ -121,10 +122,22 @@ def test_another_precision_is_told_with_the_topology(config, checkpoint):
         ({"parallel.zero_stage": 2}, 1, "TP 1 x DP 1, ZeRO 2, fp32"),
     ],
 )
-def test_another_parallelism_is_refused(config, checkpoint, changes, world_size, here):
-    message = f"  parallelism: TP 1 x DP 1, ZeRO 1, fp32 there, {here} here"
-    with pytest.raises(UserError, match=re.escape(message)):
-        check_same_run(checkpoint(5), config(changes), world_size, DATA, print)
+def test_another_parallelism_is_told(config, checkpoint, changes, world_size, here):
+    reports = []
+    assert check_same_run(checkpoint(5), config(changes), world_size, DATA, reports.append).step == 5
+    assert reports == [f"step_00000005 was written at TP 1 x DP 1, ZeRO 1, fp32; it is resharded to {here}"]
+
+
+def test_an_older_format_is_refused_by_name_and_its_weights_are_taken(config, checkpoint, tmp_path):
+    folder = checkpoint(5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    assert newest_good(config(), silent) == folder
+    message = rf"^{folder} has format version 1, .* it needs version 2\. .*train\.init_from={folder}\.$"
+    with pytest.raises(UserError, match=message):
+        check_same_run(folder, config(), 1, DATA, print)
+    changes = {"run.dir": "other", "train.init_from": str(tmp_path / "run")}
+    assert weights_to_start_from(config(changes), print) == folder
 
 
 def test_another_dataset_is_refused(config, checkpoint):
@@ -135,7 +148,7 @@ def test_another_dataset_is_refused(config, checkpoint):
 def test_every_difference_is_told_at_once(config, checkpoint):
     with pytest.raises(UserError) as caught:
         check_same_run(checkpoint(5), config({"run.seed": 1, "moh.active_heads": 5}), 2, "e" * 64, print)
-    assert len(str(caught.value).splitlines()) == 1 + 4 + 1
+    assert len(str(caught.value).splitlines()) == 1 + 3 + 1
 
 
 @pytest.mark.parametrize(

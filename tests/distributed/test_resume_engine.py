@@ -1,0 +1,38 @@
+"""An engine made anew from a checkpoint: bit for bit at the same topology, to rounding at another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+FP32 = [(tensor, stage, "fp32") for tensor in (1, 2) for stage in (0, 1, 2, 3)]
+BF16 = [(tensor, stage, "bf16") for tensor in (1, 2) for stage in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def results(spawn: Any) -> list[dict[str, Any]]:
+    return spawn("resume", 2)
+
+
+@pytest.mark.parametrize("case", [*FP32, *BF16], ids=lambda case: "tp{}_zero{}_{}".format(*case))
+def test_the_same_topology_goes_on_bit_for_bit(results: list[dict[str, Any]], case: tuple[int, int, str]) -> None:
+    for rank in results:
+        straight, resumed = rank["same"][case]
+        assert resumed == straight
+
+
+def test_another_topology_goes_on_to_rounding(results: list[dict[str, Any]]) -> None:
+    """TP 2 DP 1 -> TP 1 DP 2 and back through every ZeRO stage; each place starts from what the one before it saved."""
+    curves = results[0]["chain"]
+    assert len(curves["straight"]) == len(curves["changing"]) == 12
+    for (loss, norm), (expected_loss, expected_norm) in zip(curves["changing"], curves["straight"], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_all_ranks_hear_of_one_that_cannot_write(results: list[dict[str, Any]]) -> None:
+    assert results[0]["fault"] == results[1]["fault"]
+    assert results[0]["fault"].startswith("the checkpoint of step 1 cannot be written to ")
+    assert "No space left on device" in results[0]["fault"]
+    assert results[0]["fault"].endswith("Newest complete checkpoint: none.")

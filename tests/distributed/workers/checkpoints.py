@@ -1,0 +1,69 @@
+"""Training, saving and going on, for workers: the same global batches whatever the parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moh_megatron.checkpoint.native import checkpoint_name
+from moh_megatron.checkpoint.save import Snapshot
+from moh_megatron.checkpoint.saver import Saver
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import token_losses
+from moh_megatron.parallel import groups
+from moh_megatron.train.engine import Engine
+from moh_megatron.train.restore import build_engine
+from moh_megatron.train.schedule import learning_rate
+
+
+class NoTokenizer:
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def config_of(tensor: int, stage: int, precision: str = "fp32", **sections: dict[str, Any]) -> Config:
+    parallel = {"tensor": tensor, "zero_stage": stage}
+    return tiny.tiny_config(parallel=parallel, train={"precision": precision, "micro_batch_size": 1}, **sections)
+
+
+def start_engine(config: Config, source: Path | None = None) -> Engine:
+    """A fresh engine, or one that goes on from ``source``; new groups only where tensor parallelism changes."""
+    there = parallel_state.model_parallel_is_initialized()
+    if there and parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
+        torch.manual_seed(config.run.seed)
+    else:
+        parallel_state.destroy_model_parallel()
+        groups.initialize(config.parallel.tensor, config.run.seed)
+    return build_engine(config, dist.get_world_size(), source, resume=source is not None)
+
+
+def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the steps [first, last), the loss in fp64 over the whole batch."""
+    replicas, rank = groups.data_group().size(), groups.data_group().rank()
+    curve = []
+    for step in range(first, last):
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in tiny.tokens(4, seed=100 + step).split(1)[rank::replicas]:
+            loss = token_losses(engine.model, rows).mean()
+            engine.backward(loss)
+            total += loss.detach().double() / 4
+        norm = float(engine.step(learning_rate(config.optimizer, step, config.train.steps)))
+        dist.all_reduce(total, group=groups.data_group())
+        curve.append((float(total), norm))
+    return curve
+
+
+def save(engine: Engine, config: Config, root: Path, step: int) -> Path:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    saver = Saver(root, group)
+    saver.begin(Snapshot.take(config, step, "d" * 64, NoTokenizer(), engine))
+    saver.finish()
+    dist.destroy_process_group(group)
+    return root / checkpoint_name(step)

@@ -1,0 +1,39 @@
+"""Part of a chain of parallelisms: two steps at each of RESHARD_PLACES, the checkpoint handed on in RESHARD_FOLDER."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from checkpoints import config_of, save, start_engine, train
+
+from moh_megatron.checkpoint.native import step_folders
+from moh_megatron.train.engine import initialize_distributed
+from moh_megatron.train.world import World
+
+STEPS = 2
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    assert world is not None
+    initialize_distributed(world)
+    folder, places = Path(os.environ["RESHARD_FOLDER"]), json.loads(os.environ["RESHARD_PLACES"])
+    curve: list[tuple[float, float]] = []
+    for tensor, stage in places:
+        config = config_of(tensor, stage)
+        newest = next(iter(step_folders(folder)), None)
+        first = 0 if newest is None else int(newest.name.removeprefix("step_"))
+        engine = start_engine(config, newest)
+        curve += train(engine, config, first, first + STEPS)
+        save(engine, config, folder, first + STEPS)
+    whole: list[tuple[float, float]] = []
+    if length := int(os.environ.get("RESHARD_WHOLE", "0")):
+        config = config_of(*places[0])
+        whole = train(start_engine(config), config, 0, length)
+    torch.save({"curve": curve, "whole": whole}, sys.argv[1])
+    dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Two ranks: going on at the same topology in every stage and precision, and at another one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from checkpoints import config_of, save, start_engine, train
+
+from moh_megatron.checkpoint import save as save_module
+from moh_megatron.config.errors import Fault
+from moh_megatron.train.engine import initialize_distributed
+from moh_megatron.train.world import World
+
+SAME = [
+    (tensor, stage, precision)
+    for tensor in (1, 2)
+    for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3)))
+    for stage in stages
+]
+CHAIN = [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)]
+
+
+def same_topology(root: Path) -> dict[tuple[int, int, str], Any]:
+    """Steps 2 to 4 of a run that went on without a stop, and of one that was made anew from a checkpoint."""
+    curves = {}
+    for case in SAME:
+        config = config_of(*case)
+        engine = start_engine(config)
+        train(engine, config, 0, 2)
+        folder = save(engine, config, root / "_".join(map(str, case)), 2)
+        there = train(engine, config, 2, 5)
+        curves[case] = there, train(start_engine(config, folder), config, 2, 5)
+    return curves
+
+
+def chain(root: Path) -> dict[str, list[tuple[float, float]]]:
+    """Two steps at each of ``CHAIN``, one checkpoint handed on; and the whole way without a change."""
+    config = config_of(*CHAIN[0])
+    straight = train(start_engine(config), config, 0, 2 * len(CHAIN))
+    changing, folder = [], None
+    for index, place in enumerate(CHAIN):
+        config = config_of(*place)
+        engine = start_engine(config, folder)
+        changing += train(engine, config, 2 * index, 2 * index + 2)
+        folder = save(engine, config, root / "chain", 2 * index + 2)
+    return {"straight": straight, "changing": changing}
+
+
+def one_rank_fails(root: Path) -> str:
+    """The message every rank gets where one of them cannot write."""
+    config = config_of(2, 1)
+    engine = start_engine(config)
+    train(engine, config, 0, 1)
+    write_part = save_module.write_part
+
+    def refuse(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == 1:
+        save_module.write_part = refuse
+    try:
+        save(engine, config, root / "fails", 1)
+    except Fault as error:
+        return str(error)
+    finally:
+        save_module.write_part = write_part
+    return "no error"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    assert world is not None
+    initialize_distributed(world)
+    result = Path(sys.argv[1])
+    results = {
+        "same": same_topology(result.parent),
+        "chain": chain(result.parent),
+        "fault": one_rank_fails(result.parent),
+    }
+    torch.save(results, result)
+    dist.destroy_process_group()

@@ -1,0 +1,180 @@
+"""Saving behind the training's back: complete or not there, one at a time, errors told."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moh_megatron.checkpoint import native, save
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.save import Snapshot
+from moh_megatron.checkpoint.saver import Saver
+from moh_megatron.config.errors import Fault
+from moh_megatron.parallel import groups
+
+
+class Tokenizer:
+    def save(self, folder):
+        (folder / "more").mkdir(parents=True)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "more" / "notes.txt").write_text("a file in a folder")
+
+
+class Engine:
+    """What a checkpoint asks of an engine, made of ones."""
+
+    updates = 3
+
+    def __init__(self, config):
+        self.held = {rule.megatron: torch.ones(rule.shape) for rule in rules(config)}
+
+    def weights(self):
+        yield from [*self.held.items(), ("decoder._extra_state", torch.zeros(1))]
+
+    def optimizer_tensors(self):
+        for name, tensor in self.held.items():
+            yield f"exp_avg/{name}", tensor
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        groups.initialize(1, seed=1)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saver(root):
+    group = dist.group.WORLD
+    assert group is not None
+    return Saver(root, group)
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """The background write waits until this is set."""
+    event, write_part = threading.Event(), save.write_part
+
+    def wait(*arguments):
+        assert event.wait(60)
+        return write_part(*arguments)
+
+    monkeypatch.setattr(save, "write_part", wait)
+    yield event
+    event.set()
+
+
+def snapshot(config, step):
+    return Snapshot.take(config, step, "d" * 64, Tokenizer(), Engine(config))
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_saved_checkpoint_is_whole(saver, root, tiny):
+    saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005"]
+    assert (root / "latest").read_text() == "step_00000005\n"
+    folder = root / "step_00000005"
+    assert native.problem_with(folder) is None
+    manifest = native.read_state(folder)
+    assert (manifest.step, manifest.tokens, manifest.data) == (5, 5 * 4 * 16, "d" * 64)
+    assert "tokenizer/more/notes.txt" in manifest.files
+    assert native.read_config(folder) == tiny()
+    assert native.read_weights(folder).keys() == Engine(tiny()).held.keys()
+
+
+def test_nothing_shows_before_it_is_complete(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    for _ in range(3):
+        saver.advance()
+        assert names(root) == [".partial_step_00000005"]
+    held_back.set()
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005"]
+
+
+def test_what_is_trained_meanwhile_is_not_saved(saver, root, tiny, held_back):
+    engine = Engine(tiny())
+    saver.begin(Snapshot.take(tiny(), 5, "d" * 64, Tokenizer(), engine))
+    for tensor in engine.held.values():
+        tensor.zero_()
+    held_back.set()
+    saver.finish()
+    assert all((tensor == 1).all() for tensor in native.read_weights(root / "step_00000005").values())
+
+
+def test_one_at_a_time(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    second = threading.Thread(target=lambda: saver.begin(snapshot(tiny(), 10)))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    assert names(root) == [".partial_step_00000005"]
+    held_back.set()
+    second.join(60)
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005", "step_00000010"]
+    assert (root / "latest").read_text() == "step_00000010\n"
+
+
+@pytest.mark.parametrize("phase", ["write_part", "publish"])
+def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, phase):
+    saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, phase, refuse)
+    saver.begin(snapshot(tiny(), 10))
+    with pytest.raises(Fault, match=r"step 10 cannot be written .*No space left .* checkpoint: step_00000005\.$"):
+        saver.finish()
+    assert native.resolve_checkpoint(root).name == "step_00000005"
+    assert (root / "latest").read_text() == "step_00000005\n"
+
+
+def test_too_little_room_is_told_before_anything_is_written(saver, root, tiny, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(Fault, match=r"MiB needed, 0 MiB free\..*Newest complete checkpoint: none\.$"):
+        saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+    assert not (root / "step_00000005").exists()
+
+
+def test_a_bug_is_no_disk_failure(saver, tiny, monkeypatch):
+    def stumble(*arguments):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(save, "write_part", stumble)
+    saver.begin(snapshot(tiny(), 5))
+    with pytest.raises(KeyError, match="a bug"):
+        saver.finish()
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(saver, root, tiny):
+    for _ in range(2):
+        saver.begin(snapshot(tiny(), 5))
+        saver.finish()
+        assert native.problem_with(root / "step_00000005") is None
+        assert names(root) == ["latest", "step_00000005"]
+        (root / "step_00000005" / "config.yaml").write_text("")
+
+
+def test_retention(saver, root, tiny):
+    for step in (4, 5, 6, 7):
+        saver.begin(snapshot(tiny({"checkpoint.keep_last": 1, "checkpoint.keep_every": 5}), step))
+        saver.finish()
+    assert names(root) == ["latest", "step_00000005", "step_00000007"]

@@ -1,0 +1,98 @@
+"""Tensors by name, at any tensor-parallel size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moh_megatron.checkpoint import optimizer_state, weights
+from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
+from moh_megatron.config.errors import UserError
+
+COUNTS = Rule("router.counts", (), (4,))
+
+
+class Empty(nn.Module):
+    """Holds what a table of names lists, under these names."""
+
+    def __init__(self, table, rank, size):
+        super().__init__()
+        self.tensors = {
+            rule.megatron: split_shard(torch.zeros(rule.shape), rule.dim, rule.stride, rank, size) for rule in table
+        }
+
+    def state_dict(self, *args, **kwargs):
+        return self.tensors
+
+
+@pytest.fixture
+def table(tiny, monkeypatch):
+    """The tiny model's names, and an integer buffer beside them."""
+    table = [*rules(tiny()), COUNTS]
+    monkeypatch.setattr(weights, "rules", lambda config: table)
+    monkeypatch.setattr(optimizer_state, "rules", lambda config: table)
+    return table
+
+
+@pytest.fixture
+def whole(table):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {rule.megatron: torch.randn(rule.shape, generator=draw) for rule in table}
+    return {**tensors, COUNTS.megatron: torch.tensor([1, 2**40 + 1, -3, 0])}
+
+
+def shard(whole, table, rank, size):
+    return {
+        rule.megatron: split_shard(whole[rule.megatron], rule.dim, rule.stride, rank, size).contiguous()
+        for rule in table
+    }
+
+
+@pytest.mark.parametrize("there", [1, 2, 4])
+@pytest.mark.parametrize("here", [1, 2, 4])
+def test_weights_of_any_size_load_at_any_size(tiny, tmp_path, table, whole, there, here):
+    written_by, config = tiny({"parallel.tensor": there}), tiny({"parallel.tensor": here})
+    for rank in range(there):
+        weights.write_shard(tmp_path, shard(whole, table, rank, there), rank, there)
+    read = weights.read_weights(tmp_path, written_by)
+    assert read.keys() == whole.keys()
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
+    assert read[COUNTS.megatron].dtype == torch.int64
+    for rank in range(here):
+        model, expected = Empty(table, rank, here), shard(whole, table, rank, here)
+        model.tensors[COUNTS.megatron] = torch.zeros(4, dtype=torch.int64)
+        weights.load_into(model, config, tmp_path, written_by, rank)
+        assert all(torch.equal(model.tensors[name], expected[name]) for name in whole)
+
+
+def test_a_tensor_that_is_not_there_is_named(tiny, tmp_path, table, whole):
+    weights.write_shard(tmp_path, {name: whole[name] for name in whole if name != COUNTS.megatron}, 0, 1)
+    with pytest.raises(UserError, match=r"holds no router\.counts\."):
+        weights.load_into(Empty(table, 0, 1), tiny(), tmp_path, tiny(), 0)
+
+
+@pytest.mark.parametrize(("there", "replicas"), [(1, 1), (2, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize("here", [1, 2, 4])
+def test_optimizer_state_of_any_size_loads_at_any_size(tiny, tmp_path, table, whole, there, replicas, here):
+    for rank in range(there):
+        state = [(f"exp_avg/{name}", part) for name, part in shard(whole, table, rank, there).items()]
+        shares = [optimizer_state.deal(state, replica, replicas) for replica in range(replicas)]
+        assert sorted(name for share in shares for name in share) == sorted(name for name, _ in state)
+        largest = max(part.nbytes for _, part in state)
+        sizes = [sum(part.nbytes for part in share.values()) for share in shares]
+        assert max(sizes) - min(sizes) <= largest
+        for replica, share in enumerate(shares):
+            optimizer_state.write_share(tmp_path, share, 7, (rank, there, replica, replicas))
+    for rank in range(here):
+        expected = shard(whole, table, rank, here)
+        with optimizer_state.StoredState(tmp_path, tiny({"parallel.tensor": there}), rank, here) as stored:
+            assert stored.updates == 7
+            assert all(torch.equal(stored.read("exp_avg", name), expected[name]) for name in whole)
+
+
+def test_a_share_is_a_copy():
+    tensor = torch.ones(3)
+    share = optimizer_state.deal([("a", tensor)], 0, 1)
+    tensor.zero_()
+    assert share["a"].tolist() == [1, 1, 1]
