@@ -104,7 +104,7 @@ def sparse_attention(
     _check(q, k, v, active, cu_seqlens)
     if backend == "auto":
         # Counting would make a GPU wait; there the answer does not depend on it yet.
-        share = float(active.float().mean()) if q.device.type == "cpu" else 1.0
+        share = int(active.count_nonzero()) / max(active.numel(), 1) if q.device.type == "cpu" else 1.0
         backend = choose_backend(length=q.shape[0], share=share, dtype=q.dtype, device=q.device)
     else:
         _require(backend, q)

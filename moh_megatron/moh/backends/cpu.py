@@ -119,7 +119,7 @@ class CpuKernel:
     def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
         assert extra is not None
         q, ragged, delta = lists.q * lists.scale, lists.ragged, (d_rows * rows).sum(-1)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
+        d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, lists.k, lists.v))
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             part = slice(ragged.bounds[index], ragged.bounds[index + 1])
             self._library.moh_ragged_backward(

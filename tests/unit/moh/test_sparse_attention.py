@@ -141,6 +141,9 @@ def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return choice.choose_backend(length=length, share=share, dtype=dtype, device=torch.device("cpu"))
 
     assert choose(128, 0.5) == "dense"
+    assert choose(256, 0.75) == "dense"
+    assert choose(256, 0.5) == "cpu"
+    assert choose(512, 0.75) == "cpu"
     assert choose(2048, 1.0) == "dense"
     assert choose(2048, 0.5) == "cpu"
     assert choose(2048, 0.5, torch.float64) == "gathered"
