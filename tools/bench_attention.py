@@ -49,7 +49,7 @@ class Row(NamedTuple):
     dense_megabytes: float
 
 
-_HEADS_AT = {"MHA": {8192: 4}, "GQA": {2048: 16, 4096: 8, 8192: 4}}
+_HEADS_AT = {"MHA": {4096: 4, 8192: 4}, "GQA": {2048: 16, 4096: 4, 8192: 4}}
 """Fewer heads where long sequences ask for patience; all heads of a KV group cost the same."""
 
 
