@@ -16,7 +16,7 @@ RUN ?= runs/smoke
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup smoke checks format test test-slow clean
+.PHONY: setup smoke smoke-gpu checks format test test-slow clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ $(STAMP): setup.py pyproject.toml constraints/cpu.txt constraints/cuda.txt
 
 smoke: $(STAMP) ## raw text -> tokenizer -> training on two processes -> Hugging Face folder -> text
 	@RUN='$(RUN)' BIN='$(BIN)' bash tools/smoke.sh $(ARGS)
+
+smoke-gpu: $(STAMP) ## the same on this machine's GPUs, after the tests that need one
+	@RUN='$(RUN)' BIN='$(BIN)' bash tools/smoke_gpu.sh $(ARGS)
 
 checks: $(STAMP) ## linters and types
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Time sparse attention against dense causal SDPA with the same mask, and against its own dense case.
 
-python tools/bench_attention.py [--lengths 512 1024 2048] [--pairs 7] [--threads 1] [--plot bench.png]
+python tools/bench_attention.py [--lengths 512 1024 2048] [--turns 7] [--threads 1] [--plot bench.png]
 
-Within one process the candidates take turns (A B A B ...), so that a machine that slows down slows all of them; what is
-printed are the median and the range of the ratio within each turn. Peak memory is the largest rise above what a
-forward and backward pass starts with, measured once in a process of its own.
+Within one process all candidates of a shape take turns (A B A B ...), so that a machine that slows down slows all of
+them; what is printed are the median and the range of the ratio within each turn. Peak memory is the largest rise above
+what a pass starts with, measured once in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from timing import circumstances, markdown, median_and_range, ratios, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,13 +49,14 @@ class Row(NamedTuple):
     dense_megabytes: float
 
 
+_HEADS_AT = {"MHA": {8192: 4}, "GQA": {2048: 16, 4096: 8, 8192: 4}}
+"""Fewer heads where long sequences ask for patience; all heads of a KV group cost the same."""
+
+
 def shapes(length: int) -> list[Shape]:
-    """Multi-head and grouped-query attention; fewer heads where long sequences ask for memory and patience."""
-    few = length >= 4096
-    return [
-        Shape("MHA", 4 if few else 12, 4 if few else 12, 64, length),
-        Shape("GQA", 4 if few else 8, 1 if few else 2, 128, length),
-    ]
+    """Multi-head attention of 12 heads of 64, grouped-query attention of 32 heads of 128 in 8 groups."""
+    multi, grouped = _HEADS_AT["MHA"].get(length, 12), _HEADS_AT["GQA"].get(length, 32)
+    return [Shape("MHA", multi, multi, 64, length), Shape("GQA", grouped, grouped // 4, 128, length)]
 
 
 def inputs(shape: Shape, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -92,12 +93,6 @@ def candidate(backend: str, shape: Shape, share: float, backward: bool) -> Calla
     return run
 
 
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def _resident_peak() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -113,75 +108,85 @@ def _peak(arguments: tuple[str, Shape, float, bool]) -> float:
     return (_resident_peak() - before) / 1024
 
 
-def peak_megabytes(*arguments: Any) -> float:
+def peak_megabytes(backend: str, shape: Shape, share: float, backward: bool) -> float:
     """Rise of the peak resident memory during one pass, in a fresh process, MiB."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.map(_peak, [arguments])[0]
+    # Processes are forked from a server that has imported torch, once, and computes nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "moh_megatron.moh"])
+    with context.Pool(1) as pool:
+        return pool.map(_peak, [(backend, shape, share, backward)])[0]
 
 
-def measure(shape: Shape, share: float, backends: list[str], backward: bool, pairs: int) -> list[Row]:
-    """All backends of one shape, in turns."""
-    runs = {"sdpa": candidate("sdpa", shape, share, backward)}
-    for backend in backends:
-        runs[backend] = candidate(backend, shape, share, backward)
-        runs[f"{backend} full"] = candidate(backend, shape, 1.0, backward)
-    for run in runs.values():
-        run()
-    turns = [{name: _seconds(run) for name, run in runs.items()} for _ in range(pairs)]
-    dense_peak = peak_megabytes("sdpa", shape, share, backward)
+def measure(shape: Shape, shares: list[float], backends: list[str], backward: bool, turns: int) -> list[Row]:
+    """All backends at all shares of one shape, in turns; with every head active in any case."""
+    runs = {"sdpa": candidate("sdpa", shape, 1.0, backward)}
+    cases = [(backend, share) for backend in backends for share in shares]
+    for backend, share in dict.fromkeys([*cases, *((backend, 1.0) for backend in backends)]):
+        runs[f"{backend} {share}"] = candidate(backend, shape, share, backward)
+    taken = take_turns(runs, turns)
+    dense_peak = peak_megabytes("sdpa", shape, 1.0, backward)
     return [
         Row(
             shape,
             share,
             backend,
             backward,
-            [turn[backend] / turn["sdpa"] for turn in turns],
-            [turn[backend] / turn[f"{backend} full"] for turn in turns],
+            ratios(taken, f"{backend} {share}", "sdpa"),
+            ratios(taken, f"{backend} {share}", f"{backend} 1.0"),
             peak_megabytes(backend, shape, share, backward),
             dense_peak,
         )
-        for backend in backends
+        for backend, share in cases
     ]
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = [
-        "| S | heads/groups x size | active | pass | backend | over SDPA (range) | over own 100 % | MiB (SDPA's) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        shape, ratios = row.shape, row.over_dense
-        lines.append(
-            f"| {shape.length} | {shape.name} {shape.heads}/{shape.groups} x {shape.size} | {row.share:.0%} "
-            f"| {'fwd + bwd' if row.backward else 'fwd'} | {row.backend} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
-            f"| {statistics.median(row.over_own_full):.2f} | {row.megabytes:.0f} ({row.dense_megabytes:.0f}) |"
-        )
-    return "\n".join(lines)
+    head = ["S", "heads/groups x size", "active", "pass", "backend", "over SDPA (range)", "over own 100 %"]
+    lines = (
+        [
+            row.shape.length,
+            f"{row.shape.name} {row.shape.heads}/{row.shape.groups} x {row.shape.size}",
+            f"{row.share:.0%}",
+            "fwd + bwd" if row.backward else "fwd",
+            row.backend,
+            median_and_range(row.over_dense),
+            f"{statistics.median(row.over_own_full):.2f}",
+            f"{row.megabytes:.0f} ({row.dense_megabytes:.0f})",
+        ]
+        for row in rows
+    )
+    return markdown([*head, "MiB (SDPA's)"], lines)
 
 
 def plot(rows: list[Row], path: str) -> None:
-    """Ratio to SDPA over length, a line for each backend and share; needs matplotlib."""
+    """Ratio to SDPA over length, forward + backward: a colour for each share, a style for each backend."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    lengths = sorted({row.shape.length for row in rows})
+    colours = {share: f"C{index}" for index, share in enumerate(dict.fromkeys(row.share for row in rows))}
+    styles = dict(zip(dict.fromkeys(row.backend for row in rows), ("-", "--", ":", "-."), strict=False))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, kind in zip(axes, ("MHA", "GQA"), strict=True):
-        series: dict[str, list[tuple[int, float]]] = {}
+        series: dict[tuple[str, float], list[tuple[int, float]]] = {}
         for row in rows:
             if row.shape.name == kind and row.backward:
                 point = (row.shape.length, statistics.median(row.over_dense))
-                series.setdefault(f"{row.backend}, {row.share:.0%} active", []).append(point)
-        for label, points in series.items():
-            axis.plot(*zip(*points, strict=True), marker="o", label=label)
+                series.setdefault((row.backend, row.share), []).append(point)
+        for (backend, share), points in series.items():
+            label = f"{backend}, {share:.0%} active"
+            axis.plot(*zip(*points, strict=True), styles[backend], color=colours[share], marker=".", label=label)
         axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set(title=kind, xscale="log", xlabel="sequence length", ylabel="time / dense SDPA, fwd + bwd")
-        axis.legend(fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set(title=kind, xlabel="sequence length", ylim=(0, None))
+    axes[0].set_ylabel("time / dense SDPA, forward + backward")
+    axes[1].legend(fontsize=7, ncols=2, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -189,23 +194,18 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75, 1.0])
     parser.add_argument("--backends", nargs="+", default=["cpu", "gathered", "auto"])
-    parser.add_argument("--pairs", type=int, default=7, help="turns each candidate takes")
+    parser.add_argument("--turns", type=int, default=7, help="turns each candidate takes")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--forward", action="store_true", help="time the forward pass alone as well")
     parser.add_argument("--plot", metavar="FILE.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases = [
-        (shape, share, backward)
-        for length in arguments.lengths
-        for shape in shapes(length)
-        for share in arguments.shares
-        for backward in ((False, True) if arguments.forward else (True,))
+        (shape, backward) for length in arguments.lengths for shape in shapes(length) for backward in (False, True)
     ]
     rows: list[Row] = []
-    for shape, share, backward in tqdm(cases, desc="bench", unit="case"):
-        rows += measure(shape, share, arguments.backends, backward, arguments.pairs)
-    print(f"{arguments.threads} thread(s), torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, fp32")
+    for shape, backward in tqdm(cases, desc="bench", unit="case"):
+        rows += measure(shape, arguments.shares, arguments.backends, backward, arguments.turns)
+    print(circumstances())
     print(table(rows))
     if arguments.plot:
         plot(rows, arguments.plot)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The whole path on two processes; called by `make smoke` with overrides as arguments, BIN and RUN in the environment.
+# The whole path on RANKS processes, two by default; called by `make smoke` with overrides as arguments, BIN and RUN in
+# the environment.
 set -euo pipefail
 
 config=configs/smoke.yaml
+ranks=${RANKS:-2}
 case " $*" in
     *" run.dir="*)
         echo "error: run.dir stands in ARGS; name the run folder as make smoke RUN=DIR instead" >&2
@@ -23,8 +25,8 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "1/4 text -> tokenizer and Megatron files"
 "$BIN/python" pipelines/prepare_data.py "$config" "run.dir=$RUN" "$@"
-step "2/4 training on two processes"
-"$BIN/python" pipelines/pretrain.py "$config" --nproc-per-node 2 "run.dir=$RUN" "$@"
+step "2/4 training, processes: $ranks"
+"$BIN/python" pipelines/pretrain.py "$config" --nproc-per-node "$ranks" "run.dir=$RUN" "$@"
 step "3/4 checkpoint -> Hugging Face folder, reloaded and compared"
 "$BIN/python" pipelines/convert.py megatron-to-hf --load-dir "$RUN" --hf-dir "$RUN/hf" --summary "$RUN/summary.json"
 step "4/4 text from the exported model"

@@ -24,6 +24,7 @@ from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
 from moh_megatron.checkpoint.mapping import to_hf
 from moh_megatron.checkpoint.model_card import model_card
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, load_tokenizer
 
@@ -117,12 +118,12 @@ def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaCo
     }
     if moh.enabled:
         fields |= {
-            "moh_shared_heads": moh.shared_heads,
-            "moh_active_heads": moh.active_heads,
+            **_heads(config),
             "moh_router": moh.router,
             "moh_gating": moh.gating,
             "moh_balance_loss": moh.balance_loss,
-            "moh_balance_coefficient": moh.balance_coefficient,
+            "moh_balance_coefficient": moh.balance_coefficient if moh.balancing == "loss" else 0.0,
+            "moh_bias_update_rate": moh.bias_update_rate if moh.balancing == "bias" else None,
             "architectures": ["MoHForCausalLM"],
             "auto_map": _AUTO_MAP,
         }
@@ -130,6 +131,17 @@ def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaCo
         return MoHConfig(**fields) if moh.enabled else LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"Transformers cannot express this model: {error}") from error
+
+
+def _heads(config: Config) -> dict[str, Any]:
+    """Numbers where every layer is alike and shares its first heads, else a list for each layer."""
+    layers = layer_heads(config.model, config.moh)
+    shared, active = [list(each.shared) for each in layers], [each.active for each in layers]
+    first = list(range(len(shared[0])))
+    return {
+        "moh_shared_heads": len(first) if all(each == first for each in shared) else shared,
+        "moh_active_heads": active[0] if len(set(active)) == 1 else active,
+    }
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

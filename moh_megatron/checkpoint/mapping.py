@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
 from moh_megatron.moh.layout import HeadLayout
 
@@ -29,6 +30,8 @@ class Rule:
     """Of the whole Megatron-core tensor."""
     dim: int | None = None
     """The dimension tensor parallelism cuts; None: every rank holds all of it."""
+    dtype: torch.dtype | None = None
+    """Of a tensor that keeps its own whatever the model's precision."""
     stride: int = 1
     """Matrices stacked along ``dim``, each of them cut: 2 for the fused gate and up projection."""
     split: Callable[[Tensor], tuple[Tensor, ...]] = lambda whole: (whole,)
@@ -85,9 +88,13 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
         split=lambda physical: (permute_columns(physical, groups, _inverse(order)),),
         join=lambda parts: permute_columns(parts[0], groups, order),
     )
-    for name, rows in router_weight_rows(config.moh, heads).items():
+    own = layer_heads(model, config.moh)[index]
+    for name, rows in router_weight_rows(config.moh, own).items():
         router = f"{hf}.self_attn.router.{name.removeprefix('w_')}.weight"
         yield Rule(f"{ours}.self_attention.router.{name}", (router,), (rows, hidden))
+    if config.moh.enabled and config.moh.balancing == "bias" and own.routed:
+        steps = f"{hf}.self_attn.router.bias_steps"
+        yield Rule(f"{ours}.self_attention.router.bias_steps", (steps,), (len(own.routed),), dtype=torch.int64)
     yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
     yield Rule(
         f"{ours}.mlp.linear_fc1.weight",

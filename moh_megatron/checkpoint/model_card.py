@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from moh_megatron.config.heads import active_share, layer_heads
 from moh_megatron.config.schema import Config
 
 _CARD = """\
@@ -65,25 +66,41 @@ def _rows(config: Config, dtype: str) -> list[tuple[str, object]]:
     ]
     if moh.enabled:
         rows += [
-            ("shared heads", moh.shared_heads),
+            ("shared heads", _shared(config)),
             ("active heads, shared ones included", moh.active_heads),
             ("router", moh.router),
-            ("balance loss", f"{moh.balance_loss}, weight {moh.balance_coefficient:g}"),
+            ("balancing", _balancing(config)),
         ]
         if moh.router == "learned":
             rows.append(("gating", moh.gating))
     return rows
 
 
+def _shared(config: Config) -> str:
+    shared = config.moh.shared_heads
+    if isinstance(shared, int):
+        return str(shared) if config.moh.shared_placement == "first" else f"{shared}, spread over the KV groups"
+    return str([list(each) for each in shared or ()])
+
+
+def _balancing(config: Config) -> str:
+    moh = config.moh
+    if moh.balancing == "bias":
+        return f"bias on the routed heads' scores, {moh.bias_update_rate:g} a step"
+    return f"{moh.balance_loss} balance loss, weight {moh.balance_coefficient:g}"
+
+
 def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
     """Markdown: what the model is, how to load it, its settings, its data; ``dtype`` is the weights' precision."""
     moh, heads = config.moh, config.model.num_attention_heads
     if moh.enabled:
-        share = (moh.active_heads or heads) / heads
+        active, layers = active_share(config.model, moh), layer_heads(config.model, moh)
+        shared = sum(len(each.shared) for each in layers) / len(layers)
+        alike = len({(len(each.shared), each.active) for each in layers}) == 1
         summary = (
             f"A LLaMA-like language model with Mixture-of-Head attention (arXiv 2410.11842): each token uses "
-            f"{moh.active_heads} of {heads} attention heads ({share:.0%}), {moh.shared_heads} of them shared by all "
-            f"tokens."
+            f"{active * heads:g} of {heads} attention heads ({active:.0%}), {shared:g} of them shared by "
+            f"all tokens{'' if alike else ', on average over layers'}."
         )
         code = (
             "`trust_remote_code=True` runs `configuration_moh.py` and `modeling_moh.py` of this folder; they need only "

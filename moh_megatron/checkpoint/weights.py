@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moh_megatron.checkpoint.mapping import Rule, merge_shards, rules, split_shard
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.model.tensors import model_tensors
 
 FOLDER = "weights"
 
@@ -47,6 +48,8 @@ def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
 def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config, rank: int) -> None:
     """Copy tensor-parallel ``rank``'s share of a checkpoint's weights into ``model``, in the model's precision.
 
+    Router biases that the checkpoint lacks stay as they are: it was balanced by a loss.
+
     Args:
         config: the model's own configuration.
         written_by: the configuration of the checkpoint ``folder``.
@@ -55,12 +58,14 @@ def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config
         UserError: the checkpoint lacks a tensor of the model.
     """
     there, here = written_by.parallel.tensor, config.parallel.tensor
-    own = model.state_dict(keep_vars=True)
+    own = model_tensors(model)
     with ExitStack() as stack:
         shards = _open(stack, folder, written_by, [rank] if there == here else range(there))
         held = set(next(iter(shards.values())).keys())
         for rule in rules(config):
             if rule.megatron not in held:
+                if rule.dtype is not None:
+                    continue
                 raise UserError(f"{folder} holds no {rule.megatron}. The weights must be of the same architecture.")
             own[rule.megatron].copy_(reshard(_reader(shards, rule.megatron), rule, there, rank, here))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moh_megatron.config.heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import ModelConfig, MoHConfig
 
 
@@ -27,14 +28,14 @@ def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
     swiglu = 3 * model.hidden_size * model.ffn_hidden_size
     norms = 2 * model.hidden_size
     layer = query_and_output + key_and_value + swiglu + norms
-    router_rows = sum(router_weight_rows(moh, model.num_attention_heads).values())
+    router_rows = sum(sum(router_weight_rows(moh, heads).values()) for heads in layer_heads(model, moh))
     return ParameterCount(
         dense=embeddings + model.num_layers * layer + model.hidden_size,
-        router=model.num_layers * model.hidden_size * router_rows,
+        router=model.hidden_size * router_rows,
     )
 
 
-def router_weight_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
+def router_weight_rows(moh: MoHConfig, heads: LayerHeads) -> dict[str, int]:
     """Output features of each weight of one layer's learned router (paper eq. 5-6); an absent weight is left out,
     all of them where the router has none.
 
@@ -42,7 +43,7 @@ def router_weight_rows(moh: MoHConfig, heads: int) -> dict[str, int]:
     """
     if not moh.enabled or moh.router != "learned":
         return {}
-    shared, routed = moh.shared_heads or 0, heads - (moh.shared_heads or 0)
+    shared, routed = len(heads.shared), len(heads.routed)
     rows = {
         "w_shared": shared if shared > 1 or not routed else 0,
         "w_routed": routed,

@@ -6,31 +6,24 @@ rules across sections stand in ``validate.py``. Values the MoH paper does not gi
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-
-def _integral(value: Any) -> Any:
-    """Let ``2e11`` stand for an integer, as people write token counts."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# Strict, so that "12", yes and 1 are never taken for 12, true and true.
-Int = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
-Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Bool = Annotated[bool, Field(strict=True)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, lt=1)]
-PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
-
-# "~" is the user's home, here as in the shell.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+from moh_megatron.config.types import (
+    Bool,
+    Fraction,
+    HeadBudget,
+    HeadSet,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+)
 
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 
@@ -84,20 +77,41 @@ class MoHConfig:
 
     enabled: Bool = True
     """false gives the dense twin: the same weights' shapes, no router, every head at gate 1."""
-    shared_heads: NonNegativeInt | None = None
-    """Heads every token uses: the first ones of each layer. The paper's from-scratch runs do not state theirs."""
-    active_heads: PositiveInt | None = None
-    """All heads a token uses, the shared ones included."""
+    shared_heads: HeadSet = None
+    """Heads every token uses: how many (moh.shared_placement says which), or a list of heads for each layer. The
+    paper's from-scratch runs do not state theirs."""
+    shared_placement: Literal["first", "spread"] = "first"
+    """Which heads are shared where moh.shared_heads is a number: the first ones of each layer, as in the paper, or the
+    same number in each KV group, which balances every tensor-parallel size."""
+    active_heads: HeadBudget = None
+    """All heads a token uses, the shared ones included: one number, a list with one for each layer, or a percentage
+    of model.num_attention_heads."""
+    activation_schedule_steps: NonNegativeInt = 0
+    """Steps in which the heads a token uses go down evenly from all of them to active_heads; 0: active_heads from the
+    start *(ours)*."""
     router: Literal["learned", "query_norm"] = "learned"
     """learned: eq. 5-6; query_norm: parameter-free, by the norm of each head's query (continue-tuning)."""
     gating: Literal["normalized", "paper"] = "normalized"
     """normalized: the official code's gates, 1 each at uniform logits; paper: eq. 5-6 as printed."""
+    balancing: Literal["loss", "bias"] = "loss"
+    """loss: the balance loss of eq. 7-8; bias: no loss, but a bias on each routed head's score, added for selection
+    only and moved by bias_update_rate against the head's load after every step (arXiv 2408.15664)."""
     balance_loss: Literal["scaled", "paper"] = "scaled"
     """scaled: the official code's, n_routed * sum P f; paper: eq. 7, sum P f. Both are averaged over layers."""
     balance_coefficient: NonNegativeFloat = 0.01
-    """beta of eq. 8."""
+    """beta of eq. 8; not used with balancing: bias."""
+    bias_update_rate: PositiveFloat = 0.001
+    """How far a step moves a bias, in units of the score: a logit, or a query norm over its deviation *(ours)*."""
+    z_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the z-loss, the mean squared logsumexp of a token's routing logits (arXiv 2202.08906, eq. 5), averaged
+    over layers; learned router only *(ours)*."""
+    straight_through: Literal["chosen", "all"] = "chosen"
+    """The gradient of the query_norm router's gates (eq. 9-10). chosen: of the heads a token uses; a skipped head has
+    no output, so its gate has no gradient from the task. all: of every head; every head is then computed."""
     router_init_std: PositiveFloat | None = None
     """Deviation of the routers' initialisation *(ours)*; null means model.init_method_std."""
+    freeze_router: Bool = False
+    """Keep the learned router's weights as they are *(ours)*."""
     backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto"
     """How attention is computed: dense computes every head and drops the rest; gathered (PyTorch, any device), cpu
     (C++, one thread) and triton (CUDA) skip what is not active; auto takes the fastest that was measured for the shape,
@@ -114,6 +128,10 @@ class ParallelConfig:
     sequence: Bool = False
     """Megatron's sequence parallelism: shards the activations outside attention and MLP over the tensor ranks."""
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
+    """What data-parallel ranks share out instead of each holding all of it: 0 nothing, 1 optimizer state, 2 also
+    gradients, 3 also parameters."""
+    offload_optimizer: Bool = False
+    """Keep the optimizer state in host memory and update the weights there (ZeRO-Offload); stages 1 to 3."""
     pipeline: PositiveInt = 1
     context: PositiveInt = 1
 
@@ -140,6 +158,9 @@ class DataConfig:
     """Share of the documents held out, chosen by a hash of their text."""
     ngram_baselines: Bool = False
     """Measure unigram and bigram cross-entropies of the validation tokens, to compare a model with."""
+    document_mask: Bool = False
+    """Keep attention inside each of the documents that share a sequence, in training and validation, with positions
+    that restart at each; false: attention crosses their borders."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
@@ -240,3 +261,6 @@ class Config:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, added to what is derived from the other sections. They may tune
+    (zero_optimization: reduce_bucket_size, overlap_comm, ...) but not contradict it."""

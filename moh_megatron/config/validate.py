@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.moh_rules import moh_violations
 from moh_megatron.config.schema import Config
-
-
-class Violation(NamedTuple):
-    key: str
-    """The key to mend, ``section.key``."""
-    message: str
+from moh_megatron.config.violation import Violation, nearest_divisors, nearest_multiples
 
 
 def validate(config: Config) -> None:
@@ -26,7 +21,7 @@ def violations(config: Config) -> list[Violation]:
     """Every rule across sections that ``config`` breaks."""
     return [
         *_model(config),
-        *_moh(config),
+        *moh_violations(config),
         *_parallel(config),
         *_batch(config),
         *_optimizer(config),
@@ -38,10 +33,10 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     """Data-parallel replicas among ``world_size`` processes. Raises UserError if they do not fit."""
     tensor = config.parallel.tensor
     if world_size < 1 or world_size % tensor:
-        alternatives = _nearest_divisors(tensor, math.gcd(max(world_size, 1), _tensor_limit(config)))
+        alternatives = nearest_divisors(tensor, math.gcd(max(world_size, 1), _tensor_limit(config)))
         raise UserError(
             f"The number of processes must be divisible by parallel.tensor ({tensor}). Got {world_size}; "
-            f"start {_nearest_multiples(world_size, tensor)}, or set parallel.tensor to {alternatives}."
+            f"start {nearest_multiples(world_size, tensor)}, or set parallel.tensor to {alternatives}."
         )
     return world_size // tensor
 
@@ -53,10 +48,10 @@ def gradient_accumulation_steps(config: Config, world_size: int) -> int:
     if batch % (micro * replicas):
         message = (
             f"train.global_batch_size must be divisible by train.micro_batch_size ({micro}) times the data-parallel "
-            f"size ({replicas}). Got {batch}; nearest: {_nearest_multiples(batch, micro * replicas)}"
+            f"size ({replicas}). Got {batch}; nearest: {nearest_multiples(batch, micro * replicas)}"
         )
         if batch % replicas == 0:
-            message += f"; or set train.micro_batch_size to {_nearest_divisors(micro, batch // replicas)}"
+            message += f"; or set train.micro_batch_size to {nearest_divisors(micro, batch // replicas)}"
         raise UserError(f"{message}.")
     return batch // (micro * replicas)
 
@@ -68,65 +63,31 @@ def _model(config: Config) -> Iterator[Violation]:
         yield Violation(
             "model.hidden_size",
             f"model.hidden_size must be divisible by model.num_attention_heads ({heads}) unless model.kv_channels is "
-            f"given. Got {model.hidden_size}; nearest: {_nearest_multiples(model.hidden_size, heads)}.",
+            f"given. Got {model.hidden_size}; nearest: {nearest_multiples(model.hidden_size, heads)}.",
         )
     elif model.kv_channels is not None and model.kv_channels % 2:
         yield Violation(
             "model.kv_channels",
             f"model.kv_channels must be even: RoPE rotates pairs of channels. Got {model.kv_channels}; "
-            f"nearest: {_nearest_multiples(model.kv_channels, 2)}.",
+            f"nearest: {nearest_multiples(model.kv_channels, 2)}.",
         )
     elif model.head_dim % 2:
         yield Violation(
             "model.hidden_size",
             f"model.hidden_size / model.num_attention_heads, the size of a head, must be even: RoPE rotates pairs of "
-            f"channels. Got {model.head_dim}; nearest hidden_size: {_nearest_multiples(model.hidden_size, 2 * heads)}.",
+            f"channels. Got {model.head_dim}; nearest hidden_size: {nearest_multiples(model.hidden_size, 2 * heads)}.",
         )
     if heads % groups:
         yield Violation(
             "model.num_query_groups",
             f"model.num_query_groups must divide model.num_attention_heads ({heads}). Got {groups}; "
-            f"nearest: {_nearest_divisors(groups, heads)}.",
+            f"nearest: {nearest_divisors(groups, heads)}.",
         )
     context, sequence = model.max_position_embeddings, config.train.sequence_length
     if context is not None and context < sequence:
         yield Violation(
             "model.max_position_embeddings",
             f"model.max_position_embeddings must be at least train.sequence_length ({sequence}). Got {context}.",
-        )
-
-
-def _moh(config: Config) -> Iterator[Violation]:
-    moh, heads = config.moh, config.model.num_attention_heads
-    if not moh.enabled:
-        return
-    shared, active = moh.shared_heads, moh.active_heads
-    for key, value in (("moh.shared_heads", shared), ("moh.active_heads", active)):
-        if value is None:
-            yield Violation(key, f"{key} is required unless moh.enabled is false.")
-    if shared is not None and shared > heads:
-        yield Violation(
-            "moh.shared_heads",
-            f"moh.shared_heads must be at most model.num_attention_heads ({heads}). Got {shared}.",
-        )
-    elif shared == heads:  # shared heads only: nothing is left to route
-        if active is not None and active != heads:
-            yield Violation(
-                "moh.active_heads",
-                f"moh.active_heads must equal model.num_attention_heads ({heads}), as moh.shared_heads does. "
-                f"Got {active}.",
-            )
-        if moh.router == "query_norm":
-            yield Violation(
-                "moh.router",
-                f"moh.router: query_norm needs a routed head: moh.shared_heads must be less than "
-                f"model.num_attention_heads ({heads}). Got {shared}.",
-            )
-    elif active is not None and not (shared or 0) < active <= heads:
-        yield Violation(
-            "moh.active_heads",
-            f"moh.active_heads must be greater than moh.shared_heads ({shared or 0}) and at most "
-            f"model.num_attention_heads ({heads}). Got {active}.",
         )
 
 
@@ -157,7 +118,7 @@ def _parallel(config: Config) -> Iterator[Violation]:
         yield Violation(
             "parallel.tensor",
             f"parallel.tensor must divide {' and '.join(unfit)}. Got {tensor}; "
-            f"nearest: {_nearest_divisors(tensor, _tensor_limit(config))}.",
+            f"nearest: {nearest_divisors(tensor, _tensor_limit(config))}.",
         )
     else:
         for key, value in (("vocab_size", model.vocab_size), ("ffn_hidden_size", model.ffn_hidden_size)):
@@ -165,7 +126,7 @@ def _parallel(config: Config) -> Iterator[Violation]:
                 yield Violation(
                     f"model.{key}",
                     f"model.{key} must be divisible by parallel.tensor ({tensor}). Got {value}; "
-                    f"nearest: {_nearest_multiples(value, tensor)}.",
+                    f"nearest: {nearest_multiples(value, tensor)}.",
                 )
     if parallel.sequence and tensor == 1:
         yield Violation(
@@ -177,13 +138,19 @@ def _parallel(config: Config) -> Iterator[Violation]:
             "train.sequence_length",
             f"train.sequence_length must be divisible by parallel.tensor ({tensor}) with parallel.sequence. "
             f"Got {config.train.sequence_length}; "
-            f"nearest: {_nearest_multiples(config.train.sequence_length, tensor)}.",
+            f"nearest: {nearest_multiples(config.train.sequence_length, tensor)}.",
         )
     if parallel.zero_stage == 0 and config.train.precision == "bf16":
         yield Violation(
             "parallel.zero_stage",
             "parallel.zero_stage must be 1, 2 or 3 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
             "master weights then, and small updates are lost. Got 0.",
+        )
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        yield Violation(
+            "parallel.offload_optimizer",
+            "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3: it is ZeRO's own optimizer state that "
+            "moves to host memory, and stage 0 has none. Got stage 0.",
         )
 
 
@@ -193,7 +160,7 @@ def _batch(config: Config) -> Iterator[Violation]:
         yield Violation(
             "train.global_batch_size",
             f"train.global_batch_size must be divisible by train.micro_batch_size ({micro}). Got {batch}; "
-            f"nearest: {_nearest_multiples(batch, micro)}.",
+            f"nearest: {nearest_multiples(batch, micro)}.",
         )
 
 
@@ -236,18 +203,3 @@ def _tensor_limit(config: Config) -> int:
     """The largest tensor-parallel size the model allows; its divisors are the others."""
     model = config.model
     return math.gcd(model.num_attention_heads, model.query_groups, model.vocab_size, model.ffn_hidden_size)
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    """The positive multiples of ``divisor`` on both sides of ``value``."""
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below > 0 else str(divisor)
-
-
-def _nearest_divisors(value: int, of: int) -> str:
-    """The divisors of ``of`` on both sides of ``value``."""
-    small = [each for each in range(1, math.isqrt(of) + 1) if of % each == 0]
-    divisors = sorted({*small, *(of // each for each in small)})
-    below = [each for each in divisors if each < value][-1:]
-    above = [each for each in divisors if each > value][:1]
-    return " or ".join(map(str, below + above))

@@ -12,11 +12,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
+from moh_megatron.config.heads import active_share, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
+from moh_megatron.model.packed_gpt import PackedGPTModel
+from moh_megatron.model.packing import document_ends, document_positions
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
+from moh_megatron.moh.backends.flash import flash_refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,27 +68,33 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _block_spec(config: Config, balance_weight: float) -> TransformerBlockSubmodules:
+def _block_spec(config: Config, accumulation_steps: int) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.core_attention = CausalAttention
     if config.moh.enabled:
         attention.module = MoHSelfAttention
-        attention.params = {**attention.params, "moh": config.moh, "balance_weight": balance_weight}
+        attention.params = {
+            **attention.params,
+            "moh": config.moh,
+            "heads": layer_heads(config.model, config.moh),
+            "loss_scale": 1 / config.model.num_layers / accumulation_steps,
+        }
     return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
 
 
 def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     """This rank's part of the model, freshly initialised from the current random state.
 
-    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the balance loss as
-    the engine scales the main one.
+    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the routers' losses
+    as the engine scales the main one.
     """
-    moh, model = config.moh, config.model
-    return GPTModel(
+    model = config.model
+    model_class = PackedGPTModel if config.data.document_mask else GPTModel
+    return model_class(
         config=transformer_config(config),
-        transformer_layer_spec=_block_spec(config, moh.balance_coefficient / model.num_layers / accumulation_steps),  # pyright: ignore[reportArgumentType]
+        transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
@@ -96,16 +106,35 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
 def attention_backend(config: Config, device: torch.device) -> str:
     """The backend that computes attention in training, ``auto`` resolved for the training shape."""
     moh = config.moh
-    if not moh.enabled:
+    if not moh.enabled or moh.straight_through == "all":
         return "dense"
     if moh.backend != "auto":
         return moh.backend
-    return choose_backend(
+    backend = choose_backend(
         length=config.train.sequence_length,
-        share=(moh.active_heads or 0) / config.model.num_attention_heads,
+        share=active_share(config.model, moh),
         dtype=DTYPES[config.train.precision],
         device=device,
     )
+    if config.data.document_mask and backend != "dense":
+        return f"{backend}, dense where documents are short"
+    return backend
+
+
+def attention_warning(config: Config, device: torch.device) -> str | None:
+    """Why dense attention will be slow on this GPU; None where it is not, or where something else computes it."""
+    if device.type != "cuda" or attention_backend(config, device) != "dense":
+        return None
+    model, tensor = config.model, config.parallel.tensor
+    reason = flash_refusal(
+        length=config.train.sequence_length,
+        heads=model.num_attention_heads // tensor,
+        groups=model.query_groups // tensor,
+        head_dim=model.head_dim,
+        dtype=DTYPES[config.train.precision],
+        device=device,
+    )
+    return reason and f"attention runs without the flash kernel, slower and with more memory: {reason}"
 
 
 def position_ids(tokens: Tensor) -> Tensor:
@@ -113,10 +142,18 @@ def position_ids(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks."""
+def token_losses(model: torch.nn.Module, tokens: Tensor, end_of_document: int | None = None) -> Tensor:
+    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks.
+
+    With ``end_of_document``, for a model built with data.document_mask, attention stays inside each document and
+    positions restart there.
+    """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return model(inputs, position_ids(inputs), None, labels=labels)
+    if end_of_document is None:
+        return model(inputs, position_ids(inputs), None, labels=labels)
+    ends, positions = document_ends(inputs, end_of_document), document_positions(inputs, end_of_document)
+    # In the place of the mask: Megatron-core hands it to attention unread (see MoHSelfAttention).
+    return model(inputs, positions, ends, labels=labels)
 
 
 def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:

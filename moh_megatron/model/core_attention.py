@@ -5,6 +5,7 @@ Megatron-core's DotProductAttention builds its mask on the GPU and forks the GPU
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.document_attention import document_attention
 
 
 class CausalAttention(MegatronModule):
@@ -26,5 +28,9 @@ class CausalAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: Any
     ) -> Tensor:
-        """query [S, B, n, H], key and value [S, B, g, H] -> [S, B, n * H]; always causal."""
-        return causal_attention(query, key, value, scale=self.softmax_scale).flatten(-2)
+        """query [S, B, n, H], key and value [S, B, g, H] -> [S, B, n * H]; always causal.
+
+        ``attention_mask`` carries cu_seqlens, as in ``MoHSelfAttention``.
+        """
+        attention = functools.partial(causal_attention, scale=self.softmax_scale)
+        return document_attention(attention, attention_mask, query, key, value).flatten(-2)

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moh_megatron.moh.precision import at_least_fp32
 from moh_megatron.parallel import groups
 from moh_megatron.parallel.gradients import sum_gradient
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32 (Zhang & Sennrich, 2019).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32 at least (Zhang & Sennrich, 2019).
 
     Under sequence parallelism the replicated weight meets a shard of the positions on each rank, so its gradient is
     summed over the tensor-parallel ranks.
@@ -28,5 +29,5 @@ class RMSNorm(nn.Module):
         weight: Tensor = self.weight
         if self.sequence_parallel:
             weight = sum_gradient(weight, groups.tensor_group())
-        normalised = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        normalised = F.rms_norm(x.to(at_least_fp32(x.dtype)), (x.shape[-1],), eps=self.eps)
         return normalised.to(x.dtype) * weight

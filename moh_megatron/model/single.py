@@ -12,31 +12,40 @@ from torch import Tensor
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids
-from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
+from moh_megatron.model.tensors import model_tensors
+from moh_megatron.moh.router import Router
 from moh_megatron.parallel import groups
 
 _PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def be_alone(seed: int) -> None:
+    """Make the process groups of this one process, if there are none yet."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        groups.initialize(tensor_parallel=1, seed=seed)
 
 
 def build_single_process(
     config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """The model of ``config`` without any parallelism, holding ``weights`` (full tensors, Megatron-core's names)."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        groups.initialize(tensor_parallel=1, seed=config.run.seed)
+    be_alone(config.run.seed)
     alone = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
+        # What is loaded is the finished model, on its way down to fewer heads or not.
+        moh=dataclasses.replace(config.moh, activation_schedule_steps=0),
         train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
     )
     model = build_model(alone)
-    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    own = model_tensors(model)
     if missing := sorted(set(own) ^ set(weights)):
-        raise ValueError(f"weights must hold exactly the model's parameters. They differ in {missing}.")
-    for name, tensor in own.items():
-        tensor.copy_(weights[name])
+        raise ValueError(f"weights must hold exactly the model's tensors. They differ in {missing}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     return model.eval()
 
 
@@ -48,9 +57,9 @@ def routing_margin(model: torch.nn.Module, tokens: Tensor) -> float:
     """
     margins = [float("inf")]
 
-    def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor, float], output: object) -> None:
-        assert isinstance(router, LearnedRouter | QueryNormRouter)
-        scores, chosen = router.routed_scores(*inputs[:2]), router.top_k
+    def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor], output: object) -> None:
+        assert isinstance(router, Router)
+        scores, chosen = router.ranked_by(*inputs), router.top_k
         if scores is not None and chosen < scores.shape[-1]:
             ordered = scores.sort(-1, descending=True).values
             margins.append(float((ordered[..., chosen - 1] - ordered[..., chosen]).min()))

@@ -1,7 +1,7 @@
 """Mixture-of-Head attention: routing, balance, head layout. These names need neither Megatron nor a process group."""
 
 from moh_megatron.moh.layout import HeadLayout
-from moh_megatron.moh.losses import attach_loss, balance_loss
+from moh_megatron.moh.losses import attach_loss, balance_loss, z_loss
 from moh_megatron.moh.routing import Routing, learned_routing, query_norm_routing
 from moh_megatron.moh.sparse_attention import sparse_attention
 
@@ -13,4 +13,5 @@ __all__ = [
     "learned_routing",
     "query_norm_routing",
     "sparse_attention",
+    "z_loss",
 ]

@@ -6,6 +6,7 @@ Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,11 +18,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
+from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.document_attention import document_attention
 from moh_megatron.moh.layout import HeadLayout
-from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
+from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
 from moh_megatron.moh.sparse_attention import sparse_attention
 from moh_megatron.moh.statistics import HeadStatistics
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Every head's output, whatever is active: a skipped head's gate, 0, then has a gradient (eq. 9-10, in full)."""
+    return causal_attention(q, k, v, cu_seqlens=cu_seqlens)
 
 
 class MoHSelfAttention(SelfAttention):
@@ -32,8 +41,8 @@ class MoHSelfAttention(SelfAttention):
 
     Args:
         moh: the section of the configuration.
-        balance_weight: factor of this layer's balance loss in the loss DeepSpeed differentiates:
-            beta / layers / gradient accumulation steps.
+        heads: of each layer.
+        loss_scale: what a layer's auxiliary losses are multiplied by, see ``Router``.
     """
 
     local_heads: Tensor
@@ -49,20 +58,24 @@ class MoHSelfAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         moh: MoHConfig,
-        balance_weight: float,
+        heads: Sequence[LayerHeads],
+        loss_scale: float,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
-        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-        layout = HeadLayout(heads, groups, moh.head_layout)
+        own = heads[layer_number - 1]
+        layout = HeadLayout(own.count, config.num_query_groups or own.count, moh.head_layout)
         local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
-        self.balance_weight = balance_weight
-        self.statistics = HeadStatistics(heads)
-        self.attend = functools.partial(sparse_attention, backend=moh.backend)
+        self.statistics = HeadStatistics(own.count)
+        attention = functools.partial(sparse_attention, backend=moh.backend)
+        if moh.straight_through == "all":
+            attention = attend_all
+        self.attend = functools.partial(document_attention, attention)
         if moh.router == "learned":
-            self.router = LearnedRouter(
+            self.router: Router = LearnedRouter(
                 moh,
-                heads=heads,
+                own,
+                loss_scale,
                 hidden_size=config.hidden_size,
                 init_std=moh.router_init_std or config.init_method_std,
                 dtype=config.params_dtype,
@@ -70,7 +83,7 @@ class MoHSelfAttention(SelfAttention):
                 sequence_parallel=config.sequence_parallel,
             )
         else:
-            self.router = QueryNormRouter(moh, layout=layout, group=self.tp_group)
+            self.router = QueryNormRouter(moh, own, loss_scale, layout=layout, group=self.tp_group)
 
     def forward(  # type: ignore[override]
         self,
@@ -82,11 +95,13 @@ class MoHSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, D] (or [S / TP, B, D] under sequence parallelism) -> the same shape, and linear_proj's bias.
 
-        Attention is causal; ``attention_mask`` is accepted for Megatron-core's sake and not read.
+        Attention is causal. ``attention_mask``, which Megatron-core hands through unread, is no mask: it carries
+        cu_seqlens, int32 [documents + 1] over the batch rows one behind the other, or None for no documents.
         """
+        cu_seqlens = attention_mask
         projected = self.get_query_key_value_tensors(hidden_states)
         q_SBnH, k_SBgH, v_SBgH = cast(tuple[Tensor, Tensor, Tensor], projected)
-        routing = self.router(hidden_states, q_SBnH, self.balance_weight)
+        routing = self.router(hidden_states, q_SBnH)
         # Full recomputation runs the layer twice, the first time without gradients: count it once.
         if self.training and torch.is_grad_enabled():
             self.statistics.record(routing)
@@ -98,8 +113,8 @@ class MoHSelfAttention(SelfAttention):
             k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
 
         if self.checkpoint_core_attention and self.training:
-            out_SBnH = tensor_parallel.checkpoint(self.attend, False, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = tensor_parallel.checkpoint(self.attend, False, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         else:
-            out_SBnH = self.attend(q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            out_SBnH = self.attend(cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
         gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
         return self.linear_proj(gated.flatten(-2))

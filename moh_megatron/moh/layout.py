@@ -10,11 +10,16 @@ The order does not depend on the tensor-parallel size: a checkpoint needs no reo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 Placement = Literal["interleaved", "contiguous"]
+
+LARGEST_IMBALANCE = 1.1
+"""The busiest rank's heads over the mean, from which on a report warns."""
+UNEVEN = " - uneven; moh.shared_placement=spread gives each KV group the same number of shared heads"
 
 
 def _digit_reversal(count: int) -> list[int]:
@@ -54,27 +59,34 @@ class HeadLayout:
         width = self.heads // self.groups
         return tuple(group * width + slot for group in self.group_order for slot in range(width))
 
-    def expected_load(self, shared_heads: int, active_heads: int, world_size: int) -> list[float]:
+    def expected_load(self, shared_heads: int | Sequence[int], active_heads: int, world_size: int) -> list[float]:
         """Heads each tensor-parallel rank computes for a token, if the routed ones are chosen evenly.
 
-        The first ``shared_heads`` logical heads are always on, ``active_heads`` counts them too.
+        ``shared_heads``, a count (the first n) or a list of logical heads, are always on; ``active_heads`` counts them.
         """
-        routed = self.heads - shared_heads
-        chance = (active_heads - shared_heads) / routed if routed else 0.0
+        shared = set(range(shared_heads) if isinstance(shared_heads, int) else shared_heads)
+        routed = self.heads - len(shared)
+        chance = (active_heads - len(shared)) / routed if routed else 0.0
         ranks = (self.local_heads(rank, world_size) for rank in range(world_size))
-        return [sum(1.0 if head < shared_heads else chance for head in heads) for heads in ranks]
+        return [sum(1.0 if head in shared else chance for head in heads) for heads in ranks]
 
-    def report(self, shared_heads: int, active_heads: int) -> str:
-        """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, and its balance."""
+    def imbalance(self, shared_heads: int | Sequence[int], active_heads: int, world_size: int) -> float:
+        """The busiest rank's heads over the mean: what each layer waits for."""
+        load = self.expected_load(shared_heads, active_heads, world_size)
+        return max(load) * world_size / sum(load)
+
+    def report(self, shared_heads: int | Sequence[int], active_heads: int) -> str:
+        """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, its balance, and the
+        remedy where it is uneven."""
         lines = []
         for size in (1, 2, 4, 8):
             if self.groups % size:
                 continue
             load = self.expected_load(shared_heads, active_heads, size)
-            balance = max(load) * size / sum(load)
+            uneven = self.imbalance(shared_heads, active_heads, size)
             lines.append(
                 f"TP {size}: {', '.join(f'{heads:.2f}' for heads in load)} heads a token on each rank, "
-                f"max / mean {balance:.2f}"
+                f"max / mean {uneven:.2f}{UNEVEN if uneven > LARGEST_IMBALANCE else ''}"
             )
         return "\n".join(lines)
 

@@ -20,6 +20,11 @@ def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm) -> Tensor
     return loss * probability.numel() if form == "scaled" else loss
 
 
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits [..., E])^2: keeps a router's logits small (arXiv 2202.08906, eq. 5)."""
+    return logits.logsumexp(-1).square().mean()
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, loss: Tensor, weight: float) -> Tensor:

@@ -1,27 +1,87 @@
-"""The routers as modules: the pure functions of ``routing.py`` plus what tensor parallelism asks of them.
+"""The routers as modules: the pure functions of ``routing.py`` plus what training and tensor parallelism ask of them.
 
 Every tensor-parallel rank routes over all heads and later uses the gates of its own. Legend: S sequence, B batch,
-D hidden size, N query heads (n on this rank), H head size, TP tensor-parallel size.
+D hidden size, N query heads (n on this rank), E routed heads, H head size, TP tensor-parallel size.
 """
 
 from __future__ import annotations
 
+import abc
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moh_megatron.config.count import router_weight_rows
+from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.layout import HeadLayout
-from moh_megatron.moh.losses import attach_loss
-from moh_megatron.moh.routing import Routing, learned_routing, norm_routing, query_norms, token_mean
+from moh_megatron.moh.losses import attach_loss, z_loss
+from moh_megatron.moh.routing import (
+    Logits,
+    Routing,
+    choose_by_norm,
+    norm_scores,
+    query_norms,
+    router_logits,
+    token_mean,
+    weigh_heads,
+)
 from moh_megatron.parallel.gradients import gather_last_dimension, gather_sequence, mean_over_ranks, sum_gradient
 
 
-class LearnedRouter(nn.Module):
+class Router(nn.Module, abc.ABC):
+    """What both routers have: how many heads to choose, and the biases that balance them without a loss.
+
+    ``loss_scale`` is what a layer's auxiliary losses are multiplied by, beside their coefficients, in the loss that is
+    differentiated: 1 / layers / gradient accumulation steps.
+    """
+
+    bias_steps: Tensor | None
+
+    def __init__(self, moh: MoHConfig, heads: LayerHeads, loss_scale: float) -> None:
+        super().__init__()
+        self.moh, self.heads, self.loss_scale = moh, heads, loss_scale
+        self.top_k = 0
+        self.follow_schedule(0)
+        # Whole numbers: casting the model to bf16 leaves them alone, and would round a bias away.
+        steps = torch.zeros(len(heads.routed), dtype=torch.int64) if moh.balancing == "bias" and heads.routed else None
+        self.register_buffer("bias_steps", steps)
+
+    def follow_schedule(self, step: int) -> None:
+        """Choose as many heads as ``moh.activation_schedule_steps`` has after ``step`` steps."""
+        self.top_k = self.heads.top_k_at(step, self.moh.activation_schedule_steps)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[E] fp32, added to the routed heads' scores for the choice alone; None where a loss balances."""
+        return None if self.bias_steps is None else self.bias_steps.float() * self.moh.bias_update_rate
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor) -> None:
+        """Move each bias one step against its head's load: ``counts`` [N], the tokens that used each logical head."""
+        if self.bias_steps is not None:
+            load = counts[list(self.heads.routed)]
+            self.bias_steps += (load.sum() - load * load.numel()).sign().to(torch.int64)
+
+    @property
+    def balance_weight(self) -> float:
+        """Of the balance loss in the loss that is differentiated."""
+        return self.loss_scale * self.moh.balance_coefficient if self.moh.balancing == "loss" else 0.0
+
+    @abc.abstractmethod
+    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """[..., E]: what the routed heads are chosen by, the bias included; None where there are none."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, q: Tensor) -> Routing:
+        """Attention input x and its queries q before RoPE -> gates and active [S, B, N], the same on every rank."""
+
+
+class LearnedRouter(Router):
     """Eq. 5-6 with weights replicated over tensor parallelism; their gradient is summed over it exactly once."""
 
+    logical_order: Tensor
     w_shared: nn.Parameter | None
     w_routed: nn.Parameter | None
     w_alpha: nn.Parameter | None
@@ -29,20 +89,24 @@ class LearnedRouter(nn.Module):
     def __init__(
         self,
         moh: MoHConfig,
+        heads: LayerHeads,
+        loss_scale: float,
         *,
-        heads: int,
         hidden_size: int,
         init_std: float,
         dtype: torch.dtype,
         group: dist.ProcessGroup,
         sequence_parallel: bool,
     ) -> None:
-        super().__init__()
-        self.moh, self.group, self.sequence_parallel = moh, group, sequence_parallel
+        super().__init__(moh, heads, loss_scale)
+        self.group, self.sequence_parallel = group, sequence_parallel
         rows = router_weight_rows(moh, heads)
         for name in ("w_shared", "w_routed", "w_alpha"):
             weight = torch.empty(rows.get(name, 0), hidden_size).normal_(std=init_std).to(dtype)
-            self.register_parameter(name, nn.Parameter(weight) if name in rows else None)
+            parameter = nn.Parameter(weight, requires_grad=not moh.freeze_router)
+            self.register_parameter(name, parameter if name in rows else None)
+        order = sorted(range(heads.count), key=heads.order.__getitem__)
+        self.register_buffer("logical_order", torch.tensor(order), persistent=False)
 
     def _weight(self, weight: nn.Parameter | None) -> Tensor | None:
         # Under sequence parallelism each rank routes its own positions: the weight's gradient is a sum over ranks.
@@ -52,69 +116,66 @@ class LearnedRouter(nn.Module):
         mean = token_mean(values)
         return mean_over_ranks(mean, self.group) if self.sequence_parallel else mean
 
-    @property
-    def top_k(self) -> int:
-        """Routed heads a token uses."""
-        return (self.moh.active_heads or 0) - (self.moh.shared_heads or 0)
+    def _logits(self, x: Tensor) -> Logits:
+        return router_logits(x, self._weight(self.w_shared), self._weight(self.w_routed), self._weight(self.w_alpha))
 
-    def routed_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
-        """[..., E]: what the routed heads are ranked by; None where there are none."""
-        return None if self.w_routed is None else F.linear(x.float(), self.w_routed.float())
+    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """See ``Router``; x [..., D]."""
+        scores = self._logits(x).routed
+        return scores if scores is None or self.bias is None else scores + self.bias
 
-    def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
+    def forward(self, x: Tensor, q: Tensor) -> Routing:
         """x [S, B, D], or [S / TP, B, D] under sequence parallelism -> gates and active [S, B, N] on every rank."""
-        moh = self.moh
-        gates, active, balance = learned_routing(
-            x,
-            self._weight(self.w_shared),
-            self._weight(self.w_routed),
-            self._weight(self.w_alpha),
-            top_k=self.top_k,
-            gating=moh.gating,
-            balance=moh.balance_loss,
-            mean=self._mean,
+        moh, logits = self.moh, self._logits(x)
+        gates, active, balance = weigh_heads(
+            logits, top_k=self.top_k, gating=moh.gating, balance=moh.balance_loss, bias=self.bias, mean=self._mean
         )
-        gates = attach_loss(gates, balance, balance_weight)
+        gates = attach_loss(gates, balance, self.balance_weight)
+        if moh.z_loss_coefficient and logits.routed is not None:
+            gates = attach_loss(gates, self._z_loss(logits.routed), self.loss_scale * moh.z_loss_coefficient)
         if self.sequence_parallel:
             gates = gather_sequence(gates, self.group)
             active = gather_sequence(active.to(gates.dtype), self.group).bool()
         else:
             gates = sum_gradient(gates, self.group)
-        return Routing(gates, active, balance)
+        return Routing(gates.index_select(-1, self.logical_order), active.index_select(-1, self.logical_order), balance)
+
+    def _z_loss(self, logits: Tensor) -> Tensor:
+        loss = z_loss(logits)
+        return mean_over_ranks(loss, self.group) if self.sequence_parallel else loss
 
 
-class QueryNormRouter(nn.Module):
+class QueryNormRouter(Router):
     """Parameter-free routing; each rank knows its own heads' norms, and gathers the others'."""
 
     physical_of_logical: Tensor
 
-    def __init__(self, moh: MoHConfig, *, layout: HeadLayout, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.moh, self.group = moh, group
+    def __init__(
+        self, moh: MoHConfig, heads: LayerHeads, loss_scale: float, *, layout: HeadLayout, group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(moh, heads, loss_scale)
+        self.group = group
         order = sorted(range(layout.heads), key=layout.head_order.__getitem__)
         self.register_buffer("physical_of_logical", torch.tensor(order), persistent=False)
-
-    @property
-    def top_k(self) -> int:
-        """Routed heads a token uses."""
-        return (self.moh.active_heads or 0) - (self.moh.shared_heads or 0)
 
     def _norms(self, q: Tensor) -> Tensor:
         """[S, B, n, H] -> [S, B, N], heads in logical order."""
         norms = gather_last_dimension(query_norms(q), self.group)
         return norms.index_select(-1, self.physical_of_logical)
 
-    def routed_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
-        """[S, B, E]: what the routed heads are ranked by."""
-        return self._norms(q)[..., self.moh.shared_heads or 0 :]
+    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """See ``Router``; q [S, B, n, H], before RoPE."""
+        own = self._norms(q)[..., list(self.heads.routed)]
+        return own if self.bias is None else norm_scores(own) + self.bias
 
-    def forward(self, x: Tensor, q: Tensor, balance_weight: float) -> Routing:
+    def forward(self, x: Tensor, q: Tensor) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
-        gates, active, balance = norm_routing(
+        gates, active, balance = choose_by_norm(
             self._norms(q),
-            shared_heads=self.moh.shared_heads or 0,
+            shared_heads=self.heads.shared,
             top_k=self.top_k,
             balance=self.moh.balance_loss,
+            bias=self.bias,
         )
-        gates = attach_loss(gates, balance, balance_weight)
+        gates = attach_loss(gates, balance, self.balance_weight)
         return Routing(sum_gradient(gates, self.group), active, balance)

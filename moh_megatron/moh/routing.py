@@ -1,7 +1,8 @@
 """Which heads a token uses and how much each counts: pure functions, no process group, no Megatron.
 
 Legend: D hidden size, N query heads, E routed heads, H head size; ``...`` any leading shape (tokens).
-All arithmetic is fp32 whatever the inputs' precision. Ties go to the lower head index on every device.
+All arithmetic is fp32 whatever the inputs' precision (float64 for float64). Ties go to the lower head index on every
+device.
 Source: arXiv 2410.11842, eq. 5-7 and 9-10; where the official code differs the choice is an argument.
 """
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moh_megatron.moh.losses import BalanceForm, balance_loss
+from moh_megatron.moh.precision import at_least_fp32
 
 Gating = Literal["normalized", "paper"]
 
@@ -46,6 +48,26 @@ def _check_top_k(top_k: int, routed: int) -> None:
         raise ValueError(f"top_k must be from 1 to the number of routed heads ({routed}). Got {top_k}.")
 
 
+def _check_finite(name: str, scores: Tensor) -> None:
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).sum())
+        raise ValueError(f"{name} must give finite scores. Got {bad} of {scores.numel()} that are inf or NaN.")
+
+
+class Logits(NamedTuple):
+    """What a learned router computes from a token, fp32; each [..., rows] or None where there is no such weight."""
+
+    shared: Tensor | None
+    routed: Tensor | None
+    alpha: Tensor | None
+
+
+def router_logits(x: Tensor, w_shared: Tensor | None, w_routed: Tensor | None, w_alpha: Tensor | None) -> Logits:
+    """x [..., D] times each weight that is there; see ``learned_routing`` for their meaning."""
+    x = x.to(at_least_fp32(x.dtype))
+    return Logits(*(None if w is None else F.linear(x, w.to(x.dtype)) for w in (w_shared, w_routed, w_alpha)))
+
+
 def learned_routing(
     x: Tensor,
     w_shared: Tensor | None,
@@ -55,7 +77,6 @@ def learned_routing(
     top_k: int,
     gating: Gating = "normalized",
     balance: BalanceForm = "scaled",
-    mean: Callable[[Tensor], Tensor] = token_mean,
 ) -> Routing:
     """The two-stage router (eq. 5-6): which heads, and how shared and routed heads are weighed against each other.
 
@@ -67,39 +88,62 @@ def learned_routing(
         top_k: routed heads a token uses.
         gating: ``normalized`` is the official code (every active gate 1 at uniform logits); ``paper`` is eq. 5-6.
         balance: form of the balance loss, see ``losses.balance_loss``.
-        mean: how [..., E] is averaged over tokens; sequence parallelism averages over ranks as well.
 
     Raises:
-        ValueError: top_k out of range, or weights that fit neither reading above.
+        ValueError: top_k out of range, weights that fit neither reading above or not x, or scores that are not finite.
     """
-    x = x.float()
-    if w_routed is None:
-        if w_shared is None:
-            raise ValueError("w_shared and w_routed cannot both be None: there would be no head at all.")
-        gates = w_shared.shape[0] * F.linear(x, w_shared.float()).softmax(-1)
-        return Routing(gates, torch.ones_like(gates, dtype=torch.bool), x.new_zeros(()))
-    if w_alpha is None and w_shared is not None:
-        raise ValueError("w_alpha must be given where w_shared and w_routed are. Got None.")
-    _check_top_k(top_k, w_routed.shape[0])
+    for name, weight, rows in (("w_shared", w_shared, None), ("w_routed", w_routed, None), ("w_alpha", w_alpha, 2)):
+        if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0):
+            raise ValueError(f"{name} must have shape [rows, {x.shape[-1]}], as x has. Got {list(weight.shape)}.")
+        if weight is not None and rows is not None and weight.shape[0] != rows:
+            raise ValueError(f"{name} must have {rows} rows, shared and routed. Got {weight.shape[0]}.")
+    logits = router_logits(x, w_shared, w_routed, w_alpha)
+    for values in logits:
+        if values is not None:
+            _check_finite("x and the weights", values)
+    return weigh_heads(logits, top_k=top_k, gating=gating, balance=balance)
 
-    logits = F.linear(x, w_routed.float())
-    probability = logits.softmax(-1)
-    chosen = top_k_mask(logits, top_k)
+
+def weigh_heads(
+    logits: Logits,
+    *,
+    top_k: int,
+    gating: Gating,
+    balance: BalanceForm,
+    bias: Tensor | None = None,
+    mean: Callable[[Tensor], Tensor] = token_mean,
+) -> Routing:
+    """``learned_routing`` from the logits on, for every step of training: does not look whether they are finite.
+
+    ``bias`` [E] is added to the routed logits for the choice of heads alone. ``mean`` averages [..., E] over tokens;
+    sequence parallelism averages over ranks as well.
+    """
+    if logits.routed is None:
+        if logits.shared is None:
+            raise ValueError("w_shared and w_routed cannot both be None: there would be no head at all.")
+        gates = logits.shared.shape[-1] * logits.shared.softmax(-1)
+        return Routing(gates, torch.ones_like(gates, dtype=torch.bool), gates.new_zeros(()))
+    if logits.alpha is None and logits.shared is not None:
+        raise ValueError("w_alpha must be given where w_shared and w_routed are. Got None.")
+    _check_top_k(top_k, logits.routed.shape[-1])
+
+    probability = logits.routed.softmax(-1)
+    chosen = top_k_mask(logits.routed if bias is None else logits.routed + bias, top_k)
     if gating == "normalized":
-        gates = top_k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+        gates = top_k * logits.routed.masked_fill(~chosen, -torch.inf).softmax(-1)
     else:
         gates = probability * chosen
     active = chosen
-    if w_alpha is not None:
-        alpha = F.linear(x, w_alpha.float()).softmax(-1)
+    if logits.alpha is not None:
+        alpha = logits.alpha.softmax(-1)
         alpha = 2 * alpha if gating == "normalized" else alpha
-        shared = x.new_ones(*x.shape[:-1], 1)
-        if w_shared is not None:
-            scale = w_shared.shape[0] if gating == "normalized" else 1
-            shared = scale * F.linear(x, w_shared.float()).softmax(-1)
+        shared = torch.ones_like(alpha[..., :1])
+        if logits.shared is not None:
+            scale = logits.shared.shape[-1] if gating == "normalized" else 1
+            shared = scale * logits.shared.softmax(-1)
         gates = torch.cat([alpha[..., :1] * shared, alpha[..., 1:] * gates], -1)
         active = torch.cat([torch.ones_like(shared, dtype=torch.bool), chosen], -1)
-    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.float()), balance))
+    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
 
 
 def routed_heads(heads: int, shared_heads: int | Sequence[int]) -> list[int]:
@@ -113,32 +157,41 @@ def routed_heads(heads: int, shared_heads: int | Sequence[int]) -> list[int]:
 
 
 def query_norms(q: Tensor) -> Tensor:
-    """L2 norm of each head's query: [..., N, H] -> [..., N], fp32."""
-    return torch.linalg.vector_norm(q.float(), dim=-1)
+    """L2 norm of each head's query: [..., N, H] -> [..., N], fp32 (float64 for float64)."""
+    return torch.linalg.vector_norm(q.to(at_least_fp32(q.dtype)), dim=-1)
 
 
-def norm_routing(
+def norm_scores(norms: Tensor) -> Tensor:
+    """Norms [..., E] of the routed heads over their unbiased deviation; 0 where that is 0, or for a single head."""
+    deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
+    flat = deviation <= 0
+    return norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)
+
+
+def choose_by_norm(
     norms: Tensor,
     *,
     shared_heads: int | Sequence[int],
     top_k: int,
-    balance: BalanceForm = "scaled",
+    balance: BalanceForm,
+    bias: Tensor | None = None,
     mean: Callable[[Tensor], Tensor] = token_mean,
 ) -> Routing:
-    """Routing without parameters from the norms [..., N] of all heads' queries; see ``query_norm_routing``."""
+    """``query_norm_routing`` from the norms [..., N] of all heads on, for every step of training: does not look whether
+    they are finite. ``bias`` [E] is added to the scores (``norm_scores``) for the choice of heads alone."""
     routed = routed_heads(norms.shape[-1], shared_heads)
     _check_top_k(top_k, len(routed))
-    scores = norms[..., routed]
-    deviation = scores.std(-1, keepdim=True) if len(routed) > 1 else torch.zeros_like(scores)
-    flat = deviation <= 0
-    probability = (scores.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)).softmax(-1)
-    chosen = top_k_mask(scores, top_k)
+    place = torch.tensor(routed, device=norms.device)
+    own = norms.index_select(-1, place)
+    scores = norm_scores(own)
+    probability = scores.softmax(-1)
+    # Without a bias the norms themselves are ranked: dividing them could only round two of them together.
+    chosen = top_k_mask(own if bias is None else scores + bias, top_k)
     # Forward exactly 0 or 1; backward as if the gate were the score (straight-through, eq. 9-10).
-    quantised = chosen.float() + (probability - probability.detach())
-    gates = torch.ones_like(norms).index_copy(-1, torch.tensor(routed, device=norms.device), quantised)
-    active = torch.ones_like(norms, dtype=torch.bool)
-    active[..., routed] = chosen
-    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.float()), balance))
+    quantised = chosen.to(probability.dtype) + (probability - probability.detach())
+    gates = torch.ones_like(norms).index_copy(-1, place, quantised)
+    active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, place, chosen)
+    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
 
 
 def query_norm_routing(
@@ -149,6 +202,12 @@ def query_norm_routing(
     ``q`` [..., N, H] is the raw query projection, before RoPE. The top-k routed heads by norm have gate 1, the others
     0, shared heads 1. The score behind a gate is the softmax over the routed heads of norm / unbiased standard
     deviation (uniform where that is zero; the official code gives NaN); it is the P of the balance loss, and carries
-    the straight-through gradient.
+    the straight-through gradient: multiply the gates with the outputs of all heads and every gate gets it, or with
+    those of the active heads (zero elsewhere, as ``sparse_attention`` leaves them) and a skipped head's gate gets none.
+
+    Raises:
+        ValueError: top_k or shared_heads out of range, or queries that are not finite.
     """
-    return norm_routing(query_norms(q), shared_heads=shared_heads, top_k=top_k, balance=balance)
+    norms = query_norms(q)
+    _check_finite("q", norms)
+    return choose_by_norm(norms, shared_heads=shared_heads, top_k=top_k, balance=balance)

@@ -13,6 +13,7 @@ from torch import Tensor
 from moh_megatron.moh.backends.choice import Backend, choose_backend
 from moh_megatron.moh.backends.cpu import CpuKernel, available
 from moh_megatron.moh.backends.dense import dense_attention
+from moh_megatron.moh.backends.documents import document_length
 from moh_megatron.moh.backends.gathered import GatheredKernel
 from moh_megatron.moh.backends.ragged_function import Kernel, ragged_attention
 
@@ -93,7 +94,7 @@ def sparse_attention(
         cu_seqlens: int32 [documents + 1], with B = 1: attention stays inside each packed document.
         backend: ``dense`` computes every head and drops the rest; ``gathered`` (PyTorch, any device), ``cpu`` (C++,
             one thread) and ``triton`` (CUDA) skip what is not active; ``auto`` takes the fastest that was measured
-            for the shape.
+            for the shape, and for the length of the documents if there are some.
 
     Returns:
         [S, B, N, H], zero where inactive. Gradients to q, k and v are exact; a skipped head has none.
@@ -104,8 +105,9 @@ def sparse_attention(
     _check(q, k, v, active, cu_seqlens)
     if backend == "auto":
         # Counting would make a GPU wait; there the answer does not depend on it yet.
-        share = float(active.float().mean()) if q.device.type == "cpu" else 1.0
-        backend = choose_backend(length=q.shape[0], share=share, dtype=q.dtype, device=q.device)
+        share = int(active.count_nonzero()) / max(active.numel(), 1) if q.device.type == "cpu" else 1.0
+        length = q.shape[0] if cu_seqlens is None else document_length(cu_seqlens)
+        backend = choose_backend(length=length, share=share, dtype=q.dtype, device=q.device)
     else:
         _require(backend, q)
     if backend == "dense":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,13 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
-from moh_megatron.model.build import attention_backend, moh_layers, token_losses
-from moh_megatron.moh.layout import HeadLayout
+from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
+from moh_megatron.moh.balancing import follow_schedule, update_biases
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
 from moh_megatron.monitor.records import StepRecords
 from moh_megatron.parallel import groups
+from moh_megatron.train.announce import head_report
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
 from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
@@ -64,6 +64,7 @@ class _Training:
         self.step = session.start_step
         self.seconds = 0.0
         self.layers = moh_layers(session.engine.module)
+        follow_schedule(self.layers, self.step)
         self.metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
         # NCCL would need a transfer to the device and back to agree on a flag.
         self.control_group = dist.new_group(backend="gloo")
@@ -140,7 +141,7 @@ class _Training:
     def _train_step(self, micro_batches: list[torch.Tensor]) -> None:
         engine, losses = self.session.engine, []
         for tokens in micro_batches:
-            loss = token_losses(engine.model, tokens.to(self.session.device)).mean()
+            loss = token_losses(engine.model, tokens.to(self.session.device), self.session.end_of_document).mean()
             engine.backward(loss)
             losses.append(loss.detach())
         lr = learning_rate(self.config.optimizer, self.step, self.steps)
@@ -148,6 +149,8 @@ class _Training:
         routers = None
         if self.layers:
             routers = torch.stack([layer.statistics.drain(self.session.device) for layer in self.layers])
+            update_biases(self.layers, routers[:, :-1], groups.data_group())
+            follow_schedule(self.layers, self.step + 1)
         self.metrics.add(self.step + 1, lr, losses, grad_norm, routers)
 
     def _stop_agreed(self) -> bool:
@@ -158,7 +161,8 @@ class _Training:
 
     def _log(self, bar: tqdm) -> None:
         interval = self.metrics.flush()
-        beta = self.config.moh.balance_coefficient if self.layers else 0.0
+        moh = self.config.moh
+        beta = moh.balance_coefficient if self.layers and moh.balancing == "loss" else 0.0
         for metrics in interval.steps:
             if not (math.isfinite(metrics.lm_loss) and math.isfinite(metrics.grad_norm)):
                 self.saver.finish()
@@ -198,7 +202,7 @@ class _Training:
             data_parallel_rank=groups.data_group().rank(),
             data_parallel_size=groups.data_group().size(),
         )
-        loss = validation_loss(module, batches, session.device)
+        loss = validation_loss(module, batches, session.device, session.end_of_document)
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
             tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")
@@ -220,10 +224,10 @@ class _Training:
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
+        if warning := attention_warning(config, self.session.device):
+            self.session.report(f"warning: {warning}")
         if config.moh.enabled:
-            layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
-            report = layout.report(config.moh.shared_heads or 0, config.moh.active_heads or 0)
-            self.session.report(f"heads, {config.moh.head_layout}:\n{textwrap.indent(report, '  ')}")
+            self.session.report(head_report(config))
 
     def _summarise(self, val_loss: float, text: str) -> None:
         if self.session.first:

@@ -23,6 +23,7 @@ from moh_megatron.config.schema import Config
 _SAME_RUN = (
     "model",
     "moh",
+    "data.document_mask",
     "run.seed",
     "train.sequence_length",
     "train.global_batch_size",
@@ -30,7 +31,7 @@ _SAME_RUN = (
     "train.total_tokens",
     "train.precision",
 )
-"""What must not change when a run goes on: the model, and the order of the data."""
+"""What must not change when a run goes on: the model, what its attention sees, and the order of the data."""
 
 _ANY_BACKEND = "moh.backend"
 """All compute the same, to rounding."""
@@ -52,6 +53,7 @@ _SAME_WEIGHTS = (
     "moh.enabled",
     "moh.router",
     "moh.shared_heads",
+    "moh.shared_placement",
     "moh.head_layout",
 )
 """What another run's weights must agree in."""

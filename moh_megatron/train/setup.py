@@ -44,6 +44,11 @@ class Session:
         """Whether this rank speaks for all."""
         return self.world.rank == 0
 
+    @property
+    def end_of_document(self) -> int | None:
+        """The token at which attention stops, or None where it crosses documents."""
+        return self.tokenizer.eod if self.config.data.document_mask else None
+
     def report(self, message: str) -> None:
         """Print once, not once a rank."""
         if self.first:

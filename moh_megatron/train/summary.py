@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moh_megatron.config.count import parameter_count
+from moh_megatron.config.heads import active_share
 from moh_megatron.model.build import attention_backend
 from moh_megatron.monitor.records import write_json
 from moh_megatron.train.setup import Session
@@ -23,8 +24,7 @@ def summarise(
         print(f"{path.parent}: finished before, nothing to do; the summary stays as it is")
         return
     config, world, baselines = session.config, session.world, session.data.baselines or {}
-    heads, tokens = config.model.num_attention_heads, config.train.tokens_per_step
-    active = (config.moh.active_heads or 0) if config.moh.enabled else heads
+    tokens = config.train.tokens_per_step
     summary = {
         "steps": step,
         "tokens": step * tokens,
@@ -36,7 +36,7 @@ def summarise(
         "bigram_entropy": baselines.get("bigram_entropy"),
         "parameters": parameter_count(config.model, config.moh).total,
         "layers": config.model.num_layers,
-        "active_head_fraction": active / heads,
+        "active_head_fraction": active_share(config.model, config.moh),
         "attention_backend": attention_backend(config, session.device),
         "tensor_parallel": config.parallel.tensor,
         "data_parallel": world.size // config.parallel.tensor,

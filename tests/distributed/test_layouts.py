@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.layouts import CASES, TOLERANCE, Results, assert_same, cut, difference
+from support.layouts import CASES, DOUBLE, TOLERANCE, Results, assert_same, cut, difference, whole
+
+ACCUMULATION = ["accumulation", "task_accumulation"]
 
 
 @pytest.fixture(scope="module")
 def results(spawn: Any) -> Results:
     ranks = spawn("layouts", 2)
-    assert {case for case, _ in ranks[0]} == set(CASES)
+    doubles, accumulation = (
+        {f"{case}_float64" for case in DOUBLE},
+        {f"{name}_{n}" for name in ACCUMULATION for n in (1, 4)},
+    )
+    assert {case for case, _ in ranks[0]} == {*CASES, *doubles, *accumulation}
     return ranks
 
 
@@ -20,6 +26,33 @@ def results(spawn: Any) -> Results:
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
 def test_layout_changes_nothing(results: Results, case: str, layout: str) -> None:
     assert_same(results, case, layout)
+
+
+@pytest.mark.parametrize("case", DOUBLE)
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
+def test_layout_changes_nothing_but_float64s_last_digits(results: Results, case: str, layout: str) -> None:
+    assert_same(results, f"{case}_float64", layout, 1e-9)
+
+
+@pytest.mark.parametrize("name", ACCUMULATION)
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
+def test_accumulation_is_the_same_at_every_layout(results: Results, name: str, steps: int, layout: str) -> None:
+    case = f"{name}_{steps}"
+    assert difference(results[0][case, layout]["loss"], results[0][case, "tp1"]["loss"]) < TOLERANCE
+    expected, got = whole(results, case, "tp1", "gradients"), whole(results, case, layout, "gradients")
+    for parameter, gradient in expected.items():
+        assert difference(got[parameter], gradient) < TOLERANCE, parameter
+    statistics = zip(results[0][case, layout]["statistics"], results[0][case, "tp1"]["statistics"], strict=True)
+    assert all(difference(here, there) < TOLERANCE for here, there in statistics)
+
+
+def test_four_micro_batches_make_the_gradient_of_one(results: Results) -> None:
+    # Without the balance loss, which is of each micro-batch.
+    one, four = (results[0][f"task_accumulation_{steps}", "tp1"] for steps in (1, 4))
+    assert difference(four["loss"], one["loss"]) < TOLERANCE
+    for name, gradient in one["gradients"].items():
+        assert difference(four["gradients"][name], gradient) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
@@ -31,16 +64,30 @@ def test_replicated_gradients_agree_on_all_ranks(results: Results, layout: str) 
                 assert difference(second[name], gradient) < TOLERANCE, (case, name)
 
 
-@pytest.mark.parametrize("case", ["full_recompute", "selective_recompute"])
-def test_recomputation_changes_nothing(results: Results, case: str) -> None:
-    plain, recomputed = results[0]["learned", "tp1"], results[0][case, "tp1"]
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [
+        ("full_recompute", "learned"),
+        ("selective_recompute", "learned"),
+        ("documents_full_recompute", "documents"),
+        ("documents_dense_recompute", "documents_dense"),
+    ],
+)
+def test_recomputation_changes_nothing(results: Results, case: str, reference: str) -> None:
+    plain, recomputed = results[0][reference, "tp1"], results[0][case, "tp1"]
     assert torch.equal(plain["loss"], recomputed["loss"])
     for name, gradient in plain["gradients"].items():
         assert torch.equal(recomputed["gradients"][name], gradient), name
 
 
 @pytest.mark.parametrize(
-    ("case", "reference"), [("gathered", "learned"), ("cpu", "learned"), ("cpu_query_norm", "query_norm")]
+    ("case", "reference"),
+    [
+        ("gathered", "learned"),
+        ("cpu", "learned"),
+        ("cpu_query_norm", "query_norm"),
+        ("documents_cpu", "documents"),
+    ],
 )
 def test_backends_agree_with_dense(results: Results, case: str, reference: str) -> None:
     dense, sparse = results[0][reference, "tp1"], results[0][case, "tp1"]

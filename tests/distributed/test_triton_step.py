@@ -1,17 +1,24 @@
-"""A whole training step with the Triton kernels equals the dense one."""
+"""A whole training step with the Triton kernels equals the dense one, on one rank's heads and on all."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from support.layouts import TOLERANCE, difference
+from support.layouts import TOLERANCE, Results, difference
 
 
-def test_a_training_step_equals_dense(spawn: Any) -> None:
-    (results,) = spawn("triton_step", 1)
-    dense, sparse = results["learned", "dense"], results["learned", "triton"]
-    assert torch.equal(dense["active"][0], sparse["active"][0])
-    assert difference(sparse["loss"], dense["loss"]) < TOLERANCE
-    for name, gradient in dense["gradients"].items():
-        assert difference(sparse["gradients"][name], gradient) < TOLERANCE, name
+@pytest.fixture(scope="module")
+def results(spawn: Any) -> Results:
+    return spawn("triton_step", 2)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_a_training_step_equals_dense(results: Results, layout: str) -> None:
+    for rank in results:
+        dense, sparse = rank["dense", layout], rank["triton", layout]
+        assert torch.equal(dense["active"][0], sparse["active"][0])
+        assert difference(sparse["loss"], dense["loss"]) < TOLERANCE
+        for name, gradient in dense["gradients"].items():
+            assert difference(sparse["gradients"][name], gradient) < TOLERANCE, name

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moh_megatron.checkpoint import convert, hf
 from moh_megatron.checkpoint.manifest import Manifest, Topology, hash_file, relative_files, write_manifest
-from moh_megatron.checkpoint.mapping import rules, split_shard
+from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import (
     Config,
@@ -66,6 +66,12 @@ def make_config(heads: int = 8, groups: int = 4, tie: bool = False, precision: A
     )
 
 
+def drawn(rule: Rule, generator: torch.Generator) -> torch.Tensor:
+    if rule.dtype is not None:
+        return torch.randint(-40, 41, rule.shape, generator=generator, dtype=rule.dtype)
+    return 0.15 * torch.randn(rule.shape, generator=generator)
+
+
 def write_checkpoint(root: Path, config: Config, tokenizer_dir: Path, scale: float = 1.0) -> Path:
     """A run folder with one checkpoint of random weights, cut for the configuration's tensor-parallel size."""
     folder = root / "checkpoints" / "step_00000007"
@@ -76,7 +82,7 @@ def write_checkpoint(root: Path, config: Config, tokenizer_dir: Path, scale: flo
     (folder / "config.yaml").write_text(dump_config(config))
     generator = torch.Generator().manual_seed(11)
     size = config.parallel.tensor
-    whole = {rule: scale * 0.15 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
+    whole = {rule: scale * drawn(rule, generator) for rule in rules(config)}
     for rank in range(size):
         shards = {
             rule.megatron: split_shard(tensor, rule.dim, rule.stride, rank, size).contiguous()
@@ -105,8 +111,21 @@ def run_script(monkeypatch, *arguments: object) -> int:
         make_config(heads=9, groups=3, tie=True, router="query_norm", active_heads=5),
         make_config(enabled=False),
         make_config(shared_heads=8, active_heads=8),
+        make_config(shared_heads=4, shared_placement="spread", active_heads="75%", activation_schedule_steps=1),
+        make_config(shared_heads=((7, 2), (0, 5, 3)), active_heads=(3, 6), balancing="bias", bias_update_rate=0.03),
+        make_config(shared_heads=((1,), (6, 0)), active_heads=5, balancing="bias", router="query_norm"),
     ],
-    ids=["learned", "paper_one_shared", "none_shared_contiguous", "query_norm_9_in_3_tied", "dense", "all_shared"],
+    ids=[
+        "learned",
+        "paper_one_shared",
+        "none_shared_contiguous",
+        "query_norm_9_in_3_tied",
+        "dense",
+        "all_shared",
+        "spread",
+        "lists_bias",
+        "lists_bias_query_norm",
+    ],
 )
 def test_the_exported_model_computes_what_the_checkpoint_computes(config, tokenizer_dir, tmp_path):
     checkpoint = write_checkpoint(tmp_path, config, tokenizer_dir)

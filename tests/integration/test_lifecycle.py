@@ -69,6 +69,17 @@ def test_two_replicas_are_one_run(uninterrupted: Run, new_run: NewRun) -> None:
     )
 
 
+def test_documents_are_kept_apart(uninterrupted: Run, new_run: NewRun) -> None:
+    """The same data and weights, seen otherwise from the first step on."""
+    run = new_run()
+    done = run.finish("data.document_mask=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses, crossing = ([record["lm_loss"] for record in each.records()] for each in (run, uninterrupted))
+    assert losses[0] != crossing[0]
+    assert losses[0] == pytest.approx(crossing[0], abs=0.02)
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_changed_optimizer_values_are_told_and_act(uninterrupted: Run, new_run: NewRun) -> None:
     run = new_run()
     shutil.copytree(uninterrupted.folder, run.folder)

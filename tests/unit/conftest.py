@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -74,3 +74,17 @@ def fake_checkpoint() -> Callable[..., Path]:
         return folder
 
     return fake_checkpoint
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """Process groups of a world of one."""
+    # Imported here: the tests of the configuration need neither.
+    import torch.distributed as dist
+
+    from moh_megatron.parallel import groups
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups.initialize(tensor_parallel=1, seed=1)
+    yield
+    groups.destroy()

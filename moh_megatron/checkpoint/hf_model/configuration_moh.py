@@ -11,12 +11,15 @@ class MoHConfig(LlamaConfig):
     """A LlamaConfig with the settings of the heads' routing. The defaults are those of MoH-LLaMA3-8B.
 
     Attributes:
-        moh_shared_heads: heads every token uses: the first ones of each layer.
-        moh_active_heads: all heads a token uses, the shared ones included.
+        moh_shared_heads: heads every token uses: how many, the first ones of each layer, or a list of heads for each
+            layer.
+        moh_active_heads: all heads a token uses, the shared ones included: one number, or one for each layer.
         moh_router: ``learned`` (eq. 5-6) or ``query_norm`` (by the L2 norm of each head's query, no parameters).
         moh_gating: gates of the learned router: ``normalized`` (1 each at uniform logits) or ``paper`` (eq. 5-6).
         moh_balance_loss: form of the balance loss the model was trained with, ``scaled`` or ``paper``.
         moh_balance_coefficient: its weight, beta of eq. 8.
+        moh_bias_update_rate: where the heads were balanced by a bias instead, what one step of ``bias_steps`` is worth
+            in the score a head is chosen by; None where they were not.
 
     Raises:
         ValueError: a setting out of range.
@@ -24,29 +27,47 @@ class MoHConfig(LlamaConfig):
 
     model_type = "moh_llama"
 
-    moh_shared_heads: int = 16
-    moh_active_heads: int = 24
+    moh_shared_heads: int | list = 16
+    moh_active_heads: int | list = 24
     moh_router: str = "query_norm"
     moh_gating: str = "normalized"
     moh_balance_loss: str = "scaled"
     moh_balance_coefficient: float = 0.01
+    moh_bias_update_rate: float | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.validate_heads()
 
+    def heads_of(self, layer: int) -> tuple[list[int], int]:
+        """The shared heads of one layer, in rising order, and how many heads a token uses in it."""
+        shared, active = self.moh_shared_heads, self.moh_active_heads
+        return (
+            list(range(shared)) if isinstance(shared, int) else sorted(shared[layer]),
+            active if isinstance(active, int) else active[layer],
+        )
+
     def validate_heads(self):
-        heads, shared, active = self.num_attention_heads, self.moh_shared_heads, self.moh_active_heads
-        for name, value in (("moh_shared_heads", shared), ("moh_active_heads", active)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an integer. Got {value!r}.")
-        if not 0 <= shared <= heads:
-            raise ValueError(f"moh_shared_heads must be from 0 to num_attention_heads ({heads}). Got {shared}.")
-        if not (shared < active <= heads or shared == active == heads):
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        for name in ("moh_shared_heads", "moh_active_heads"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+                raise ValueError(f"{name} must be an integer, or a list with an entry for each layer. Got {value!r}.")
+            if not isinstance(value, int) and len(value) != layers:
+                raise ValueError(f"{name} must have an entry for each layer ({layers}). Got {len(value)}.")
+        if isinstance(self.moh_shared_heads, int) and not 0 <= self.moh_shared_heads <= heads:
             raise ValueError(
-                f"moh_active_heads must be greater than moh_shared_heads ({shared}) and at most num_attention_heads "
-                f"({heads}). Got {active}."
+                f"moh_shared_heads must be from 0 to num_attention_heads ({heads}). Got {self.moh_shared_heads}."
             )
+        for layer in range(layers):
+            shared, active = self.heads_of(layer)
+            if len(set(shared)) != len(shared) or any(not 0 <= head < heads for head in shared):
+                raise ValueError(f"moh_shared_heads[{layer}] must be distinct heads below {heads}. Got {shared}.")
+            if not (len(shared) < active <= heads or len(shared) == active == heads):
+                raise ValueError(
+                    f"moh_active_heads must be greater than moh_shared_heads ({len(shared)}) and at most "
+                    f"num_attention_heads ({heads}). Got {active} in layer {layer}."
+                )
         for name, allowed in (
             ("moh_router", ROUTERS),
             ("moh_gating", GATINGS),

@@ -1,7 +1,7 @@
 """A LLaMA whose attention is Mixture-of-Head (arXiv 2410.11842). Needs torch and transformers alone.
 
 Legend: S sequence, B batch, D hidden size, N query heads, E routed heads, H head size.
-Heads are in logical order: the first ``moh_shared_heads`` are shared, the others routed.
+A router numbers the shared heads first, then the routed ones; gates are returned in the order of the projections.
 """
 
 import torch
@@ -26,16 +26,26 @@ class MoHRouter(nn.Module):
 
     The learned router has bias-free linears ``shared`` [n_shared, D] (absent for one shared head beside routed ones),
     ``routed`` [E, D] and ``alpha`` [2, D], row 0 shared, row 1 routed (absent without shared or without routed heads).
-    The query_norm router has no parameters.
+    The query_norm router has no parameters. A model balanced by biases has ``bias_steps`` [E], whole numbers, worth
+    ``moh_bias_update_rate`` each in the score that heads are chosen by.
     """
 
-    def __init__(self, config: MoHConfig):
+    bias_steps: Tensor
+
+    def __init__(self, config: MoHConfig, layer: int):
         super().__init__()
+        shared, active = config.heads_of(layer)
+        order = shared + [head for head in range(config.num_attention_heads) if head not in shared]
+        self.order = order
+        self.place = sorted(range(len(order)), key=order.__getitem__)
         self.learned = config.moh_router == "learned"
         self.normalized = config.moh_gating == "normalized"
-        self.n_shared = config.moh_shared_heads
+        self.n_shared = len(shared)
         self.n_routed = config.num_attention_heads - self.n_shared
-        self.top_k = config.moh_active_heads - self.n_shared
+        self.top_k = active - self.n_shared
+        self.bias_rate = config.moh_bias_update_rate
+        if self.bias_rate is not None and self.n_routed:
+            self.register_buffer("bias_steps", torch.zeros(self.n_routed, dtype=torch.int64))
 
         def linear(present: bool, rows: int) -> nn.Linear | None:
             return nn.Linear(config.hidden_size, rows, bias=False) if self.learned and present else None
@@ -47,13 +57,26 @@ class MoHRouter(nn.Module):
     def forward(self, hidden_states: Tensor, queries: Tensor) -> Tensor:
         """Attention input [B, S, D] and its queries before RoPE [B, S, N, H] -> gates [B, S, N], fp32."""
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            return self.learned_gates(hidden_states.float()) if self.learned else self.query_norm_gates(queries.float())
+            if self.learned:
+                gates = self.learned_gates(hidden_states.float())
+            else:
+                gates = self.query_norm_gates(queries.float())
+            return gates if self.place == list(range(len(self.place))) else gates[..., self.place]
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """[B, S, E] bool: the ``top_k`` routed heads of each token."""
+        if self.bias_rate is not None:
+            scores = scores + self.bias_steps.float() * self.bias_rate
+        return top_k_mask(scores, self.top_k)
 
     def query_norm_gates(self, queries: Tensor) -> Tensor:
         """1 for the shared heads and for the ``top_k`` routed heads with the longest queries, 0 for the others."""
-        norms = torch.linalg.vector_norm(queries, dim=-1)
-        chosen = top_k_mask(norms[..., self.n_shared :], self.top_k)
-        return torch.cat([torch.ones_like(norms[..., : self.n_shared]), chosen.float()], dim=-1)
+        norms = torch.linalg.vector_norm(queries, dim=-1)[..., self.order]
+        scores = norms[..., self.n_shared :]
+        if self.bias_rate is not None:
+            deviation = scores.std(-1, keepdim=True) if self.n_routed > 1 else torch.zeros_like(scores)
+            scores = scores.masked_fill(deviation <= 0, 0.0) / deviation.masked_fill(deviation <= 0, 1.0)
+        return torch.cat([torch.ones_like(norms[..., : self.n_shared]), self.chosen(scores).float()], dim=-1)
 
     def learned_gates(self, x: Tensor) -> Tensor:
         """Eq. 5-6, or their normalised form, in which every active gate is 1 at uniform logits."""
@@ -65,7 +88,7 @@ class MoHRouter(nn.Module):
         if self.routed is None:
             return shared
         logits = F.linear(x, self.routed.weight.float())
-        chosen = top_k_mask(logits, self.top_k)
+        chosen = self.chosen(logits)
         if self.normalized:
             routed = self.top_k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
         else:
@@ -83,7 +106,7 @@ class MoHAttention(LlamaAttention):
 
     def __init__(self, config: MoHConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.router = MoHRouter(config)
+        self.router = MoHRouter(config, layer_idx)
 
     def forward(
         self,

@@ -24,14 +24,21 @@ from moh_megatron.moh.backends import cpu
 
 Backend = Literal["dense", "gathered", "cpu", "triton"]
 
-_LARGEST_SHARE = 0.8
-_SHORTEST: dict[Backend, int] = {"cpu": 256, "gathered": 512}
+_PAYS: dict[Backend, tuple[tuple[int, float], ...]] = {
+    "cpu": ((256, 0.6), (512, 0.9)),
+    "gathered": ((512, 0.8),),
+}
+"""From which length on a backend pays, up to which active share."""
+
+
+def _pays(backend: Backend, length: int, share: float) -> bool:
+    return any(length >= shortest and share <= largest for shortest, largest in _PAYS[backend])
 
 
 def choose_backend(*, length: int, share: float, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The fastest backend for sequences of ``length`` of which ``share`` of the (token, head) pairs are active."""
-    if device.type != "cpu" or torch.get_num_threads() > 1 or share > _LARGEST_SHARE:
+    """The fastest backend for documents of ``length`` of which ``share`` of the (token, head) pairs are active."""
+    if device.type != "cpu" or torch.get_num_threads() > 1:
         return "dense"
-    if length >= _SHORTEST["cpu"] and cpu.available(dtype, device):
+    if _pays("cpu", length, share) and cpu.available(dtype, device):
         return "cpu"
-    return "gathered" if length >= _SHORTEST["gathered"] else "dense"
+    return "gathered" if _pays("gathered", length, share) else "dense"

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32
+from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.precision import at_least_fp32
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -119,7 +120,7 @@ class CpuKernel:
     def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
         assert extra is not None
         q, ragged, delta = lists.q * lists.scale, lists.ragged, (d_rows * rows).sum(-1)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
+        d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, lists.k, lists.v))
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             part = slice(ragged.bounds[index], ragged.bounds[index + 1])
             self._library.moh_ragged_backward(

@@ -18,8 +18,8 @@ extern "C" void sgemm_(const char*, const char*, const int*, const int*, const i
 
 namespace {
 
-constexpr int64_t kQueries = 64;  // rows of a block
-constexpr int64_t kKeys = 256;    // keys of a block
+constexpr int64_t kQueries = 128; // rows of a block
+constexpr int64_t kKeys = 128;    // keys of a block
 
 // c [m, n] = a [m, k] times b, plus beta c. BLAS is column-major: it computes the transposed product.
 void multiply(bool transpose_a, bool transpose_b, int m, int n, int k, const float* a, int lda, const float* b, int ldb,
@@ -46,6 +46,15 @@ inline float exponential(float x) {
     std::memcpy(&scale, &bits, sizeof scale);
     return p * scale;
 }
+
+// The rows of [a, e) that see any key of [start, stop): both bounds rise with the row, so they are neighbours.
+struct Rows {
+    int64_t begin, end;
+    Rows(const int64_t* first, const int64_t* last, int64_t a, int64_t e, int64_t start, int64_t stop)
+        : begin(std::lower_bound(last + a, last + e, start) - last),
+          end(std::lower_bound(first + begin, first + e, stop) - first) {}
+    int count() const { return static_cast<int>(end - begin); }
+};
 
 // The columns of a block of keys [start, start + width) that a row may see, relative to start.
 struct Seen {
@@ -91,51 +100,55 @@ void moh_ragged_forward(const float* q, const float* k, const float* v, const in
                         int64_t rows, int64_t size, float* out, float* lse) {
     std::vector<float> scores(kQueries * kKeys), maximum(kQueries), sum(kQueries);
     for (int64_t a = 0; a < rows; a += kQueries) {
-        const int64_t e = std::min(rows, a + kQueries), m = e - a;
+        const int64_t e = std::min(rows, a + kQueries);
         std::fill(maximum.begin(), maximum.end(), -std::numeric_limits<float>::max());
         std::fill(sum.begin(), sum.end(), 0.0f);
         std::fill(out + a * size, out + e * size, 0.0f);
         for (int64_t j = first[a]; j <= last[e - 1]; j += kKeys) {
             const int64_t w = std::min(kKeys, last[e - 1] + 1 - j);
-            multiply(false, true, m, w, size, q + a * size, size, k + j * size, size, 0.0f, scores.data(), kKeys);
-            for (int64_t i = 0; i < m; ++i) {
-                float* row = scores.data() + i * kKeys;
-                const Seen seen(first[a + i], last[a + i], j, w);
-                if (seen.begin == seen.end) {
-                    clear_outside(row, seen, w);
-                    continue;
-                }
-                const float highest = std::max(maximum[i], largest(row, seen));
-                const float decay = sum[i] > 0.0f ? exponential(maximum[i] - highest) : 0.0f;
-                sum[i] = sum[i] * decay + exponentiate(row, seen, w, highest);
-                if (decay != 1.0f) scale_row(out + (a + i) * size, size, decay);
-                maximum[i] = highest;
+            const Rows see(first, last, a, e, j, j + w);
+            float *out_block = out + see.begin * size;
+            multiply(false, true, see.count(), w, size, q + see.begin * size, size, k + j * size, size, 0.0f,
+                     scores.data(), kKeys);
+            for (int64_t i = see.begin; i < see.end; ++i) {
+                float* row = scores.data() + (i - see.begin) * kKeys;
+                float &row_maximum = maximum[i - a], &row_sum = sum[i - a];
+                const Seen seen(first[i], last[i], j, w);
+                const float highest = std::max(row_maximum, largest(row, seen));
+                const float decay = row_sum > 0.0f ? exponential(row_maximum - highest) : 0.0f;
+                row_sum = row_sum * decay + exponentiate(row, seen, w, highest);
+                if (decay != 1.0f) scale_row(out + i * size, size, decay);
+                row_maximum = highest;
             }
-            multiply(false, false, m, size, w, scores.data(), kKeys, v + j * size, size, 1.0f, out + a * size, size);
+            multiply(false, false, see.count(), size, w, scores.data(), kKeys, v + j * size, size, 1.0f, out_block,
+                     size);
         }
-        for (int64_t i = 0; i < m; ++i) {
-            scale_row(out + (a + i) * size, size, 1.0f / sum[i]);
-            lse[a + i] = maximum[i] + std::log(sum[i]);
+        for (int64_t i = a; i < e; ++i) {
+            scale_row(out + i * size, size, 1.0f / sum[i - a]);
+            lse[i] = maximum[i - a] + std::log(sum[i - a]);
         }
     }
 }
 
-// Adds to dk and dv, writes dq; delta is the row sum of d_out times out.
+// Adds to dq, dk and dv; delta is the row sum of d_out times out.
 void moh_ragged_backward(const float* d_out, const float* q, const float* k, const float* v, const int64_t* first,
                          const int64_t* last, const float* lse, const float* delta, int64_t rows, int64_t size,
                          float* dq, float* dk, float* dv) {
     std::vector<float> probability(kQueries * kKeys), d_scores(kQueries * kKeys);
     for (int64_t a = 0; a < rows; a += kQueries) {
-        const int64_t e = std::min(rows, a + kQueries), m = e - a;
-        const float *q_block = q + a * size, *d_block = d_out + a * size;
+        const int64_t e = std::min(rows, a + kQueries);
         for (int64_t j = first[a]; j <= last[e - 1]; j += kKeys) {
             const int64_t w = std::min(kKeys, last[e - 1] + 1 - j);
+            const Rows see(first, last, a, e, j, j + w);
+            const int m = see.count();
+            const float *q_block = q + see.begin * size, *d_block = d_out + see.begin * size;
             multiply(false, true, m, w, size, q_block, size, k + j * size, size, 0.0f, probability.data(), kKeys);
             multiply(false, true, m, w, size, d_block, size, v + j * size, size, 0.0f, d_scores.data(), kKeys);
-            for (int64_t i = 0; i < m; ++i) {
-                float *p = probability.data() + i * kKeys, *d = d_scores.data() + i * kKeys;
-                const Seen seen(first[a + i], last[a + i], j, w);
-                const float log_sum = lse[a + i], row_delta = delta[a + i];
+            for (int64_t i = see.begin; i < see.end; ++i) {
+                const int64_t offset = (i - see.begin) * kKeys;
+                float *p = probability.data() + offset, *d = d_scores.data() + offset;
+                const Seen seen(first[i], last[i], j, w);
+                const float log_sum = lse[i], row_delta = delta[i];
 #pragma omp simd
                 for (int64_t c = seen.begin; c < seen.end; ++c) {
                     p[c] = exponential(std::min(p[c] - log_sum, 0.0f));
@@ -146,8 +159,8 @@ void moh_ragged_backward(const float* d_out, const float* q, const float* k, con
             }
             multiply(true, false, w, size, m, probability.data(), kKeys, d_block, size, 1.0f, dv + j * size, size);
             multiply(true, false, w, size, m, d_scores.data(), kKeys, q_block, size, 1.0f, dk + j * size, size);
-            multiply(false, false, m, size, w, d_scores.data(), kKeys, k + j * size, size, j == first[a] ? 0.0f : 1.0f,
-                     dq + a * size, size);
+            multiply(false, false, m, size, w, d_scores.data(), kKeys, k + j * size, size, 1.0f, dq + see.begin * size,
+                     size);
         }
     }
 }

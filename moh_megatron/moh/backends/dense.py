@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from moh_megatron.moh.backends.documents import document_mask
 
 
 def causal_attention(
@@ -19,14 +18,15 @@ def causal_attention(
     """Causal softmax attention by torch's fused kernel; grouped keys and values are shared by N / G query heads.
 
     q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]. ``scale`` defaults to 1 / sqrt(H). ``cu_seqlens``
-    [documents + 1] keeps attention inside each document, by a mask of S x S.
+    [documents + 1] keeps attention inside each document: one is computed after another.
     """
+    lengths = [] if cu_seqlens is None else [length for length in cu_seqlens.diff().tolist() if length]
+    if len(lengths) > 1:
+        documents = zip(*(x.split(lengths) for x in (q_SBNH, k_SBGH, v_SBGH)), strict=True)
+        return torch.cat([causal_attention(*document, scale=scale) for document in documents])
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
     grouped = q.shape[1] != k.shape[1]
-    mask = None if cu_seqlens is None else document_mask(cu_seqlens, q.shape[2])
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 
 

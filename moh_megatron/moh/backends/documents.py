@@ -10,12 +10,11 @@ def document_starts(cu_seqlens: Tensor | None, length: int, device: torch.device
     """[S] int64: the first position of the document each position belongs to; all 0 without documents."""
     if cu_seqlens is None:
         return torch.zeros(length, dtype=torch.int64, device=device)
-    starts = cu_seqlens[:-1].long()
-    return starts.repeat_interleave(cu_seqlens.diff().long(), output_size=length)
+    ends = cu_seqlens.to(device, torch.int64)
+    return ends[:-1].repeat_interleave(ends.diff(), output_size=length)
 
 
-def document_mask(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[S, S] bool: whether query i may see key j: not after it, and in the same document."""
-    starts = document_starts(cu_seqlens, length, cu_seqlens.device)
-    positions = torch.arange(length, device=cu_seqlens.device)
-    return (positions <= positions[:, None]) & (positions >= starts[:, None])
+def document_length(cu_seqlens: Tensor) -> int:
+    """How long the document of a token is in the mean: sum of squared lengths over sum of lengths."""
+    lengths = cu_seqlens.diff().double()
+    return round(float(lengths.square().sum() / lengths.sum().clamp_min(1)))

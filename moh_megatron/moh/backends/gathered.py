@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.ragged import Block
-from moh_megatron.moh.backends.ragged_function import Lists, at_least_fp32
+from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.precision import at_least_fp32
 
 # Measured: the block that pays most with several query heads to a KV group, and with one.
 _BLOCK_MERGED, _BLOCK_SINGLE = 256, 128

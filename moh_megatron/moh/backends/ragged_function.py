@@ -62,11 +62,6 @@ def _scatter(rows: Tensor, ragged: RaggedQueries, like: Tensor) -> Tensor:
     return whole
 
 
-def at_least_fp32(inputs: torch.dtype) -> torch.dtype:
-    """fp32, or float64 for float64."""
-    return torch.promote_types(inputs, torch.float32)
-
-
 def _lists(q: Tensor, k: Tensor, v: Tensor, ragged: RaggedQueries, scale: float, dtype: torch.dtype) -> Lists:
     return Lists(_rows(q, ragged, dtype), _keys_by_list(k, dtype), _keys_by_list(v, dtype), ragged, scale)
 

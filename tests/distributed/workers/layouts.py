@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import tiny
 import torch
@@ -23,10 +24,31 @@ CASES = {
         "model": {"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 96},
         "moh": {"router": "query_norm"},
     },
+    "spread": {"moh": {"shared_heads": 4, "shared_placement": "spread", "active_heads": "75%"}},
+    "lists": {"moh": {"shared_heads": [[7, 0, 3], [2]], "active_heads": [6, 4], "z_loss_coefficient": 0.1}},
+    "lists_query_norm": {"moh": {"shared_heads": [[6], [1, 5]], "active_heads": [4, 6], "router": "query_norm"}},
+    "bias": {"moh": {"balancing": "bias", "bias_update_rate": 0.05}},
+    "bias_query_norm": {"moh": {"balancing": "bias", "bias_update_rate": 0.05, "router": "query_norm"}},
+    "straight_through_all": {"moh": {"router": "query_norm", "straight_through": "all"}},
+    "frozen": {"moh": {"freeze_router": True}},
     "tied": {"model": {"tie_word_embeddings": True}},
     "full_recompute": {"train": {"recompute": "full"}},
     "selective_recompute": {"train": {"recompute": "selective"}},
+    "documents": {"data": {"document_mask": True}},
+    "documents_dense": {"data": {"document_mask": True}, "moh": {"enabled": False}},
+    "documents_dense_recompute": {
+        "data": {"document_mask": True},
+        "moh": {"enabled": False},
+        "train": {"recompute": "selective"},
+    },
+    "documents_query_norm": {"data": {"document_mask": True}, "moh": {"router": "query_norm"}},
+    "documents_cpu": {"data": {"document_mask": True}, "moh": {"backend": "cpu"}, "train": {"recompute": "selective"}},
+    "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
 }
+DOUBLE = ("dense", "learned", "query_norm", "spread", "lists", "gathered", "straight_through_all", "full_recompute")
+"""Cases run in float64 too, which tells a wrong formula from rounding."""
+ACCUMULATION: dict[str, Any] = {"accumulation": {}, "task_accumulation": {"balance_coefficient": 0.0}}
+"""One step of four rows in one micro-batch and in four."""
 LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
 
 if __name__ == "__main__":
@@ -35,6 +57,13 @@ if __name__ == "__main__":
     for layout, parallel in LAYOUTS.items():
         for case, sections in CASES.items():
             config = tiny.tiny_config(**sections, parallel=parallel)
-            results[case, layout] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(2))
+            results[case, layout] = tiny.gradients_of(config)
+        for case in DOUBLE:
+            config = tiny.tiny_config(**CASES[case], parallel=parallel)
+            results[f"{case}_float64", layout] = tiny.gradients(tiny.fresh_model(config).double(), tiny.tokens(2))
+        for name, moh in ACCUMULATION.items():
+            for steps in (1, 4):
+                config = tiny.tiny_config(parallel=parallel, moh=moh)
+                results[f"{name}_{steps}", layout] = tiny.accumulated(config, tiny.tokens(4), steps)
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 
 from moh_megatron.config.load import config_from_mapping
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import build_model, moh_layers, token_losses
+from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses
 from moh_megatron.parallel import groups
+from moh_megatron.parallel.gradients import gather_last_dimension
 
 SEED = 11
 TINY: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
         "init_method_std": 0.1,
     },
     "moh": {"shared_heads": 2, "active_heads": 5, "balance_coefficient": 0.5},
+    "data": {},
     "train": {
         "sequence_length": 32,
         "total_tokens": 4096,
@@ -35,6 +37,8 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
     "parallel": {"zero_stage": 1},
+    # Every parameter here is below DeepSpeed's threshold, and stage 3 would share out none of them.
+    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
 }
 
 
@@ -63,22 +67,18 @@ def fresh_model(config: Config, accumulation_steps: int = 1) -> torch.nn.Module:
     return build_model(config, accumulation_steps)
 
 
-def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float | None:
-    """Smallest distance between the last chosen and the first rejected routed head; None where a rank can't know."""
-    moh = router.moh
-    if hasattr(router, "w_routed"):
-        scores = x.float() @ router.w_routed.float().T
-    elif q.shape[2] == len(router.physical_of_logical):
-        scores = q.float().norm(dim=-1)[..., router.physical_of_logical][..., moh.shared_heads :]
-    else:
-        return None
-    ordered, k = scores.sort(dim=-1, descending=True).values, moh.active_heads - moh.shared_heads
+def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float:
+    """Smallest distance between the last chosen and the first rejected routed head."""
+    scores = router.ranked_by(x, q)
+    if scores is None or router.top_k == scores.shape[-1]:
+        return 1.0
+    ordered, k = scores.sort(dim=-1, descending=True).values, router.top_k
     return float((ordered[..., k - 1] - ordered[..., k]).min())
 
 
-def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float | None]]:
+def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
     """A list that fills with each layer's routing decision and its margin."""
-    seen: list[tuple[torch.Tensor, float | None]] = []
+    seen: list[tuple[torch.Tensor, float]] = []
 
     def hook(module: Any, inputs: Any, output: Any) -> None:
         seen.append((output.active.detach().clone(), _margin(module, inputs[0].detach(), inputs[1].detach())))
@@ -88,10 +88,11 @@ def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float | No
     return seen
 
 
-def gradients(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
+def gradients(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> dict[str, Any]:
     """Loss, every gradient, routing and margins of one forward and backward pass over ``rows``."""
     seen = watch_routing(model)
-    loss = token_losses(model, rows).mean()
+    set_biases(model)
+    loss = mean_loss(model, rows, end_of_document)
     loss.backward()
     decided = seen[: len(moh_layers(model))]
     return {
@@ -99,9 +100,49 @@ def gradients(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
         "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
         "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
         "active": [active for active, _ in decided],
-        "margin": min((margin for _, margin in decided if margin is not None), default=1.0),
+        "margin": min((margin for _, margin in decided), default=1.0),
         "statistics": [layer.statistics.drain(torch.device("cpu")) for layer in moh_layers(model)],
     }
+
+
+def set_biases(model: torch.nn.Module) -> None:
+    """Biases, where there are any, as training might leave them: large enough to change the routing."""
+    for number, layer in enumerate(moh_layers(model)):
+        if layer.router.bias_steps is not None:
+            steps = layer.router.bias_steps
+            steps.copy_(torch.randint(-9, 10, steps.shape, generator=torch.Generator().manual_seed(number)))
+
+
+def mean_loss(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> torch.Tensor:
+    """The mean loss of ``rows``; of a model in float64 in that precision, which Megatron-core's own loss gives up."""
+    if next(model.parameters()).dtype != torch.float64:
+        return token_losses(model, rows, end_of_document).mean()
+    inputs, labels = rows[:, :-1], rows[:, 1:]
+    logits = gather_last_dimension(model(inputs, position_ids(inputs), None).contiguous(), groups.tensor_group())
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def accumulated(config: Config, rows: torch.Tensor, steps: int) -> dict[str, Any]:
+    """Gradients of one optimizer step over ``rows``, in ``steps`` micro-batches, scaled as the engine scales them."""
+    model = fresh_model(config, steps)
+    losses = []
+    for micro_batch in rows.chunk(steps):
+        loss = mean_loss(model, micro_batch)
+        (loss / steps).backward()
+        losses.append(loss.detach())
+    return {
+        "loss": torch.stack(losses).mean(),
+        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "statistics": [layer.statistics.drain(torch.device("cpu")) for layer in moh_layers(model)],
+    }
+
+
+def gradients_of(config: Config) -> dict[str, Any]:
+    """``gradients`` of a fresh model over two rows; with data.document_mask, of documents of eight tokens or so."""
+    rows, end = tokens(2), 0
+    if config.data.document_mask:
+        return gradients(fresh_model(config), rows.where(rows > 12, end), end)
+    return gradients(fresh_model(config), rows)
 
 
 def start() -> None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 if __name__ == "__main__":
     tiny.start()
     results = {}
-    for backend in ("dense", "triton"):
-        config = tiny.tiny_config(moh={"backend": backend})
-        results["learned", backend] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(1)[:, :17])
+    for tensor in (1, 2):
+        for backend in ("dense", "triton"):
+            config = tiny.tiny_config(moh={"backend": backend}, parallel={"tensor": tensor})
+            results[backend, f"tp{tensor}"] = tiny.gradients(tiny.fresh_model(config), tiny.tokens(1)[:, :17])
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

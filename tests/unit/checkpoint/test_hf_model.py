@@ -38,7 +38,7 @@ def make_model(**settings: Any) -> Any:
 
 def make_router(**settings: Any) -> Any:
     torch.manual_seed(1)
-    return MoHRouter(MoHConfig(**SETTINGS | settings))
+    return MoHRouter(MoHConfig(**SETTINGS | settings), 0)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -119,6 +119,27 @@ def test_query_norm_gates_take_the_longest_queries():
     queries[0, 0, :, 0] = torch.tensor([9.0, 0.0, 1.0, -5.0, 2.0, 0.5])
     assert router(torch.zeros(1, 1, 24), queries).tolist() == [[[1.0, 1.0, 0.0, 1.0, 1.0, 0.0]]]
     assert router(torch.zeros(1, 1, 24), torch.zeros(1, 1, 6, 4)).tolist() == [[[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]]
+
+
+def test_heads_of_each_layer():
+    settings = {"moh_shared_heads": [[4, 1], [0]], "moh_active_heads": [3, 5], "moh_router": "query_norm"}
+    config = MoHConfig(**SETTINGS | settings)
+    queries = torch.zeros(1, 1, 6, 4)
+    queries[0, 0, :, 0] = torch.tensor([9.0, 0.0, 1.0, -5.0, 2.0, 0.5])
+    x = torch.zeros(1, 1, 24)
+    assert MoHRouter(config, 0)(x, queries).tolist() == [[[1.0, 1.0, 0.0, 0.0, 1.0, 0.0]]]
+    assert MoHRouter(config, 1)(x, queries).tolist() == [[[1.0, 0.0, 1.0, 1.0, 1.0, 1.0]]]
+
+
+def test_a_bias_counts_in_the_choice_alone():
+    router = make_router(moh_bias_update_rate=0.5)
+    x = torch.randn(2, 5, 24)
+    plain = router(x, torch.zeros(2, 5, 6, 4))
+    router.bias_steps.copy_(torch.tensor([0, 0, 99, 0]))
+    biased = router(x, torch.zeros(2, 5, 6, 4))
+    assert (biased[..., 4] > 0).all()
+    same = ((plain > 0) == (biased > 0)).all(-1)
+    assert torch.equal(plain[same], biased[same])
 
 
 def test_router_computes_in_fp32_under_autocast():
@@ -241,7 +262,12 @@ def test_half_precision_runs_and_keeps_the_router_in_fp32():
         ({"moh_active_heads": 7}, r"moh_active_heads .* at most num_attention_heads \(6\)\. Got 7"),
         ({"moh_active_heads": 2}, r"moh_active_heads must be greater than moh_shared_heads \(2\).* Got 2"),
         ({"moh_shared_heads": -1}, r"moh_shared_heads must be from 0 .* Got -1"),
-        ({"moh_shared_heads": 1.5}, r"moh_shared_heads must be an integer\. Got 1.5"),
+        (
+            {"moh_shared_heads": 1.5},
+            r"moh_shared_heads must be an integer, or a list with an entry for each layer\. Got 1.5",
+        ),
+        ({"moh_shared_heads": [[0], [0, 0]]}, r"moh_shared_heads\[1\] must be distinct heads below 6\. Got \[0, 0\]"),
+        ({"moh_active_heads": [4]}, r"moh_active_heads must have an entry for each layer \(2\)\. Got 1"),
         ({"moh_router": "topk"}, r"moh_router must be one of learned, query_norm\. Got 'topk'"),
         ({"moh_gating": "x"}, "moh_gating must be one of normalized, paper"),
         ({"moh_balance_loss": "x"}, "moh_balance_loss must be one of scaled, paper"),

@@ -54,6 +54,7 @@ def configs(draw) -> Config:
         shared_heads=shared,
         active_heads=draw(st.integers(shared + 1, heads)),
         router=draw(st.sampled_from(["learned", "query_norm"])),
+        balancing=draw(st.sampled_from(["loss", "bias"])),
         head_layout=draw(st.sampled_from(["interleaved", "contiguous"])),
     )
 
@@ -123,6 +124,8 @@ def test_names_of_everything_but_attention():
         ({"shared_heads": 1}, {"w_routed": 7, "w_alpha": 2}),
         ({"shared_heads": 0}, {"w_routed": 8}),
         ({"router": "query_norm"}, {}),
+        ({"router": "query_norm", "balancing": "bias"}, {"bias_steps": 6}),
+        ({"shared_heads": ((0, 3, 5),)}, {"w_shared": 3, "w_routed": 5, "w_alpha": 2}),
         ({"enabled": False}, {}),
     ],
 )

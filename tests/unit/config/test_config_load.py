@@ -84,7 +84,7 @@ def test_the_last_override_holds():
     [
         ("moh.active_head=3", "moh.active_head: unknown key; did you mean 'active_heads'?"),
         ("train.learning_rate=3", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
-        ("moh.a.b=3", "moh.a.b: unknown key; moh has the keys enabled, shared_heads, active_heads, router, gating, "),
+        ("moh.a.b=3", "moh.a.b: unknown key; moh has the keys enabled, shared_heads, shared_placement, active_heads, "),
         ("mho.router=learned", "mho: unknown section; did you mean 'moh'?"),
         ("zzz.router=learned", "zzz: unknown section; the sections are run, model, moh, train, "),
         ("base.x=small.yaml", "base: unknown section; "),
@@ -171,6 +171,30 @@ def test_a_base_is_inherited_key_by_key(folder):
     assert (config.moh.shared_heads, config.moh.active_heads) == (3, 5)
     assert (config.model.num_layers, config.model.hidden_size) == (9, 32)
     assert (config.run.dir, config.run.seed) == ("runs/x", 8)
+
+
+def test_a_free_section_is_inherited_leaf_by_leaf(folder):
+    (folder / "base.yaml").write_text(
+        f"{_SMALL}deepspeed:\n  wall_clock_breakdown: true\n"
+        "  zero_optimization: {reduce_scatter: true, x: {y: [1, 2]}}\n"
+    )
+    (folder / "top.yaml").write_text("base: base.yaml\ndeepspeed: {zero_optimization: {reduce_scatter: false, x: 3}}\n")
+    assert load_config("small.yaml").deepspeed == {}
+    assert load_config("top.yaml").deepspeed == {
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"reduce_scatter": False, "x": 3},
+    }
+    config = load_config("top.yaml", ["deepspeed.zero_optimization.x.y=6e3", "deepspeed.aio={block_size: 1}"])
+    assert config.deepspeed == {
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"reduce_scatter": False, "x": {"y": 6e3}},
+        "aio": {"block_size": 1},
+    }
+    (folder / "again.yaml").write_text(dump_config(config))
+    assert load_config("again.yaml") == config
+    assert complaint("small.yaml", "deepspeed=3").endswith("must have the form section.key=value.")
+    (folder / "bad.yaml").write_text("base: small.yaml\ndeepspeed: 3\n")
+    assert complaint("bad.yaml") == "bad.yaml: deepspeed: must be a mapping of keys. Got 3."
 
 
 def test_the_file_that_set_the_value_is_blamed(folder):

@@ -130,7 +130,14 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
                 "master weights then, and small updates are lost. Got 0."
             ],
         ),
-        ({"parallel.zero_stage": 3}, []),
+        ({"parallel.zero_stage": 3, "parallel.offload_optimizer": True}, []),
+        (
+            {"parallel.zero_stage": 0, "parallel.offload_optimizer": True},
+            [
+                "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3: it is ZeRO's own optimizer state that "
+                "moves to host memory, and stage 0 has none. Got stage 0."
+            ],
+        ),
         (
             {"train.micro_batch_size": 8},
             ["train.global_batch_size must be divisible by train.micro_batch_size (8). Got 4; nearest: 8."],

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from moh_megatron.config.count import ParameterCount, parameter_count, router_weight_rows
+from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import MoHConfig
 
@@ -53,7 +54,10 @@ def test_dense_parts(configure, changes, dense):
     ],
 )
 def test_router_weights(configure, shared, rows):
-    assert router_weight_rows(MoHConfig(shared_heads=shared, active_heads=8), heads=8) == rows
+    assert (
+        router_weight_rows(MoHConfig(shared_heads=shared, active_heads=8), LayerHeads(8, tuple(range(shared)), 8))
+        == rows
+    )
     config = configure({"moh.shared_heads": shared, "moh.active_heads": 8})
     assert parameter_count(config.model, config.moh).router == 2 * 32 * sum(rows.values())
 

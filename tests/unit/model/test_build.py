@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -20,18 +18,11 @@ from moh_megatron.model.build import build_model, moh_layers, position_ids, toke
 from moh_megatron.model.generation import continue_text, sample_token
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.moh.router import LearnedRouter
-from moh_megatron.parallel import groups, random_states
+from moh_megatron.parallel import random_states
 from moh_megatron.train.engine import adamw
 from moh_megatron.train.validation import validation_loss
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A world of one rank for this module."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    groups.initialize(tensor_parallel=1, seed=1)
-    yield
-    groups.destroy()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def config(model: dict[str, Any] | None = None, moh: dict[str, Any] | None = None) -> Config:

@@ -85,4 +85,9 @@ def test_report_counts_what_each_rank_computes():
     lines = HeadLayout(32, 8).report(16, 24).splitlines()
     assert [line.split(":")[0] for line in lines] == ["TP 1", "TP 2", "TP 4", "TP 8"]
     assert lines[2].endswith("max / mean 1.00")
-    assert lines[3].endswith("max / mean 1.33")
+    assert all("uneven" not in line for line in lines[:3])
+    assert "max / mean 1.33 - uneven; moh.shared_placement=spread" in lines[3]
+    spread = [4 * group + slot for group in range(8) for slot in range(2)]
+    assert "uneven" not in HeadLayout(32, 8).report(spread, 24)
+    assert HeadLayout(32, 8, "contiguous").expected_load(spread, 24, 8) == pytest.approx([3.0] * 8)
+    assert HeadLayout(32, 8).imbalance(16, 24, 8) == pytest.approx(4 / 3)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from moh_megatron.moh.losses import attach_loss
-from moh_megatron.moh.routing import learned_routing, norm_routing
+from moh_megatron.moh.routing import choose_by_norm, learned_routing
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "official"
 
@@ -60,6 +60,6 @@ def test_masks_of_the_released_llama():
     shared = masks.shape[-1] - routed
     # The shared heads' norms are not stored, nor needed.
     everything = torch.cat([torch.zeros(*norms.shape[:-1], shared), norms], -1)
-    routing = norm_routing(everything, shared_heads=shared, top_k=routed // 2)
+    routing = choose_by_norm(everything, shared_heads=shared, top_k=routed // 2, balance="scaled")
     assert torch.equal(routing.active, masks)
     assert torch.equal(routing.gates, masks.float())

@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.routing import D, queries, tokens, weights
 from torch.testing import assert_close
 
-from moh_megatron.moh.routing import learned_routing, norm_routing, query_norm_routing, routed_heads, top_k_mask
-
-D = 12
+from moh_megatron.moh.routing import (
+    choose_by_norm,
+    learned_routing,
+    query_norm_routing,
+    routed_heads,
+    router_logits,
+    top_k_mask,
+    weigh_heads,
+)
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -86,19 +93,6 @@ def loop_norm(q, shared, top_k, form):
     gates = torch.tensor(gates).reshape(q.shape[:-1])
     scores = torch.tensor(probabilities).reshape(*q.shape[:-2], len(routed))
     return gates, scores, torch.tensor(loop_balance(probabilities, choices, form))
-
-
-def weights(shared: int, routed: int, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(rows):
-        return torch.randn(rows, D, generator=generator, requires_grad=True)
-
-    return matrix(shared) if shared > 1 else None, matrix(routed), matrix(2) if shared else None
-
-
-def tokens(*shape, seed=1):
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
 
 
 # --- the learned router --------------------------------------------------------------------------------------------
@@ -215,7 +209,8 @@ def test_the_mean_over_tokens_can_be_replaced():
         seen.append(values.shape)
         return torch.full((4,), 0.5) if len(seen) == 1 else torch.full((4,), 0.25)
 
-    assert learned_routing(x, *parts, top_k=2, mean=mean).balance_loss == 4 * 4 * 0.5 * 0.25
+    routing = weigh_heads(router_logits(x, *parts), top_k=2, gating="normalized", balance="scaled", mean=mean)
+    assert routing.balance_loss == 4 * 4 * 0.5 * 0.25
     assert seen == [(5, 4), (5, 4)]
 
 
@@ -256,10 +251,6 @@ def test_ties_in_both_routers():
 # --- the query-norm router -----------------------------------------------------------------------------------------
 
 
-def queries(*shape, seed=3):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("balance", ["scaled", "paper"])
 @pytest.mark.parametrize(("shared", "top_k"), [(4, 2), (0, 3), (1, 7), (7, 1), ([1, 5], 2), ([7, 0, 3], 5)])
 def test_query_norm_routing_is_the_loop(shared, top_k, balance):
@@ -272,9 +263,9 @@ def test_query_norm_routing_is_the_loop(shared, top_k, balance):
     assert_close(routing.balance_loss, loss, rtol=1e-5, atol=1e-6)
 
 
-def test_norm_routing_takes_norms():
+def test_choose_by_norm_takes_norms():
     q = queries(6, 8, 4)
-    by_norms = norm_routing(q.norm(dim=-1), shared_heads=2, top_k=3)
+    by_norms = choose_by_norm(q.norm(dim=-1), shared_heads=2, top_k=3, balance="scaled")
     for got, expected in zip(by_norms, query_norm_routing(q, shared_heads=2, top_k=3), strict=True):
         assert_close(got, expected)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moh_megatron.moh import sparse_attention
 from moh_megatron.moh.backends import choice, cpu
+from moh_megatron.moh.document_attention import document_attention
 
 SPARSE = ["gathered", "cpu"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -77,9 +78,9 @@ def test_any_shape_and_share(backend: str, seed: int, **shape: Any) -> None:
     compare(backend, *draw(**shape, seed=seed, dtype=torch.float32))
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(
-    backend=st.sampled_from(SPARSE),
+    backend=st.sampled_from(["dense", *SPARSE]),
     cuts=st.lists(st.integers(0, 150), max_size=5),
     share=st.sampled_from([0.3, 1.0]),
     seed=st.integers(0, 99),
@@ -141,6 +142,9 @@ def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return choice.choose_backend(length=length, share=share, dtype=dtype, device=torch.device("cpu"))
 
     assert choose(128, 0.5) == "dense"
+    assert choose(256, 0.75) == "dense"
+    assert choose(256, 0.5) == "cpu"
+    assert choose(512, 0.75) == "cpu"
     assert choose(2048, 1.0) == "dense"
     assert choose(2048, 0.5) == "cpu"
     assert choose(2048, 0.5, torch.float64) == "gathered"
@@ -148,6 +152,41 @@ def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(2048, 0.5) == "gathered"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert choose(2048, 0.5) == "dense"
+
+
+def test_auto_goes_by_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def choose(*, length: int, **_: Any) -> str:
+        seen.append(length)
+        return "dense"
+
+    monkeypatch.setattr(sys.modules["moh_megatron.moh.sparse_attention"], "choose_backend", choose)
+    for documents in ([0, 150], [0, 30, 60, 90, 120, 150], [0, 0, 50, 150]):
+        compare("auto", *draw(150, 1, 2, 2, 16, 0.5, 1, torch.float32), documents=documents)
+    assert seen == [150, 30, 83]  # 83: (50 * 50 + 100 * 100) / 150
+
+
+@pytest.mark.parametrize("backend", ["dense", *SPARSE])
+def test_documents_of_a_batch(backend: Any) -> None:
+    """Rows of different documents, folded into one, are as each row alone."""
+    *inputs, active = draw(40, 2, 2, 2, 16, 0.5, 8, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def attention(*inputs: Any, cu_seqlens: Tensor | None = None) -> Tensor:
+        return sparse_attention(*inputs, cu_seqlens=cu_seqlens, backend=backend)
+
+    ends = torch.tensor([0, 10, 40, 65, 80], dtype=torch.int32)
+    together = document_attention(attention, ends, *leaves, active)
+    rows = [
+        attention(*(x[:, row : row + 1] for x in (*leaves, active)), cu_seqlens=ends[first : first + 3] - 40 * row)
+        for row, first in ((0, 0), (1, 2))
+    ]
+    separate, probe = torch.cat(rows, 1), torch.randn(40, 2, 4, 16)
+    torch.testing.assert_close(together, separate)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, probe) for out in (together, separate)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(document_attention(attention, None, *leaves, active), attention(*leaves, active))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_the_same_run_goes_on(config, checkpoint):
         ("moh.active_heads", 4, 5),
         ("moh.balance_coefficient", 0.01, 0.02),
         ("moh.gating", "normalized", "paper"),
+        ("data.document_mask", False, True),
         ("run.seed", 1234, 1),
         ("train.sequence_length", 16, 32),
         ("train.global_batch_size", 4, 8),

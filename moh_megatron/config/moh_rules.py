@@ -1,0 +1,137 @@
+"""Rules of the moh section: which heads there can be, and which settings go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from moh_megatron.config.heads import active_counts, percentage_of
+from moh_megatron.config.schema import Config, MoHConfig
+from moh_megatron.config.violation import Violation, nearest_multiples
+
+
+def moh_violations(config: Config) -> list[Violation]:
+    """Every rule that the moh section breaks, by itself or beside the model; none of a dense model."""
+    if not config.moh.enabled:
+        return []
+    return [*(list(_shape(config)) or _counts(config)), *_settings(config)]
+
+
+def _shape(config: Config) -> Iterator[Violation]:
+    """What shared_heads and active_heads must be before their numbers can be compared."""
+    moh, model = config.moh, config.model
+    heads, layers = model.num_attention_heads, model.num_layers
+    shared, active = moh.shared_heads, moh.active_heads
+    for key, value in (("moh.shared_heads", shared), ("moh.active_heads", active)):
+        if value is None:
+            yield Violation(key, f"{key} is required unless moh.enabled is false.")
+        elif isinstance(value, tuple) and len(value) != layers:
+            yield Violation(key, f"{key} must have an entry for each layer ({layers}). Got {len(value)}.")
+    if isinstance(active, str) and percentage_of(active, heads).denominator != 1:
+        exact = percentage_of(active, heads)
+        yield Violation(
+            "moh.active_heads",
+            f"moh.active_heads must be a whole number of heads. Got {active} of {heads}, which is {float(exact):g}; "
+            f"nearest: {math.floor(exact)} or {math.ceil(exact)}.",
+        )
+    if isinstance(shared, tuple):
+        for index, each in enumerate(shared):
+            if len(set(each)) != len(each) or any(head >= heads for head in each):
+                yield Violation(
+                    "moh.shared_heads",
+                    f"moh.shared_heads[{index}] must be distinct heads below model.num_attention_heads ({heads}). "
+                    f"Got {list(each)}.",
+                )
+    if isinstance(shared, int) and shared > heads:
+        yield Violation(
+            "moh.shared_heads",
+            f"moh.shared_heads must be at most model.num_attention_heads ({heads}). Got {shared}.",
+        )
+
+
+def _counts(config: Config) -> Iterator[Violation]:
+    """Whether every layer has something to route, or nothing but shared heads."""
+    moh, heads, layers = config.moh, config.model.num_attention_heads, config.model.num_layers
+    assert moh.shared_heads is not None
+    assert moh.active_heads is not None
+    active = active_counts(moh.active_heads, heads, layers)
+    shared = [moh.shared_heads] * layers if isinstance(moh.shared_heads, int) else list(map(len, moh.shared_heads))
+    alike = not isinstance(moh.active_heads, tuple) and not isinstance(moh.shared_heads, tuple)
+    for index in range(1 if alike else layers):
+        yield from _layer("" if alike else f"[{index}]", shared[index], active[index], heads, moh)
+    yield from _spread(config, shared)
+
+
+def _layer(place: str, shared: int, active: int, heads: int, moh: MoHConfig) -> Iterator[Violation]:
+    if shared == heads:  # shared heads only: nothing is left to route
+        if active != heads:
+            yield Violation(
+                "moh.active_heads",
+                f"moh.active_heads{place} must equal model.num_attention_heads ({heads}), as moh.shared_heads does. "
+                f"Got {active}.",
+            )
+        if moh.router == "query_norm":
+            yield Violation(
+                "moh.router",
+                f"moh.router: query_norm needs a routed head: moh.shared_heads{place} must be less than "
+                f"model.num_attention_heads ({heads}). Got {shared}.",
+            )
+    elif not shared < active <= heads:
+        yield Violation(
+            "moh.active_heads",
+            f"moh.active_heads{place} must be greater than moh.shared_heads ({shared}) and at most "
+            f"model.num_attention_heads ({heads}). Got {active}.",
+        )
+
+
+def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
+    moh, groups = config.moh, config.model.query_groups
+    if moh.shared_placement != "spread":
+        return
+    if isinstance(moh.shared_heads, tuple):
+        yield Violation(
+            "moh.shared_placement",
+            "moh.shared_placement: spread needs moh.shared_heads to be a number. Got a list for each layer, which says "
+            "itself where the shared heads are; leave moh.shared_placement out.",
+        )
+    elif shared[0] % groups:
+        yield Violation(
+            "moh.shared_heads",
+            f"moh.shared_heads must be a multiple of the KV groups ({groups}) with moh.shared_placement: spread. "
+            f"Got {shared[0]}; nearest: {nearest_multiples(shared[0], groups)}.",
+        )
+
+
+def _settings(config: Config) -> Iterator[Violation]:
+    moh, steps = config.moh, config.train.steps
+    if moh.router == "query_norm":
+        for key, asked in (("z_loss_coefficient", moh.z_loss_coefficient > 0), ("freeze_router", moh.freeze_router)):
+            if asked:
+                yield Violation(
+                    f"moh.{key}",
+                    f"moh.{key} needs moh.router: learned; the query_norm router has no logits and no weights of its "
+                    f"own. Got query_norm.",
+                )
+    if moh.straight_through == "all" and moh.router != "query_norm":
+        yield Violation(
+            "moh.straight_through",
+            f"moh.straight_through: all needs moh.router: query_norm; the gates of the learned router are no "
+            f"straight-through ones. Got {moh.router}.",
+        )
+    if moh.straight_through == "all" and moh.backend not in ("auto", "dense"):
+        yield Violation(
+            "moh.backend",
+            f"moh.backend must be dense or auto with moh.straight_through: all, which computes every head. "
+            f"Got {moh.backend}.",
+        )
+    if moh.freeze_router and moh.balancing == "bias":
+        yield Violation(
+            "moh.balancing",
+            "moh.balancing must be loss with moh.freeze_router: biases would go on changing the routing. Got bias.",
+        )
+    if moh.activation_schedule_steps > steps:
+        yield Violation(
+            "moh.activation_schedule_steps",
+            f"moh.activation_schedule_steps must be at most the run's {steps} steps. "
+            f"Got {moh.activation_schedule_steps}.",
+        )

@@ -1,0 +1,70 @@
+"""The types of configuration values: strict where YAML is generous."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+
+def _integral(value: Any) -> Any:
+    """Let ``2e11`` stand for an integer, as people write token counts."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Strict, so that "12", yes and 1 are never taken for 12, true and true.
+Int = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
+
+_PERCENTAGE = re.compile(r"(100(\.0*)?|[0-9]{1,2}(\.[0-9]+)?) ?%")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_count(head, 0) for head in value)
+
+
+def _head_budget(value: Any) -> int | tuple[int, ...] | str | None:
+    if isinstance(value, str) and _PERCENTAGE.fullmatch(value):
+        return value
+    if value is None or _is_count(_integral(value), 1):
+        return _integral(value)
+    if isinstance(value, list | tuple) and value and all(_is_count(each, 1) for each in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "one_of_several", "must be a number of heads above 0, a list of them, one a layer, or a percentage as in 75%"
+    )
+
+
+def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
+    if value is None or _is_count(_integral(value), 0):
+        return _integral(value)
+    if isinstance(value, list | tuple) and value and all(_is_set(each) for each in value):
+        return tuple(tuple(each) for each in value)
+    raise PydanticCustomError(
+        "one_of_several", "must be a number of heads, or for each layer a list of heads counted from 0"
+    )
+
+
+HeadBudget = Annotated[
+    int | tuple[int, ...] | str | None, PlainValidator(_head_budget), "integer, list of integers, percentage, or null"
+]
+HeadSet = Annotated[
+    int | tuple[tuple[int, ...], ...] | None, PlainValidator(_head_set), "integer, list of lists of integers, or null"
+]
+
+# "~" is the user's home, here as in the shell.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]

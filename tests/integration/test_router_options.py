@@ -1,0 +1,80 @@
+"""A run with biases instead of a balance loss, spread shared heads and an activation schedule; two replicas."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support.runs import Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from moh_megatron.checkpoint.convert import megatron_to_hf
+
+OPTIONS = (
+    "parallel.tensor=1",
+    "moh.balancing=bias",
+    "moh.bias_update_rate=0.02",
+    "moh.shared_heads=4",
+    "moh.shared_placement=spread",
+    "moh.active_heads=75%",
+    "moh.activation_schedule_steps=20",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(new_run: Callable[[], Run]) -> Run:
+    run = new_run()
+    done = run.finish(*OPTIONS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "heads, interleaved, every layer: 6 of 8 active, 4 of them shared" in done.stdout
+    assert "warning" not in done.stdout
+    return run
+
+
+def biases(checkpoint: Path) -> list[Tensor]:
+    weights = load_file(checkpoint / "weights" / "tp_rank_00_of_01.safetensors")
+    return [weights[f"decoder.layers.{layer}.self_attention.router.bias_steps"] for layer in range(2)]
+
+
+def test_every_step_moves_the_biases_and_no_loss_is_added(trained: Run) -> None:
+    records = trained.records()
+    assert all(record["loss"] == record["lm_loss"] for record in records)
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
+    assert trained.json("summary.json")["active_head_fraction"] == 0.75
+    for step, moved in zip(
+        (20, 30), (biases(trained.folder / f"checkpoints/step_000000{n}") for n in (20, 30)), strict=True
+    ):
+        for layer in moved:
+            assert layer.shape == (4,)
+            assert layer.abs().max() <= step
+            assert layer.any()
+
+
+def test_the_schedule_runs_down_to_the_target(trained: Run) -> None:
+    events = EventAccumulator(str(trained.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    heads = [events.Scalars(f"head_load/layer_00/head_{head:02d}") for head in range(8)]
+    used = [sum(head[step].value for head in heads) for step in range(30)]
+    assert [round(value) for value in used] == [8] + [8] * 9 + [7] * 10 + [6] * 10
+    assert all(head.value == 1.0 for each in (0, 2, 4, 6) for head in heads[each])
+
+
+def test_going_on_from_a_checkpoint_is_going_on(trained: Run, new_run: Callable[[], Run]) -> None:
+    run = new_run()
+    shutil.copytree(trained.folder, run.folder)
+    for name in ("step_00000030", "step_00000020"):
+        shutil.rmtree(run.folder / "checkpoints" / name)
+    done = run.finish(*OPTIONS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record["loss"] for record in run.records()] == [record["loss"] for record in trained.records()]
+    newest = "checkpoints/step_00000030"
+    for here, there in zip(biases(run.folder / newest), biases(trained.folder / newest), strict=True):
+        assert here.equal(there)
+
+
+def test_the_export_chooses_heads_as_training_did(trained: Run, tmp_path: Path) -> None:
+    assert megatron_to_hf(trained.folder / "checkpoints/step_00000030", tmp_path / "hf") < 1e-5

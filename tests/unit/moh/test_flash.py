@@ -1,0 +1,40 @@
+"""Whether attention is fast on the GPU at hand, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model import build
+from moh_megatron.moh.backends.flash import flash_refusal
+
+SHAPE = {"length": 256, "heads": 8, "groups": 4, "head_dim": 64}
+
+
+def test_a_cpu_has_no_flash_kernel() -> None:
+    assert flash_refusal(**SHAPE, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_the_flash_kernel_takes_bf16_and_not_fp32() -> None:
+    device = torch.device("cuda")
+    assert flash_refusal(**SHAPE, dtype=torch.bfloat16, device=device) is None
+    assert "dtype" in str(flash_refusal(**SHAPE, dtype=torch.float32, device=device))
+
+
+def test_the_warning_names_this_ranks_shape(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(build, "flash_refusal", lambda **shape: asked.append(shape) or "too old")
+    config, cuda = tiny({"parallel.tensor": 2, "moh.backend": "dense"}), torch.device("cuda")
+    warning = build.attention_warning(config, cuda)
+    assert warning is not None
+    assert warning.endswith(": too old")
+    expected = {"length": 16, "heads": 4, "groups": 2, "head_dim": 4, "dtype": torch.float32, "device": cuda}
+    assert asked == [expected]
+    assert build.attention_warning(config, torch.device("cpu")) is None
+    assert build.attention_warning(tiny({"moh.backend": "triton"}), cuda) is None
+    monkeypatch.setattr(build, "flash_refusal", lambda **shape: None)
+    assert build.attention_warning(config, cuda) is None

@@ -1,0 +1,188 @@
+"""The routers as modules: placement, biases, schedule, auxiliary losses, frozen weights; one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.schema import MoHConfig
+from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.layout import HeadLayout
+from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
+from moh_megatron.moh.routing import learned_routing, query_norm_routing
+from moh_megatron.moh.sparse_attention import sparse_attention
+from moh_megatron.parallel import groups
+
+D, HEADS, SIZE = 16, 8, 4
+
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def make(heads: LayerHeads, *, loss_scale: float = 0.5, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    moh = MoHConfig(shared_heads=len(heads.shared), active_heads=heads.active, **settings)
+    if moh.router == "query_norm":
+        layout = HeadLayout(HEADS, 4)
+        return QueryNormRouter(moh, heads, loss_scale, layout=layout, group=groups.tensor_group())
+    return LearnedRouter(
+        moh, heads, loss_scale, hidden_size=D, init_std=0.5, dtype=torch.float32, group=groups.tensor_group(),
+        sequence_parallel=False,
+    )  # fmt: skip
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(6, 2, D, generator=generator), torch.randn(6, 2, HEADS, SIZE, generator=generator)
+
+
+FIRST = LayerHeads(HEADS, (0, 1), 5)
+SPREAD = LayerHeads(HEADS, (1, 4, 6), 5)
+
+
+def test_a_learned_router_puts_gates_where_the_heads_are() -> None:
+    router, (x, q) = make(SPREAD), inputs()
+    routing = router(x, q)
+    pure = learned_routing(x, router.w_shared, router.w_routed, router.w_alpha, top_k=2)
+    assert torch.equal(routing.gates[..., list(SPREAD.order)], pure.gates)
+    assert torch.equal(routing.active[..., list(SPREAD.order)], pure.active)
+    assert routing.active[..., [1, 4, 6]].all()
+    assert (routing.active.sum(-1) == 5).all()
+
+
+def test_a_query_norm_router_takes_a_list_of_shared_heads() -> None:
+    router, (x, q) = make(SPREAD, router="query_norm"), inputs()
+    order = HeadLayout(HEADS, 4).head_order  # physical position -> logical head
+    physical = q[..., list(order), :]
+    routing, pure = router(x, physical), query_norm_routing(q, shared_heads=[1, 4, 6], top_k=2)
+    assert torch.equal(routing.gates, pure.gates)
+    assert torch.equal(routing.active, pure.active)
+
+
+@pytest.mark.parametrize("kind", ["learned", "query_norm"])
+def test_a_bias_changes_the_choice_and_nothing_else(kind: str) -> None:
+    router, (x, q) = make(FIRST, router=kind, balancing="bias", bias_update_rate=0.5), inputs()
+    before = router(x, q)
+    assert torch.equal(before.active, make(FIRST, router=kind)(x, q).active)
+    router.bias_steps.copy_(torch.tensor([0, 0, 0, 40, 0, -40]))
+    after = router(x, q)
+    assert after.active[..., 5].all()
+    assert not after.active[..., 7].any()
+    assert (after.active.sum(-1) == 5).all()
+    same = (before.active == after.active).all(-1)
+    assert torch.equal(before.gates[same], after.gates[same])
+    if kind == "learned":
+        # The gates are of the logits alone: 2 alpha_2 k softmax over the chosen ones.
+        logits = F.linear(x, router.w_routed)
+        alpha = F.linear(x, router.w_alpha).softmax(-1)[..., 1:]
+        chosen = logits.masked_fill(~after.active[..., 2:], -torch.inf).softmax(-1)
+        assert_close(after.gates[..., 2:], 2 * alpha * 3 * chosen)
+
+
+def test_biases_move_against_the_load() -> None:
+    router = make(FIRST, balancing="bias", bias_update_rate=0.25)
+    router.update_bias(torch.tensor([9.0, 9, 1, 2, 3, 3, 4, 5]))  # the two shared heads first; the mean is 3
+    assert router.bias_steps.tolist() == [1, 1, 0, 0, -1, -1]
+    router.update_bias(torch.tensor([9.0, 9, 0, 0, 0, 0, 0, 6]))
+    assert router.bias.tolist() == [0.5, 0.5, 0.25, 0.25, 0.0, -0.5]
+
+
+def test_biases_balance_a_crooked_router() -> None:
+    router, (x, q) = make(FIRST, balancing="bias", bias_update_rate=0.05), inputs()
+    x = torch.randn(400, 1, D, generator=torch.Generator().manual_seed(5)) + 1.0
+    loads = []
+    for _ in range(200):
+        counts = router(x, q).active.flatten(0, 1).sum(0).double()
+        loads.append(counts[2:])
+        router.update_bias(counts)
+    crooked, balanced = (float(load.max() / load.mean()) for load in (loads[0], loads[-1]))
+    assert crooked > 1.3
+    assert balanced < 1.1
+
+
+def test_biases_survive_a_cast_to_bf16() -> None:
+    router = make(FIRST, balancing="bias")
+    router.bias_steps.copy_(torch.arange(1001, 1007))
+    router.bfloat16()
+    assert router.bias_steps.tolist() == list(range(1001, 1007))
+    assert "bias_steps" in router.state_dict()
+    assert_close(router.bias, torch.arange(1001, 1007) * 0.001)
+
+
+def test_without_biases_nothing_is_kept() -> None:
+    router = make(FIRST)
+    assert router.bias is None
+    assert "bias_steps" not in router.state_dict()
+    router.update_bias(torch.ones(HEADS))
+    assert make(LayerHeads(HEADS, tuple(range(8)), 8), balancing="bias").bias is None
+
+
+def test_the_schedule_sets_how_many_heads_are_chosen() -> None:
+    router, (x, q) = make(FIRST, activation_schedule_steps=6), inputs()
+    used = []
+    for step in range(9):
+        router.follow_schedule(step)
+        used.append(int(router(x, q).active[0, 0].sum()))
+    assert used == [8, 8, 7, 7, 6, 6, 5, 5, 5]
+
+
+def _attached(router: Router, x: Tensor, q: Tensor) -> dict[str, Tensor]:
+    router.zero_grad()
+    (router(x, q).gates * 0.0).sum().backward()
+    return {name: p.grad.clone() for name, p in router.named_parameters() if p.grad is not None}
+
+
+def test_the_z_loss_has_its_gradient() -> None:
+    router, (x, q) = make(FIRST, z_loss_coefficient=0.2, balance_coefficient=0.0), inputs()
+    got = _attached(router, x, q)["w_routed"]
+    weight = router.w_routed.detach().clone().requires_grad_()
+    z = torch.log(torch.exp(F.linear(x, weight)).sum(-1)).square().mean()
+    (expected,) = torch.autograd.grad(0.5 * 0.2 * z, weight)
+    assert_close(got, expected)
+    assert not _attached(make(FIRST, balance_coefficient=0.0), x, q)["w_routed"].any()
+
+
+def test_biases_take_the_balance_losss_place() -> None:
+    x, q = inputs()
+    assert _attached(make(FIRST), x, q)["w_routed"].any()
+    assert not _attached(make(FIRST, balancing="bias"), x, q)["w_routed"].any()
+
+
+def test_frozen_weights_have_no_gradient_and_their_input_has() -> None:
+    router, (x, q) = make(FIRST, freeze_router=True), inputs()
+    x.requires_grad_()
+    router(x, q).gates.square().sum().backward()
+    assert all(not p.requires_grad and p.grad is None for p in router.parameters())
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def _straight_through(q: Tensor, k: Tensor, v: Tensor, probe: Tensor) -> Tensor:
+    """The gradient of q of eq. 9-10 in full, by autograd: 0 or 1 forward, the score backward, of every head."""
+    norms = q.norm(dim=-1)[..., 2:]
+    score = (norms / norms.std(-1, keepdim=True)).softmax(-1)
+    chosen = torch.zeros_like(score).scatter(-1, norms.topk(3, -1).indices, 1.0)
+    gates = torch.cat([torch.ones_like(norms[..., :2]), (chosen - score).detach() + score], -1)
+    out = causal_attention(q, k, v) * gates.unsqueeze(-1)
+    return torch.autograd.grad((out * probe).sum(), q)[0]
+
+
+def test_straight_through_of_all_heads_is_autograds() -> None:
+    torch.manual_seed(6)
+    q, k, v, probe = (torch.randn(7, 2, HEADS, SIZE, dtype=torch.float64) for _ in range(4))
+    q.requires_grad_()
+    routing = query_norm_routing(q, shared_heads=2, top_k=3)
+    full = causal_attention(q, k, v) * routing.gates.unsqueeze(-1)
+    expected = _straight_through(q, k, v, probe)
+    assert_close(torch.autograd.grad((full * probe).sum(), q)[0], expected)
+    # Of the chosen heads alone: the same forward, another gradient.
+    routing = query_norm_routing(q, shared_heads=2, top_k=3)
+    sparse = sparse_attention(q, k, v, routing.active, backend="gathered") * routing.gates.unsqueeze(-1)
+    assert_close(sparse, full)
+    assert not torch.allclose(torch.autograd.grad((sparse * probe).sum(), q)[0], expected)

@@ -1,0 +1,53 @@
+"""What the bench scripts count and how they compare; the times themselves are nobody's promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moh_megatron.config.count import parameter_count
+from moh_megatron.config.load import load_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bench_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import bench_step  # pyright: ignore[reportMissingImports]
+
+    return bench_step
+
+
+def test_work_is_that_of_the_weights_and_of_attention(bench_step: ModuleType) -> None:
+    config = load_config(REPOSITORY / "configs" / "pretrain" / "llm_s_moh50.yaml")
+    model, length = config.model, config.train.sequence_length
+    lookups = model.vocab_size * model.hidden_size
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    multiplied = parameter_count(model, config.moh).total - lookups - norms
+    seen = length * (length + 1) / 2
+    core = 7 * 6 * model.head_dim * seen
+    expected = 3 * length * multiplied + model.num_layers * core
+    assert bench_step.count(config).whole(model.num_layers) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_dense_twin_computes_twice_the_heads(bench_step: ModuleType) -> None:
+    path = REPOSITORY / "configs" / "pretrain" / "llm_s_moh50.yaml"
+    configs = bench_step.twins(path, 4096, 2)
+    moh, dense = (bench_step.count(configs[name]).stack(2) for name in ("moh", "dense"))
+    router = 2 * 3 * 4096 * 768 * 14
+    assert dense - (moh - router) == 2 * 7 * 6 * 64 * 4096 * 4097 / 2
+
+
+def test_a_deeper_model_adds_layers_and_keeps_its_ends(bench_step: ModuleType) -> None:
+    stack, whole = [{"moh": 1.0, "dense": 2.0}], [{"moh": 11.0, "dense": 12.0}]
+    assert bench_step.with_all_layers(stack, whole, 6) == [{"moh": 16.0, "dense": 22.0}]
+
+
+def test_ratios_are_of_one_turn(bench_step: ModuleType) -> None:
+    turns = bench_step.take_turns({"a": lambda: None, "b": lambda: None}, 3)
+    assert [set(turn) for turn in turns] == [{"a", "b"}] * 3
+    assert bench_step.ratios([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}], "a", "b") == [0.5, 0.75]
+    assert bench_step.median_and_range([0.5, 0.75, 0.6]) == "0.60 (0.50-0.75)"

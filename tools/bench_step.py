@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Time the model work of a training step, forward + backward, against the dense twin's.
+
+python tools/bench_step.py attention [--config configs/pretrain/llm_s_moh50.yaml] [--lengths 2048 4096] [--turns 7]
+
+`attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
+models are the project's own, with the same fused attention; they take turns in one process. Beside the measured ratio
+stands the one that counting floating-point operations predicts (`Work`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from timing import Turn, circumstances, markdown, median_and_range, ratios, take_turns
+from torch import Tensor
+from tqdm import tqdm
+
+from moh_megatron.config.count import parameter_count
+from moh_megatron.config.heads import active_share
+from moh_megatron.config.load import load_config
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import attention_backend, build_model, token_losses
+from moh_megatron.model.single import be_alone
+
+_BACKWARD = 2
+"""Products of a weight's backward pass to one of its forward pass: the gradients of its input and of itself."""
+_CORE_PRODUCTS = 2 + 5
+"""Of attention, S x S x H each: scores and output; backward, the scores again and the gradients of v, p, q and k."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications of one sequence, forward + backward: every matrix product that is executed, nothing else.
+
+    Attention is causal, so a query meets (S + 1) / 2 keys on average. Of its products only the active heads' count;
+    projections, MLP, router and the head of the model are dense. Norms, activations, softmax, the gather of active
+    queries and the loss are left out.
+    """
+
+    layer: float
+    head: float
+
+    def stack(self, layers: int) -> float:
+        return layers * self.layer
+
+    def whole(self, layers: int) -> float:
+        return self.stack(layers) + self.head
+
+
+def count(config: Config) -> Work:
+    """The work of the model of ``config`` at its sequence length."""
+    model, moh, length = config.model, config.moh, config.train.sequence_length
+    hidden, size, heads = model.hidden_size, model.head_dim, model.num_attention_heads
+    projections = hidden * size * (2 * heads + 2 * model.query_groups)
+    router = parameter_count(model, moh).router / model.num_layers
+    weights = (1 + _BACKWARD) * (projections + 3 * hidden * model.ffn_hidden_size + router)
+    active = active_share(model, moh) * heads
+    core = _CORE_PRODUCTS * active * size * (length + 1) / 2
+    return Work(length * (weights + core), length * (1 + _BACKWARD) * hidden * model.vocab_size)
+
+
+def stack_pass(model: GPTModel, length: int, hidden: int) -> Callable[[], None]:
+    """Forward + backward through the transformer block alone, one sequence."""
+    generator = torch.Generator().manual_seed(0)
+    x, d_out = (torch.randn(length, 1, hidden, generator=generator) for _ in range(2))
+    x.requires_grad_()
+
+    def run() -> None:
+        model.zero_grad()
+        x.grad = None
+        rotary = model.rotary_pos_emb(length)
+        out = cast(Tensor, model.decoder(hidden_states=x, attention_mask=None, rotary_pos_emb=rotary))
+        out.backward(d_out)
+
+    return run
+
+
+def whole_pass(model: GPTModel, length: int, vocabulary: int) -> Callable[[], None]:
+    """Forward + backward from tokens to the loss, one sequence."""
+    tokens = torch.randint(0, vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        model.zero_grad()
+        token_losses(model, tokens).mean().backward()
+
+    return run
+
+
+def twins(path: str, length: int, layers: int) -> dict[str, Config]:
+    """The configuration cut to ``layers``, and its dense twin."""
+    cut = [f"train.sequence_length={length}", f"model.num_layers={layers}", "train.precision=fp32"]
+    config = load_config(path, cut)
+    return {"moh": config, "dense": replace(config, moh=replace(config.moh, enabled=False))}
+
+
+def with_all_layers(stack: list[Turn], whole: list[Turn], depth: float) -> list[Turn]:
+    """Turns of the stack made those of a whole model ``depth`` times as deep.
+
+    Embedding, head and loss, the same in both twins, take what the whole model took beyond the stack.
+    """
+    medians = {name: statistics.median(turn[name] for turn in stack) for name in stack[0]}
+    ends = statistics.median(turn[name] - medians[name] for turn in whole for name in turn)
+    return [{name: ends + depth * seconds for name, seconds in turn.items()} for turn in stack]
+
+
+def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -> list[list[object]]:
+    """Lines of the table for one length: the stack, the whole model as measured, and with all its layers."""
+    configs, all_layers = twins(path, length, layers), load_config(path).model.num_layers
+    work = {name: count(config) for name, config in configs.items()}
+    models = {name: build_model(config).train() for name, config in configs.items()}
+    size = configs["dense"].model
+    stack = take_turns({name: stack_pass(model, length, size.hidden_size) for name, model in models.items()}, turns)
+    whole = take_turns(
+        {name: whole_pass(model, length, size.vocab_size) for name, model in models.items()}, whole_turns
+    )
+    backend = attention_backend(configs["moh"], torch.device("cpu"))
+
+    def line(part: str, of: list[Turn], work_of: Callable[[Work], float]) -> list[object]:
+        measured, predicted = ratios(of, "moh", "dense"), work_of(work["moh"]) / work_of(work["dense"])
+        realised = (1 - statistics.median(measured)) / (1 - predicted)
+        return [length, part, backend, median_and_range(measured, 3), f"{predicted:.3f}", f"{realised:.0%}"]
+
+    return [
+        line(f"stack, {layers} layers", stack, lambda each: each.stack(layers)),
+        line(f"whole, {layers} layers", whole, lambda each: each.whole(layers)),
+        line(
+            f"whole, {all_layers} layers, extrapolated",
+            with_all_layers(stack, whole, all_layers / layers),
+            lambda each: each.whole(all_layers),
+        ),
+    ]
+
+
+def attention(arguments: argparse.Namespace) -> None:
+    """Print the table of `bench_step.py attention`."""
+    be_alone(seed=0)
+    rows = []
+    for length in tqdm(arguments.lengths, desc="bench", unit="length"):
+        rows += measure(arguments.config, length, arguments.layers, arguments.turns, arguments.whole_turns)
+    print(circumstances())
+    print(markdown(["S", "part", "backend", "time over dense (range)", "predicted", "of the predicted saving"], rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the model work of a training step.")
+    modes = parser.add_subparsers(required=True, metavar="MODE")
+    mode = modes.add_parser("attention", help="MoH against its dense twin, and what counting operations predicts")
+    mode.add_argument("--config", default="configs/pretrain/llm_s_moh50.yaml")
+    mode.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    mode.add_argument("--layers", type=int, default=2)
+    mode.add_argument("--turns", type=int, default=7, help="of the stack")
+    mode.add_argument("--whole-turns", type=int, default=3, help="of the whole model")
+    mode.set_defaults(measure=attention)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
