@@ -221,6 +221,8 @@ class Engine:
     def _make_state(self) -> None:
         # Adam makes its state in its first update, group by group, and after the first group DeepSpeed ties every
         # parameter to the state there is: those of the second group to none. So it is made here, as Adam would.
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            return
         zero: Any = self._deepspeed.optimizer
         partitions = [p for group in self._optimizer.param_groups for p in group["params"]]
         for partition in zero.fp32_partitioned_groups_flat if self._stage == 3 else partitions:

@@ -187,6 +187,7 @@ class _Training:
         if self.saved_step == self.step:
             return
         session = self.session
+        self.saver.finish()  # two copies of the state need not fit into host memory
         self.saver.begin(Snapshot.take(self.config, self.step, session.data_hash, session.tokenizer, session.engine))
         if not self.config.checkpoint.async_:
             self.saver.finish()

@@ -7,14 +7,14 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from moh_megatron.checkpoint import native, save
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.errors import Fault
-from moh_megatron.parallel import groups
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Tokenizer:
@@ -38,14 +38,6 @@ class Engine:
     def optimizer_tensors(self):
         for name, tensor in self.held.items():
             yield f"exp_avg/{name}", tensor
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        groups.initialize(1, seed=1)
 
 
 @pytest.fixture
