@@ -1,0 +1,52 @@
+"""Times of passes that take turns, for the bench scripts beside this file."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+Turn = dict[str, float]
+"""Seconds of each candidate in one turn."""
+
+
+def take_turns(runs: Mapping[str, Callable[[], None]], turns: int) -> list[Turn]:
+    """Time all candidates one after another, ``turns`` times over (A B A B ...), after a first pass nobody times.
+
+    A machine that slows down so slows all of them; compare candidates within a turn. On one thread the time is this
+    process's CPU time, to which other programs add little; on several it is the clock's.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    for run in runs.values():
+        run()
+    return [{name: _seconds(run, clock) for name, run in runs.items()} for _ in range(turns)]
+
+
+def _seconds(run: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def ratios(turns: Iterable[Turn], name: str, over: str) -> list[float]:
+    """The time of ``name`` over that of ``over``, turn by turn."""
+    return [turn[name] / turn[over] for turn in turns]
+
+
+def median_and_range(values: Sequence[float], digits: int = 2) -> str:
+    """0.50 (0.48-0.53)"""
+    return "{:.{d}f} ({:.{d}f}-{:.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def circumstances() -> str:
+    """What the figures depend on, in a line."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {capability}, fp32"
