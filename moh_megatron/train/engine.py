@@ -109,6 +109,9 @@ class Engine:
             config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
         )
         self._make_state()
+        if self._stage == 0 and data_parallel == 1:
+            # The average over one replica: every gradient copied into one buffer and back.
+            self._deepspeed.enable_backward_allreduce = False
 
     @property
     def model(self) -> nn.Module:
@@ -154,12 +157,12 @@ class Engine:
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.
         group = groups.tensor_group()
-        squares = [
-            p.grad.float().square().sum()
+        gradients = [
+            p.grad
             for p in self.module.parameters()
             if p.grad is not None and (group.rank() == 0 or getattr(p, "tensor_model_parallel", False))
         ]
-        total = torch.stack(squares).sum()
+        total = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(total, group=group)
         return total.sqrt()
 
