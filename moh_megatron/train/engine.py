@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ import deepspeed.ops
 _BUCKET_ELEMENTS = 200_000_000
 
 
-def initialize_distributed(world: World) -> None:
-    """Join the process group of this run: NCCL on GPUs, gloo elsewhere."""
+def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
+    """Join the process group of this run: NCCL on GPUs, gloo elsewhere. Its collectives wait for ``timeout``."""
     deepspeed.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
@@ -42,6 +43,7 @@ def initialize_distributed(world: World) -> None:
         dist_backend=groups.backend(),
         auto_mpi_discovery=False,
         verbose=False,
+        timeout=timeout,
         rank=world.rank,
         world_size=world.size,
     )
@@ -95,12 +97,17 @@ class Engine:
             {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
         ]
         self._module = model
+        self.applied = True
+        """Whether the last step changed the weights: where the gradient was not finite, nothing changes on any rank."""
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             mpu=groups.DeepSpeedMpu(),
             config=deepspeed_config(config, data_parallel, accumulation_steps, count),
         )
+        if self._stage == 0:
+            # DeepSpeed's ZeRO optimizers skip a gradient that is not finite by themselves.
+            self._optimizer.register_step_pre_hook(self._drop_gradients_unless_finite)
 
     @property
     def model(self) -> nn.Module:
@@ -119,8 +126,11 @@ class Engine:
         return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss; the last one of a step also averages over DP."""
-        self._deepspeed.backward(loss)
+        """Accumulate the gradients of one micro-batch's mean loss; the last one of a step also averages over DP.
+
+        A loss that is not finite makes its gradients so, whatever it is made of: the step is then skipped everywhere.
+        """
+        self._deepspeed.backward(loss * (loss.detach() * 0 + 1))
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()
 
@@ -129,10 +139,18 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._own_gradient_norm() if self._stage == 0 else None
+        if norm is not None:
+            self.applied = bool(torch.isfinite(norm))
         self._deepspeed.step()
         if norm is None:
+            self.applied = self._deepspeed.was_step_applied()
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
         return norm.detach().float()
+
+    def _drop_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        # What has no gradient is left alone: the weights, Adam's moments and its count of steps.
+        if not self.applied:
+            optimizer.zero_grad(set_to_none=True)
 
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.

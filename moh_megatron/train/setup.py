@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
 from moh_megatron.data.tokenizer import Tokenizer
 from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
+from moh_megatron.train import agreement
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.startup import StartupClock
+from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
 
 
@@ -76,12 +80,25 @@ def _say_nothing(message: str) -> None:
     pass
 
 
-def prepare_session(config: Config, world: World) -> Session:
-    """Process groups, data, model, engine, and the state to go on from."""
+def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: StartupClock) -> Session:
+    """Process groups, data, model, engine, and the state to go on from.
+
+    Raises UserError on every rank where the ranks do not agree on what they are about to train.
+    """
     data = preflight(config, world.size)
-    initialize_distributed(world)
-    groups.initialize(config.parallel.tensor, config.run.seed)
+    # The group of all ranks serves what may be slow; a step's collectives have the watchdog's time, and a little more
+    # so that it speaks first.
+    initialize_distributed(world, timedelta(seconds=watchdog.slow + GRACE_SECONDS))
+    agreement.require_agreement(
+        {
+            "the configuration": agreement.configuration(config),
+            "the software": agreement.software(),
+            "the data": agreement.dataset(data),
+        }
+    )
+    groups.initialize(config.parallel.tensor, config.run.seed, timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
     device = groups.device(world.local_rank)
+    clock.mark("groups")
 
     report = print if world.rank == 0 else _say_nothing
     checkpoint = _agreed(world, lambda: newest_good(config, print))
@@ -93,6 +110,7 @@ def prepare_session(config: Config, world: World) -> Session:
     tokenizer = load_dataset_tokenizer(data_dir(config), data)
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_dataset = build_validation_dataset(config, data, tokenizer)
+    clock.mark("data")
 
     accumulation_steps = gradient_accumulation_steps(config, world.size)
     model = build_model(config, accumulation_steps)
@@ -100,6 +118,7 @@ def prepare_session(config: Config, world: World) -> Session:
         source = native.read_config(elsewhere)
         whole = weights.read_weights(elsewhere, source)
         weights.load_into(model, whole, config, groups.tensor_group().rank(), config.parallel.tensor)
+    clock.mark("model")
     engine = Engine(
         model,
         config,
@@ -109,6 +128,8 @@ def prepare_session(config: Config, world: World) -> Session:
     if checkpoint is not None:
         engine.load(native.engine_folder(checkpoint))
         random_states.restore(checkpoint)
+    agreement.require_agreement(agreement.weights(engine.module, groups.tensor_group().rank()))
+    clock.mark("engine")
     return Session(
         config,
         world,
