@@ -23,7 +23,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     tokens_per_second: float
-    skipped: bool
+    skipped: bool = False
     """Whether the step changed nothing: its loss or gradient was not finite, or a spike."""
 
 

@@ -27,6 +27,16 @@ def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An OSError of a stream does not say which file it was; here it does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
+
+
 class StepRecords:
     """Appends records to a file; what lies after ``start_step``, left by an earlier life of the run, is cut first."""
 
@@ -40,21 +50,13 @@ class StepRecords:
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Append and flush. What JSON has no number for (NaN, infinity) becomes null. OSError names the file."""
-        with self._named():
+        with naming(self._stream.name):
             self._stream.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
             self._stream.flush()
 
     def close(self) -> None:
-        with self._named():
+        with naming(self._stream.name):
             self._stream.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = self._stream.name
-            raise
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -102,6 +102,7 @@ class Watchdog:
         deadline = time.monotonic() + (_STALE_BEATS + 4) * self._interval + 1
         while self._verdict is None and time.monotonic() < deadline:
             time.sleep(self._interval / 4)
+            self._verdict = self._verdict or self._silent_store(_STALE_BEATS * self._interval)
         self._say("")
         self._linger()
         if self._verdict is not None:
@@ -111,19 +112,20 @@ class Watchdog:
     def _say(self, left: str) -> None:
         """Tell the others why, if the store still listens."""
         self._left = left
-        self._said.clear()
         self._hurry.set()
-        self._said.wait(self._interval + 1)
+        self._said.wait(self._interval + 2)
 
     def _linger(self) -> None:
         """Let the others read what was said, those that are still starting too, where the store ends with this rank."""
         if self._world.rank != 0 or self._beats is None:
             return
-        deadline = time.monotonic() + GRACE_SECONDS
+        everybody, started = self._world.size, time.monotonic()
         with contextlib.suppress(DistError):
-            while time.monotonic() < deadline and len(self._beats.read(range(self._world.size))) < self._world.size:
-                time.sleep(self._interval / 4)
-        time.sleep(2 * self._interval + 0.5)
+            while (waited := time.monotonic() - started) < GRACE_SECONDS:
+                up = len(self._beats.read(range(everybody))) == everybody
+                if self._beats.count("gone", 0) == everybody or (up and waited > 2 * self._interval + 0.5):
+                    return
+                time.sleep(self._interval / 8)
 
     def _meet(self, beats: Heartbeats) -> None:
         everybody, pause = self._world.size, self._interval / 4
@@ -150,8 +152,11 @@ class Watchdog:
         try:
             while not self._stop.is_set():
                 count += 1
-                beats.publish(self._beat(count))
-                self._said.set()
+                beat = self._beat(count)
+                beats.publish(beat)
+                if beat.left is not None and not self._said.is_set():
+                    beats.count("gone", 1)
+                    self._said.set()
                 self._verdict = beats.verdict()
                 if self._verdict is None and (found := self._judge(beats)) is not None:
                     self._verdict = beats.declare(found)
@@ -170,11 +175,17 @@ class Watchdog:
                 continue  # the main thread is on its way out with a message
             if self._verdict is not None and not self._stop.is_set():
                 self._end(self._verdict)
-            elif now - self._contact > self.timeout and not self._stop.is_set():
-                silence = f"the store at {beats.address} has not answered for {self.timeout:.0f} s"
-                self._end(Verdict(f"rank 0 is missing: {silence}. Stopped, or its machine is gone.", [0]))
+            elif not self._stop.is_set() and (silent := self._silent_store(self.timeout)) is not None:
+                self._end(silent)
             elif now - self._since > self._limit + 3 * self._interval + 5:
                 self._end(_hung({self._world.rank: self._beat(0)}))
+
+    def _silent_store(self, patience: float) -> Verdict | None:
+        """The store answers to nobody: who hosts it, or stands next to it, is rank 0."""
+        if self._beats is None or time.monotonic() - self._contact <= patience:
+            return None
+        silence = f"the store at {self._beats.address} has not answered for {patience:.0f} s"
+        return Verdict(f"rank 0 is missing: {silence}. Stopped, or its machine is gone.", [0])
 
     def _end(self, verdict: Verdict) -> None:
         rank = self._world.rank
@@ -183,6 +194,7 @@ class Watchdog:
             print(f"rank {rank} stands here:\n{stack}", file=sys.stderr)
         print(f"error: rank {rank} ends, because {verdict.message}", file=sys.stderr, flush=True)
         self._write_down(verdict)
+        self._say("")
         self._linger()
         os._exit(1)
 
