@@ -177,7 +177,7 @@ class Watchdog:
                 self._end(self._verdict)
             elif not self._stop.is_set() and (silent := self._silent_store(self.timeout)) is not None:
                 self._end(silent)
-            elif now - self._since > self._limit + 3 * self._interval + 5:
+            elif now - self._since > self._limit + (0 if self._stop.is_set() else self.slow):  # whatever the others say
                 self._end(_hung({self._world.rank: self._beat(0)}))
 
     def _silent_store(self, patience: float) -> Verdict | None:
@@ -226,7 +226,8 @@ class Watchdog:
         absent = [rank for rank in watched if rank not in found]
         if absent and now - self._since > self.slow:
             return Verdict(f"rank {_list(absent)} did not come up within {self.slow:.0f} s of the others.", absent)
-        return _hung(found) if everybody and any(beat.stuck for beat in found.values()) else None
+        stuck, slow = any(beat.stuck for beat in found.values()), any(beat.slow for beat in found.values())
+        return _hung(found) if everybody and stuck and not slow else None
 
     def _beat(self, count: int) -> Beat:
         place, waiting = "nowhere", False
@@ -235,7 +236,8 @@ class Watchdog:
             place = f"{code.co_name} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno})"
             waiting = any(part in code.co_filename for part in _COLLECTIVES)
         stuck = time.monotonic() - self._since > self._limit
-        return Beat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left)
+        slow = not stuck and self._limit > self.timeout
+        return Beat(count, self._step, self._phase, self._host, place, slow, waiting, stuck, self._left)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._main)

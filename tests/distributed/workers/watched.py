@@ -88,7 +88,7 @@ def train(rank: int, case: str, folder: Path) -> None:
                 (folder / f"begun_{rank}").write_text(str(time.time()))
                 with watchdog.phase("save") if "save" in case else contextlib.nullcontext():
                     during(rank)
-                    dist.barrier()
+                dist.barrier()
             dist.all_reduce(torch.ones(1))
             watchdog.progress(step + 1)
         (folder / f"begun_{rank}").write_text(str(time.time()))

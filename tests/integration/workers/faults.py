@@ -29,7 +29,6 @@ from moh_megatron.train.signals import StopRequest
 from moh_megatron.train.world import World
 
 RANKS = 2
-LONGEST = 60.0
 ENDLESS = "train.total_tokens=2560000"
 REPLICAS = "parallel.tensor=1"
 
@@ -46,6 +45,7 @@ class Case:
     after_step: int = 6
     stopped: int | None = None
     """A rank that only the system can end."""
+    longest: float = 60.0
 
 
 def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callable[[int, StopRequest], tuple[str, ...]]:
@@ -65,6 +65,27 @@ def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callabl
     return patch
 
 
+def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Steps 5 and 6 of rank 1; a step that is skipped must leave the state alone, to the bit."""
+    original = setup.Engine.step
+
+    def step(self: Any, learning_rate: float) -> torch.Tensor:
+        before = [p.detach().clone() for p in self.module.parameters()] + optimizer_state(self)
+        norm = original(self, learning_rate)
+        if not self.applied:
+            after = [*self.module.parameters(), *optimizer_state(self)]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return norm
+
+    setup.Engine.step = step
+    return losses_times(math.nan, range(5, 7), (1,))(rank, stop)
+
+
+def optimizer_state(engine: Any) -> list[torch.Tensor]:
+    state = engine._optimizer.state.values()
+    return [value.clone() for slots in state for value in slots.values() if torch.is_tensor(value)]
+
+
 def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
     stop._started -= 1000 * rank
     return ()
@@ -80,9 +101,7 @@ def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
     def initialise(self: Any, model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
         original(self, model, *arguments, **options)
         with torch.no_grad():
-            next(p for name, p in model.named_parameters() if name.endswith("layers.1.mlp.linear_fc1.weight"))[
-                1, 2
-            ] += rank
+            dict(model.named_parameters())["decoder.layers.1.mlp.linear_fc1.weight"][1, 2] += rank
 
     setup.Engine.__init__ = initialise
     return ()
@@ -90,6 +109,22 @@ def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
 
 def own_copy(rank: int, stop: StopRequest) -> tuple[str, ...]:
     return (f"data.dir={os.environ['CASE_FOLDER']}/data",)
+
+
+def weighed(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Write down the resident memory after some steps, in KiB."""
+    original = loop._Training._train_step
+    memory: dict[int, int] = {}
+
+    def train_step(self: Any, micro_batches: list[torch.Tensor]) -> None:
+        original(self, micro_batches)
+        if self.step % 100 == 99:
+            status = Path("/proc/self/status").read_text()
+            memory[self.step + 1] = int(status.partition("VmRSS:")[2].split()[0])
+            Path(os.environ["CASE_FOLDER"], f"memory_{rank}.json").write_text(json.dumps(memory))
+
+    loop._Training._train_step = train_step
+    return ()
 
 
 def shorten(folder: Path, ranks: dict[int, int]) -> None:
@@ -124,7 +159,7 @@ MOUNTED = ("full", "full_log", "read_only")
 CASES: dict[str, Case] = {
     "over_time": Case((ENDLESS, "train.max_seconds=500"), ran_longer),
     "signalled": Case((ENDLESS,), event=send(1, signal.SIGUSR1)),
-    "nan": Case((REPLICAS, "monitor.profile=true"), losses_times(math.nan, range(5, 7), (1,))),
+    "nan": Case((REPLICAS, "monitor.profile=true"), losses_nan),
     "nan_again_and_again": Case((REPLICAS, "train.max_bad_steps=3"), losses_times(math.nan, range(13, 99), (1,))),
     "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), losses_times(30.0, range(15, 16), (0,))),
     "spike_told": Case(SPIKE, losses_times(30.0, range(15, 16), (0,))),
@@ -134,6 +169,19 @@ CASES: dict[str, Case] = {
     "data_vanished": Case((ENDLESS,), own_copy, vanish, after_step=12),
     "killed": Case((ENDLESS, "train.timeout_seconds=8"), event=send(1, signal.SIGKILL)),
     "stopped": Case((ENDLESS, "train.timeout_seconds=8"), event=send(0, signal.SIGSTOP), stopped=0),
+    "long": Case(
+        (
+            REPLICAS,
+            "train.total_tokens=256128",
+            "train.global_batch_size=4",
+            "train.micro_batch_size=2",
+            "train.eval_interval=200",
+            "checkpoint.interval=250",
+            "checkpoint.keep_last=2",
+        ),
+        weighed,
+        longest=500.0,
+    ),
     "full": Case((ENDLESS,), event=fill, after_step=12),
     "full_log": Case((ENDLESS, "checkpoint.interval=0"), event=fill, after_step=2),
     "read_only": Case((ENDLESS,), event=lock, after_step=12),
@@ -175,7 +223,7 @@ def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
     codes: dict[int, int] = {}
     event, metrics = case.event, folder / "run" / "metrics.jsonl"
     begun = last = time.time()
-    deadline = begun + LONGEST
+    deadline = begun + case.longest
     while time.time() < deadline and set(range(RANKS)) - codes.keys() - {case.stopped}:
         if event and metrics.exists() and metrics.read_bytes().count(b"\n") >= case.after_step:
             event(folder, ranks)

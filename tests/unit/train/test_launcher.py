@@ -151,6 +151,11 @@ def test_a_finished_or_saved_peer_does_not_hurry_the_others(script, tmp_path, mo
     assert launch(path, [str(tmp_path)], 3) == {0: 0, 1: 75, 2: 0}
 
 
+def test_a_rank_that_stays_long_after_the_others_finished_is_killed(script, tmp_path):
+    path = script("time.sleep(60 * rank)")
+    assert launch(path, [str(tmp_path)], 2, patience=0.5) == {0: 0, 1: -9}
+
+
 SAVING = """
 stop = StopRequest.install()
 die_with(int(os.environ["MOH_LAUNCHER_PID"]))
