@@ -27,8 +27,6 @@ class Beat:
     host: str
     place: str
     """Where its main thread stands in the Python code."""
-    slow: bool
-    """Whether it is in a phase that may take long, and has not taken too long."""
     waiting: bool
     """Whether that is inside a collective, where it waits for others."""
     stuck: bool

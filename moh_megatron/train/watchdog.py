@@ -50,6 +50,7 @@ class Watchdog:
         self._seen: dict[int, tuple[int, float]] = {}
         self._verdict: Verdict | None = None
         self._lost_contact = False
+        self._last_word = threading.Lock()
         self._stop, self._hurry, self._said = threading.Event(), threading.Event(), threading.Event()
         self._beats = Heartbeats(world) if world.size > 1 else None
         self._contact = time.monotonic()
@@ -79,6 +80,8 @@ class Watchdog:
         try:
             yield
         except BaseException as error:
+            if not self._last_word.acquire(blocking=False):
+                time.sleep(self.slow)  # the watchdog has spoken, and is about to end this process
             # Of our launcher's ranks, the launcher sees who died.
             if self._beats is not None and PARENT_VARIABLE not in os.environ:
                 self._fail(error)
@@ -171,8 +174,6 @@ class Watchdog:
         while True:
             time.sleep(self._interval / 2)
             now = time.monotonic()
-            if self._lost_contact or self._left is not None:
-                continue  # the main thread is on its way out with a message
             if self._verdict is not None and not self._stop.is_set():
                 self._end(self._verdict)
             elif not self._stop.is_set() and (silent := self._silent_store(self.timeout)) is not None:
@@ -188,6 +189,8 @@ class Watchdog:
         return Verdict(f"rank 0 is missing: {silence}. Stopped, or its machine is gone.", [0])
 
     def _end(self, verdict: Verdict) -> None:
+        if not self._last_word.acquire(blocking=False):
+            return  # the main thread is on its way out with a message
         rank = self._world.rank
         if f"rank {rank} " in verdict.message:
             stack = "".join(traceback.format_stack(self._frame()))
@@ -226,8 +229,8 @@ class Watchdog:
         absent = [rank for rank in watched if rank not in found]
         if absent and now - self._since > self.slow:
             return Verdict(f"rank {_list(absent)} did not come up within {self.slow:.0f} s of the others.", absent)
-        stuck, slow = any(beat.stuck for beat in found.values()), any(beat.slow for beat in found.values())
-        return _hung(found) if everybody and stuck and not slow else None
+        # Ranks wait for each other: as long as one of them moves, or may take its time, the rest do not hang.
+        return _hung(found) if everybody and all(beat.stuck for beat in found.values()) else None
 
     def _beat(self, count: int) -> Beat:
         place, waiting = "nowhere", False
@@ -236,8 +239,7 @@ class Watchdog:
             place = f"{code.co_name} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno})"
             waiting = any(part in code.co_filename for part in _COLLECTIVES)
         stuck = time.monotonic() - self._since > self._limit
-        slow = not stuck and self._limit > self.timeout
-        return Beat(count, self._step, self._phase, self._host, place, slow, waiting, stuck, self._left)
+        return Beat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._main)
