@@ -260,6 +260,12 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
     assert capfd.readouterr().err.startswith(f"{reason}. The same command goes on from the newest checkpoint in")
 
 
+def test_a_bus_error_is_explained(config, script, tmp_path, capfd):
+    path = script("os.kill(os.getpid(), signal.SIGBUS)")
+    assert supervise(path, [str(tmp_path)], config, 1) == 1
+    assert "rank 0 was ended by SIGBUS (a file of data.dir was cut short" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("code", [0, 2, 75, 1])
 def test_what_rank_zero_wrote_stays(config, script, tmp_path, code):
     (tmp_path / "run").mkdir()
