@@ -79,7 +79,11 @@ STOPPED = {"stopped": 2, "stopped_first": 0, "stopped_after_the_others_finished"
 def train(rank: int, case: str, folder: Path) -> None:
     before, during, after = CASES[case]
     world = World(rank, RANKS, rank)
-    watchdog = Watchdog(world, TIMEOUT_SECONDS, lambda reason: (folder / "exit").write_text(reason))
+
+    def ended(reason: str) -> None:
+        (folder / "exit").write_text(reason)
+
+    watchdog = Watchdog(world, TIMEOUT_SECONDS, ended)
     with watchdog.watching():
         before(rank)
         dist.init_process_group("gloo", rank=rank, world_size=RANKS)
