@@ -43,6 +43,7 @@ class Watchdog:
     def __init__(self, world: World, timeout: float, ended: Callable[[str], None]) -> None:
         self.timeout, self.slow = timeout, max(timeout, SLOW_SECONDS)
         self._world, self._ended = world, ended
+        self._launched = PARENT_VARIABLE in os.environ
         self._interval = min(max(timeout / 20, 0.1), 5.0)
         self._host, self._main = socket.gethostname(), threading.main_thread().ident or 0
         self._step, self._phase, self._limit, self._left = 0, "start", self.slow, None
@@ -83,7 +84,7 @@ class Watchdog:
             if not self._last_word.acquire(blocking=False):
                 time.sleep(self.slow)  # the watchdog has spoken, and is about to end this process
             # Of our launcher's ranks, the launcher sees who died.
-            if self._beats is not None and PARENT_VARIABLE not in os.environ:
+            if self._beats is not None and not self._launched:
                 self._fail(error)
             raise
         self._enter("end", self.timeout)
@@ -145,7 +146,7 @@ class Watchdog:
             while self._world.rank == 0 and time.monotonic() < deadline and beats.count("gone", 0) < everybody:
                 time.sleep(pause)
         except DistError:
-            if not self._stop.is_set():
+            if not self._stop.is_set() and not self._launched:
                 time.sleep(self.timeout)  # meanwhile the threads say whose fault it is
 
     # The two threads.
@@ -167,7 +168,9 @@ class Watchdog:
                 self._hurry.wait(self._interval)
                 self._hurry.clear()
         except DistError:
-            if not self._stop.is_set() and self._verdict is None:
+            if self._launched:
+                self._stop.set()  # our launcher was killed, with its store; its ranks save and stop by themselves
+            elif not self._stop.is_set() and self._verdict is None:
                 self._verdict = Verdict(f"rank 0 is gone: the store at {beats.address} has closed.", [0])
 
     def _watch(self, beats: Heartbeats) -> None:
