@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 LAYOUTS = ("dp2_zero0", "dp2_zero1", "dp2_zero2", "tp2_zero0", "tp2_zero1", "dp2_zero1_bf16", "dp2_zero2_bf16")
 KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
 
