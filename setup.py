@@ -17,7 +17,8 @@ setup(
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",
-        "deepspeed>=0.18",
+        # From here on it skips a gradient that is not finite in fp32, too.
+        "deepspeed>=0.19.8",
         "transformers>=5.0",
         "tokenizers>=0.22",
         "safetensors>=0.5",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
@@ -27,7 +28,10 @@ def main() -> int:
         metavar="N",
         help="start N ranks on this node (default 1, unless torchrun or srun started this process as a rank)",
     )
+    parser.add_argument("--profile", action="store_true", help="write a trace of a few steps: monitor.profile=true")
     args, config = parse_config(parser)
+    if args.profile:
+        config = replace(config, monitor=replace(config.monitor, profile=True))
     # Ranks get the launcher's arguments too, and are told by RANK.
     ranks = args.nproc_per_node
     world = World.from_environment() if ranks is None or "RANK" in os.environ else None

@@ -206,6 +206,18 @@ class TrainConfig:
     """Steps between validations; 0: only at the end."""
     eval_samples: PositiveInt | None = 1024
     """Validation sequences; null: all there are."""
+    max_seconds: PositiveFloat | None = None
+    """Save and stop with exit code 75 after the step in which a rank has run so long; null: no limit."""
+    timeout_seconds: PositiveFloat = 600.0
+    """How long a micro-batch may take, and how long a rank may give no sign of life, before the others end."""
+    max_bad_steps: NonNegativeInt = 10
+    """How many steps in a row may be skipped, for a loss or gradient that is not finite, or a spike; one more ends the
+    run."""
+    spike_zscore: PositiveFloat | None = 6.0
+    """Standard deviations above the mean of the last spike_window losses that make a loss a spike; null: none is."""
+    spike_window: Annotated[Int, Field(ge=2)] = 100
+    skip_spikes: Bool = False
+    """Skip the steps of spikes, and not only report them; costs one reduction and wait for the device a step."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -233,6 +245,8 @@ class MonitorConfig:
     log_interval: PositiveInt = 10
     """Steps between transfers of the metrics from the device; metrics.jsonl still has a line for each step."""
     tensorboard: Bool = True
+    profile: Bool = False
+    """Write a torch profiler trace of a few steps of rank 0 to <run.dir>/tensorboard; --profile does the same."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)

@@ -30,14 +30,20 @@ def train_batches(
     assert global_batch_size % together == 0, (global_batch_size, micro_batch_size, data_parallel_size)
     assert end_step * global_batch_size <= len(dataset), (end_step, global_batch_size, len(dataset))
     for step in range(start_step, end_step):
-        yield [
-            _stack(dataset, range(first, first + micro_batch_size))
-            for first in range(
-                step * global_batch_size + data_parallel_rank * micro_batch_size,
-                (step + 1) * global_batch_size,
-                together,
-            )
-        ]
+        shares = micro_batch_samples(step, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
+        yield [_stack(dataset, share) for share in shares]
+
+
+def micro_batch_samples(
+    step: int, global_batch_size: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+) -> list[range]:
+    """The samples of each micro-batch of one rank, for step number ``step`` (0 for the first)."""
+    firsts = range(
+        step * global_batch_size + data_parallel_rank * micro_batch_size,
+        (step + 1) * global_batch_size,
+        micro_batch_size * data_parallel_size,
+    )
+    return [range(first, first + micro_batch_size) for first in firsts]
 
 
 @dataclass(frozen=True)

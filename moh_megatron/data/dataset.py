@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,12 +23,31 @@ from moh_megatron.data.manifest import SPLITS, Manifest
 from moh_megatron.data.tokenizer import Tokenizer
 
 
-class Sequences(Dataset[Tensor]):
-    """``length`` samples, each int64 tokens [S+1]: S inputs and, one to the right, S targets."""
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a sample stands in the prepared data."""
 
-    def __init__(self, samples: Dataset[dict[str, Tensor]], length: int) -> None:
+    document: int
+    token: int
+    """First token of the part, in the document."""
+
+
+class Sequences(Dataset[Tensor]):
+    """``length`` samples, each int64 tokens [S+1]: S inputs and, one to the right, S targets.
+
+    ``files`` are what they are read from, memory-mapped: a file that vanishes or shrinks is a Fault at the next sample,
+    where it would be a bus error, or a run that cannot be resumed.
+    """
+
+    def __init__(self, samples: Dataset[dict[str, Tensor]], length: int, files: Sequence[Path] = ()) -> None:
         self._samples = samples
         self._length = length
+        self._sizes = {file: file.stat().st_size for file in files}
+
+    @property
+    def name(self) -> str:
+        """The files' common name."""
+        return str(next((file.with_suffix("") for file in self._sizes), "memory"))
 
     def __len__(self) -> int:
         return self._length
@@ -35,7 +55,25 @@ class Sequences(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
+        self._check_files()
         return self._samples[index]["tokens"]
+
+    def places(self, index: int) -> list[Place]:
+        """The documents that sample ``index`` is made of, in order; none where the samples do not know."""
+        return self._samples.places(index) if isinstance(self._samples, _Tokens) else []
+
+    def _check_files(self) -> None:
+        for file, size in self._sizes.items():
+            try:
+                now = file.stat().st_size
+            except OSError as error:
+                raise Fault(
+                    f"{file}: the data can no longer be read: {error.strerror}. Bring the file back and start again."
+                ) from error
+            if now != size:
+                raise Fault(
+                    f"{file}: the data has changed: {now} bytes, expected {size}. Bring the file back and start again."
+                )
 
 
 def build_train_dataset(config: Config, manifest: Manifest, tokenizer: Tokenizer) -> Sequences:
@@ -63,6 +101,13 @@ class _Tokens(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         tokens, _ = self._query_document_sample_shuffle_indices(idx or 0)
         return {"tokens": torch.from_numpy(tokens)}
+
+    def places(self, idx: int) -> list[Place]:
+        """As ``Sequences.places``."""
+        _, documents = self._query_document_sample_shuffle_indices(idx)
+        assert self.shuffle_index is not None, "loaded by the call above"
+        _, offset = self.sample_index[self.shuffle_index[idx]]
+        return [Place(int(document), int(offset) if place == 0 else 0) for place, document in enumerate(documents)]
 
 
 def _build(config: Config, manifest: Manifest, tokenizer: Tokenizer, split: str, samples: int | None) -> Sequences:
@@ -93,7 +138,9 @@ def _build(config: Config, manifest: Manifest, tokenizer: Tokenizer, split: str,
         dataset = builder.build()[place]
     assert dataset is not None
     wanted = config.train.eval_samples if samples is None else samples
-    return Sequences(dataset, len(dataset) if wanted is None else min(wanted, len(dataset)))  # pyright: ignore[reportArgumentType]
+    length = len(dataset) if wanted is None else min(wanted, len(dataset))
+    files = [folder / f"{split}{suffix}" for suffix in (".bin", ".idx")]
+    return Sequences(dataset, length, files)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

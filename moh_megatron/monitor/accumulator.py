@@ -23,6 +23,8 @@ class StepMetrics:
     grad_norm: float
     lr: float
     tokens_per_second: float
+    skipped: bool = False
+    """Whether the step changed nothing: its loss or gradient was not finite, or a spike."""
 
 
 @dataclass
@@ -32,6 +34,7 @@ class _Pending:
     values: Tensor
     """[2] local means: language-model loss, balance loss."""
     grad_norm: Tensor
+    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,25 @@ class MetricsAccumulator:
         """Leave out the time since the last flush (validation, saving) from the next rate."""
         self._since = time.monotonic()
 
-    def add(self, step: int, lr: float, losses: list[Tensor], grad_norm: Tensor, routers: Tensor | None) -> None:
+    def add(
+        self,
+        step: int,
+        lr: float,
+        losses: list[Tensor],
+        grad_norm: Tensor,
+        routers: Tensor | None,
+        *,
+        skipped: bool = False,
+    ) -> None:
         """One finished step.
 
         ``losses``: one scalar a micro-batch. ``routers`` [L, N + 1]: of each MoH layer the tokens that used each head
-        and the mean balance loss.
+        and the mean balance loss. Of a ``skipped`` step, no head counts.
         """
         lm_loss = torch.stack(losses).double().mean()
         balance = lm_loss.new_zeros(()) if routers is None else routers[:, -1].mean()
-        self._pending.append(_Pending(step, lr, torch.stack([lm_loss, balance]), grad_norm))
-        if routers is not None:
+        self._pending.append(_Pending(step, lr, torch.stack([lm_loss, balance]), grad_norm, skipped))
+        if routers is not None and not skipped:
             counts = routers[:, :-1]
             self._counts = counts if self._counts is None else self._counts + counts
 
@@ -94,11 +106,13 @@ class MetricsAccumulator:
                 grad_norm=norm,
                 lr=entry.lr,
                 tokens_per_second=rate,
+                skipped=entry.skipped,
             )
             for entry, (lm_loss, balance), norm in zip(pending, losses, norms, strict=True)
         ]
         load = None
         if counts is not None:
-            local_tokens = len(pending) * self.tokens_per_step / self.group.size()
+            applied = sum(not entry.skipped for entry in pending)
+            local_tokens = applied * self.tokens_per_step / self.group.size()
             load = (together[2 * len(pending) :].view_as(counts) / local_tokens).cpu()
         return Interval(steps, load)

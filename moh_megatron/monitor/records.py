@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An OSError of a stream does not say which file it was; here it does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
+
+
 class StepRecords:
     """Appends records to a file; what lies after ``start_step``, left by an earlier life of the run, is cut first."""
 
@@ -38,12 +49,23 @@ class StepRecords:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append and flush."""
-        self._stream.writelines(json.dumps(record) + "\n" for record in records)
-        self._stream.flush()
+        """Append and flush. What JSON has no number for (NaN, infinity) becomes null. OSError names the file."""
+        with naming(self._stream.name):
+            self._stream.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+            self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with naming(self._stream.name):
+            self._stream.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every whole record of a file; none where there is no file."""
+    return [record for _, record in _complete_lines(path)] if path.exists() else []
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
 
 
 def last_step(path: Path) -> int | None:

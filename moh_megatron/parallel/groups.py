@@ -6,6 +6,8 @@ tensor-parallel group are neighbours; data-parallel groups stride over them, as 
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -24,14 +26,24 @@ def device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize(tensor_parallel: int, seed: int) -> None:
+TIMEOUT = timedelta(minutes=30)
+"""What torch gives a gloo group."""
+
+
+def initialize(tensor_parallel: int, seed: int, timeout: timedelta = TIMEOUT) -> None:
     """Make the groups and seed the random states. torch.distributed must be initialised.
+
+    A collective of these groups that waits longer than ``timeout`` is an error.
 
     The CPU generator, from which all weights are drawn, starts from ``seed`` on every rank: the same seed gives the
     same model at every tensor-parallel size.
     """
     cpu_shim.install()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    minutes: float = timeout.total_seconds() / 60  # annotated as whole minutes there
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        distributed_timeout_minutes=minutes,  # pyright: ignore[reportArgumentType]
+    )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -44,6 +56,11 @@ def tensor_group() -> dist.ProcessGroup:
 def data_group() -> dist.ProcessGroup:
     """The ranks that hold the same part of the model and see different data."""
     return _a_group(parallel_state.get_data_parallel_group())
+
+
+def control_group(timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
+    """A new group of all ranks for small things on the host: NCCL would need a transfer to the device and back."""
+    return _a_group(dist.new_group(backend="gloo", timeout=timeout))
 
 
 def _a_group(group: object) -> dist.ProcessGroup:

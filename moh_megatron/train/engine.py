@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "master"
 
 
-def initialize_distributed(world: World) -> None:
-    """Join the process group of this run: NCCL on GPUs, gloo elsewhere."""
+def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
+    """Join the process group of this run: NCCL on GPUs, gloo elsewhere. Its collectives wait for ``timeout``."""
     deepspeed.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
@@ -54,6 +55,7 @@ def initialize_distributed(world: World) -> None:
         dist_backend=groups.backend(),
         auto_mpi_discovery=False,
         verbose=False,
+        timeout=timeout,
         rank=world.rank,
         world_size=world.size,
     )
@@ -102,12 +104,17 @@ class Engine:
         self._stage = config.parallel.zero_stage
         self._optimizer = make_optimizer(model, config)
         self._module = model
+        self.applied = True
+        """Whether the last step changed the weights: where the gradient was not finite, nothing changes on any rank."""
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             mpu=groups.DeepSpeedMpu(),
             config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
         )
+        if self._stage == 0:
+            # DeepSpeed's ZeRO optimizers skip a gradient that is not finite by themselves.
+            self._optimizer.register_step_pre_hook(self._drop_gradients_unless_finite)
         self._make_state()
         if self._stage == 0 and data_parallel == 1:
             # The average over one replica: every gradient copied into one buffer and back.
@@ -139,8 +146,11 @@ class Engine:
         return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss; the last one of a step also averages over DP."""
-        self._deepspeed.backward(loss)
+        """Accumulate the gradients of one micro-batch's mean loss; the last one of a step also averages over DP.
+
+        A loss that is not finite makes its gradients so, whatever it is made of: the step is then skipped everywhere.
+        """
+        self._deepspeed.backward(loss * (loss.detach() * 0 + 1))
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()
 
@@ -149,10 +159,18 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._own_gradient_norm() if self._stage == 0 else None
+        if norm is not None:
+            self.applied = bool(torch.isfinite(norm))
         self._deepspeed.step()
         if norm is None:
+            self.applied = self._deepspeed.was_step_applied()
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
         return norm.detach().float()
+
+    def _drop_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        # What has no gradient is left alone: the weights, Adam's moments and its count of steps.
+        if not self.applied:
+            optimizer.zero_grad(set_to_none=True)
 
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.

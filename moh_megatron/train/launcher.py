@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -44,10 +45,11 @@ def worst_code(codes: Sequence[int]) -> int:
     return next((code for code in (2, EXIT_STOPPED) if code in codes), 0)
 
 
-def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
+def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = math.inf) -> dict[int, int]:
     """Run ``script`` once for each rank with the given arguments; returns each rank's exit code when all have ended.
 
-    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank.
+    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank. A rank that
+    still runs ``patience`` seconds after the first one has ended well hangs, and is killed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -90,15 +92,17 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> dict[int, int]:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    deadline = float("inf")
+    deadline, waited = math.inf, math.inf
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
         if len(ended) == ranks:
             return ended
-        if deadline == float("inf") and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
+        if ended and waited == math.inf:
+            waited = time.monotonic() + patience
+        if deadline == math.inf and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
             deadline = time.monotonic() + _GRACE_SECONDS
-        if time.monotonic() > deadline:
+        if time.monotonic() > min(deadline, waited):
             for rank in codes.keys() - ended.keys():
                 os.killpg(processes[rank].pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
@@ -135,7 +139,7 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
         raise
     with _alone_in(run_dir):
         (run_dir / "exit.json").unlink(missing_ok=True)
-        codes = launch(script, arguments, ranks)
+        codes = launch(script, arguments, ranks, config.train.timeout_seconds + _GRACE_SECONDS)
     code = worst_code(list(codes.values()))
     if unforeseen := {rank: ended for rank, ended in sorted(codes.items()) if ended not in _EXPECTED_CODES}:
         reason = ", ".join(f"rank {rank} {_how(ended)}" for rank, ended in unforeseen.items())
@@ -146,4 +150,8 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
 
 
 def _how(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    # A memory-mapped file that shrinks in the middle of a read cannot be caught.
+    hint = " (a file of data.dir was cut short while it was read)" if -code == signal.SIGBUS else ""
+    return f"was ended by {signal.Signals(-code).name}{hint}"

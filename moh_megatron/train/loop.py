@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from tqdm import tqdm
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.count import parameter_count
-from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -24,14 +24,18 @@ from moh_megatron.model.build import attention_backend, attention_warning, moh_l
 from moh_megatron.moh.balancing import follow_schedule, update_biases
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
-from moh_megatron.monitor.records import StepRecords
+from moh_megatron.monitor.profile import profiled
+from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
+from moh_megatron.train.health import Health, earlier_losses
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
 from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
+from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.summary import summarise
 from moh_megatron.train.validation import sample_text, validation_loss
+from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
 
 
@@ -46,18 +50,25 @@ class Outcome:
 
 def train(config: Config, world: World, stop: StopRequest) -> Outcome:
     """Train to the end, or until ``stop`` asks for an end on any rank; the state is saved either way."""
-    session = prepare_session(config, world)
-    training = _Training(session, stop)
-    try:
-        return training.run()
-    finally:
-        training.close()
+    clock, run_dir = StartupClock(), Path(config.run.dir)
+
+    def ended(reason: str) -> None:
+        write_exit(run_dir, 1, reason, last_step(run_dir / "metrics.jsonl"))
+
+    watchdog = Watchdog(world, config.train.timeout_seconds, ended)
+    with watchdog.watching():
+        training = _Training(prepare_session(config, world, watchdog, clock), stop, watchdog, clock)
+        try:
+            return training.run()
+        finally:
+            training.close()
 
 
 class _Training:
-    def __init__(self, session: Session, stop: StopRequest) -> None:
+    def __init__(self, session: Session, stop: StopRequest, watchdog: Watchdog, clock: StartupClock) -> None:
         config = session.config
         self.session, self.config, self.stop = session, config, stop
+        self.watchdog, self.clock = watchdog, clock
         self.steps = config.train.steps
         self.run_dir = Path(config.run.dir)
         self.saved_step = session.start_step
@@ -66,16 +77,23 @@ class _Training:
         self.layers = moh_layers(session.engine.module)
         follow_schedule(self.layers, self.step)
         self.metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
-        # NCCL would need a transfer to the device and back to agree on a flag.
-        self.control_group = dist.new_group(backend="gloo")
-        assert isinstance(self.control_group, dist.ProcessGroup)
+        self.control_group = groups.control_group(timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
         self.saver = Saver(checkpoint_dir(config), self.control_group)
         self.last: Interval | None = None
         self.records: StepRecords | None = None
         self.validations: StepRecords | None = None
+        self.skips: StepRecords | None = None
         self.board: Board | None = None
         if session.first:
             self._open_run_folder()
+        self.health = Health(
+            config,
+            session.train_dataset,
+            self.control_group,
+            earlier_losses(config, self.run_dir / "metrics.jsonl", session.start_step, self.control_group),
+            self._tell,
+            self.skips,
+        )
 
     def _open_run_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,6 +103,7 @@ class _Training:
         self.records = StepRecords(self.run_dir / "metrics.jsonl", start)
         # The checkpoint of a step is saved before its validation: what was cut short is done again.
         self.validations = StepRecords(self.run_dir / "validation.jsonl", start - 1)
+        self.skips = StepRecords(self.run_dir / "skipped.jsonl", start)
         if self.config.monitor.tensorboard:
             self.board = Board(self.run_dir / "tensorboard", start)
 
@@ -110,7 +129,8 @@ class _Training:
         )
         self.metrics.restart_clock()
         started = time.monotonic()
-        with bar:
+        profile = self.run_dir / "tensorboard" if self.config.monitor.profile and self.session.first else None
+        with bar, profiled(profile, self._tell) as profile_step:
             if self.step and _due(self.step, train.eval_interval) and self.step < self.steps:
                 self._validate()
                 self.metrics.restart_clock()
@@ -119,21 +139,24 @@ class _Training:
                 self.step += 1
                 bar.update()
                 self.saver.advance()
+                profile_step()
+                if self.step == self.session.start_step + 1:
+                    self.clock.mark("first step")
+                    self._tell(str(self.clock))
                 stopping = self._stop_agreed()
                 validating = _due(self.step, train.eval_interval) and self.step < self.steps
                 saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping
                 if _due(self.step, self.config.monitor.log_interval) or validating or saving:
                     self._log(bar)
                 if saving:
-                    self._save()
+                    self._save(wait=stopping)
                 if stopping:
-                    self.saver.finish()
                     return Outcome(EXIT_STOPPED, f"{self.stop.reason or 'a signal to another rank'}: saved", self.step)
                 if validating:
                     self._validate()
                 if saving or validating:
                     self.metrics.restart_clock()
-            self.saver.finish()
+            self._finish_saving()
             self.seconds = time.monotonic() - started
         self._summarise(*self._validate())
         return Outcome(0, "finished", self.step)
@@ -142,19 +165,34 @@ class _Training:
         engine, losses = self.session.engine, []
         for tokens in micro_batches:
             loss = token_losses(engine.model, tokens.to(self.session.device), self.session.end_of_document).mean()
-            engine.backward(loss)
             losses.append(loss.detach())
+            if len(losses) == len(micro_batches) and self.health.gives_up(losses):
+                loss = loss * math.nan
+            engine.backward(loss)
+            self.watchdog.progress(self.step)
         lr = learning_rate(self.config.optimizer, self.step, self.steps)
         grad_norm = engine.step(lr)
         routers = None
         if self.layers:
             routers = torch.stack([layer.statistics.drain(self.session.device) for layer in self.layers])
-            update_biases(self.layers, routers[:, :-1], groups.data_group())
+            if engine.applied:
+                update_biases(self.layers, routers[:, :-1], groups.data_group())
             follow_schedule(self.layers, self.step + 1)
-        self.metrics.add(self.step + 1, lr, losses, grad_norm, routers)
+        self.metrics.add(self.step + 1, lr, losses, grad_norm, routers, skipped=not engine.applied)
+        if engine.applied:
+            self.health.applied()
+        else:
+            self._finish_saving()  # a Fault names the newest checkpoint
+            self.health.skipped(self.step + 1, losses)
+
+    def _tell(self, message: str) -> None:
+        """Print once, around the progress bar."""
+        if self.session.first:
+            tqdm.write(message)
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop; the answer is the same on all."""
+        self.stop.limit(self.config.train.max_seconds)
         asked = torch.tensor([self.stop.reason is not None], dtype=torch.int32)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(asked)
@@ -164,13 +202,7 @@ class _Training:
         moh = self.config.moh
         beta = moh.balance_coefficient if self.layers and moh.balancing == "loss" else 0.0
         for metrics in interval.steps:
-            if not (math.isfinite(metrics.lm_loss) and math.isfinite(metrics.grad_norm)):
-                self.saver.finish()
-                raise Fault(
-                    f"step {metrics.step}: the loss is {metrics.lm_loss} and the gradient norm {metrics.grad_norm}. "
-                    f"The last checkpoint is of step {self.saved_step}; lower optimizer.learning_rate or raise "
-                    f"optimizer.warmup_steps and start again."
-                )
+            self.health.observe(metrics)
             loss = metrics.lm_loss + beta * metrics.balance_loss
             if self.records:
                 self.records.write([{**dataclasses.asdict(metrics), "loss": loss}])
@@ -183,18 +215,28 @@ class _Training:
         if self.board and interval.head_load is not None:
             self.board.head_load(interval.head_load, self.step)
 
-    def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
+    def _save(self, *, wait: bool) -> None:
+        """Save this step, unless it is saved; ``wait`` until it is on the disk."""
         session = self.session
-        self.saver.finish()  # two copies of the state need not fit into host memory
-        self.saver.begin(Snapshot.take(self.config, self.step, session.data_hash, session.tokenizer, session.engine))
-        if not self.config.checkpoint.async_:
+        with self.watchdog.phase("save"):
+            self.saver.finish()  # two copies of the state need not fit into host memory
+            if self.saved_step != self.step:
+                data, tokenizer, engine = session.data_hash, session.tokenizer, session.engine
+                self.saver.begin(Snapshot.take(self.config, self.step, data, tokenizer, engine))
+                self.saved_step = self.step
+            if wait or not self.config.checkpoint.async_:
+                self.saver.finish()
+
+    def _finish_saving(self) -> None:
+        with self.watchdog.phase("save"):
             self.saver.finish()
-        self.saved_step = self.step
 
     def _validate(self) -> tuple[float, str]:
         """Validation loss in nats a token, and a sample of text."""
+        with self.watchdog.phase("validation"):
+            return self._validated()
+
+    def _validated(self) -> tuple[float, str]:
         session, module = self.session, self.session.engine.module
         batches = validation_batches(
             session.validation_dataset,
@@ -231,11 +273,12 @@ class _Training:
 
     def _summarise(self, val_loss: float, text: str) -> None:
         if self.session.first:
-            last = self.last.steps[-1].lm_loss if self.last else None
-            summarise(self.session, self.step, self.seconds, last, val_loss, text)
+            applied = [metrics.lm_loss for metrics in self.last.steps if not metrics.skipped] if self.last else []
+            last = applied[-1] if applied else None
+            summarise(self.session, self.step, self.seconds, self.clock, last, val_loss, text)
 
     def close(self) -> None:
-        for writer in (self.records, self.validations, self.board):
+        for writer in (self.records, self.validations, self.skips, self.board):
             if writer is not None:
                 writer.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,10 +17,13 @@ from moh_megatron.data.dataset import Sequences, build_train_dataset, build_vali
 from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
 from moh_megatron.data.tokenizer import Tokenizer
 from moh_megatron.parallel import groups
+from moh_megatron.train import agreement
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.restore import build_engine
 from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.startup import StartupClock
+from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
 
 
@@ -79,12 +83,25 @@ def _say_nothing(message: str) -> None:
     pass
 
 
-def prepare_session(config: Config, world: World) -> Session:
-    """Process groups, data, model, engine, and the state to go on from."""
+def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: StartupClock) -> Session:
+    """Process groups, data, model, engine, and the state to go on from.
+
+    Raises UserError on every rank where the ranks do not agree on what they are about to train.
+    """
     data = preflight(config, world.size)
-    initialize_distributed(world)
-    groups.initialize(config.parallel.tensor, config.run.seed)
+    # The group of all ranks serves what may be slow; a step's collectives have the watchdog's time, and a little more
+    # so that it speaks first.
+    initialize_distributed(world, timedelta(seconds=watchdog.slow + GRACE_SECONDS))
+    agreement.require_agreement(
+        {
+            "the configuration": agreement.configuration(config),
+            "the software": agreement.software(),
+            "the data": agreement.dataset(data),
+        }
+    )
+    groups.initialize(config.parallel.tensor, config.run.seed, timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
     device = groups.device(world.local_rank)
+    clock.mark("groups")
 
     report = print if world.rank == 0 else _say_nothing
     checkpoint = _agreed(world, lambda: newest_good(config, print))
@@ -96,8 +113,11 @@ def prepare_session(config: Config, world: World) -> Session:
     tokenizer = load_dataset_tokenizer(data_dir(config), data)
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_dataset = build_validation_dataset(config, data, tokenizer)
+    clock.mark("data")
 
     engine = build_engine(config, world.size, checkpoint or elsewhere, resume=checkpoint is not None)
+    agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
+    clock.mark("engine")
     return Session(
         config,
         world,

@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Remembers that TERM, INT or USR1 came; the training loop asks after each step.
+    """Remembers that TERM, INT or USR1 came, or that the time is over; the training loop asks after each step.
 
     A second signal, later than the two seconds in which one request may arrive by several ways, ends the process at
     once; the last complete checkpoint stays intact.
@@ -25,7 +25,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._since = 0.0
+        self._started = time.monotonic()
+        self._signalled: float | None = None
 
     @classmethod
     def install(cls) -> StopRequest:
@@ -36,11 +37,17 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return request
 
+    def limit(self, seconds: float | None) -> None:
+        """Ask for a stop if this process has run longer than ``seconds``."""
+        if seconds is not None and self.reason is None and time.monotonic() - self._started > seconds:
+            self.reason = f"train.max_seconds ({seconds:g}) is over"
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.reason is None:
-            self.reason, self._since = f"received {signal.Signals(number).name}", now
-        elif now - self._since > _SAME_SIGNAL_SECONDS:
+        self.reason = self.reason or f"received {signal.Signals(number).name}"
+        if self._signalled is None:
+            self._signalled = now
+        elif now - self._signalled > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
 

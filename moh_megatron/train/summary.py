@@ -7,16 +7,23 @@ from pathlib import Path
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.heads import active_share
 from moh_megatron.model.build import attention_backend
-from moh_megatron.monitor.records import write_json
+from moh_megatron.monitor.records import read_records, write_json
 from moh_megatron.train.setup import Session
+from moh_megatron.train.startup import StartupClock
 
 
 def summarise(
-    session: Session, step: int, seconds: float, train_loss: float | None, val_loss: float, text: str
+    session: Session,
+    step: int,
+    seconds: float,
+    clock: StartupClock,
+    train_loss: float | None,
+    val_loss: float,
+    text: str,
 ) -> None:
     """Write it to the run folder and print it; a run that was finished before keeps the summary it has.
 
-    ``seconds`` is the training time of this life of the run.
+    ``seconds`` is the training time of this life of the run, ``clock`` what its start took.
     Losses and entropies are in nats a token; ``hf_max_logit_diff`` is filled in by the export.
     """
     path = Path(session.config.run.dir) / "summary.json"
@@ -30,6 +37,8 @@ def summarise(
         "tokens": step * tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": round((step - session.start_step) * tokens / seconds, 1) if seconds else None,
+        "startup_seconds": {part: round(spent, 1) for part, spent in clock.seconds.items()},
+        "skipped_steps": sum(record["skipped"] for record in read_records(path.parent / "metrics.jsonl")),
         "train_loss": train_loss,
         "val_loss": val_loss,
         "unigram_entropy": baselines.get("unigram_entropy"),

@@ -159,7 +159,8 @@ def test_what_is_missing_is_told(folder):
         "part.yaml: model.num_attention_heads: missing; it has no default.",
         "part.yaml: model.vocab_size: missing; it has no default.",
         "part.yaml: train: missing section; it has the keys sequence_length, total_tokens, global_batch_size, "
-        "micro_batch_size, precision, recompute, resume, init_from, eval_interval, eval_samples.",
+        "micro_batch_size, precision, recompute, resume, init_from, eval_interval, eval_samples, max_seconds, "
+        "timeout_seconds, max_bad_steps, spike_zscore, spike_window, skip_spikes.",
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
@@ -54,6 +54,38 @@ def test_samples_are_runs_of_the_stored_tokens(make_config: MakeConfig, corpus: 
     # One pass over the validation tokens, each sequence sharing its last token with the next one's first.
     tokens = np.fromfile(folder / "validation.bin", dtype=np.uint16)
     assert len(validation) == (len(tokens) - 1) // 16
+
+
+def test_places_say_which_documents_a_sample_is_made_of(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+    config = make_config([corpus], train={"total_tokens": 64 * 50})
+    train, _ = build(config)
+    stored = np.fromfile(Path(str(config.data.dir)) / "train.bin", dtype=np.uint16)
+    documents = np.split(stored, np.flatnonzero(stored == 1) + 1)
+    several = 0
+    for index in range(len(train)):
+        places, tokens = train.places(index), train[index].numpy()
+        several += len(places) > 1
+        parts = np.concatenate([documents[place.document][place.token :] for place in places])
+        assert (parts[: len(tokens)] == tokens).all()
+    assert several > 0
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("how", ["gone", "short"])
+def test_a_file_that_changes_under_a_run_is_a_fault(
+    make_config: MakeConfig, corpus: Path, build: Build, suffix: str, how: str
+) -> None:
+    config = make_config([corpus])
+    train, _ = build(config)
+    file = Path(str(config.data.dir)).resolve() / f"train{suffix}"
+    assert train.name == str(file.with_suffix(""))
+    train[0]
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Fault, match=f"train{suffix}: the data"):
+        train[0]
 
 
 def test_order_follows_the_seed_alone(make_config: MakeConfig, corpus: Path, build: Build) -> None:

@@ -1,5 +1,7 @@
 """Step metrics in one process: averages, rates, head load. Several ranks are tested among the distributed tests."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,3 +108,20 @@ def test_bf16_losses_are_averaged_beyond_bf16(group):
     losses = [torch.tensor(value, dtype=torch.bfloat16) for value in (4.0, 4.03125)]
     metrics.add(1, 0.1, losses, torch.tensor(1.0), None)
     assert metrics.flush().steps[0].lm_loss == 4.015625
+
+
+def test_no_head_counts_in_a_skipped_step(group):
+    metrics = MetricsAccumulator(group, tokens_per_step=4)
+    metrics.add(1, 0.1, scalars(2.0), torch.tensor(1.0), routers([4, 0, 0.5]))
+    metrics.add(2, 0.1, scalars(math.nan), torch.tensor(math.inf), routers([1, 3, math.nan]), skipped=True)
+    interval = metrics.flush()
+    assert [step.skipped for step in interval.steps] == [False, True]
+    assert interval.steps[0].lm_loss == 2.0
+    assert math.isnan(interval.steps[1].lm_loss)
+    assert_close(interval.head_load, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+
+
+def test_an_interval_of_skipped_steps_has_no_head_load(group):
+    metrics = MetricsAccumulator(group, tokens_per_step=4)
+    metrics.add(1, 0.1, scalars(math.nan), torch.tensor(math.inf), routers([1, 3, math.nan]), skipped=True)
+    assert metrics.flush().head_load is None

@@ -1,12 +1,13 @@
 """metrics.jsonl over several lives of a run, and files written whole or not at all."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moh_megatron.monitor.records import StepRecords, last_step, write_exit, write_json
+from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit, write_json
 
 
 def record(step, life=1):
@@ -126,3 +127,17 @@ def test_write_exit_never_hides_the_error_it_reports(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     write_exit(tmp_path / "run", 1, "the real reason", None)
     assert (tmp_path / "run").read_text() == "a file where the folder should be"
+
+
+def test_what_json_has_no_number_for_becomes_null(tmp_path):
+    records = StepRecords(tmp_path / "metrics.jsonl", 0)
+    records.write([{"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1}])
+    records.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.1}]
+    assert read_records(tmp_path / "nothing.jsonl") == []
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full'"), naming(str(tmp_path / "full")):
+        (tmp_path / "full").write_text("x")

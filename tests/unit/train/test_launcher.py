@@ -151,6 +151,11 @@ def test_a_finished_or_saved_peer_does_not_hurry_the_others(script, tmp_path, mo
     assert launch(path, [str(tmp_path)], 3) == {0: 0, 1: 75, 2: 0}
 
 
+def test_a_rank_that_stays_long_after_the_others_finished_is_killed(script, tmp_path):
+    path = script("time.sleep(60 * rank)")
+    assert launch(path, [str(tmp_path)], 2, patience=0.5) == {0: 0, 1: -9}
+
+
 SAVING = """
 stop = StopRequest.install()
 die_with(int(os.environ["MOH_LAUNCHER_PID"]))
@@ -253,6 +258,12 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
     reason = "rank 0 ended with exit code 1, rank 1 was ended by SIGKILL"
     assert exit_record(tmp_path) == {"code": 1, "reason": reason, "step": 2}
     assert capfd.readouterr().err.startswith(f"{reason}. The same command goes on from the newest checkpoint in")
+
+
+def test_a_bus_error_is_explained(config, script, tmp_path, capfd):
+    path = script("os.kill(os.getpid(), signal.SIGBUS)")
+    assert supervise(path, [str(tmp_path)], config, 1) == 1
+    assert "rank 0 was ended by SIGBUS (a file of data.dir was cut short" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 1])

@@ -74,6 +74,18 @@ def test_a_second_request_ends_the_process_at_once(number, code):
     assert finish(process) == (code, "")
 
 
+def test_a_time_limit_asks_for_a_stop_and_the_first_signal_after_it_does_not_kill():
+    process = start(
+        "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); stop.limit(None); stop.limit(60);"
+        "say(stop.reason); time.sleep(0.4); stop.limit(0.3); say(stop.reason);"
+        "wait_for(lambda: stop._signalled); say(stop.reason)"
+    )
+    assert line(process) == "None"
+    assert line(process) == "train.max_seconds (0.3) is over"
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (0, "train.max_seconds (0.3) is over")
+
+
 def test_one_request_means_two_seconds():
     from moh_megatron.train import signals
 

@@ -1,0 +1,29 @@
+"""A loss or gradient that is not finite on one rank: the step is skipped on all, and nothing changes by a bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+LAYOUTS = ("dp2_zero0", "dp2_zero1", "dp2_zero2", "tp2_zero0", "tp2_zero1", "dp2_zero1_bf16", "dp2_zero2_bf16")
+KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
+
+
+@pytest.fixture(scope="module")
+def results(spawn: Any) -> list[dict[str, Any]]:
+    return spawn("bad_steps", 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_step_changes_nothing_on_any_rank(results: list[dict[str, Any]], layout: str, kind: str) -> None:
+    for rank in results:
+        found = rank[f"{layout}-{kind}"]
+        assert not math.isfinite(found["norm"])
+        assert not found["applied"]
+        assert found["unchanged"]
+        assert found["applied_afterwards"]
+        assert found["as_without"], "the steps afterwards are those of a run without the bad one"

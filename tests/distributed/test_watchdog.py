@@ -1,0 +1,58 @@
+"""A rank is lost: the others end in time, name it, and nobody hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# train.timeout_seconds is 8 in the worker.
+LONGEST_SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def results(spawn: Any) -> dict[str, dict[str, Any]]:
+    return spawn("watched", 1)[0]
+
+
+def errors(log: str) -> list[str]:
+    return [line for line in log.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("case", ["finished", "slow_start_save_and_end"])
+def test_nobody_is_hurried(results: dict[str, dict[str, Any]], case: str) -> None:
+    assert results[case]["codes"] == [0, 0, 0]
+    assert [errors(log) for log in results[case]["logs"]] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("case", "codes", "missing", "why"),
+    [
+        ("killed", [1, -9, 1], 1, "is missing: no sign of life"),
+        ("killed_first", [-9, 1, 1], 0, "is gone: the store"),
+        ("stopped", [1, 1, None], 2, "is missing: no sign of life for 8 s"),
+        ("stopped_first", [None, 1, 1], 0, "has not answered for 8 s"),
+        ("hung", [1, 1, 1], 1, "hangs in hang (workers/watched.py"),
+        ("failed", [1, 1, 1], 1, "the disk of this rank is full"),
+        ("failed_first", [1, 1, 1], 0, "the disk of this rank is full"),
+        ("failed_at_start", [1, 1, 1], 2, "the disk of this rank is full"),
+        ("hung_after_the_others_finished", [1, 1, 1], 1, "hangs in hang (workers/watched.py"),
+        ("stopped_after_the_others_finished", [1, 1, None], 2, "is missing: no sign of life for 8 s"),
+    ],
+)
+def test_the_others_end_and_name_the_missing_rank(
+    results: dict[str, dict[str, Any]], case: str, codes: list[int | None], missing: int, why: str
+) -> None:
+    found = results[case]
+    assert found["codes"] == codes
+    if case != "failed_at_start":
+        assert found["seconds"] < LONGEST_SECONDS
+    for rank in {0, 1, 2} - {missing}:
+        (message,) = errors(found["logs"][rank])
+        assert f"rank {missing} " in message
+        assert why in message
+
+
+@pytest.mark.parametrize("case", ["killed", "killed_first", "stopped", "stopped_first", "hung"])
+def test_the_reason_is_written_down_without_the_missing_rank(results: dict[str, dict[str, Any]], case: str) -> None:
+    assert "rank" in results[case]["exit"]

@@ -1,0 +1,179 @@
+"""Small worlds in which a rank is lost, each a few forked processes: what the others say, and when they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moh_megatron.config.errors import Fault
+from moh_megatron.train.watchdog import Watchdog
+from moh_megatron.train.world import World
+
+RANKS = 3
+STEPS = 5
+TIMEOUT_SECONDS = 8.0
+LONGEST = 45.0
+TOGETHER = 6
+
+
+def nothing(rank: int) -> None:
+    pass
+
+
+def by(culprit: int, act: Callable[[], Any]) -> Callable[[int], None]:
+    return lambda rank: act() if rank == culprit else None
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang() -> None:
+    time.sleep(LONGEST)
+
+
+def fail() -> None:
+    raise Fault("the disk of this rank is full")
+
+
+def slow() -> None:
+    time.sleep(1.5 * TIMEOUT_SECONDS)
+
+
+# What a rank does before, in the middle of, and after training.
+CASES: dict[str, tuple[Callable[[int], None], Callable[[int], None], Callable[[int], None]]] = {
+    "finished": (nothing, nothing, nothing),
+    "slow_start_save_and_end": (by(1, slow), by(1, slow), nothing),
+    "killed": (nothing, by(1, kill), nothing),
+    "killed_first": (nothing, by(0, kill), nothing),
+    "stopped": (nothing, by(2, stop), nothing),
+    "stopped_first": (nothing, by(0, stop), nothing),
+    "hung": (nothing, by(1, hang), nothing),
+    "failed": (nothing, by(1, fail), nothing),
+    "failed_first": (nothing, by(0, fail), nothing),
+    "failed_at_start": (by(2, fail), nothing, nothing),
+    "hung_after_the_others_finished": (nothing, nothing, by(1, hang)),
+    "stopped_after_the_others_finished": (nothing, nothing, by(2, stop)),
+}
+
+
+STOPPED = {"stopped": 2, "stopped_first": 0, "stopped_after_the_others_finished": 2}
+"""Who is still there at the end: nobody but the system can end a stopped process."""
+
+
+def train(rank: int, case: str, folder: Path) -> None:
+    before, during, after = CASES[case]
+    world = World(rank, RANKS, rank)
+
+    def ended(reason: str) -> None:
+        (folder / "exit").write_text(reason)
+
+    watchdog = Watchdog(world, TIMEOUT_SECONDS, ended)
+    with watchdog.watching():
+        before(rank)
+        dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+        for step in range(STEPS):
+            if step == 3:
+                (folder / f"begun_{rank}").write_text(str(time.time()))
+                with watchdog.phase("save") if "save" in case else contextlib.nullcontext():
+                    during(rank)
+                dist.barrier()
+            dist.all_reduce(torch.ones(1))
+            watchdog.progress(step + 1)
+        (folder / f"begun_{rank}").write_text(str(time.time()))
+        after(rank)
+
+
+def process(rank: int, case: str, folder: Path) -> None:
+    log = os.open(folder / f"log_{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 0
+    try:
+        train(rank, case, folder)
+    except BaseException as error:
+        print(f"error: {error}", flush=True)
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(case: str, root: Path) -> dict[int, int]:
+    """Process ids of a case's ranks; a store of their own, as without a launcher."""
+    folder = root / case
+    folder.mkdir()
+    os.environ["MASTER_PORT"] = str(free_port())
+    ranks = {}
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            process(rank, case, folder)
+        ranks[rank] = child
+    return ranks
+
+
+def batched(cases: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(cases)
+    while some := list(islice(left, TOGETHER)):
+        yield some
+
+
+def results(cases: list[str], root: Path) -> dict[str, dict[str, Any]]:
+    """Of each case: exit codes (None: still there), seconds from the event to the last end, what was written."""
+    started = {case: start(case, root) for case in cases}
+    running = {(case, rank): pid for case, ranks in started.items() for rank, pid in ranks.items()}
+    codes: dict[tuple[str, int], int] = {}
+    ends: dict[str, float] = {}
+    deadline = time.time() + LONGEST
+    while time.time() < deadline and any(rank != STOPPED.get(case) for case, rank in running):
+        for (case, rank), pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[case, rank], ends[case] = os.waitstatus_to_exitcode(status), time.time()
+                del running[case, rank]
+        time.sleep(0.05)
+    for pid in running.values():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    found = {}
+    for case in cases:
+        begun = [float(file.read_text()) for file in (root / case).glob("begun_*")]
+        note = root / case / "exit"
+        found[case] = {
+            "codes": [codes.get((case, rank)) for rank in range(RANKS)],
+            "seconds": ends.get(case, time.time()) - max(begun, default=0.0),
+            "logs": [(root / case / f"log_{rank}").read_text() for rank in range(RANKS)],
+            "exit": note.read_text() if note.exists() else None,
+        }
+    return found
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    root = path.with_suffix("")
+    root.mkdir()
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.save({case: found for some in batched(CASES) for case, found in results(some, root).items()}, path)

@@ -1,0 +1,219 @@
+"""Runs in which something goes wrong, without a launcher: how they end, what they say, what is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import ENVIRONMENT
+
+from moh_megatron.config.load import load_config
+from moh_megatron.data.dataset import build_train_dataset
+from moh_megatron.data.manifest import load_dataset_tokenizer, load_manifest
+
+WORKER = Path(__file__).parent / "workers" / "faults.py"
+NAMESPACE = ("unshare", "-r", "-m")
+DISKS = ("full", "full_log", "read_only")
+LONGEST_SECONDS = 20
+FLAT_KIB = 8 * 1024
+
+
+class Fault:
+    """What came of one case."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        kept = folder / f"{name}_kept"
+        self.run = (kept if kept.exists() else folder / name) / "run"
+        found = json.loads((folder / "results.json").read_text())[name]
+        self.codes, self.seconds = found["codes"], found["seconds"]
+        self.logs = [(folder / f"{name}_{rank}.log").read_text() for rank in range(2)]
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.run / "checkpoints").glob("step_*"))
+
+    def ended(self) -> dict[str, Any]:
+        return json.loads((self.run / "exit.json").read_text())
+
+
+Cases = Callable[[str], Fault]
+
+
+def run_cases(prepared: tuple[Path, Path], folder: Path, *names: str, within: tuple[str, ...] = ()) -> Cases:
+    command = [*within, sys.executable, str(WORKER), *map(str, prepared), str(folder), *names]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return lambda name: Fault(folder, name)
+
+
+@pytest.fixture(scope="module")
+def cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    """One case of each promise."""
+    return run_cases(prepared, tmp_path_factory.mktemp("faults"), "over_time", "nan", "another_seed", "data_vanished")
+
+
+@pytest.fixture(scope="module")
+def mounts() -> bool:
+    """Whether a process may mount disks where nobody else sees them."""
+    attempt = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(attempt, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def more_cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, mounts: bool) -> Cases:
+    names = [
+        "nan_again_and_again",
+        "spike_skipped",
+        "spike_told",
+        "another_weight",
+        "data_shortened",
+        "killed",
+        "stopped",
+    ]
+    names += DISKS if mounts else []
+    return run_cases(prepared, tmp_path_factory.mktemp("faults"), *names, within=NAMESPACE if mounts else ())
+
+
+def test_the_time_limit_of_one_rank_stops_and_saves_all(cases: Cases) -> None:
+    found = cases("over_time")
+    assert found.codes == [75, 75]
+    assert found.ended()["code"] == 75
+    assert found.checkpoints()[-1] == f"step_{found.ended()['step']:08d}"
+
+
+def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases, prepared: tuple[Path, Path]) -> None:
+    found = cases("nan")
+    assert found.codes == [0, 0]
+    skipped = [record["step"] for record in found.records("metrics.jsonl") if record["skipped"]]
+    assert skipped == [5, 6]
+    assert [record["lm_loss"] for record in found.records("metrics.jsonl")[4:6]] == [None, None]
+    assert json.loads((found.run / "summary.json").read_text())["skipped_steps"] == 2
+    told = found.records("skipped.jsonl")
+    assert [record["reason"] for record in told] == ["the loss is not finite on rank 1"] * 2
+    # Rank 1 of two reads the second half of the global batch of 8.
+    assert [list(record["samples"]) for record in told] == [["36", "37", "38", "39"], ["44", "45", "46", "47"]]
+    config = load_config(str(found.run / "config.yaml"), [])
+    manifest = load_manifest(prepared[1])
+    dataset = build_train_dataset(config, manifest, load_dataset_tokenizer(prepared[1], manifest))
+    documents = dataset.places(36)
+    assert [place["document"] for place in told[0]["samples"]["36"]] == [place.document for place in documents]
+    assert f"sample 36: document {documents[0].document} from token {documents[0].token}" in found.logs[0]
+
+
+def test_a_profile_is_written(cases: Cases) -> None:
+    (trace,) = (cases("nan").run / "tensorboard").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 3
+
+
+def test_the_cost_of_the_start_is_told(cases: Cases) -> None:
+    found = cases("nan")
+    parts = json.loads((found.run / "summary.json").read_text())["startup_seconds"]
+    assert list(parts) == ["imports", "groups", "data", "model", "engine", "first step"]
+    assert "from launch to the end of the first step: imports" in found.logs[0]
+
+
+def test_ranks_that_disagree_are_told_before_the_first_step(cases: Cases) -> None:
+    found = cases("another_seed")
+    assert found.codes == [2, 2]
+    for log in found.logs:
+        assert "the ranks do not agree on the configuration" in log
+        assert "run.seed: 1234 on rank 0; 1235 on rank 1" in log
+    assert not (found.run / "metrics.jsonl").exists()
+
+
+def test_data_that_vanishes_under_a_run(cases: Cases) -> None:
+    found = cases("data_vanished")
+    assert found.codes == [1, 1]
+    assert all("data/train.bin: the data can no longer be read: No such file" in log for log in found.logs)
+    assert all("Traceback" not in log for log in found.logs)
+    assert found.checkpoints() == ["step_00000010"]
+
+
+@pytest.mark.slow
+def test_data_that_shrinks_under_a_run(more_cases: Cases) -> None:
+    """A rank in the middle of a read gets a bus error, which nobody can catch; its peer ends all the same."""
+    found = more_cases("data_shortened")
+    assert set(found.codes) <= {1, -signal.SIGBUS}
+    told = "data/train.bin: the data has changed: 100 bytes, expected"
+    for code, log in zip(found.codes, found.logs, strict=True):
+        assert code == -signal.SIGBUS or told in log or "is missing" in log or "is gone" in log
+    assert found.seconds < 60
+    assert found.checkpoints() == ["step_00000010"]
+
+
+@pytest.mark.slow
+def test_too_many_bad_steps_end_the_run(more_cases: Cases) -> None:
+    found = more_cases("nan_again_and_again")
+    assert found.codes == [1, 1]
+    good = f"Last good checkpoint: {found.run}/checkpoints/step_00000010"
+    assert all(good in log and "4 steps in a row were skipped" in log for log in found.logs)
+    assert found.ended()["code"] == 1
+
+
+@pytest.mark.slow
+def test_spikes(more_cases: Cases) -> None:
+    skipped, told = more_cases("spike_skipped"), more_cases("spike_told")
+    assert skipped.codes == told.codes == [0, 0]
+    assert [record["step"] for record in skipped.records("metrics.jsonl") if record["skipped"]] == [15]
+    assert "step 15 is skipped" in skipped.logs[0]
+    assert "its loss is a spike" in skipped.logs[0]
+    assert not any(record["skipped"] for record in told.records("metrics.jsonl"))
+    assert "is a spike" in told.logs[0]
+    assert "samples 112 to 119 of" in told.logs[0]
+    both = (found.records("metrics.jsonl")[:14] for found in (skipped, told))
+    assert len({tuple(record["loss"] for record in records) for records in both}) == 1
+
+
+@pytest.mark.slow
+def test_weights_that_differ_between_replicas(more_cases: Cases) -> None:
+    found = more_cases("another_weight")
+    assert found.codes == [2, 2]
+    for log in found.logs:
+        assert "the ranks do not agree on the weights of tensor-parallel rank 0" in log
+        assert "decoder.layers.1.mlp.linear_fc1.weight: " in log
+        assert "linear_fc2" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "codes", "missing"), [("killed", [1, -9], 1), ("stopped", [None, 1], 0)])
+def test_a_lost_rank_is_named_in_time(more_cases: Cases, case: str, codes: list[int | None], missing: int) -> None:
+    found = more_cases(case)
+    assert found.codes == codes
+    assert found.seconds < LONGEST_SECONDS
+    assert f"rank {missing} " in found.ended()["reason"]
+    assert found.ended()["reason"] in found.logs[1 - missing]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "path"), [("full", "run/"), ("full_log", "run/"), ("read_only", "run/checkpoints")])
+def test_a_disk_that_takes_no_more(more_cases: Cases, mounts: bool, case: str, path: str) -> None:
+    if not mounts:
+        pytest.skip("this system lets nobody mount a disk in a namespace")
+    found = more_cases(case)
+    assert found.codes == [1, 1]
+    for log in found.logs:
+        assert path in log
+        assert "Traceback" not in log
+        assert "Read-only file system" in log if case == "read_only" else "No space left on device" in log
+    if case != "full_log":
+        assert found.checkpoints()[0] == "step_00000010"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_memory_is_flat_over_2000_steps(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    """With validations, checkpoints and retention on the way."""
+    found = run_cases(prepared, tmp_path, "long")("long")
+    assert found.codes == [0, 0]
+    for rank in range(2):
+        memory = json.loads((tmp_path / "long" / f"memory_{rank}.json").read_text())
+        assert memory["2000"] - memory["500"] < FLAT_KIB, memory

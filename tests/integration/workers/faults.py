@@ -1,0 +1,253 @@
+"""Real runs in which something goes wrong, without a launcher: ranks forked from one process that has imported all.
+
+python faults.py CONFIG DATA FOLDER CASE...: a folder for each case, the logs of its ranks, and results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moh_megatron.config.load import load_config
+from moh_megatron.train import loop, setup
+from moh_megatron.train.rank import run_rank
+from moh_megatron.train.signals import StopRequest
+from moh_megatron.train.world import World
+
+RANKS = 2
+ENDLESS = "train.total_tokens=2560000"
+REPLICAS = "parallel.tensor=1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides, what is different on a rank, and what happens outside after a step was logged."""
+
+    overrides: tuple[str, ...] = ()
+    patch: Callable[[int, StopRequest], tuple[str, ...]] = lambda rank, stop: ()
+    """Called in the rank before it starts; returns further overrides for it."""
+    event: Callable[[Path, dict[int, int]], Any] | None = None
+    """Called with the case's folder and the ranks' process ids."""
+    after_step: int = 6
+    stopped: int | None = None
+    """A rank that only the system can end."""
+    longest: float = 60.0
+
+
+def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callable[[int, StopRequest], tuple[str, ...]]:
+    """The losses of some steps (1 for the first) are another, on some ranks."""
+
+    def patch(rank: int, stop: StopRequest) -> tuple[str, ...]:
+        original, calls = loop.token_losses, iter(range(10**9))
+
+        def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+            losses = original(model, tokens)
+            return losses * factor if next(calls) + 1 in steps else losses
+
+        if rank in ranks:
+            loop.token_losses = token_losses
+        return ()
+
+    return patch
+
+
+def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Steps 5 and 6 of rank 1; a step that is skipped must leave the state alone, to the bit."""
+    original = setup.Engine.step
+
+    def step(self: Any, learning_rate: float) -> torch.Tensor:
+        before = [p.detach().clone() for p in self.module.parameters()] + optimizer_state(self)
+        norm = original(self, learning_rate)
+        if not self.applied:
+            after = [*self.module.parameters(), *optimizer_state(self)]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return norm
+
+    setup.Engine.step = step
+    return losses_times(math.nan, range(5, 7), (1,))(rank, stop)
+
+
+def optimizer_state(engine: Any) -> list[torch.Tensor]:
+    state = engine._optimizer.state.values()
+    return [value.clone() for slots in state for value in slots.values() if torch.is_tensor(value)]
+
+
+def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    stop._started -= 1000 * rank
+    return ()
+
+
+def another_seed(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    return (f"run.seed={1234 + rank}",)
+
+
+def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    original = setup.Engine.__init__
+
+    def initialise(self: Any, model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
+        original(self, model, *arguments, **options)
+        with torch.no_grad():
+            dict(model.named_parameters())["decoder.layers.1.mlp.linear_fc1.weight"][1, 2] += rank
+
+    setup.Engine.__init__ = initialise
+    return ()
+
+
+def own_copy(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    return (f"data.dir={os.environ['CASE_FOLDER']}/data",)
+
+
+def weighed(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Write down the resident memory after some steps, in KiB."""
+    original = loop._Training._train_step
+    memory: dict[int, int] = {}
+
+    def train_step(self: Any, micro_batches: list[torch.Tensor]) -> None:
+        original(self, micro_batches)
+        if self.step % 100 == 99:
+            status = Path("/proc/self/status").read_text()
+            memory[self.step + 1] = int(status.partition("VmRSS:")[2].split()[0])
+            Path(os.environ["CASE_FOLDER"], f"memory_{rank}.json").write_text(json.dumps(memory))
+
+    loop._Training._train_step = train_step
+    return ()
+
+
+def shorten(folder: Path, ranks: dict[int, int]) -> None:
+    os.truncate(folder / "data" / "train.bin", 100)
+
+
+def vanish(folder: Path, ranks: dict[int, int]) -> None:
+    (folder / "data" / "train.bin").unlink()
+
+
+def fill(folder: Path, ranks: dict[int, int]) -> None:
+    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY)
+    with suppress(OSError):
+        while True:
+            os.write(filler, bytes(1024))
+    os.close(filler)
+
+
+def lock(folder: Path, ranks: dict[int, int]) -> None:
+    place = folder / "run" / "checkpoints"
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+
+
+def send(rank: int, number: signal.Signals) -> Callable[[Path, dict[int, int]], None]:
+    return lambda folder, ranks: os.kill(ranks[rank], number)
+
+
+SPIKE = ("train.spike_window=8", REPLICAS)
+MOUNTED = ("full", "full_log", "read_only")
+"""Cases whose folder is a small disk of its own."""
+CASES: dict[str, Case] = {
+    "over_time": Case((ENDLESS, "train.max_seconds=500"), ran_longer),
+    "signalled": Case((ENDLESS,), event=send(1, signal.SIGUSR1)),
+    "nan": Case((REPLICAS, "monitor.profile=true"), losses_nan),
+    "nan_again_and_again": Case((REPLICAS, "train.max_bad_steps=3"), losses_times(math.nan, range(13, 99), (1,))),
+    "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), losses_times(30.0, range(15, 16), (0,))),
+    "spike_told": Case(SPIKE, losses_times(30.0, range(15, 16), (0,))),
+    "another_seed": Case((), another_seed),
+    "another_weight": Case((REPLICAS,), another_weight),
+    "data_shortened": Case((ENDLESS,), own_copy, shorten, after_step=12),
+    "data_vanished": Case((ENDLESS,), own_copy, vanish, after_step=12),
+    "killed": Case((ENDLESS, "train.timeout_seconds=8"), event=send(1, signal.SIGKILL)),
+    "stopped": Case((ENDLESS, "train.timeout_seconds=8"), event=send(0, signal.SIGSTOP), stopped=0),
+    "long": Case(
+        (
+            REPLICAS,
+            "train.total_tokens=256128",
+            "train.global_batch_size=4",
+            "train.micro_batch_size=2",
+            "train.eval_interval=200",
+            "checkpoint.interval=250",
+            "checkpoint.keep_last=2",
+        ),
+        weighed,
+        longest=500.0,
+    ),
+    "full": Case((ENDLESS,), event=fill, after_step=12),
+    "full_log": Case((ENDLESS, "checkpoint.interval=0"), event=fill, after_step=2),
+    "read_only": Case((ENDLESS,), event=lock, after_step=12),
+}
+
+
+def rank_process(rank: int, name: str, config: Path, data: Path, out: Path) -> None:
+    case, folder = CASES[name], out / name
+    log = os.open(out / f"{name}_{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["CASE_FOLDER"] = str(folder)
+    stop = StopRequest.install()
+    overrides = (f"run.dir={folder / 'run'}", f"data.dir={data}", *case.overrides, *case.patch(rank, stop))
+    code = run_rank(load_config(str(config), list(overrides)), World(rank, RANKS, rank), stop)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Exit codes (None: still there at the end) and seconds from the event to the last end."""
+    case, folder = CASES[name], out / name
+    folder.mkdir()
+    if name in MOUNTED:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], check=True)
+    shutil.copytree(data, folder / "data")
+    os.environ["MASTER_PORT"] = str(free_port())
+    ranks = {}
+    for rank in range(RANKS):
+        ranks[rank] = os.fork()
+        if ranks[rank] == 0:
+            rank_process(rank, name, config, data, out)
+    codes: dict[int, int] = {}
+    event, metrics = case.event, folder / "run" / "metrics.jsonl"
+    begun = last = time.time()
+    deadline = begun + case.longest
+    while time.time() < deadline and set(range(RANKS)) - codes.keys() - {case.stopped}:
+        if event and metrics.exists() and metrics.read_bytes().count(b"\n") >= case.after_step:
+            event(folder, ranks)
+            event, begun = None, time.time()
+        for rank in ranks.keys() - codes.keys():
+            ended, status = os.waitpid(ranks[rank], os.WNOHANG)
+            if ended:
+                codes[rank], last = os.waitstatus_to_exitcode(status), time.time()
+        time.sleep(0.02)
+    for rank in ranks.keys() - codes.keys():
+        os.kill(ranks[rank], signal.SIGKILL)
+        os.waitpid(ranks[rank], 0)
+    if name in MOUNTED:
+        # The disk goes with this process.
+        (folder / "filler").unlink(missing_ok=True)
+        shutil.copytree(folder, out / f"{name}_kept")
+    return {"codes": [codes.get(rank) for rank in range(RANKS)], "seconds": last - begun}
+
+
+if __name__ == "__main__":
+    config, data, out = map(Path, sys.argv[1:4])
+    torch.set_num_threads(1)
+    for variable in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(variable, None)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    results = {name: run(name, config, data, out) for name in sys.argv[4:]}
+    (out / "results.json").write_text(json.dumps(results))
