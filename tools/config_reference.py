@@ -27,6 +27,7 @@ A file may start from another one with `base: other.yaml` (relative to itself) a
 Numbers may be written as `2e11` or `6e-5`. *(ours)* marks what the MoH paper does not give.
 Unknown keys, wrong types and combinations that cannot work are refused before anything is loaded, all in one message.
 """
+_HEAD = "| key | value | default | meaning |\n|---|---|---|---|"
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -79,9 +80,12 @@ def reference() -> str:
     page = [_INTRODUCTION]
     for name, section in get_type_hints(schema.Config).items():
         page.append(f"## {name}\n")
+        if get_origin(section) is dict:
+            page += [_HEAD, f"| `{name}` | mapping | `{{}}` | {field_docstrings(schema.Config)[name]} |", ""]
+            continue
         if description := ast.get_docstring(_definition(section)):
             page.append(f"{_prose(description)}\n")
-        page += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        page.append(_HEAD)
         hints, docstrings = get_type_hints(section, include_extras=True), field_docstrings(section)
         for field in dataclasses.fields(section):
             required = field.default is dataclasses.MISSING

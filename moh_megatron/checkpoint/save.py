@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 
 from moh_megatron.checkpoint import random_states, weights
 from moh_megatron.checkpoint.manifest import FileEntry, Manifest, hash_file, relative_files, write_manifest
@@ -47,7 +47,8 @@ class Contents:
     step: int
     tokens: int
     data: str
-    model: nn.Module
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
+    """This tensor-parallel rank's part of the model, whole; may gather, so every rank iterates to the end."""
     tokenizer: SavesFiles
     save_engine: Callable[[Path], None]
     """Writes DeepSpeed's part into a folder; called on every rank."""
@@ -76,7 +77,10 @@ def save(root: Path, contents: Contents) -> Path:
         contents.save_engine(partial / ENGINE)
         if groups.data_group().rank() == 0:
             rank = groups.tensor_group().rank()
-            weights.write_shard(partial, contents.model, rank, contents.config.parallel.tensor)
+            weights.write_shard(partial, contents.weights(), rank, contents.config.parallel.tensor)
+        else:
+            for _ in contents.weights():
+                pass
         random_states.write(partial)
         dist.barrier()
         files = _hash_together(partial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,11 +22,11 @@ def _file(folder: Path, rank: int, size: int) -> Path:
     return folder / FOLDER / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors"
 
 
-def write_shard(folder: Path, model: nn.Module, rank: int, size: int) -> None:
-    """This tensor-parallel rank's parameters and router biases, under Megatron-core's names."""
+def write_shard(folder: Path, tensors: Iterable[tuple[str, Tensor]], rank: int, size: int) -> None:
+    """This tensor-parallel rank's tensors, under Megatron-core's names; all are held in host memory meanwhile."""
     path = _file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: each.detach().cpu().contiguous() for name, each in model_tensors(model).items()}, path)
+    save_file({name: value.cpu().contiguous() for name, value in tensors}, path)
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:

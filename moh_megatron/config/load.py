@@ -2,6 +2,9 @@
 
 A file may name another as ``base:`` (relative to itself) and then states only what differs: a base's sections are
 inherited key by key. Mistakes are reported together, one per line, each with the file that holds it.
+
+``deepspeed`` is a free section: a mapping whose keys are not ours, nested as deep as its user likes. It is inherited
+and overridden leaf by leaf (``deepspeed.zero_optimization.reduce_scatter=false``).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moh_megatron.config import core_yaml
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.nesting import leaves, nested, within
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
 
@@ -63,9 +67,10 @@ class _Draft:
         self.settings: dict[str, dict[str, _Setting]] = {}
         self.problems: list[str] = []
         self.keys = {
-            section: [field.name for field in dataclasses.fields(cls)]
+            section: [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
             for section, cls in get_type_hints(Config).items()
         }
+        self.free = {section for section, keys in self.keys.items() if not keys}
         self.refused_sections: set[str] = set()
 
     def add(self, mapping: Mapping[str, Any], source: str) -> None:
@@ -79,6 +84,9 @@ class _Draft:
                 self.problems.append(f"{source}: {section}: must be a mapping of keys. Got {_shown(values)}.")
                 self.refused_sections.add(section)
                 continue
+            if section in self.free:
+                self._add_leaves(section, values or {}, source)
+                continue
             for key, value in (values or {}).items():
                 if key in self.keys[section]:
                     self.settings[section][key] = _Setting(value, source)
@@ -86,6 +94,14 @@ class _Draft:
                     self.problems.append(
                         f"{source}: {section}.{key}: unknown key; {self._nearest_key(section, str(key))}"
                     )
+
+    def _add_leaves(self, section: str, values: Mapping[str, Any], source: str) -> None:
+        """As ``add``, for a free section: its settings are leaves, each under its dotted path."""
+        settings = self.settings[section]
+        for path, value in leaves(values):
+            for other in [other for other in settings if within(other, path) or within(path, other)]:
+                del settings[other]
+            settings[path] = _Setting(value, source)
 
     def override(self, text: str) -> None:
         """Lay one ``section.key=value`` over what is set."""
@@ -108,6 +124,8 @@ class _Draft:
             section: {key: setting.value for key, setting in settings.items()}
             for section, settings in self.settings.items()
         }
+        for section in self.free & values.keys():
+            values[section] = nested(values[section])
         try:
             config = TypeAdapter(Config).validate_python(values)
         except ValidationError as error:
@@ -137,15 +155,16 @@ class _Draft:
     def _nearest_section(self, name: str) -> str:
         if owners := [section for section, keys in self.keys.items() if name in keys]:
             return f"did you mean '{owners[0]}.{name}'?"
-        return _nearest(str(name), self.keys, "the sections are")
+        return nearest(str(name), self.keys, "the sections are")
 
     def _nearest_key(self, section: str, name: str) -> str:
         if owners := [other for other, keys in self.keys.items() if name in keys]:
             return f"did you mean '{owners[0]}.{name}'?"
-        return _nearest(name, self.keys[section], f"{section} has the keys")
+        return nearest(name, self.keys[section], f"{section} has the keys")
 
 
-def _nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
+def nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
+    """The candidate a mistyped ``name`` was meant to be; ``otherwise`` and all of them, if none is near."""
     names = list(candidates)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"{otherwise} {', '.join(names)}."

@@ -6,7 +6,7 @@ rules across sections stand in ``validate.py``. Values the MoH paper does not gi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -128,6 +128,10 @@ class ParallelConfig:
     sequence: Bool = False
     """Megatron's sequence parallelism: shards the activations outside attention and MLP over the tensor ranks."""
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
+    """What data-parallel ranks share out instead of each holding all of it: 0 nothing, 1 optimizer state, 2 also
+    gradients, 3 also parameters."""
+    offload_optimizer: Bool = False
+    """Keep the optimizer state in host memory and update the weights there (ZeRO-Offload); stages 1 to 3."""
     pipeline: PositiveInt = 1
     context: PositiveInt = 1
 
@@ -253,3 +257,6 @@ class Config:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, added to what is derived from the other sections. They may tune
+    (zero_optimization: reduce_bucket_size, overlap_comm, ...) but not contradict it."""

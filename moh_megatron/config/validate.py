@@ -143,14 +143,14 @@ def _parallel(config: Config) -> Iterator[Violation]:
     if parallel.zero_stage == 0 and config.train.precision == "bf16":
         yield Violation(
             "parallel.zero_stage",
-            "parallel.zero_stage must be 1 or 2 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 master "
-            "weights then, and small updates are lost. Got 0.",
+            "parallel.zero_stage must be 1, 2 or 3 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
+            "master weights then, and small updates are lost. Got 0.",
         )
-    if parallel.zero_stage == 3:
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
         yield Violation(
-            "parallel.zero_stage",
-            "parallel.zero_stage must be at most 2: the sharded parameters of stage 3 cannot be exported yet; "
-            "use stage 1 or 2. Got 3.",
+            "parallel.offload_optimizer",
+            "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3: it is ZeRO's own optimizer state that "
+            "moves to host memory, and stage 0 has none. Got stage 0.",
         )
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moh_megatron.config.schema import Config
+from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.parallel import groups
+from moh_megatron.train.deepspeed_config import check_known, deepspeed_config
 from moh_megatron.train.world import World
 
 if not torch.cuda.is_available():
@@ -25,8 +27,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
 import deepspeed.ops
-
-_BUCKET_ELEMENTS = 200_000_000
+from deepspeed.runtime.config import DeepSpeedConfig
 
 
 def initialize_distributed(world: World) -> None:
@@ -47,28 +48,14 @@ def initialize_distributed(world: World) -> None:
     )
 
 
-def deepspeed_config(config: Config, data_parallel: int, accumulation_steps: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours in this one place."""
-    bucket = min(_BUCKET_ELEMENTS, parameters)
-    settings: dict[str, Any] = {
-        "train_batch_size": config.train.micro_batch_size * data_parallel * accumulation_steps,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "steps_per_print": 2**62,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-    }
-    if config.train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
+def check_deepspeed_section(config: Config, world_size: int) -> None:
+    """Raise UserError where the ``deepspeed`` section contradicts another, or holds what DeepSpeed does not know."""
+    replicas = data_parallel_size(config, world_size)
+    steps = gradient_accumulation_steps(config, world_size)
+    settings = deepspeed_config(config, replicas, steps, cuda=torch.cuda.is_available())
+    # DeepSpeed holds the batch against the world size, which is 1 before the processes meet.
+    alone = settings | {"train_batch_size": settings["train_batch_size"] // replicas}
+    check_known(config.deepspeed, alone, DeepSpeedConfig)
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
@@ -85,12 +72,26 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 class Engine:
-    """One model in training on this rank."""
+    """One model in training on this rank.
 
-    def __init__(self, model: nn.Module, config: Config, *, data_parallel: int, accumulation_steps: int) -> None:
+    Args:
+        model: this tensor-parallel rank's part, whole; stage 3 shares it out over the data-parallel ranks in place.
+        make_optimizer: what updates the weights, from model and configuration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        data_parallel: int,
+        accumulation_steps: int,
+        make_optimizer: Callable[[nn.Module, Config], torch.optim.Optimizer] = adamw,
+    ) -> None:
         self._stage = config.parallel.zero_stage
-        count = sum(p.numel() for p in model.parameters())
-        self._optimizer = adamw(model, config)
+        self.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        """Of this tensor-parallel rank's part, whole."""
+        self._optimizer = make_optimizer(model, config)
         self._settings = [
             {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
         ]
@@ -99,7 +100,7 @@ class Engine:
             model=model,
             optimizer=self._optimizer,
             mpu=groups.DeepSpeedMpu(),
-            config=deepspeed_config(config, data_parallel, accumulation_steps, count),
+            config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
         )
 
     @property
@@ -109,8 +110,18 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The Megatron-core model inside."""
+        """The Megatron-core model inside; under stage 3 its parameters are whole only while it runs."""
         return self._module
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter and buffer, whole on this tensor-parallel rank; all ranks go through it.
+
+        Stage 3 gathers each when its turn comes, and lets go of it at the next one.
+        """
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                    yield name, tensor.detach()
 
     @property
     def optimizer_state_bytes(self) -> int:

@@ -180,18 +180,17 @@ class _Training:
         if self.saved_step == self.step:
             return
         session, engine, root = self.session, self.session.engine, checkpoint_dir(self.config)
-        parameters = sum(p.numel() * p.element_size() for p in engine.module.parameters())
         replica = groups.data_group().rank() == 0
         contents = save.Contents(
             config=self.config,
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
             data=session.data_hash,
-            model=engine.module,
+            weights=engine.weights,
             tokenizer=session.tokenizer,
             save_engine=engine.save,
             # DeepSpeed keeps a second copy of the weights, and fp32 masters beside Adam's two moments.
-            expected_bytes=int(2 * parameters * replica + 1.5 * engine.optimizer_state_bytes),
+            expected_bytes=int(2 * engine.parameter_bytes * replica + 1.5 * engine.optimizer_state_bytes),
         )
         save.save(root, contents)
         self.saved_step = self.step

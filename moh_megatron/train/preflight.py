@@ -12,6 +12,11 @@ def preflight(config: Config, world_size: int) -> Manifest:
     """The prepared dataset, if this configuration can train on it with so many ranks; UserError otherwise."""
     data_parallel_size(config, world_size)
     gradient_accumulation_steps(config, world_size)
+    if config.deepspeed:
+        # DeepSpeed itself knows its keys; importing it takes seconds, so only where there is something to look up.
+        from moh_megatron.train.engine import check_deepspeed_section
+
+        check_deepspeed_section(config, world_size)
     data = load_manifest(data_dir(config))
     data.check_fits(config)
     load_dataset_tokenizer(data_dir(config), data)

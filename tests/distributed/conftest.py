@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+TESTS = Path(__file__).parents[1]
 WORKERS = Path(__file__).parent / "workers"
 TIMEOUT_SECONDS = 300
 
@@ -28,6 +29,7 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Spawn:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",

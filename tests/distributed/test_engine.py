@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-LAYOUTS = [f"{name}_zero{stage}" for name in ("tp1", "tp2", "tp2_sp") for stage in (0, 1, 2)]
+LAYOUTS = [f"{name}_zero{stage}" for name in ("tp1", "tp2", "tp2_sp") for stage in (0, 1, 2, 3)]
 ADAM_TOLERANCE = 1e-4
 BF16_TOLERANCE = 1e-2
 
@@ -38,7 +38,7 @@ def test_query_norm_balance_loss_is_in_the_gradient(results: list[dict[str, Any]
     assert here["norms"] == pytest.approx(bare["norms"], rel=ADAM_TOLERANCE)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_stays_near(results: list[dict[str, Any]], stage: int) -> None:
     for loss, expected in zip(results[0][f"tp2_zero{stage}_bf16"]["losses"], results[0]["bare"]["losses"], strict=True):
         assert _relative(loss, expected) < BF16_TOLERANCE
@@ -50,7 +50,7 @@ def test_all_ranks_report_the_same(results: list[dict[str, Any]]) -> None:
         assert results[0][layout]["norms"] == pytest.approx(results[1][layout]["norms"], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_replicas_hold_half_the_optimizer_state_each(results: list[dict[str, Any]], stage: int) -> None:
     moments_and_padding = 1.02 * 2 * 4
     whole = results[0]["tp1_zero0"]["state_bytes"]

@@ -9,7 +9,7 @@ from support.layouts import CASES, Results, assert_same
 
 pytestmark = pytest.mark.slow
 
-ENGINES = [f"tp2_dp2_zero{stage}{sequence}" for stage in (0, 1, 2) for sequence in ("", "_sp")]
+ENGINES = [f"tp2_dp2_zero{stage}{sequence}" for stage in (0, 1, 2, 3) for sequence in ("", "_sp")]
 
 
 @pytest.fixture(scope="module")

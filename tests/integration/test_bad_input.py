@@ -56,6 +56,8 @@ def test_training_before_preparing(tmp_path: Path) -> None:
         (2, ("parallel.tensor=1", "train.global_batch_size=4"), "train.global_batch_size"),
         (2, ("train.sequence_length=4096", "train.total_tokens=1e6"), "fewer than one sequence"),
         (2, ("model.vocab_size=256",), "model.vocab_size"),
+        (2, ("deepspeed.zero_optimization.redcue_scatter=true",), "did you mean 'reduce_scatter'?"),
+        (2, ("deepspeed.zero_optimization.stage=2",), "parallel.zero_stage"),
     ],
 )
 def test_what_does_not_fit_the_data_or_the_world(

@@ -35,7 +35,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/board.py"},
     "triton": {"moh/backends/triton_kernel.py"},
-    "pydantic": {"config", "data/manifest.py"},
+    "pydantic": {"config", "data/manifest.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tiny
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.train.engine import Engine, adamw, initialize_distributed
@@ -17,6 +20,7 @@ from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.world import World
 
 STEPS = 4
+MICRO_BATCH = 2
 LAYOUTS: dict[str, dict[str, Any]] = {
     f"{name}_zero{stage}": {**parallel, "zero_stage": stage}
     for name, parallel in {
@@ -24,56 +28,57 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "tp2": {"tensor": 2},
         "tp2_sp": {"tensor": 2, "sequence": True},
     }.items()
-    for stage in (0, 1, 2)
+    for stage in (0, 1, 2, 3)
 }
 
-
-def global_batch(step: int) -> torch.Tensor:
-    """[4, S + 1]: two micro-batches of two rows."""
-    return tiny.tokens(4, seed=100 + step)
+MakeOptimizer = Callable[[torch.nn.Module, Config], torch.optim.Optimizer]
 
 
-def bare_loop(moh: dict[str, Any] | None = None) -> dict[str, list[float]]:
+def micro_batches(config: Config, step: int) -> tuple[torch.Tensor, ...]:
+    """[2, S + 1] each, over all data-parallel ranks."""
+    return tiny.tokens(config.train.global_batch_size, seed=100 + step).split(MICRO_BATCH)
+
+
+def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, list[float]]:
     """No engine, no attached losses: the total loss written out, whole batch gradients, torch's own clipping."""
-    config = tiny.tiny_config(moh=moh or {})
     model = tiny.fresh_model(config)
     routed: list[torch.Tensor] = []
     for layer in moh_layers(model):
         layer.router.loss_scale = 0.0
         layer.router.register_forward_hook(lambda module, inputs, output: routed.append(output.balance_loss))
-    optimizer = adamw(model, config)
+    optimizer = make_optimizer(model, config)
     losses, norms = [], []
-    for step in range(STEPS):
-        step_losses = []
-        for rows in global_batch(step).split(2):
+    for step in range(steps):
+        batches, step_losses = micro_batches(config, step), []
+        for rows in batches:
             routed.clear()
             loss = token_losses(model, rows).mean()
             balance = torch.stack(routed).mean()
-            ((loss + config.moh.balance_coefficient * balance) / 2).backward()
+            ((loss + config.moh.balance_coefficient * balance) / len(batches)).backward()
             step_losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.train.steps)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(sum(step_losses) / 2)
+        losses.append(sum(step_losses) / len(step_losses))
     return {"losses": losses, "norms": norms}
 
 
-def engine_loop(parallel: dict[str, Any], precision: str = "fp32", moh: dict[str, Any] | None = None) -> dict[str, Any]:
+def engine_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
     """The same steps through the engine."""
-    config = tiny.tiny_config(parallel=parallel, train={"precision": precision}, moh=moh or {})
     size = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, size), data_parallel_size(config, size)
     model = tiny.fresh_model(config, accumulation)
     elements = sum(p.numel() for p in model.parameters())
-    engine = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
+    engine = Engine(
+        model, config, data_parallel=replicas, accumulation_steps=accumulation, make_optimizer=make_optimizer
+    )
     rank = parallel_state.get_data_parallel_rank()
     losses, norms = [], []
-    for step in range(STEPS):
-        micro_batches = global_batch(step).split(2)[rank::replicas]
+    for step in range(steps):
         step_losses = []
-        for rows in micro_batches:
+        for rows in micro_batches(config, step)[rank::replicas]:
             loss = token_losses(engine.model, rows).mean()
             engine.backward(loss)
             step_losses.append(loss.detach())
@@ -81,20 +86,36 @@ def engine_loop(parallel: dict[str, Any], precision: str = "fp32", moh: dict[str
         mean = torch.stack(step_losses).mean()
         dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
         losses.append(float(mean) / replicas)
-    return {"losses": losses, "norms": norms, "elements": elements, "state_bytes": engine.optimizer_state_bytes}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "elements": elements,
+        "resting_elements": sum(p.numel() for p in model.parameters()),
+        "state_bytes": engine.optimizer_state_bytes,
+    }
 
 
-if __name__ == "__main__":
+def joined() -> World:
+    """This process as a rank, in its process group."""
     torch.set_num_threads(1)
+    # Stage 3 collects garbage for each engine: what the imports left need not be looked through each time.
+    gc.freeze()
     world = World.from_environment()
     assert world is not None
     initialize_distributed(world)
-    results: dict[str, Any] = {"bare": bare_loop()}
+    return world
+
+
+if __name__ == "__main__":
+    joined()
+    query_norm: dict[str, Any] = {"router": "query_norm"}
+    results: dict[str, Any] = {"bare": bare_loop(tiny.tiny_config())}
     for name, parallel in LAYOUTS.items():
-        results[name] = engine_loop(parallel)
-    results["bare_query_norm"] = bare_loop({"router": "query_norm"})
-    results["tp2_query_norm"] = engine_loop({"tensor": 2}, moh={"router": "query_norm"})
-    for stage in (1, 2):
-        results[f"tp2_zero{stage}_bf16"] = engine_loop({"tensor": 2, "zero_stage": stage}, "bf16")
+        results[name] = engine_loop(tiny.tiny_config(parallel=parallel))
+    results["bare_query_norm"] = bare_loop(tiny.tiny_config(moh=query_norm))
+    results["tp2_query_norm"] = engine_loop(tiny.tiny_config(parallel={"tensor": 2}, moh=query_norm))
+    for stage in (1, 2, 3):
+        sections = {"parallel": {"tensor": 2, "zero_stage": stage}, "train": {"precision": "bf16"}}
+        results[f"tp2_zero{stage}_bf16"] = engine_loop(tiny.tiny_config(**sections))
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

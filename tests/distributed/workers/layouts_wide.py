@@ -11,28 +11,24 @@ import torch
 import torch.distributed as dist
 from layouts import CASES
 
-from moh_megatron.train.engine import initialize_distributed
-from moh_megatron.train.world import World
-
 # Six KV groups cannot be shared by four ranks.
 FOUR_RANKS = [case for case in CASES if case != "six_groups"]
 LAYOUTS = {"tp1": {"tensor": 1}, "tp4": {"tensor": 4}, "tp4_sp": {"tensor": 4, "sequence": True}}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world = World.from_environment()
-    assert world is not None
-    initialize_distributed(world)
+    engine.joined()
     results: dict[Any, Any] = {}
     for layout, parallel in LAYOUTS.items():
         for case in FOUR_RANKS:
             sections = CASES[case]
             config = tiny.tiny_config(**sections, parallel=parallel)
             results[case, layout] = tiny.gradients_of(config)
-    engines: dict[str, Any] = {"bare": engine.bare_loop()}
-    for stage in (0, 1, 2):
+    engines: dict[str, Any] = {"bare": engine.bare_loop(tiny.tiny_config())}
+    for stage in (0, 1, 2, 3):
         for sequence in (False, True):
             name = f"tp2_dp2_zero{stage}{'_sp' if sequence else ''}"
-            engines[name] = engine.engine_loop({"tensor": 2, "sequence": sequence, "zero_stage": stage})
+            engines[name] = engine.engine_loop(
+                tiny.tiny_config(parallel={"tensor": 2, "sequence": sequence, "zero_stage": stage})
+            )
     torch.save({"layouts": results, "engines": engines}, sys.argv[1])
     dist.destroy_process_group()

@@ -37,6 +37,8 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
     "parallel": {"zero_stage": 1},
+    # Every parameter here is below DeepSpeed's threshold, and stage 3 would share out none of them.
+    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
 }
 
 

@@ -173,6 +173,30 @@ def test_a_base_is_inherited_key_by_key(folder):
     assert (config.run.dir, config.run.seed) == ("runs/x", 8)
 
 
+def test_a_free_section_is_inherited_leaf_by_leaf(folder):
+    (folder / "base.yaml").write_text(
+        f"{_SMALL}deepspeed:\n  wall_clock_breakdown: true\n"
+        "  zero_optimization: {reduce_scatter: true, x: {y: [1, 2]}}\n"
+    )
+    (folder / "top.yaml").write_text("base: base.yaml\ndeepspeed: {zero_optimization: {reduce_scatter: false, x: 3}}\n")
+    assert load_config("small.yaml").deepspeed == {}
+    assert load_config("top.yaml").deepspeed == {
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"reduce_scatter": False, "x": 3},
+    }
+    config = load_config("top.yaml", ["deepspeed.zero_optimization.x.y=6e3", "deepspeed.aio={block_size: 1}"])
+    assert config.deepspeed == {
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"reduce_scatter": False, "x": {"y": 6e3}},
+        "aio": {"block_size": 1},
+    }
+    (folder / "again.yaml").write_text(dump_config(config))
+    assert load_config("again.yaml") == config
+    assert complaint("small.yaml", "deepspeed=3").endswith("must have the form section.key=value.")
+    (folder / "bad.yaml").write_text("base: small.yaml\ndeepspeed: 3\n")
+    assert complaint("bad.yaml") == "bad.yaml: deepspeed: must be a mapping of keys. Got 3."
+
+
 def test_the_file_that_set_the_value_is_blamed(folder):
     (folder / "middle.yaml").write_text("base: small.yaml\nmoh: {active_heads: 9}\nrun: {seed: x}\n")
     (folder / "top.yaml").write_text("base: middle.yaml\ntrain: {micro_batch_size: y}\n")

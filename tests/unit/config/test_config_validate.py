@@ -126,15 +126,16 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
         (
             {"parallel.zero_stage": 0, "train.precision": "bf16"},
             [
-                "parallel.zero_stage must be 1 or 2 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
+                "parallel.zero_stage must be 1, 2 or 3 with train.precision: bf16: DeepSpeed's stage 0 keeps no fp32 "
                 "master weights then, and small updates are lost. Got 0."
             ],
         ),
+        ({"parallel.zero_stage": 3, "parallel.offload_optimizer": True}, []),
         (
-            {"parallel.zero_stage": 3},
+            {"parallel.zero_stage": 0, "parallel.offload_optimizer": True},
             [
-                "parallel.zero_stage must be at most 2: the sharded parameters of stage 3 cannot be exported yet; use "
-                "stage 1 or 2. Got 3."
+                "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3: it is ZeRO's own optimizer state that "
+                "moves to host memory, and stage 0 has none. Got stage 0."
             ],
         ),
         (

@@ -1,0 +1,32 @@
+"""Nested mappings as flat ones, and back: ``{a: {b: 1}}`` is ``{a.b: 1}``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of all that is not a mapping itself; an empty mapping says nothing."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``leaves``."""
+    root: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, key = path.split(".")
+        mapping = root
+        for name in above:
+            mapping = mapping.setdefault(name, {})
+        mapping[key] = value
+    return root
+
+
+def within(path: str, above: str) -> bool:
+    """Whether ``path`` is ``above`` or lies below it."""
+    return f"{path}.".startswith(f"{above}.")
