@@ -13,7 +13,8 @@ from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.plan.memory import ELEMENT, zero_settings
-from moh_megatron.plan.weights import persistent_size, total_size, weights
+from moh_megatron.plan.stage3 import most_kept, persistent_size
+from moh_megatron.plan.weights import total_size, weights
 
 _FP32 = 4
 _TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "reduce": 1}
@@ -117,12 +118,10 @@ def _data(config: Config, world_size: int, steps: int) -> Iterator[_Part]:
     gradients = _FP32 * trained
     if stage == 3:
         persistent = persistent_size(held, settings)
-        yield _Part(
-            "parameters, gathered forward and backward",
-            "all-gather",
-            2 * steps,
-            element * (total_size(held) - persistent),
-        )
+        shared = total_size(held) - persistent
+        # Gathered forward and backward, but for what is used again before much else is.
+        gathered = element * (2 * shared - min(shared, most_kept(settings)))
+        yield _Part("parameters", "all-gather", steps, gathered)
         yield _Part("gradients", "reduce-scatter", steps, gradients)
         yield _Part("updated small parameters", "all-gather", 1, element * persistent)
         return

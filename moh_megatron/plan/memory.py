@@ -10,7 +10,8 @@ from typing import Any
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
-from moh_megatron.plan.weights import Weight, persistent_size, stage3_setting, total_size, weights
+from moh_megatron.plan.stage3 import most_gathered, persistent_size
+from moh_megatron.plan.weights import Weight, total_size, weights
 from moh_megatron.train.deepspeed_config import deepspeed_config
 
 ELEMENT = {"fp32": 4, "bf16": 2}
@@ -20,8 +21,6 @@ _ALIGNMENT = 2
 """DeepSpeed pads a flat group of weights to this many elements times the data-parallel size."""
 _FALLBACK_BUCKET = 500_000_000
 """Elements DeepSpeed copies together to all-reduce gradients that ZeRO does not partition."""
-_LIVE_ELEMENTS = 1_000_000_000
-"""Of the parameters stage 3 has gathered at one time, DeepSpeed's own limit."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class ModelStates:
 
     parameters: int
     gradients: int
-    """The most at the end of any backward pass of a step."""
+    """The most at the end of any backward pass of a step. Roughly, with ZeRO-Offload: stage 1 in bf16 was seen to hold
+    half as much again."""
     optimizer: int
     """Adam's two moments, and from stage 1 on the fp32 master weights."""
     buffers: int
@@ -153,5 +153,5 @@ class _Account:
         bucket = _FP32 * int(self.settings["reduce_bucket_size"])
         if self.stage < 3:
             return bucket * (2 if self.settings["overlap_comm"] else 1)
-        gathered = min(total_size(self.weights), stage3_setting(self.settings, "max_live_parameters", _LIVE_ELEMENTS))
+        gathered = min(total_size(self.weights), most_gathered(self.settings))
         return bucket + (self.element * gathered if self.replicas > 1 else 0)

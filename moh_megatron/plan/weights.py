@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.heads import LayerHeads, layer_heads
@@ -20,10 +20,6 @@ class Weight(NamedTuple):
     matrix: bool
     """Whether the optimizer decays it; norms are spared, in a group of their own."""
     trained: bool = True
-
-
-_PERSISTENCE = {"param_persistence_threshold": 100_000, "model_persistence_threshold": 2**63 - 1}
-"""DeepSpeed's own: the largest parameter that stage 3 leaves whole, and how many elements it so leaves."""
 
 
 def weights(config: Config) -> list[Weight]:
@@ -56,18 +52,3 @@ def _layer(config: Config, heads: LayerHeads) -> Iterator[Weight]:
 def total_size(of: Iterable[Weight]) -> int:
     """Elements."""
     return sum(each.size for each in of)
-
-
-def stage3_setting(settings: Mapping[str, Any], name: str, default: int) -> int:
-    """One of DeepSpeed's ``zero_optimization``; those of stage 3 go by two names."""
-    return int(settings.get(f"stage3_{name}", settings.get(name, default)))
-
-
-def persistent_size(of: Iterable[Weight], settings: Mapping[str, Any]) -> int:
-    """Elements of the small parameters that stage 3 leaves whole, under these ``zero_optimization`` settings."""
-    largest, most = (stage3_setting(settings, name, default) for name, default in _PERSISTENCE.items())
-    total = 0
-    for each in of:
-        if each.size <= largest and total + each.size <= most:
-            total += each.size
-    return total

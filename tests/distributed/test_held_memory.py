@@ -60,6 +60,16 @@ def test_weights_are_the_model_s_in_its_order(results: list[dict[Any, Any]], ten
     assert [(each.name, each.size) for each in weights(config)] == named
 
 
+@pytest.mark.parametrize("case", CASES + SPECIAL)
+def test_data_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
+    config, _, sizes = results[0][case, 1]
+    planned = communication(config, WORLD)
+    for operation, heard in sizes.items():
+        ours = sum(each.sent_bytes for each in planned if each.operation == operation)
+        # Each step's norms and flags are small, but not to the last byte next to a model this small.
+        assert ours * WORLD / PASSES[operation] == pytest.approx(sum(heard), rel=TOLERANCE, abs=1000), operation
+
+
 @pytest.mark.parametrize("case", TRAFFIC)
 def test_tensor_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
     config, sizes = results[0]["traffic", case]

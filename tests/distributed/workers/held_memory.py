@@ -106,24 +106,6 @@ def held(running: Engine) -> dict[str, int]:
     return sizes
 
 
-def most_held(config: Config) -> dict[str, int]:
-    """The most of each kind at the end of any backward pass of the second step."""
-    world = dist.get_world_size()
-    accumulation, replicas = gradient_accumulation_steps(config, world), data_parallel_size(config, world)
-    assert accumulation > 1
-    model = tiny.fresh_model(config, accumulation)
-    running = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
-    moments = []
-    for _ in range(2):
-        moments.clear()
-        for rows in tiny.tokens(config.train.global_batch_size).split(1)[::replicas]:
-            running.backward(token_losses(running.model, rows).mean())
-            moments.append(held(running))
-        running.step(1e-4)
-    print(config.parallel, config.train.precision, moments)
-    return {kind: max(moment[kind] for moment in moments) for kind in moments[0]}
-
-
 class Listener(TorchDispatchMode):
     """Bytes of the whole tensor of each collective, by operation; loss figures and means, which are small, left out."""
 
@@ -136,12 +118,31 @@ class Listener(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         places = {"allreduce_": ("all-reduce", 0), "_allgather_base_": ("all-gather", 0)}
         places["_reduce_scatter_base_"] = ("reduce-scatter", 1)
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and func._opname in places:
             operation, place = places[func._opname]
             size = sum(each.nbytes for each in tensors_in(args[place]))
             if size >= self.SMALL:
                 self.sizes[operation].append(size)
         return func(*args, **(kwargs or {}))
+
+
+def most_held(config: Config) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """The most of each kind at the end of any backward pass of the second step, and what that step sends."""
+    world = dist.get_world_size()
+    accumulation, replicas = gradient_accumulation_steps(config, world), data_parallel_size(config, world)
+    assert accumulation > 1
+    model = tiny.fresh_model(config, accumulation)
+    running = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
+    moments, listener = [], Listener()
+    for _ in range(2):
+        moments.clear()
+        listener = Listener()
+        with listener:
+            for rows in tiny.tokens(config.train.global_batch_size).split(1)[::replicas]:
+                running.backward(token_losses(running.model, rows).mean())
+                moments.append(held(running))
+            running.step(1e-4)
+    return {kind: max(moment[kind] for moment in moments) for kind in moments[0]}, listener.sizes
 
 
 def heard(config: Config) -> dict[str, list[int]]:
@@ -159,7 +160,7 @@ if __name__ == "__main__":
         if dist.get_world_size() % tensor == 0:
             for case, sections in CASES.items():
                 config = case_config(sections, tensor)
-                results[case, tensor] = config, most_held(config)
+                results[case, tensor] = config, *most_held(config)
             model = tiny.fresh_model(config)
             results["weights", tensor] = config, [(name, p.numel()) for name, p in model.named_parameters()]
     for case, sections in TRAFFIC.items():
