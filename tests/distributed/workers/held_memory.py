@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import engine
 import tiny
@@ -110,16 +110,20 @@ class Listener(TorchDispatchMode):
     """Bytes of the whole tensor of each collective, by operation; loss figures and means, which are small, left out."""
 
     SMALL = 256
+    WHOLE: ClassVar = {
+        "allreduce_": ("all-reduce", 0),
+        "_allgather_base_": ("all-gather", 0),
+        "_reduce_scatter_base_": ("reduce-scatter", 1),
+    }
+    """Which argument of torch's own operator is the whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[str, list[int]] = {"all-reduce": [], "all-gather": [], "reduce-scatter": []}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = {"allreduce_": ("all-reduce", 0), "_allgather_base_": ("all-gather", 0)}
-        places["_reduce_scatter_base_"] = ("reduce-scatter", 1)
-        if func.namespace == "c10d" and func._opname in places:
-            operation, place = places[func._opname]
+        if func.namespace == "c10d" and func._opname in self.WHOLE:
+            operation, place = self.WHOLE[func._opname]
             size = sum(each.nbytes for each in tensors_in(args[place]))
             if size >= self.SMALL:
                 self.sizes[operation].append(size)
