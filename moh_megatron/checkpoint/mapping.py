@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
-from moh_megatron.moh.layout import HeadLayout
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moh_megatron.config.count import router_weight_rows
+from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
-from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.losses import attach_loss, z_loss
 from moh_megatron.moh.routing import (
     Logits,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import textwrap
 
+from moh_megatron.config.head_layout import LARGEST_IMBALANCE, UNEVEN, HeadLayout
 from moh_megatron.config.heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
-from moh_megatron.moh.layout import LARGEST_IMBALANCE, UNEVEN, HeadLayout
 
 
 def head_report(config: Config) -> str:

@@ -21,8 +21,9 @@ ARROWS = {
     "data": {"config"},
     "moh": {"config", "parallel"},
     "model": {"config", "moh", "parallel"},
-    "checkpoint": {"config", "data", "model", "moh", "parallel"},
+    "checkpoint": {"config", "data", "model", "parallel"},
     "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
+    "plan": {"config", "monitor", "train"},
 }
 
 # A library stays where it is wrapped: files or folders below moh_megatron/.

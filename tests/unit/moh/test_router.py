@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
-from moh_megatron.moh.layout import HeadLayout
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
 from moh_megatron.moh.routing import learned_routing, query_norm_routing
 from moh_megatron.moh.sparse_attention import sparse_attention

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moh_megatron.moh.layout import HeadLayout
+from moh_megatron.config.head_layout import HeadLayout
 
 PLACEMENTS = ["interleaved", "contiguous"]
 shapes = st.tuples(st.integers(1, 48), st.integers(1, 4)).map(lambda pair: (pair[0] * pair[1], pair[0]))

@@ -1,0 +1,97 @@
+"""Floating-point operations of a token, forward and backward, under three counts that are never mixed.
+
+Counted are matrix products, two operations to a multiply-add; norms, activations, softmax and the loss are left out.
+Attention is causal: a query meets (S + 1) / 2 keys on average. Borders of documents are not known here; with
+data.document_mask the attention part is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moh_megatron.config.count import router_weight_rows
+from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.schema import Config
+
+_MULTIPLY_ADD = 2
+_WEIGHT = 3
+"""Products with a weight: forward, and backward the gradients of its input and of itself."""
+_FORWARD, _BACKWARD = 2, 4
+"""Products of attention, S x S x H each: scores and output; backward the gradients of v, p, q and k."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one token."""
+
+    layers: float
+    head: float
+    """The output layer; the embedding is looked up."""
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.head
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """All with the finished activation schedule's heads."""
+
+    dense_equivalent: Flops
+    """Of the dense twin: every head, no router. Model FLOPs as they are usually quoted."""
+    active_heads: Flops
+    """What the model asks for: attention and output of active heads only, and their queries (all, if norms route)."""
+    executed: Flops
+    """What is computed: heads that are masked afterwards, dense projections, and what is computed again, be it by
+    fused attention's backward pass or by train.recompute."""
+
+
+def skips_heads(backend: str) -> bool:
+    """Whether an attention backend leaves inactive heads out rather than masking them."""
+    return not backend.startswith("dense")
+
+
+def flops_per_token(config: Config, backend: str) -> FlopsPerToken:
+    """``backend``: what computes attention, as ``model.build.attention_backend`` says."""
+    head = _MULTIPLY_ADD * _WEIGHT * float(config.model.hidden_size * config.model.vocab_size)
+    layers = [*_layers(config, skips_heads(backend))]
+    return FlopsPerToken(
+        dense_equivalent=Flops(sum(each.dense for each in layers), head),
+        active_heads=Flops(sum(each.active for each in layers), head),
+        executed=Flops(sum(each.executed for each in layers), head),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    dense: float
+    active: float
+    executed: float
+
+
+def _layers(config: Config, skips: bool) -> Iterator[_Layer]:
+    model, moh, recompute = config.model, config.moh, config.train.recompute
+    head = model.hidden_size * model.head_dim
+    shared_work = 2 * model.query_groups * head + 3 * model.hidden_size * model.ffn_hidden_size
+    core = model.head_dim * (config.train.sequence_length + 1) / 2
+    for heads in layer_heads(model, moh):
+        router = model.hidden_size * sum(router_weight_rows(moh, heads).values())
+        queries = heads.count if moh.enabled and moh.router == "query_norm" else heads.active
+        computed = heads.active if skips else heads.count
+        # Fused attention computes the scores once more in its backward pass.
+        weights, attention = _WEIGHT, _FORWARD + _BACKWARD + 1
+        if recompute != "none":
+            attention += _FORWARD
+        if recompute == "full":
+            weights += 1
+        dense_weights = shared_work + 2 * heads.count * head
+        yield _Layer(
+            dense=_MULTIPLY_ADD * (_WEIGHT * dense_weights + (_FORWARD + _BACKWARD) * heads.count * core),
+            active=_MULTIPLY_ADD
+            * (
+                _WEIGHT * (shared_work + (queries + heads.active) * head + router)
+                + (_FORWARD + _BACKWARD) * heads.active * core
+            ),
+            executed=_MULTIPLY_ADD * (weights * (dense_weights + router) + attention * computed * core),
+        )

@@ -1,0 +1,96 @@
+"""Bytes of activations on one rank: an estimate of what autograd keeps of one micro-batch.
+
+What each layer saves for its backward pass is counted tensor by tensor, as Megatron-core's unfused layer does it (its
+fused attention keeps no scores). Left out: what lives only inside one operation, the allocator's fragments, the CUDA
+context. A test holds the estimate against what autograd saves on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.schema import Config
+from moh_megatron.monitor.flops import skips_heads
+from moh_megatron.plan.memory import ELEMENT
+
+_FP32, _INT64 = 4, 8
+_ROUTER_BYTES = 25
+"""Of a head's logits, probabilities, choice and gate, a token."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank."""
+
+    layers: int
+    """What all layers keep until their backward pass."""
+    recomputed: int
+    """With full recomputation: what one layer at a time keeps again."""
+    head: int
+    """The last norm, the logits, their softmax and its gradient."""
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.recomputed + self.head
+
+
+def activations(config: Config, backend: str) -> Activations:
+    """``backend``: what computes attention, such as ``model.build.attention_backend`` says."""
+    model, train, tensor = config.model, config.train, config.parallel.tensor
+    count = _Count(config, backend)
+    whole = [count.layer(heads) for heads in layer_heads(model, config.moh)]
+    logits = _FP32 + (count.element if count.element < _FP32 else 0)
+    head = count.norm() + count.tokens * logits * model.vocab_size // tensor
+    if train.recompute == "full":
+        inputs = len(whole) * count.element * model.hidden_size * count.own_tokens
+        return Activations(inputs, max(whole), head)
+    return Activations(sum(whole), 0, head)
+
+
+class _Count:
+    def __init__(self, config: Config, backend: str) -> None:
+        self.config, self.backend = config, backend
+        self.element = ELEMENT[config.train.precision]
+        self.tokens = config.train.micro_batch_size * config.train.sequence_length
+        self.own_tokens = self.tokens // (config.parallel.tensor if config.parallel.sequence else 1)
+        """Sequence parallelism shards what lies outside attention and MLP."""
+
+    def layer(self, heads: LayerHeads) -> int:
+        parts = 2 * self.norm() + self._attention(heads) + self._mlp()
+        return parts + (self._routing() if self.config.moh.enabled else 0)
+
+    def norm(self) -> int:
+        """Input in fp32, the normalised input, and its product with the weight."""
+        return self.own_tokens * ((_FP32 + 2 * self.element) * self.config.model.hidden_size + _FP32)
+
+    def _mlp(self) -> int:
+        """Gate and up projection; SwiGLU's two factors and their product."""
+        return self.tokens * 5 * self.element * self.config.model.ffn_hidden_size // self.config.parallel.tensor
+
+    def _attention(self, heads: LayerHeads) -> int:
+        model, train, tensor = self.config.model, self.config.train, self.config.parallel.tensor
+        size, own, groups = model.head_dim, heads.count // tensor, model.query_groups // tensor
+        output = self.element * own * size
+        # Fused projection, rotated queries and keys, what linear_proj reads.
+        kept = self.element * size * (2 * own + 3 * groups) + output
+        if self.config.moh.enabled:
+            kept += output  # before the gates
+        if train.recompute != "selective":
+            active = own * heads.active / heads.count
+            if skips_heads(self.backend):
+                kept += int(active * (_FP32 * size + 3 * _INT64))
+            else:
+                kept += _FP32 * own + (output if self.config.moh.enabled else 0)
+        angles = 4 * self.element * size * train.sequence_length
+        return self.tokens * kept + angles
+
+    def _routing(self) -> int:
+        """Every rank routes over all heads, in fp32."""
+        model, moh = self.config.model, self.config.moh
+        routing = self.own_tokens * _ROUTER_BYTES * model.num_attention_heads
+        if moh.router == "query_norm":
+            return routing + self.tokens * _FP32 * model.num_attention_heads // self.config.parallel.tensor * (
+                model.head_dim
+            )
+        return routing + (self.own_tokens * _FP32 * model.hidden_size if self.element < _FP32 else 0)

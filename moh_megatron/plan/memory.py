@@ -1,0 +1,157 @@
+"""Bytes of parameters, gradients and optimizer state on one rank, as DeepSpeed's ZeRO holds them.
+
+They are counted, not estimated: a test compares them with real engines. Only the buffers are an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moh_megatron.config.schema import Config
+from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+from moh_megatron.plan.stage3 import most_gathered, persistent_size
+from moh_megatron.plan.weights import Weight, total_size, weights
+from moh_megatron.train.deepspeed_config import deepspeed_config
+
+ELEMENT = {"fp32": 4, "bf16": 2}
+"""Bytes of a parameter and of an activation."""
+_FP32 = 4
+_ALIGNMENT = 2
+"""DeepSpeed pads a flat group of weights to this many elements times the data-parallel size."""
+_FALLBACK_BUCKET = 500_000_000
+"""Elements DeepSpeed copies together to all-reduce gradients that ZeRO does not partition."""
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes on the busiest rank, the device's and, with ZeRO-Offload, the host's."""
+
+    parameters: int
+    gradients: int
+    """The most at the end of any backward pass of a step. Roughly, with ZeRO-Offload: stage 1 in bf16 was seen to hold
+    half as much again."""
+    optimizer: int
+    """Adam's two moments, and from stage 1 on the fp32 master weights."""
+    buffers: int
+    """At most: what DeepSpeed collects for communication, and with stage 3 the parameters gathered at one time."""
+    host_gradients: int = 0
+    host_optimizer: int = 0
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+def zero_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's ``zero_optimization`` on GPUs, the user's additions included."""
+    replicas, steps = data_parallel_size(config, world_size), gradient_accumulation_steps(config, world_size)
+    return deepspeed_config(config, replicas, steps, cuda=True)["zero_optimization"]
+
+
+def model_states(config: Config, world_size: int) -> ModelStates:
+    """Raises UserError where ``world_size`` or the ``deepspeed`` section does not suit the configuration."""
+    account = _Account(config, world_size)
+    return account.whole() if config.parallel.zero_stage == 0 else account.partitioned()
+
+
+class _Account:
+    def __init__(self, config: Config, world_size: int) -> None:
+        self.replicas = data_parallel_size(config, world_size)
+        self.steps = gradient_accumulation_steps(config, world_size)
+        self.settings = zero_settings(config, world_size)
+        self.stage, self.offload = config.parallel.zero_stage, config.parallel.offload_optimizer
+        self.element = ELEMENT[config.train.precision]
+        self.weights = weights(config)
+        self.trained = [each for each in self.weights if each.trained]
+        self.bf16 = config.train.precision == "bf16"
+
+    def whole(self) -> ModelStates:
+        """Stage 0, always fp32."""
+        trained = total_size(self.trained)
+        return ModelStates(
+            parameters=_FP32 * total_size(self.weights),
+            gradients=_FP32 * trained,
+            optimizer=2 * _FP32 * trained,
+            buffers=self._fallback_buffer(),
+        )
+
+    def partitioned(self) -> ModelStates:
+        """Stages 1 to 3."""
+        share = self._share()
+        state = 3 * _FP32 * share
+        gradients, host_gradients = self._gradients(share)
+        return ModelStates(
+            parameters=self.element * self._parameters(),
+            gradients=gradients,
+            optimizer=0 if self.offload else state,
+            buffers=self._buffers(),
+            host_gradients=host_gradients,
+            host_optimizer=state if self.offload else 0,
+        )
+
+    def _groups(self) -> list[list[Weight]]:
+        """As the optimizer is given them."""
+        return [[each for each in self.trained if each.matrix is matrix] for matrix in (True, False)]
+
+    def _padded(self) -> list[int]:
+        unit = _ALIGNMENT * self.replicas
+        return [-(-total_size(group) // unit) * unit for group in self._groups()]
+
+    def _share(self) -> int:
+        """Trained elements whose optimizer state is this rank's."""
+        if self.stage == 3:
+            return sum(-(-each.size // self.replicas) for each in self.trained)
+        return sum(self._padded()) // self.replicas
+
+    def _parameters(self) -> int:
+        if self.stage < 3:
+            return total_size(self.weights) - total_size(self.trained) + sum(self._padded())
+        partition = sum(-(-each.size // self.replicas) for each in self.weights)
+        return partition + (persistent_size(self.weights, self.settings) if self.replicas > 1 else 0)
+
+    def _gradients(self, share: int) -> tuple[int, int]:
+        """Bytes on the device and on the host."""
+        whole, partition = _FP32 * total_size(self.trained), _FP32 * share
+        match self.stage, self.bf16, self.offload:
+            case 1, True, False:  # DeepSpeed's BF16_Optimizer: the bf16 gradients, and their fp32 sum
+                return self.element * total_size(self.trained) + _FP32 * sum(self._padded()), 0
+            case 1, _, False:
+                return whole, 0
+            case 2, False, False:  # a weight on the border of two partitions is kept whole by both ranks
+                return _FP32 * max(self._touched()), 0
+            case _, _, False:
+                return partition, 0
+            case 1, True, True:
+                return whole + (partition if self.replicas > 1 else 0), partition
+            case 1, False, True:
+                return whole, partition
+            case 2, True, True:
+                return partition, partition
+            case 2, False, True:
+                return 0, partition + (_FP32 * max(self._touched()) if self.steps > 1 else 0)
+            case _:
+                return 0, 2 * partition
+
+    def _touched(self) -> list[int]:
+        """For each data-parallel rank the elements of all weights of which a part lies in its partition."""
+        totals = [0] * self.replicas
+        for group, padded in zip(self._groups(), self._padded(), strict=True):
+            width, start = padded // self.replicas, 0
+            for each in group:
+                for rank in range(start // width, (start + each.size - 1) // width + 1):
+                    totals[rank] += each.size
+                start += each.size
+        return totals
+
+    def _fallback_buffer(self) -> int:
+        return _FP32 * min(total_size(self.trained), _FALLBACK_BUCKET) if self.replicas > 1 else 0
+
+    def _buffers(self) -> int:
+        if self.stage == 1 and self.bf16 and not self.offload:
+            return self._fallback_buffer()
+        bucket = _FP32 * int(self.settings["reduce_bucket_size"])
+        if self.stage < 3:
+            return bucket * (2 if self.settings["overlap_comm"] else 1)
+        gathered = min(total_size(self.weights), most_gathered(self.settings))
+        return bucket + (self.element * gathered if self.replicas > 1 else 0)

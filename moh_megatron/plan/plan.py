@@ -1,0 +1,109 @@
+"""A run before it is started: everything ``tools/plan.py`` says of it, as numbers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from moh_megatron.config.count import ParameterCount, parameter_count
+from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.schema import Config
+from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token
+from moh_megatron.plan.activations import Activations, activations
+from moh_megatron.plan.communication import Traffic, communication
+from moh_megatron.plan.memory import ModelStates, model_states
+
+
+@dataclass(frozen=True)
+class HeadBalance:
+    """How the tensor-parallel ranks share the heads of some layers, if routed ones are chosen evenly."""
+
+    layers: tuple[int, ...]
+    """Counted from 1."""
+    shared: int
+    active: int
+    heads: int
+    load: tuple[float, ...]
+    """Heads a token, of each rank."""
+    imbalance: float
+    """The busiest rank's over the mean."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are of one rank, the busiest."""
+
+    world_size: int
+    tensor: int
+    data: int
+    accumulation_steps: int
+    tokens_per_step: int
+    steps: int
+    parameters: ParameterCount
+    states: ModelStates
+    activations: Activations
+    backend: str
+    """What computes attention."""
+    flops: FlopsPerToken
+    head_balance: tuple[HeadBalance, ...]
+    communication: tuple[Traffic, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        return self.states.device + self.activations.total
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Raises UserError where ``world_size`` does not suit the configuration."""
+    backend = backend_on_gpus(config)
+    return Plan(
+        world_size=world_size,
+        tensor=config.parallel.tensor,
+        data=data_parallel_size(config, world_size),
+        accumulation_steps=gradient_accumulation_steps(config, world_size),
+        tokens_per_step=config.train.tokens_per_step,
+        steps=config.train.steps,
+        parameters=parameter_count(config.model, config.moh),
+        states=model_states(config, world_size),
+        activations=activations(config, backend),
+        backend=backend,
+        flops=flops_per_token(config, backend),
+        head_balance=tuple(_head_balance(config)),
+        communication=tuple(communication(config, world_size)),
+    )
+
+
+def backend_on_gpus(config: Config) -> str:
+    """What ``model.build.attention_backend`` answers there: ``auto`` is dense on a GPU."""
+    moh = config.moh
+    if not moh.enabled or moh.straight_through == "all" or moh.backend == "auto":
+        return "dense"
+    return moh.backend
+
+
+def _head_balance(config: Config) -> list[HeadBalance]:
+    model, tensor = config.model, config.parallel.tensor
+    layout = HeadLayout(model.num_attention_heads, model.query_groups, config.moh.head_layout)
+    found: dict[LayerHeads, list[int]] = {}
+    for number, heads in enumerate(layer_heads(model, config.moh), start=1):
+        found.setdefault(heads, []).append(number)
+    return [
+        HeadBalance(
+            layers=tuple(numbers),
+            shared=len(heads.shared),
+            active=heads.active,
+            heads=heads.count,
+            load=tuple(layout.expected_load(heads.shared, heads.active, tensor)),
+            imbalance=layout.imbalance(heads.shared, heads.active, tensor),
+        )
+        for heads, numbers in found.items()
+    ]
+
+
+def runs_of(numbers: tuple[int, ...]) -> str:
+    """``1-3, 7`` for 1, 2, 3, 7."""
+    runs = itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)

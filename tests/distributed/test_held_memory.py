@@ -1,0 +1,80 @@
+"""The planner against reality: what real engines hold and what tensor-parallel ranks really exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moh_megatron.config.schema import Config
+from moh_megatron.plan.communication import communication
+from moh_megatron.plan.memory import model_states
+from moh_megatron.plan.weights import weights
+
+pytestmark = pytest.mark.slow
+
+WORLD = 2
+TOLERANCE = 0.02
+CASES = ["fp32_zero0"] + [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
+SPECIAL = ["persistent", "frozen", "tied"]
+OFFLOAD = [f"offload_{case}" for case in CASES[1:]]
+TRAFFIC = ["tp", "sp", "query_norm", "sp_query_norm", "recompute", "sp_recompute", "dense"]
+PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+
+
+@pytest.fixture(scope="module")
+def results(spawn: Any) -> list[dict[Any, Any]]:
+    return spawn("held_memory", WORLD)
+
+
+def _busiest(results: list[dict[Any, Any]], case: str, tensor: int) -> tuple[Config, dict[str, int]]:
+    held = [rank[case, tensor][1] for rank in results]
+    return results[0][case, tensor][0], {kind: max(each[kind] for each in held) for kind in held[0]}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("case", CASES + SPECIAL)
+def test_bytes_are_those_of_a_real_run(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
+    config, held = _busiest(results, case, tensor)
+    states = model_states(config, WORLD)
+    assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
+    assert states.gradients == pytest.approx(held["gradients"], rel=TOLERANCE)
+    assert states.optimizer == pytest.approx(held["optimizer"], rel=TOLERANCE)
+    assert (states.host_gradients, states.host_optimizer) == (0, 0)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("case", OFFLOAD)
+def test_offload_moves_the_state(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
+    config, held = _busiest(results, case, tensor)
+    states = model_states(config, WORLD)
+    assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
+    assert states.optimizer == 0
+    assert states.host_optimizer == pytest.approx(held["optimizer"], rel=TOLERANCE)
+    assert states.gradients + states.host_gradients == pytest.approx(held["gradients"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weights_are_the_model_s_in_its_order(results: list[dict[Any, Any]], tensor: int) -> None:
+    config, named = results[0]["weights", tensor]
+    assert [(each.name, each.size) for each in weights(config)] == named
+
+
+@pytest.mark.parametrize("case", CASES + SPECIAL)
+def test_data_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
+    config, _, sizes = results[0][case, 1]
+    planned = communication(config, WORLD)
+    for operation, heard in sizes.items():
+        ours = sum(each.sent_bytes for each in planned if each.operation == operation)
+        # Each step's norms and flags are small, but not to the last byte next to a model this small.
+        assert ours * WORLD / PASSES[operation] == pytest.approx(sum(heard), rel=TOLERANCE, abs=1000), operation
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_tensor_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
+    config, sizes = results[0]["traffic", case]
+    planned = [each for each in communication(config, WORLD) if each.group == "tensor"]
+    steps = config.train.global_batch_size
+    for operation, heard in sizes.items():
+        ours = sum(each.sent_bytes for each in planned if each.operation == operation)
+        assert ours * WORLD / PASSES[operation] == steps * sum(heard), (operation, heard)

@@ -1,0 +1,89 @@
+"""Operations of a token against torch's own counter and against sums by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token, skips_heads
+from moh_megatron.parallel import groups
+
+Tiny = Callable[..., Config]
+HEAD = 6 * 32 * 96
+ROUTER = 6 * 2 * 32 * (2 + 6 + 2)
+HEAD_CORE = 2 * 4 * (16 + 1) / 2
+"""One product of one head's attention."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A world of one rank for this module."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups.initialize(tensor_parallel=1, seed=1)
+    yield
+    groups.destroy()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("changes", [{}, {"moh.enabled": False}, {"moh.router": "query_norm"}], ids=str)
+def test_weights_as_torch_counts_them(tiny: Tiny, recompute: str, changes: dict[str, Any]) -> None:
+    """torch's counter finds no operations in a CPU's fused attention; what it counts is the rest."""
+    config = tiny({"moh.backend": "dense", **changes, "train.recompute": recompute})
+    model, tokens = build_model(config).train(), torch.randint(0, 96, (2, 17))
+    with FlopCounterMode(display=False) as counter:
+        token_losses(model, tokens).mean().backward()
+    attention = 2 * 8 * HEAD_CORE * (9 if recompute == "full" else 7)
+    assert counter.get_total_flops() == 2 * 16 * (flops_per_token(config, "dense").executed.total - attention)
+
+
+def three(config: Config, backend: str) -> tuple[float, float, float]:
+    flops: FlopsPerToken = flops_per_token(config, backend)
+    return flops.dense_equivalent.total, flops.active_heads.total, flops.executed.total
+
+
+def test_masked_heads_are_executed(tiny: Tiny) -> None:
+    config = tiny()  # 4 of 8 heads are active
+    dense, active, executed = three(config, "dense")
+    twin = tiny({"moh.enabled": False})
+    assert dense == flops_per_token(twin, "dense").dense_equivalent.total == three(config, "triton")[0]
+    projections = 6 * (2 * 8 + 2 * 4) * 32 * 4 + 6 * 3 * 32 * 48
+    assert dense == HEAD + 2 * (projections + 6 * 8 * HEAD_CORE)
+    assert active == HEAD + ROUTER + 2 * (projections - 6 * 2 * 4 * 32 * 4 + 6 * 4 * HEAD_CORE)
+    assert executed == HEAD + ROUTER + 2 * (projections + 7 * 8 * HEAD_CORE)
+    assert three(config, "triton")[2] == HEAD + ROUTER + 2 * (projections + 7 * 4 * HEAD_CORE)
+    assert executed > dense > active
+
+
+def test_norms_of_all_queries_route(tiny: Tiny) -> None:
+    queries = 2 * 6 * 4 * 32 * 4
+    active = three(tiny({"moh.router": "query_norm"}), "dense")[1]
+    assert active == three(tiny(), "dense")[1] - ROUTER + queries
+
+
+def test_recomputation_is_executed_and_not_credited(tiny: Tiny) -> None:
+    none, selective, full = (three(tiny({"train.recompute": kind}), "dense") for kind in ("none", "selective", "full"))
+    assert none[:2] == selective[:2] == full[:2]
+    assert selective[2] == none[2] + 2 * 2 * 8 * HEAD_CORE
+    assert full[2] > selective[2]
+
+
+def test_every_layer_counts_its_own_heads(tiny: Tiny) -> None:
+    few, many, mixed = (
+        three(tiny({"moh.active_heads": active, "moh.shared_heads": 2}), "cpu")[2] for active in (3, 7, [3, 7])
+    )
+    assert mixed == (few + many) / 2
+
+
+def test_names_of_backends() -> None:
+    assert [skips_heads(name) for name in ("dense", "cpu", "gathered, dense where documents are short")] == [
+        False,
+        True,
+        True,
+    ]

@@ -1,0 +1,104 @@
+"""The estimate of activations against what autograd saves on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.parallel import groups
+from moh_megatron.plan.activations import Activations, activations
+
+Tiny = Callable[..., Config]
+WITHIN = 0.08
+SHAPE: dict[str, Any] = {
+    "model.hidden_size": 128,
+    "model.ffn_hidden_size": 320,
+    "model.vocab_size": 512,
+    "train.sequence_length": 256,
+    "train.micro_batch_size": 2,
+    "train.total_tokens": 2**20,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A world of one rank for this module."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups.initialize(tensor_parallel=1, seed=1)
+    yield
+    groups.destroy()
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes of all storages that autograd keeps of one micro-batch, weights and buffers aside."""
+    model = build_model(config).train()
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []  # alive, so that no address serves two storages
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    tokens = torch.randint(
+        0, config.model.vocab_size, (config.train.micro_batch_size, config.train.sequence_length + 1)
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = token_losses(model, tokens).mean()
+    assert loss.requires_grad
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moh.enabled": False},
+        {"moh.router": "query_norm"},
+        {"moh.backend": "gathered"},
+        {"train.recompute": "selective"},
+        {"train.recompute": "full"},
+    ],
+    ids=str,
+)
+def test_near_what_autograd_saves(tiny: Tiny, precision: str, changes: dict[str, Any]) -> None:
+    backend = changes.get("moh.backend", "dense")
+    one, two = (
+        tiny({**SHAPE, "moh.backend": backend, **changes, "train.precision": precision, "model.num_layers": layers})
+        for layers in (1, 2)
+    )
+    measured = saved_bytes(two) - saved_bytes(one)
+    estimated = activations(two, backend).layers - activations(one, backend).layers
+    assert estimated == pytest.approx(measured, rel=WITHIN)
+
+
+def test_the_head_is_near_too(tiny: Tiny) -> None:
+    config = tiny({**SHAPE, "moh.backend": "dense"})
+    assert activations(config, "dense").total == pytest.approx(saved_bytes(config), rel=WITHIN)
+
+
+def parts(tiny: Tiny, **changes: Any) -> Activations:
+    names = {key.replace("__", "."): value for key, value in changes.items()}
+    return activations(tiny({**SHAPE, "train.precision": "bf16", **names}), "dense")
+
+
+def test_full_recomputation_keeps_inputs_and_one_layer(tiny: Tiny) -> None:
+    none, full = parts(tiny), parts(tiny, train__recompute="full")
+    assert full.layers == 2 * 2 * 512 * 128
+    assert full.recomputed == none.layers // 2
+
+
+def test_sequence_parallelism_shards_the_rest(tiny: Tiny) -> None:
+    tensor = parts(tiny, parallel__tensor=2)
+    both = parts(tiny, parallel__tensor=2, parallel__sequence=True)
+    one = parts(tiny)
+    assert one.layers / 2 < both.layers < tensor.layers < one.layers
+    assert parts(tiny, train__micro_batch_size=1).head == one.head / 2
