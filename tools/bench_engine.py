@@ -1,7 +1,4 @@
-#!/usr/bin/env python
-"""Time an optimizer step through the engine against a bare loop: same model, same torch optimizer, nothing else.
-
-python tools/bench_engine.py [--turns 24] [--length 1024] [--layers 2] [--vocabulary 8192]
+"""`bench_step.py engine`: an optimizer step through the engine against a bare loop, the same model and torch optimizer.
 
 One process, fp32, one micro-batch a step, at the width of LLM-S with MoH. The engine's steps do all that the training
 loop does between two logging intervals. Goals: 1.05 for ZeRO 0, 1.10 for ZeRO 1, our own code under 1 %.
@@ -119,14 +116,16 @@ def report(turns: list[Turn], inside: dict[str, Stopwatch]) -> str:
     return markdown(head, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `bench_step.py engine`."""
     parser.add_argument("--turns", type=int, default=24, help="interleaved turns, after one that is not timed")
     parser.add_argument("--length", type=int, default=1024, help="tokens a step")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print the table of `bench_step.py engine`."""
     sizes = {
         "model.num_layers": arguments.layers,
         "model.vocab_size": arguments.vocabulary,
@@ -152,7 +151,3 @@ def main() -> None:
     turns = take_turns(runs, arguments.turns)
     print(report(turns, inside))
     print(f"\n{arguments.turns} turns of one step each; {circumstances()}; {arguments}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""Time the model work of a training step, forward + backward, against the dense twin's.
+"""Time a training step: its model work against the dense twin's, and the engine around it against a bare loop.
 
 python tools/bench_step.py attention [--config configs/pretrain/llm_s_moh50.yaml] [--lengths 2048 4096] [--turns 7]
+python tools/bench_step.py engine [--turns 24] [--length 1024] [--layers 2] [--vocabulary 8192]
 
 `attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
 models are the project's own, with the same fused attention; they take turns in one process. Beside the measured ratio
-stands the one that counting floating-point operations predicts (`Work`).
+stands the one that counting floating-point operations predicts (`monitor/flops.py`, executed).
+
+`engine`: see `bench_engine.py`.
 """
 
 from __future__ import annotations
@@ -13,57 +16,21 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
+import bench_engine
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from timing import Turn, circumstances, markdown, median_and_range, ratios, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
-from moh_megatron.config.count import parameter_count
-from moh_megatron.config.heads import active_share
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import attention_backend, build_model, token_losses
 from moh_megatron.model.single import be_alone
-
-_BACKWARD = 2
-"""Products of a weight's backward pass to one of its forward pass: the gradients of its input and of itself."""
-_CORE_PRODUCTS = 2 + 5
-"""Of attention, S x S x H each: scores and output; backward, the scores again and the gradients of v, p, q and k."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Multiplications of one sequence, forward + backward: every matrix product that is executed, nothing else.
-
-    Attention is causal, so a query meets (S + 1) / 2 keys on average. Of its products only the active heads' count;
-    projections, MLP, router and the head of the model are dense. Norms, activations, softmax, the gather of active
-    queries and the loss are left out.
-    """
-
-    layer: float
-    head: float
-
-    def stack(self, layers: int) -> float:
-        return layers * self.layer
-
-    def whole(self, layers: int) -> float:
-        return self.stack(layers) + self.head
-
-
-def count(config: Config) -> Work:
-    """The work of the model of ``config`` at its sequence length."""
-    model, moh, length = config.model, config.moh, config.train.sequence_length
-    hidden, size, heads = model.hidden_size, model.head_dim, model.num_attention_heads
-    projections = hidden * size * (2 * heads + 2 * model.query_groups)
-    router = parameter_count(model, moh).router / model.num_layers
-    weights = (1 + _BACKWARD) * (projections + 3 * hidden * model.ffn_hidden_size + router)
-    active = active_share(model, moh) * heads
-    core = _CORE_PRODUCTS * active * size * (length + 1) / 2
-    return Work(length * (weights + core), length * (1 + _BACKWARD) * hidden * model.vocab_size)
+from moh_megatron.monitor.flops import Flops, flops_per_token
 
 
 def stack_pass(model: GPTModel, length: int, hidden: int) -> Callable[[], None]:
@@ -113,27 +80,28 @@ def with_all_layers(stack: list[Turn], whole: list[Turn], depth: float) -> list[
 def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -> list[list[object]]:
     """Lines of the table for one length: the stack, the whole model as measured, and with all its layers."""
     configs, all_layers = twins(path, length, layers), load_config(path).model.num_layers
-    work = {name: count(config) for name, config in configs.items()}
+    backend = attention_backend(configs["moh"], torch.device("cpu"))
+    # Of the dense twin too what is executed: its attention computes the scores again, as ours does.
+    work = {name: flops_per_token(config, backend).executed for name, config in configs.items()}
     models = {name: build_model(config).train() for name, config in configs.items()}
     size = configs["dense"].model
     stack = take_turns({name: stack_pass(model, length, size.hidden_size) for name, model in models.items()}, turns)
     whole = take_turns(
         {name: whole_pass(model, length, size.vocab_size) for name, model in models.items()}, whole_turns
     )
-    backend = attention_backend(configs["moh"], torch.device("cpu"))
 
-    def line(part: str, of: list[Turn], work_of: Callable[[Work], float]) -> list[object]:
+    def line(part: str, of: list[Turn], work_of: Callable[[Flops], float]) -> list[object]:
         measured, predicted = ratios(of, "moh", "dense"), work_of(work["moh"]) / work_of(work["dense"])
         realised = (1 - statistics.median(measured)) / (1 - predicted)
         return [length, part, backend, median_and_range(measured, 3), f"{predicted:.3f}", f"{realised:.0%}"]
 
     return [
-        line(f"stack, {layers} layers", stack, lambda each: each.stack(layers)),
-        line(f"whole, {layers} layers", whole, lambda each: each.whole(layers)),
+        line(f"stack, {layers} layers", stack, lambda each: each.layers),
+        line(f"whole, {layers} layers", whole, lambda each: each.total),
         line(
             f"whole, {all_layers} layers, extrapolated",
             with_all_layers(stack, whole, all_layers / layers),
-            lambda each: each.whole(all_layers),
+            lambda each: each.layers * all_layers / layers + each.head,
         ),
     ]
 
@@ -158,6 +126,9 @@ def main() -> None:
     mode.add_argument("--turns", type=int, default=7, help="of the stack")
     mode.add_argument("--whole-turns", type=int, default=3, help="of the whole model")
     mode.set_defaults(measure=attention)
+    mode = modes.add_parser("engine", help="the engine's step over a bare loop, and where its time goes")
+    bench_engine.add_arguments(mode)
+    mode.set_defaults(measure=bench_engine.measure)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.measure(arguments)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, token_losses
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token, skips_heads
-from moh_megatron.parallel import groups
 
 Tiny = Callable[..., Config]
 HEAD = 6 * 32 * 96
@@ -22,13 +20,7 @@ HEAD_CORE = 2 * 4 * (16 + 1) / 2
 """One product of one head's attention."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A world of one rank for this module."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    groups.initialize(tensor_parallel=1, seed=1)
-    yield
-    groups.destroy()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
