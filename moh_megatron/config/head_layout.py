@@ -2,32 +2,42 @@
 
 Megatron-core gives each tensor-parallel rank a contiguous run of whole KV groups. With the shared heads first, as the
 paper numbers them, the low ranks would get all of them: at TP 2 rank 0 works at 100 %, rank 1 hardly at all. The
-interleaved placement reorders the groups so that every contiguous run, at every tensor-parallel size that divides the
-number of groups by a product of its leading prime factors (all sizes, for a power of two), holds a fair sample.
+interleaved placement reorders the groups so that the contiguous runs, at every tensor-parallel size that divides the
+number of groups, hold as equal shares of the first n groups as whole groups allow.
 
 The order does not depend on the tensor-parallel size: a checkpoint needs no reordering to move between sizes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 Placement = Literal["interleaved", "contiguous"]
 
 LARGEST_IMBALANCE = 1.1
 """The busiest rank's heads over the mean, from which on a report warns."""
-UNEVEN = " - uneven; moh.shared_placement=spread gives each KV group the same number of shared heads"
 
 
-def _digit_reversal(count: int) -> list[int]:
-    """Permutation of range(count) whose contiguous runs are strided samples; bit reversal for a power of two."""
-    factor = next((divisor for divisor in range(2, count + 1) if count % divisor == 0), None)
-    if factor is None:
-        return list(range(count))
-    return [start + factor * step for start in range(factor) for step in _digit_reversal(count // factor)]
+@functools.cache
+def _interleaved(count: int) -> tuple[int, ...]:
+    """Permutation of range(count): one number after another goes where the runs, of every size, have the fewest yet.
+
+    For a power of two this is bit reversal.
+    """
+    sizes = [size for size in range(2, count + 1) if count % size == 0]
+    taken = {size: [0] * size for size in sizes}
+    placed: dict[int, int] = {}
+    for number in range(count):
+        free = (position for position in range(count) if position not in placed)
+        position = min(free, key=lambda at: (sum(taken[size][at * size // count] for size in sizes), at))
+        placed[position] = number
+        for size in sizes:
+            taken[size][position * size // count] += 1
+    return tuple(placed[position] for position in range(count))
 
 
 @dataclass(frozen=True)
@@ -43,15 +53,17 @@ class HeadLayout:
     placement: Placement = "interleaved"
 
     def __post_init__(self) -> None:
-        if self.heads % self.groups:
+        if self.groups < 1 or self.heads % self.groups:
             raise ValueError(f"groups must divide heads ({self.heads}). Got {self.groups}.")
+        if self.placement not in get_args(Placement):
+            raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}. Got {self.placement!r}.")
 
     @cached_property
     def group_order(self) -> tuple[int, ...]:
         """Logical KV group at each physical position."""
         if self.placement == "contiguous":
             return tuple(range(self.groups))
-        return tuple(_digit_reversal(self.groups))
+        return _interleaved(self.groups)
 
     @cached_property
     def head_order(self) -> tuple[int, ...]:
@@ -64,8 +76,14 @@ class HeadLayout:
 
         ``shared_heads``, a count (the first n) or a list of logical heads, are always on; ``active_heads`` counts them.
         """
-        shared = set(range(shared_heads) if isinstance(shared_heads, int) else shared_heads)
-        routed = self.heads - len(shared)
+        listed = list(range(shared_heads)) if isinstance(shared_heads, int) else list(shared_heads)
+        shared, routed = set(listed), self.heads - len(listed)
+        if len(shared) != len(listed) or not shared <= set(range(self.heads)):
+            raise ValueError(f"shared_heads must be distinct heads below {self.heads}. Got {shared_heads}.")
+        if not max(1, len(shared)) <= active_heads <= self.heads:
+            raise ValueError(
+                f"active_heads must be from the {len(shared)} shared heads, and 1, to {self.heads}. Got {active_heads}."
+            )
         chance = (active_heads - len(shared)) / routed if routed else 0.0
         ranks = (self.local_heads(rank, world_size) for rank in range(world_size))
         return [sum(1.0 if head in shared else chance for head in heads) for heads in ranks]
@@ -75,18 +93,24 @@ class HeadLayout:
         load = self.expected_load(shared_heads, active_heads, world_size)
         return max(load) * world_size / sum(load)
 
+    @property
+    def remedy(self) -> str:
+        """What evens out the ranks' work at every tensor-parallel size."""
+        return (
+            f"as many shared heads in each of the {self.groups} KV groups would even it out: "
+            f"moh.shared_placement=spread, with moh.shared_heads a multiple of {self.groups}"
+        )
+
     def report(self, shared_heads: int | Sequence[int], active_heads: int) -> str:
         """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, its balance, and the
         remedy where it is uneven."""
         lines = []
-        for size in (1, 2, 4, 8):
-            if self.groups % size:
-                continue
+        for size in (size for size in range(1, 9) if self.groups % size == 0):
             load = self.expected_load(shared_heads, active_heads, size)
             uneven = self.imbalance(shared_heads, active_heads, size)
             lines.append(
                 f"TP {size}: {', '.join(f'{heads:.2f}' for heads in load)} heads a token on each rank, "
-                f"max / mean {uneven:.2f}{UNEVEN if uneven > LARGEST_IMBALANCE else ''}"
+                f"max / mean {uneven:.2f}{f' - uneven; {self.remedy}' if uneven > LARGEST_IMBALANCE else ''}"
             )
         return "\n".join(lines)
 

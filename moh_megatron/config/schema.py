@@ -114,8 +114,9 @@ class MoHConfig:
     """Keep the learned router's weights as they are *(ours)*."""
     backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto"
     """How attention is computed: dense computes every head and drops the rest; gathered (PyTorch, any device), cpu
-    (C++, one thread) and triton (CUDA) skip what is not active; auto takes the fastest that was measured for the shape,
-    which on a GPU is dense until someone has measured there."""
+    (C++, one thread) and triton (CUDA) skip what is not active; auto takes the fastest that was measured for a
+    layer's share of active heads, the length and the device: on a GPU, and with several threads (one rank on a machine
+    of several cores), dense until someone has measured there."""
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
     """How KV groups are placed on tensor-parallel ranks: interleaved gives each its share of shared heads."""
 

@@ -12,7 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
-from moh_megatron.config.heads import active_share, layer_heads
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
@@ -21,6 +23,7 @@ from moh_megatron.model.packing import document_ends, document_positions
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
 from moh_megatron.moh.backends.flash import flash_refusal
+from moh_megatron.moh.sparse_attention import refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,21 +107,33 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
 
 
 def attention_backend(config: Config, device: torch.device) -> str:
-    """The backend that computes attention in training, ``auto`` resolved for the training shape."""
+    """The backend that computes attention in training; ``auto`` as it resolves for the shares that are expected.
+
+    Layers and tensor-parallel ranks whose shares differ may take different ones: all are named then.
+    """
     moh = config.moh
     if not moh.enabled or moh.straight_through == "all":
         return "dense"
     if moh.backend != "auto":
         return moh.backend
-    backend = choose_backend(
-        length=config.train.sequence_length,
-        share=active_share(config.model, moh),
-        dtype=DTYPES[config.train.precision],
-        device=device,
-    )
-    if config.data.document_mask and backend != "dense":
-        return f"{backend}, dense where documents are short"
-    return backend
+    model, tensor = config.model, config.parallel.tensor
+    layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
+    shares = {
+        load * tensor / heads.count
+        for heads in layer_heads(model, moh)
+        for load in layout.expected_load(heads.shared, heads.active, tensor)
+    }
+    length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
+    backends = sorted({choose_backend(length=length, share=each, dtype=dtype, device=device) for each in shares})
+    named = " or ".join(backends) + (", by the heads of a layer and rank" if len(backends) > 1 else "")
+    return f"{named}, dense where documents are short" if config.data.document_mask and named != "dense" else named
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Raise UserError where ``moh.backend`` cannot compute in this precision on this device."""
+    moh = config.moh
+    if moh.enabled and (reason := refusal(moh.backend, DTYPES[config.train.precision], device)):
+        raise UserError(f"moh.backend: {reason} Got {config.train.precision} on {device.type}; use auto or gathered.")
 
 
 def attention_warning(config: Config, device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm) -> Tensor
 
     ``probability`` P [n_routed] is the mean routing probability, ``load`` f [n_routed] the fraction of tokens that
     chose each head. The gradient flows through P only. ``scaled`` multiplies by n_routed, as the official code does.
+    Raises ValueError for another ``form``.
     """
+    if form not in get_args(BalanceForm):
+        raise ValueError(f"balance must be one of {', '.join(get_args(BalanceForm))}. Got {form!r}.")
     loss = (probability * load.detach()).sum()
     return loss * probability.numel() if form == "scaled" else loss
 

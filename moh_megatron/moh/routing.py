@@ -9,7 +9,7 @@ Source: arXiv 2410.11842, eq. 5-7 and 9-10; where the official code differs the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,11 @@ from moh_megatron.moh.losses import BalanceForm, balance_loss
 from moh_megatron.moh.precision import at_least_fp32
 
 Gating = Literal["normalized", "paper"]
+
+_LARGEST_NORM = 1e18
+"""Its square, and the deviation of such norms, are finite in fp32."""
+_SMALLEST_DEVIATION = 1e-18
+"""Norms that differ less are equal: the gradient of their score goes with the inverse."""
 
 
 class Routing(NamedTuple):
@@ -33,8 +38,9 @@ class Routing(NamedTuple):
 
 
 def token_mean(values: Tensor) -> Tensor:
-    """[..., E] -> [E]: the mean over all tokens at hand."""
-    return values.reshape(-1, values.shape[-1]).mean(0)
+    """[..., E] -> [E]: the mean over all tokens at hand; 0 where there are none."""
+    rows = values.reshape(-1, values.shape[-1]) if values.numel() else values.new_zeros(1, values.shape[-1])
+    return rows.mean(0)
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
@@ -44,14 +50,19 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
 
 
 def _check_top_k(top_k: int, routed: int) -> None:
-    if not 1 <= top_k <= routed:
+    if not isinstance(top_k, int) or not 1 <= top_k <= routed:
         raise ValueError(f"top_k must be from 1 to the number of routed heads ({routed}). Got {top_k}.")
+
+
+def _check_form(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}. Got {value!r}.")
 
 
 def _check_finite(name: str, scores: Tensor) -> None:
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).sum())
-        raise ValueError(f"{name} must give finite scores. Got {bad} of {scores.numel()} that are inf or NaN.")
+        raise ValueError(f"{name} must give finite scores. Got {bad} of {scores.numel()} values that are inf or NaN.")
 
 
 class Logits(NamedTuple):
@@ -92,6 +103,10 @@ def learned_routing(
     Raises:
         ValueError: top_k out of range, weights that fit neither reading above or not x, or scores that are not finite.
     """
+    _check_form("gating", gating, get_args(Gating))
+    _check_form("balance", balance, get_args(BalanceForm))
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point numbers [..., D]. Got {x.dtype} {list(x.shape)}.")
     for name, weight, rows in (("w_shared", w_shared, None), ("w_routed", w_routed, None), ("w_alpha", w_alpha, 2)):
         if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0):
             raise ValueError(f"{name} must have shape [rows, {x.shape[-1]}], as x has. Got {list(weight.shape)}.")
@@ -146,8 +161,10 @@ def weigh_heads(
     return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
 
 
-def routed_heads(heads: int, shared_heads: int | Sequence[int]) -> list[int]:
+def routed_heads(heads: int, shared_heads: int | Sequence[int] | Tensor) -> list[int]:
     """The heads that are not shared; ``shared_heads`` is a count (the first n) or a list of head indices."""
+    if isinstance(shared_heads, Tensor):
+        shared_heads = shared_heads.tolist()
     if isinstance(shared_heads, int) and not 0 <= shared_heads <= heads:
         raise ValueError(f"shared_heads must be from 0 to the number of heads ({heads}). Got {shared_heads}.")
     shared = list(range(shared_heads)) if isinstance(shared_heads, int) else list(shared_heads)
@@ -157,21 +174,22 @@ def routed_heads(heads: int, shared_heads: int | Sequence[int]) -> list[int]:
 
 
 def query_norms(q: Tensor) -> Tensor:
-    """L2 norm of each head's query: [..., N, H] -> [..., N], fp32 (float64 for float64)."""
-    return torch.linalg.vector_norm(q.to(at_least_fp32(q.dtype)), dim=-1)
+    """L2 norm of each head's query: [..., N, H] -> [..., N], fp32 (float64 for float64), at most ``_LARGEST_NORM``."""
+    return torch.linalg.vector_norm(q.to(at_least_fp32(q.dtype)), dim=-1).clamp(max=_LARGEST_NORM)
 
 
 def norm_scores(norms: Tensor) -> Tensor:
-    """Norms [..., E] of the routed heads over their unbiased deviation; 0 where that is 0, or for a single head."""
+    """Norms [..., E] of the routed heads over their unbiased deviation; 0 where that is as good as 0, or for a single
+    head."""
     deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
-    flat = deviation <= 0
+    flat = deviation <= _SMALLEST_DEVIATION
     return norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)
 
 
 def choose_by_norm(
     norms: Tensor,
     *,
-    shared_heads: int | Sequence[int],
+    shared_heads: int | Sequence[int] | Tensor,
     top_k: int,
     balance: BalanceForm,
     bias: Tensor | None = None,
@@ -195,7 +213,7 @@ def choose_by_norm(
 
 
 def query_norm_routing(
-    q: Tensor, *, shared_heads: int | Sequence[int], top_k: int, balance: BalanceForm = "scaled"
+    q: Tensor, *, shared_heads: int | Sequence[int] | Tensor, top_k: int, balance: BalanceForm = "scaled"
 ) -> Routing:
     """Routing by the norm of each head's query, for continue-tuning (paper, section 3.3 and eq. 9-10).
 
@@ -208,6 +226,9 @@ def query_norm_routing(
     Raises:
         ValueError: top_k or shared_heads out of range, or queries that are not finite.
     """
+    _check_form("balance", balance, get_args(BalanceForm))
+    if q.dim() < 2 or not q.is_floating_point():
+        raise ValueError(f"q must be floating-point numbers [..., N, H]. Got {q.dtype} {list(q.shape)}.")
+    _check_finite("q", q)
     norms = query_norms(q)
-    _check_finite("q", norms)
     return choose_by_norm(norms, shared_heads=shared_heads, top_k=top_k, balance=balance)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.choice import Backend, choose_backend
-from moh_megatron.moh.backends.cpu import CpuKernel, available
+from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library
 from moh_megatron.moh.backends.dense import dense_attention
 from moh_megatron.moh.backends.documents import document_length
 from moh_megatron.moh.backends.gathered import GatheredKernel
@@ -32,32 +32,43 @@ _KERNELS: dict[Backend, Callable[[], Kernel]] = {
 _BACKENDS = ("dense", *_KERNELS)
 
 
+def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why ``backend`` cannot serve such tensors; None if it can."""
+    if backend == "cpu" and (device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
+        return "backend 'cpu' needs fp32 or bf16 on the CPU."
+    if backend == "triton":
+        device_serves = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        if not device_serves or importlib.util.find_spec("triton") is None or dtype == torch.float64:
+            return "backend 'triton' needs the triton package and fp32, bf16 or fp16 tensors on a GPU."
+    return None
+
+
 def _require(backend: str, q: Tensor) -> None:
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}. Got {backend!r}.")
-    if backend == "cpu" and not available(q.dtype, q.device):
-        raise ValueError(
-            f"backend 'cpu' needs fp32 or bf16 on the CPU and a C++ compiler. Got {q.dtype} on {q.device.type}; "
-            f"use 'gathered' or 'auto'."
-        )
-    if backend == "triton":
-        device_serves = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-        if not device_serves or importlib.util.find_spec("triton") is None or q.dtype == torch.float64:
-            raise ValueError(
-                f"backend 'triton' needs the triton package and fp32, bf16 or fp16 tensors on a GPU. "
-                f"Got {q.dtype} on {q.device.type}; use 'gathered' or 'auto'."
-            )
+    if reason := refusal(backend, q.dtype, q.device):
+        raise ValueError(f"{reason} Got {q.dtype} on {q.device.type}; use 'gathered' or 'auto'.")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, cu_seqlens: Tensor | None) -> None:
-    if q.dim() != 4:
+    inputs = {"q": q, "k": k, "v": v, "active": active} | ({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens})
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor. Got {type(value).__name__}.")
+        if name != "cu_seqlens" and value.device != q.device:
+            raise ValueError(f"{name} must be on the device of q ({q.device}). Got {value.device}.")
+        if name in ("k", "v") and value.dtype != q.dtype:
+            raise ValueError(f"{name} must have the type of q ({q.dtype}). Got {value.dtype}.")
+    if not q.is_floating_point():
+        raise ValueError(f"q must be floating-point numbers. Got {q.dtype}.")
+    if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"q must have shape [S, B, N, H]. Got {list(q.shape)}.")
     length, batch, heads, size = q.shape
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (length, batch, size):
         raise ValueError(f"k must have shape [S, B, G, H] = [{length}, {batch}, G, {size}]. Got {list(k.shape)}.")
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, {list(k.shape)}. Got {list(v.shape)}.")
-    if heads % k.shape[2]:
+    if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"The KV groups of k must divide the {heads} heads of q. Got {k.shape[2]}.")
     if active.shape != q.shape[:3]:
         raise ValueError(f"active must have shape [S, B, N] = {list(q.shape[:3])}. Got {list(active.shape)}.")
@@ -93,8 +104,8 @@ def sparse_attention(
         scale: of the scores; None means 1 / sqrt(H).
         cu_seqlens: int32 [documents + 1], with B = 1: attention stays inside each packed document.
         backend: ``dense`` computes every head and drops the rest; ``gathered`` (PyTorch, any device), ``cpu`` (C++,
-            one thread) and ``triton`` (CUDA) skip what is not active; ``auto`` takes the fastest that was measured
-            for the shape, and for the length of the documents if there are some.
+            one thread; ``gathered`` takes over where it cannot be built) and ``triton`` (CUDA) skip what is not active;
+            ``auto`` takes the fastest that was measured for the shape.
 
     Returns:
         [S, B, N, H], zero where inactive. Gradients to q, k and v are exact; a skipped head has none.
@@ -110,6 +121,8 @@ def sparse_attention(
         backend = choose_backend(length=length, share=share, dtype=q.dtype, device=q.device)
     else:
         _require(backend, q)
+    if backend == "cpu" and kernel_library() is None:
+        backend = "gathered"  # told once, by the warning of the build
     if backend == "dense":
         return dense_attention(q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
     return ragged_attention(_KERNELS[backend](), q, k, v, active, scale, cu_seqlens)

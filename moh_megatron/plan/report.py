@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moh_megatron.config.head_layout import LARGEST_IMBALANCE, UNEVEN
+from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
 from moh_megatron.config.schema import Config
 from moh_megatron.plan.advice import Remedy
 from moh_megatron.plan.plan import Plan, runs_of
@@ -90,7 +90,8 @@ def _heads(config: Config, plan: Plan) -> str:
     title = f"heads, {config.moh.head_layout}" if config.moh.enabled else "heads"
     table = _table([title, "active", "a token on each rank", "max / mean"], rows)
     if max(each.imbalance for each in plan.head_balance) > LARGEST_IMBALANCE:
-        table += f"\nwarning: heads{UNEVEN}"
+        layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups)
+        table += f"\nwarning: uneven; {layout.remedy}"
     return table
 
 

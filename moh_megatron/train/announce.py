@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 
-from moh_megatron.config.head_layout import LARGEST_IMBALANCE, UNEVEN, HeadLayout
+from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
 from moh_megatron.config.heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
 
@@ -22,7 +22,8 @@ def head_report(config: Config) -> str:
         worst = max(worst, layout.imbalance(heads.shared, heads.active, tensor))
     if worst > LARGEST_IMBALANCE:
         parts.append(
-            f"warning: at parallel.tensor {tensor} the busiest rank computes {worst:.2f} times the mean{UNEVEN}"
+            f"warning: at parallel.tensor {tensor} the busiest rank computes {worst:.2f} times the mean of its heads; "
+            f"{layout.remedy}"
         )
     return "\n".join(parts)
 

@@ -16,6 +16,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
 from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
 from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.model.build import check_backend
 from moh_megatron.parallel import groups
 from moh_megatron.train import agreement
 from moh_megatron.train.engine import Engine, initialize_distributed
@@ -101,6 +102,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     )
     groups.initialize(config.parallel.tensor, config.run.seed, timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
     device = groups.device(world.local_rank)
+    check_backend(config, device)
     clock.mark("groups")
 
     report = print if world.rank == 0 else _say_nothing

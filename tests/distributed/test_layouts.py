@@ -18,7 +18,7 @@ def results(spawn: Any) -> Results:
         {f"{case}_float64" for case in DOUBLE},
         {f"{name}_{n}" for name in ACCUMULATION for n in (1, 4)},
     )
-    assert {case for case, _ in ranks[0]} == {*CASES, *doubles, *accumulation}
+    assert {case for case, _ in ranks[0]} == {*CASES, *doubles, *accumulation, "replicas"}
     return ranks
 
 
@@ -45,6 +45,23 @@ def test_accumulation_is_the_same_at_every_layout(results: Results, name: str, s
         assert difference(got[parameter], gradient) < TOLERANCE, parameter
     statistics = zip(results[0][case, layout]["statistics"], results[0][case, "tp1"]["statistics"], strict=True)
     assert all(difference(here, there) < TOLERANCE for here, there in statistics)
+
+
+def test_biases_move_by_the_load_of_all_replicas(results: Results) -> None:
+    # The tokens of both replicas used one routed head each; one replica's alone move the others' biases up.
+    for rank in results:
+        for biases in rank["replicas", "tp1"]["biases"]:
+            assert biases.tolist() == [-1, -1, 1, 1, 1, 1]
+        alone = [-1, 1, 1, 1, 1, 1] if rank is results[0] else [1, -1, 1, 1, 1, 1]
+        assert all(biases.tolist() == alone for biases in rank["replicas", "tp2"]["biases"])
+
+
+def test_straight_through_of_all_heads_has_another_gradient(results: Results) -> None:
+    chosen, every = results[0]["query_norm", "tp1"], results[0]["straight_through_all", "tp1"]
+    assert torch.equal(chosen["active"][0], every["active"][0])
+    assert difference(every["loss"], chosen["loss"]) < TOLERANCE
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert difference(every["gradients"][name], chosen["gradients"][name]) > 1e-3
 
 
 def test_four_micro_batches_make_the_gradient_of_one(results: Results) -> None:

@@ -40,8 +40,23 @@ CASES = [
     "documents_full_recompute",
 ]
 """Those of workers/layouts.py."""
-DOUBLE = ["dense", "learned", "query_norm", "spread", "lists", "gathered", "straight_through_all", "full_recompute"]
-"""Those it runs in float64 too."""
+DOUBLE = [
+    "dense",
+    "learned",
+    "learned_paper",
+    "query_norm",
+    "spread",
+    "lists",
+    "lists_query_norm",
+    "bias",
+    "bias_query_norm",
+    "gathered",
+    "straight_through_all",
+    "documents",
+    "documents_query_norm",
+    "full_recompute",
+]
+"""Those it runs in float64 too, which tells a wrong formula from rounding."""
 
 Results = list[dict[tuple[str, str], dict[str, Any]]]
 """For each rank: (case, layout) -> what workers/tiny.py's ``gradients`` returns."""

@@ -80,11 +80,9 @@ def fake_checkpoint() -> Callable[..., Path]:
 def one_rank() -> Iterator[None]:
     """Process groups of a world of one."""
     # Imported here: the tests of the configuration need neither.
-    import torch.distributed as dist
-
+    from moh_megatron.model.single import be_alone
     from moh_megatron.parallel import groups
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    groups.initialize(tensor_parallel=1, seed=1)
+    be_alone(seed=1)
     yield
     groups.destroy()

@@ -84,9 +84,17 @@ def kernel_library() -> ctypes.CDLL | None:
             _build(flags, target)
         return _declared(ctypes.CDLL(str(target)))
     except (OSError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"The C++ attention kernel cannot be built ({reason}); using the PyTorch one.", stacklevel=2)
+        warnings.warn(
+            f"The C++ attention kernel cannot be built ({_reason(error)}); using the PyTorch one.", stacklevel=2
+        )
         return None
+
+
+def _reason(error: Exception) -> str:
+    """The telling line of what a build printed: the first that speaks of an error, else the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines[1:] if "not found" in line or "error" in line.lower()]
+    return (telling or lines[-1:])[0]
 
 
 def available(dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moh_megatron.moh.backends.ragged import RaggedQueries, ragged_queries
 
@@ -84,6 +85,7 @@ class _RaggedAttention(torch.autograd.Function):
         return _scatter(rows, ctx.ragged, q)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rows, extra = ctx.saved_tensors
         # Gathered again rather than kept: twice the memory of the queries buys little time.

@@ -8,6 +8,12 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from support.layouts import DOUBLE
+
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import moh_layers
+from moh_megatron.moh.balancing import update_biases
+from moh_megatron.parallel import groups
 
 CASES = {
     "dense": {"moh": {"enabled": False}},
@@ -45,11 +51,19 @@ CASES = {
     "documents_cpu": {"data": {"document_mask": True}, "moh": {"backend": "cpu"}, "train": {"recompute": "selective"}},
     "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
 }
-DOUBLE = ("dense", "learned", "query_norm", "spread", "lists", "gathered", "straight_through_all", "full_recompute")
-"""Cases run in float64 too, which tells a wrong formula from rounding."""
 ACCUMULATION: dict[str, Any] = {"accumulation": {}, "task_accumulation": {"balance_coefficient": 0.0}}
 """One step of four rows in one micro-batch and in four."""
 LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
+
+
+def biases_of_replicas(config: Config) -> dict[str, Any]:
+    """Where biases stand after a step in which rank 0 counted other heads than rank 1."""
+    layers = moh_layers(tiny.fresh_model(config))
+    counts = torch.zeros(len(layers), 8, dtype=torch.float64)
+    counts[:, 2 + dist.get_rank()] = 10.0
+    update_biases(layers, counts, groups.data_group())
+    return {"biases": [layer.router.bias_steps for layer in layers]}
+
 
 if __name__ == "__main__":
     tiny.start()
@@ -60,10 +74,11 @@ if __name__ == "__main__":
             results[case, layout] = tiny.gradients_of(config)
         for case in DOUBLE:
             config = tiny.tiny_config(**CASES[case], parallel=parallel)
-            results[f"{case}_float64", layout] = tiny.gradients(tiny.fresh_model(config).double(), tiny.tokens(2))
+            results[f"{case}_float64", layout] = tiny.gradients_of(config, double=True)
         for name, moh in ACCUMULATION.items():
             for steps in (1, 4):
                 config = tiny.tiny_config(parallel=parallel, moh=moh)
                 results[f"{name}_{steps}", layout] = tiny.accumulated(config, tiny.tokens(4), steps)
+        results["replicas", layout] = biases_of_replicas(tiny.tiny_config(**CASES["bias"], parallel=parallel))
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

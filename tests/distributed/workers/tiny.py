@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from moh_megatron.config.load import config_from_mapping
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses
+from moh_megatron.model.packing import document_ends, document_positions
 from moh_megatron.parallel import groups
 from moh_megatron.parallel.gradients import gather_last_dimension
 
@@ -118,7 +119,10 @@ def mean_loss(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int |
     if next(model.parameters()).dtype != torch.float64:
         return token_losses(model, rows, end_of_document).mean()
     inputs, labels = rows[:, :-1], rows[:, 1:]
-    logits = gather_last_dimension(model(inputs, position_ids(inputs), None).contiguous(), groups.tensor_group())
+    positions, ends = position_ids(inputs), None
+    if end_of_document is not None:
+        positions, ends = document_positions(inputs, end_of_document), document_ends(inputs, end_of_document)
+    logits = gather_last_dimension(model(inputs, positions, ends).contiguous(), groups.tensor_group())
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
@@ -137,12 +141,13 @@ def accumulated(config: Config, rows: torch.Tensor, steps: int) -> dict[str, Any
     }
 
 
-def gradients_of(config: Config) -> dict[str, Any]:
+def gradients_of(config: Config, *, double: bool = False) -> dict[str, Any]:
     """``gradients`` of a fresh model over two rows; with data.document_mask, of documents of eight tokens or so."""
-    rows, end = tokens(2), 0
+    model, rows, end = fresh_model(config), tokens(2), 0
+    model = model.double() if double else model
     if config.data.document_mask:
-        return gradients(fresh_model(config), rows.where(rows > 12, end), end)
-    return gradients(fresh_model(config), rows)
+        return gradients(model, rows.where(rows > 12, end), end)
+    return gradients(model, rows)
 
 
 def start() -> None:

@@ -54,8 +54,8 @@ def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callabl
     def patch(rank: int, stop: StopRequest) -> tuple[str, ...]:
         original, calls = loop.token_losses, iter(range(10**9))
 
-        def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-            losses = original(model, tokens)
+        def token_losses(*arguments: Any) -> torch.Tensor:
+            losses = original(*arguments)
             return losses * factor if next(calls) + 1 in steps else losses
 
         if rank in ranks:

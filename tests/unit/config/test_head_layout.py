@@ -46,18 +46,19 @@ def test_every_tensor_parallel_rank_gets_its_share_of_the_first_groups(groups):
         size *= 2
 
 
-@pytest.mark.parametrize(("groups", "size"), [(6, 2), (12, 2), (12, 4), (10, 2), (20, 4), (9, 3)])
-def test_leading_prime_factors_are_fair_too(groups, size):
+@pytest.mark.parametrize("groups", [3, 6, 9, 10, 12, 15, 18, 20, 24, 30, 36, 40, 48])
+def test_every_divisor_is_fair(groups):
     layout = HeadLayout(groups, groups)
-    for shared in range(groups + 1):
-        shares = [sum(head < shared for head in layout.local_heads(rank, size)) for rank in range(size)]
-        assert max(shares) - min(shares) <= 1
+    for size in (size for size in range(2, groups + 1) if groups % size == 0):
+        for shared in range(groups + 1):
+            shares = [sum(head < shared for head in layout.local_heads(rank, size)) for rank in range(size)]
+            assert max(shares) - min(shares) <= 1, (size, shared)
 
 
 def test_known_orders():
     assert HeadLayout(8, 8).group_order == (0, 4, 2, 6, 1, 5, 3, 7)
     assert HeadLayout(8, 4).head_order == (0, 1, 4, 5, 2, 3, 6, 7)
-    assert HeadLayout(6, 6).group_order == (0, 2, 4, 1, 3, 5)
+    assert HeadLayout(6, 6).group_order == (0, 3, 4, 1, 2, 5)
     assert HeadLayout(5, 5).group_order == (0, 1, 2, 3, 4)
 
 
@@ -74,6 +75,39 @@ def test_what_cannot_be_placed():
         HeadLayout(8, 4).local_heads(0, 8)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 0), r"^groups must divide heads \(8\)\. Got 0\.$"),
+        ((8, -2), r"^groups must divide heads \(8\)\. Got -2\.$"),
+        ((8, 4, "contigous"), r"^placement must be one of interleaved, contiguous\. Got 'contigous'\.$"),
+    ],
+)
+def test_what_is_no_layout(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HeadLayout(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("shared", "active", "message"),
+    [
+        ([0, 0], 4, "^shared_heads must be distinct heads below 8"),
+        ([8], 4, "^shared_heads must be distinct heads below 8"),
+        (4, 2, "^active_heads must be from the 4 shared heads, and 1, to 8. Got 2"),
+        (0, 0, "^active_heads must be from the 0 shared heads, and 1, to 8. Got 0"),
+        (0, 9, "^active_heads must be from the 0 shared heads, and 1, to 8. Got 9"),
+    ],
+)
+def test_what_cannot_be_reported(shared, active, message):
+    with pytest.raises(ValueError, match=message):
+        HeadLayout(8, 4).report(shared, active)
+
+
+def test_the_run_s_own_size_is_reported():
+    lines = HeadLayout(9, 3).report(3, 5).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["TP 1", "TP 3"]
+
+
 def test_report_counts_what_each_rank_computes():
     layout = HeadLayout(8, 4)
     assert layout.expected_load(2, 4, 1) == pytest.approx([4.0])
@@ -86,7 +120,8 @@ def test_report_counts_what_each_rank_computes():
     assert [line.split(":")[0] for line in lines] == ["TP 1", "TP 2", "TP 4", "TP 8"]
     assert lines[2].endswith("max / mean 1.00")
     assert all("uneven" not in line for line in lines[:3])
-    assert "max / mean 1.33 - uneven; moh.shared_placement=spread" in lines[3]
+    assert "max / mean 1.33 - uneven; as many shared heads in each of the 8 KV groups would even it out: " in lines[3]
+    assert "moh.shared_placement=spread, with moh.shared_heads a multiple of 8" in lines[3]
     spread = [4 * group + slot for group in range(8) for slot in range(2)]
     assert "uneven" not in HeadLayout(32, 8).report(spread, 24)
     assert HeadLayout(32, 8, "contiguous").expected_load(spread, 24, 8) == pytest.approx([3.0] * 8)

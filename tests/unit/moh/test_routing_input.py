@@ -14,12 +14,12 @@ def test_scores_that_are_not_finite_are_told(value):
     x, parts = tokens(3), weights(2, 6)
     x[1, 0] = value
     with pytest.raises(
-        ValueError, match=r"^x and the weights must give finite scores\. Got \d+ of \d+ that are inf or N"
+        ValueError, match=r"^x and the weights must give finite scores\. Got \d+ of \d+ values that are inf or N"
     ):
         learned_routing(x, *parts, top_k=2)
     q = queries(3, 8, 4)
     q[2, 5, 1] = value
-    with pytest.raises(ValueError, match=r"^q must give finite scores\. Got 1 of 24 that are inf or NaN\."):
+    with pytest.raises(ValueError, match=r"^q must give finite scores\. Got 1 of 96 values that are inf or NaN\."):
         query_norm_routing(q, shared_heads=2, top_k=2)
 
 
@@ -40,3 +40,47 @@ def test_float64_stays():
     x, parts = tokens(5).double(), [None if part is None else part.double() for part in weights(2, 6)]
     assert learned_routing(x, *parts, top_k=2).gates.dtype == torch.float64
     assert query_norm_routing(queries(3, 8, 4).double(), shared_heads=2, top_k=2).gates.dtype == torch.float64
+
+
+def test_finite_queries_never_give_nan():
+    for size in (1e20, 1e-22, 0.0):
+        q = (size * queries(5, 8, 4)).requires_grad_()
+        routing = query_norm_routing(q, shared_heads=2, top_k=3)
+        (routing.gates * torch.randn(5, 8)).sum().backward()
+        assert q.grad is not None
+        for values in (routing.gates, routing.balance_loss, q.grad):
+            assert values.isfinite().all(), size
+
+
+def test_no_tokens_no_loss():
+    assert query_norm_routing(torch.zeros(0, 8, 4), shared_heads=2, top_k=3).balance_loss == 0
+    assert learned_routing(torch.zeros(0, D), *weights(2, 6), top_k=2).balance_loss == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gating": "normalised"}, "^gating must be one of normalized, paper. Got 'normalised'"),
+        ({"balance": "scalled"}, "^balance must be one of scaled, paper. Got 'scalled'"),
+        ({"top_k": 2.0}, r"^top_k must be from 1 to the number of routed heads \(6\). Got 2.0"),
+        ({"x": torch.tensor(1.0)}, r"^x must be floating-point numbers \[..., D\]"),
+    ],
+)
+def test_arguments_that_are_none_of_those_there_are(change, message):
+    w_shared, w_routed, w_alpha = weights(2, 6)
+    arguments = {"x": tokens(3), "w_shared": w_shared, "w_routed": w_routed, "w_alpha": w_alpha, "top_k": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        learned_routing(**arguments)
+    if "balance" in change:
+        with pytest.raises(ValueError, match=message):
+            query_norm_routing(queries(3, 8, 4), shared_heads=2, top_k=2, **change)
+
+
+def test_shared_heads_may_be_a_tensor():
+    q = queries(5, 8, 4)
+    listed, tensor = (query_norm_routing(q, shared_heads=heads, top_k=2) for heads in ([1, 4], torch.tensor([1, 4])))
+    assert torch.equal(listed.active, tensor.active)
+    with pytest.raises(ValueError, match="^shared_heads must be distinct heads below 8"):
+        query_norm_routing(q, shared_heads=torch.tensor([1, 1]), top_k=2)
+    with pytest.raises(ValueError, match=r"^q must be floating-point numbers \[..., N, H\]"):
+        query_norm_routing(q[0, 0], shared_heads=0, top_k=1)

@@ -122,8 +122,15 @@ def test_bf16_stays_near(backend: str) -> None:
 def test_scale_and_strides(backend: str) -> None:
     q, k, v, active = draw(70, 2, 2, 2, 16, 0.5, 5, torch.float32)
     plain = sparse_attention(q * 2, k, v, active, scale=0.25, backend=backend)  # type: ignore[arg-type]
-    doubled = sparse_attention(q, k, v, active, scale=0.5, backend=backend)  # type: ignore[arg-type]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    doubled = sparse_attention(*leaves, active, scale=0.5, backend=backend)  # type: ignore[arg-type]
     torch.testing.assert_close(plain, doubled)
+    # The same by scaled queries and the usual scale, 1 / 4, whose gradients other tests hold.
+    expected = reference(leaves[0] * 2, leaves[1], leaves[2], active, torch.zeros(70, dtype=torch.int64))
+    for a, b in zip(
+        *(torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in (doubled, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q * 2, k, v, active)]
     torch.testing.assert_close(sparse_attention(*strided, scale=0.25, backend=backend), plain)  # type: ignore[arg-type]
 
@@ -152,6 +159,31 @@ def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(2048, 0.5) == "gathered"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert choose(2048, 0.5) == "dense"
+
+
+def test_auto_goes_by_the_share_of_active_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def choose(*, share: float, **_: Any) -> str:
+        seen.append(share)
+        return "dense"
+
+    monkeypatch.setattr(sys.modules["moh_megatron.moh.sparse_attention"], "choose_backend", choose)
+    q, k, v, active = draw(10, 1, 2, 2, 16, 0.5, 1, torch.float32)
+    active[:] = False
+    active[..., 0] = True
+    sparse_attention(q, k, v, active)
+    assert seen == [0.25]
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in draw(9, 1, 1, 2, 8, 0.5, 1, torch.float32)[:3]]
+    active = torch.ones(9, 1, 2, dtype=torch.bool)
+    out = sparse_attention(*leaves, active, backend=backend)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_auto_goes_by_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +233,14 @@ def test_documents_of_a_batch(backend: Any) -> None:
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "must rise from 0 to S = 4"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "^cu_seqlens must be int32"),
         ({"backend": "fast"}, "^backend must be one of"),
+        ({"q": None}, "^q must be a tensor. Got NoneType"),
+        ({"active": [True]}, "^active must be a tensor. Got list"),
+        ({"k": torch.zeros(4, 1, 0, 8), "v": torch.zeros(4, 1, 0, 8)}, "must divide the 4 heads of q. Got 0"),
+        ({"k": torch.zeros(4, 1, 2, 8, device="meta")}, r"^k must be on the device of q \(cpu\). Got meta"),
+        ({"v": torch.zeros(4, 1, 2, 8, dtype=torch.float64)}, r"^v must have the type of q \(torch.float32\)"),
+        (dict.fromkeys("qkv", torch.zeros(4, 1, 4, 8, dtype=torch.int64)), "^q must be floating-point numbers"),
+        (dict.fromkeys("qkv", torch.zeros(4, 1, 4, 0)), r"^q must have shape \[S, B, N, H\]"),
+        ({"backend": "cpu", **dict.fromkeys("qkv", torch.zeros(4, 1, 4, 8, dtype=torch.float64))}, "'cpu' needs fp32"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -235,7 +275,7 @@ for length, batch, heads, groups, size, documents in [(37, 1, 4, 2, 16, None), (
     cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32)
     both = []
     for backend in ("triton", "dense"):
-        out = sparse_attention(*leaves, active, cu_seqlens=cu_seqlens, backend=backend)
+        out = sparse_attention(*leaves, active, scale=0.4, cu_seqlens=cu_seqlens, backend=backend)
         both.append((out, *torch.autograd.grad(out, leaves, d_out)))
     print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*both)))
 """
@@ -257,6 +297,7 @@ def test_triton_in_its_interpreter() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_on_a_gpu(dtype: torch.dtype) -> None:
     q, k, v, active = (x.cuda() for x in draw(700, 2, 2, 4, 64, 0.5, 7, torch.float32))
@@ -277,12 +318,19 @@ def test_triton_needs_a_gpu_or_its_interpreter() -> None:
         sparse_attention(q, q, q, torch.ones(4, 1, 2, dtype=torch.bool), backend="triton")
 
 
+WITHOUT_COMPILER = """
+import torch
+from moh_megatron.moh import sparse_attention
+q, active = torch.randn(9, 1, 2, 8), torch.rand(9, 1, 2) < 0.5
+out = sparse_attention(q, q, q, active, backend="cpu")
+print(float((out - sparse_attention(q, q, q, active, backend="dense")).abs().max()) < 1e-5)
+"""
 BUILD = "from moh_megatron.moh.backends.cpu import kernel_library; print(kernel_library() is not None)"
 
 
-def _build(**environment: str) -> subprocess.Popen[str]:
+def _build(program: str = BUILD, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD],
+        [sys.executable, "-c", program],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -300,9 +348,11 @@ def test_ranks_that_build_at_once_and_an_abandoned_lock(tmp_path: Any) -> None:
 
 
 def test_without_a_compiler_there_is_one_warning(tmp_path: Any) -> None:
-    out, err = _build(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/such/compiler").communicate(timeout=120)
-    assert out.strip() == "False"
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/no/such/compiler"}
+    out, err = _build(WITHOUT_COMPILER, **environment).communicate(timeout=120)
+    assert out.strip() == "True", err
     assert err.count("cannot be built") == 1
+    assert "/no/such/compiler" in err
 
 
 def test_the_kernel_is_there() -> None:
