@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,7 +92,7 @@ def _heads(config: Config, plan: Plan) -> str:
     table = _table([title, "active", "a token on each rank", "max / mean"], rows)
     if max(each.imbalance for each in plan.head_balance) > LARGEST_IMBALANCE:
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups)
-        table += f"\nwarning: uneven; {layout.remedy}"
+        table += "\n" + textwrap.fill(f"warning: uneven; {layout.remedy}", 120)
     return table
 
 

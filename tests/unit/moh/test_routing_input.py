@@ -80,7 +80,7 @@ def test_shared_heads_may_be_a_tensor():
     q = queries(5, 8, 4)
     listed, tensor = (query_norm_routing(q, shared_heads=heads, top_k=2) for heads in ([1, 4], torch.tensor([1, 4])))
     assert torch.equal(listed.active, tensor.active)
-    with pytest.raises(ValueError, match="^shared_heads must be distinct heads below 8"):
+    with pytest.raises(ValueError, match=r"^shared_heads must be distinct heads below 8\."):
         query_norm_routing(q, shared_heads=torch.tensor([1, 1]), top_k=2)
     with pytest.raises(ValueError, match=r"^q must be floating-point numbers \[..., N, H\]"):
         query_norm_routing(q[0, 0], shared_heads=0, top_k=1)
