@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-LAYOUTS = ("dp2_zero0", "dp2_zero1", "dp2_zero2", "tp2_zero0", "tp2_zero1", "dp2_zero1_bf16", "dp2_zero2_bf16")
+LAYOUTS = (
+    *("dp2_zero0", "dp2_zero1", "dp2_zero2", "dp2_zero3", "tp2_zero0", "tp2_zero1", "tp2_zero3"),
+    *("dp2_zero1_bf16", "dp2_zero2_bf16", "dp2_zero3_bf16"),
+)
 KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
 
 

@@ -26,6 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_zero2": {"zero_stage": 2},
     "tp2_zero0": {"tensor": 2, "zero_stage": 0},
     "tp2_zero1": {"tensor": 2, "zero_stage": 1},
+    "dp2_zero3": {"zero_stage": 3},
+    "tp2_zero3": {"tensor": 2, "zero_stage": 3},
 }
 KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
 
@@ -33,7 +35,7 @@ KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
 def state(engine: Engine) -> list[Tensor]:
     """Copies of all that a step changes: weights, masters, Adam's moments and counts."""
     optimizer = engine._optimizer
-    tensors = [p.detach() for p in engine.module.parameters()]
+    tensors = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]  # this rank's share in stage 3
     tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
     tensors += [value for slots in optimizer.state.values() for value in slots.values() if torch.is_tensor(value)]
     return [tensor.clone() for tensor in tensors]
@@ -95,7 +97,7 @@ if __name__ == "__main__":
     initialize_distributed(world)
     results: dict[str, Any] = {}
     cases = [(name, parallel, "fp32") for name, parallel in LAYOUTS.items()]
-    cases += [("dp2_zero1_bf16", LAYOUTS["dp2_zero1"], "bf16"), ("dp2_zero2_bf16", LAYOUTS["dp2_zero2"], "bf16")]
+    cases += [(f"dp2_zero{stage}_bf16", LAYOUTS[f"dp2_zero{stage}"], "bf16") for stage in (1, 2, 3)]
     for name, parallel, precision in sorted(cases, key=lambda case: "tensor" in case[1]):
         good = run(parallel, precision, None)
         for kind in KINDS:
