@@ -119,7 +119,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
 
     engine = build_engine(config, world.size, checkpoint or elsewhere, resume=checkpoint is not None)
     agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
-    clock.mark("engine")
+    clock.mark("model and engine")
     return Session(
         config,
         world,

@@ -117,7 +117,7 @@ def test_a_profile_is_written(cases: Cases) -> None:
 def test_the_cost_of_the_start_is_told(cases: Cases) -> None:
     found = cases("nan")
     parts = json.loads((found.run / "summary.json").read_text())["startup_seconds"]
-    assert list(parts) == ["imports", "groups", "data", "model", "engine", "first step"]
+    assert list(parts) == ["imports", "groups", "data", "model and engine", "first step"]
     assert "from launch to the end of the first step: imports" in found.logs[0]
 
 
