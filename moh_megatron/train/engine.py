@@ -101,7 +101,7 @@ class Engine:
         accumulation_steps: int,
         make_optimizer: Callable[[nn.Module, Config], torch.optim.Optimizer] = adamw,
     ) -> None:
-        self._stage = config.parallel.zero_stage
+        self._stage, self._offloads = config.parallel.zero_stage, config.parallel.offload_optimizer
         self._optimizer = make_optimizer(model, config)
         self._module = model
         self.applied = True
@@ -164,6 +164,8 @@ class Engine:
         self._deepspeed.step()
         if norm is None:
             self.applied = self._deepspeed.was_step_applied()
+            if not self.applied:
+                self._clear_offloaded_gradients()
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
         return norm.detach().float()
 
@@ -171,6 +173,16 @@ class Engine:
         # What has no gradient is left alone: the weights, Adam's moments and its count of steps.
         if not self.applied:
             optimizer.zero_grad(set_to_none=True)
+
+    def _clear_offloaded_gradients(self) -> None:
+        # With offload, stages 1 and 2 add a step's gradients to buffers that a skipped step does not clear.
+        zero: Any = self._deepspeed.optimizer
+        if self._offloads and self._stage in (1, 2):
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+            for partition in zero.single_partition_of_fp32_groups:
+                if partition.grad is not None:
+                    partition.grad.zero_()
 
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.
