@@ -23,6 +23,7 @@ def run_campaigns(prepared: tuple[Path, Path], folder: Path, campaigns: dict[str
         "checkpoint.keep_last=2",
         "train.eval_interval=0",
         "monitor.tensorboard=false",
+        "train.timeout_seconds=20",  # how soon a rank that is left alone ends follows from it
     ]
     specification, result = folder / "specification.json", folder / "result.json"
     for name, values in campaigns.items():
