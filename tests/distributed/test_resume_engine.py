@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FP32 = [(tensor, stage, "fp32") for tensor in (1, 2) for stage in (0, 1, 2, 3)]
 BF16 = [(tensor, stage, "bf16") for tensor in (1, 2) for stage in (1, 2, 3)]
 

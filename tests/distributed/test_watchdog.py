@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # train.timeout_seconds is 8 in the worker.
 LONGEST_SECONDS = 20
 

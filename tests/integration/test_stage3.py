@@ -9,6 +9,8 @@ from support.runs import STEPS, Run, command, finish
 
 from moh_megatron.checkpoint.native import read_weights
 
+pytestmark = pytest.mark.slow
+
 
 def test_stage_3_is_the_same_run(uninterrupted: Run, new_run: Callable[[], Run]) -> None:
     """Two replicas that share out every parameter learn what two tensor-parallel ranks learn."""
