@@ -122,7 +122,7 @@ def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaCo
             "moh_router": moh.router,
             "moh_gating": moh.gating,
             "moh_balance_loss": moh.balance_loss,
-            "moh_balance_coefficient": moh.balance_coefficient if moh.balancing == "loss" else 0.0,
+            "moh_balance_coefficient": moh.balance_weight,
             "moh_bias_update_rate": moh.bias_update_rate if moh.balancing == "bias" else None,
             "architectures": ["MoHForCausalLM"],
             "auto_map": _AUTO_MAP,

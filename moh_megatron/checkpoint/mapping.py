@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moh_megatron.config.count import router_weight_rows
+from moh_megatron.config.count import router_biases, router_weight_rows
 from moh_megatron.config.errors import UserError
-from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.head_layout import HeadLayout, inverse
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
 
@@ -40,14 +40,10 @@ class Rule:
     """The inverse of ``split``."""
 
 
-def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
-
-
 def split_qkv(fused: Tensor, model: ModelConfig, order: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """[G * (N/G + 2) * H, D], groups in ``order`` -> query [N * H, D], key and value [G * H, D], in logical order."""
     groups, width, size = model.query_groups, model.num_attention_heads // model.query_groups, model.head_dim
-    logical = fused.view(groups, width + 2, size, -1)[_inverse(order)]
+    logical = fused.view(groups, width + 2, size, -1)[inverse(order)]
     query, key, value = logical.split([width, 1, 1], dim=1)
     return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
@@ -85,16 +81,16 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
         (f"{hf}.self_attn.o_proj.weight",),
         (hidden, heads * size),
         dim=1,
-        split=lambda physical: (permute_columns(physical, groups, _inverse(order)),),
+        split=lambda physical: (permute_columns(physical, groups, inverse(order)),),
         join=lambda parts: permute_columns(parts[0], groups, order),
     )
     own = layer_heads(model, config.moh)[index]
     for name, rows in router_weight_rows(config.moh, own).items():
         router = f"{hf}.self_attn.router.{name.removeprefix('w_')}.weight"
         yield Rule(f"{ours}.self_attention.router.{name}", (router,), (rows, hidden))
-    if config.moh.enabled and config.moh.balancing == "bias" and own.routed:
+    if biases := router_biases(config.moh, own):
         steps = f"{hf}.self_attn.router.bias_steps"
-        yield Rule(f"{ours}.self_attention.router.bias_steps", (steps,), (len(own.routed),), dtype=torch.int64)
+        yield Rule(f"{ours}.self_attention.router.bias_steps", (steps,), (biases,), dtype=torch.int64)
     yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
     yield Rule(
         f"{ours}.mlp.linear_fc1.weight",

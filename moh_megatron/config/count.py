@@ -50,3 +50,8 @@ def router_weight_rows(moh: MoHConfig, heads: LayerHeads) -> dict[str, int]:
         "w_alpha": 2 if shared and routed else 0,
     }
     return {name: count for name, count in rows.items() if count}
+
+
+def router_biases(moh: MoHConfig, heads: LayerHeads) -> int:
+    """How many biases balance the routed heads of one layer; none where a loss does."""
+    return len(heads.routed) if moh.enabled and moh.balancing == "bias" else 0

@@ -22,6 +22,11 @@ LARGEST_IMBALANCE = 1.1
 """The busiest rank's heads over the mean, from which on a report warns."""
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """Where each of 0 .. n - 1 stands in ``order``, a permutation of them."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
 @functools.cache
 def _interleaved(count: int) -> tuple[int, ...]:
     """Permutation of range(count): one number after another goes where the runs, of every size, have the fewest yet.

@@ -24,7 +24,7 @@ class LayerHeads:
     @cached_property
     def routed(self) -> tuple[int, ...]:
         """The others, in rising order."""
-        return tuple(head for head in range(self.count) if head not in set(self.shared))
+        return tuple(sorted(set(range(self.count)) - set(self.shared)))
 
     @property
     def order(self) -> tuple[int, ...]:

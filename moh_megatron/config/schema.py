@@ -120,6 +120,18 @@ class MoHConfig:
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
     """How KV groups are placed on tensor-parallel ranks: interleaved gives each its share of shared heads."""
 
+    @property
+    def balance_weight(self) -> float:
+        """What the balance loss counts: beta, or nothing where biases balance."""
+        return self.balance_coefficient if self.balancing == "loss" else 0.0
+
+    @property
+    def fixed_backend(self) -> str | None:
+        """What computes attention whatever the shape and the device; None where auto chooses."""
+        if not self.enabled or self.straight_through == "all":
+            return "dense"
+        return None if self.backend == "auto" else self.backend
+
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class ParallelConfig:

@@ -112,10 +112,8 @@ def attention_backend(config: Config, device: torch.device) -> str:
     Layers and tensor-parallel ranks whose shares differ may take different ones: all are named then.
     """
     moh = config.moh
-    if not moh.enabled or moh.straight_through == "all":
-        return "dense"
-    if moh.backend != "auto":
-        return moh.backend
+    if moh.fixed_backend is not None:
+        return moh.fixed_backend
     model, tensor = config.model, config.parallel.tensor
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
     shares = {

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moh_megatron.config.count import router_weight_rows
-from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.count import router_biases, router_weight_rows
+from moh_megatron.config.head_layout import HeadLayout, inverse
 from moh_megatron.config.heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.losses import attach_loss, z_loss
@@ -45,8 +45,8 @@ class Router(nn.Module, abc.ABC):
         self.top_k = 0
         self.follow_schedule(0)
         # Whole numbers: casting the model to bf16 leaves them alone, and would round a bias away.
-        steps = torch.zeros(len(heads.routed), dtype=torch.int64) if moh.balancing == "bias" and heads.routed else None
-        self.register_buffer("bias_steps", steps)
+        biases = router_biases(moh, heads)
+        self.register_buffer("bias_steps", torch.zeros(biases, dtype=torch.int64) if biases else None)
 
     def follow_schedule(self, step: int) -> None:
         """Choose as many heads as ``moh.activation_schedule_steps`` has after ``step`` steps."""
@@ -63,11 +63,6 @@ class Router(nn.Module, abc.ABC):
         if self.bias_steps is not None:
             load = counts[list(self.heads.routed)]
             self.bias_steps += (load.sum() - load * load.numel()).sign().to(torch.int64)
-
-    @property
-    def balance_weight(self) -> float:
-        """Of the balance loss in the loss that is differentiated."""
-        return self.loss_scale * self.moh.balance_coefficient if self.moh.balancing == "loss" else 0.0
 
     @abc.abstractmethod
     def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
@@ -105,8 +100,7 @@ class LearnedRouter(Router):
             weight = torch.empty(rows.get(name, 0), hidden_size).normal_(std=init_std).to(dtype)
             parameter = nn.Parameter(weight, requires_grad=not moh.freeze_router)
             self.register_parameter(name, parameter if name in rows else None)
-        order = sorted(range(heads.count), key=heads.order.__getitem__)
-        self.register_buffer("logical_order", torch.tensor(order), persistent=False)
+        self.register_buffer("logical_order", torch.tensor(inverse(heads.order)), persistent=False)
 
     def _weight(self, weight: nn.Parameter | None) -> Tensor | None:
         # Under sequence parallelism each rank routes its own positions: the weight's gradient is a sum over ranks.
@@ -130,7 +124,7 @@ class LearnedRouter(Router):
         gates, active, balance = weigh_heads(
             logits, top_k=self.top_k, gating=moh.gating, balance=moh.balance_loss, bias=self.bias, mean=self._mean
         )
-        gates = attach_loss(gates, balance, self.balance_weight)
+        gates = attach_loss(gates, balance, self.loss_scale * self.moh.balance_weight)
         if moh.z_loss_coefficient and logits.routed is not None:
             gates = attach_loss(gates, self._z_loss(logits.routed), self.loss_scale * moh.z_loss_coefficient)
         if self.sequence_parallel:
@@ -155,8 +149,7 @@ class QueryNormRouter(Router):
     ) -> None:
         super().__init__(moh, heads, loss_scale)
         self.group = group
-        order = sorted(range(layout.heads), key=layout.head_order.__getitem__)
-        self.register_buffer("physical_of_logical", torch.tensor(order), persistent=False)
+        self.register_buffer("physical_of_logical", torch.tensor(inverse(layout.head_order)), persistent=False)
 
     def _norms(self, q: Tensor) -> Tensor:
         """[S, B, n, H] -> [S, B, N], heads in logical order."""
@@ -177,5 +170,5 @@ class QueryNormRouter(Router):
             balance=self.moh.balance_loss,
             bias=self.bias,
         )
-        gates = attach_loss(gates, balance, self.balance_weight)
+        gates = attach_loss(gates, balance, self.loss_scale * self.moh.balance_weight)
         return Routing(sum_gradient(gates, self.group), active, balance)

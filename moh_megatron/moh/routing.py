@@ -170,7 +170,7 @@ def routed_heads(heads: int, shared_heads: int | Sequence[int] | Tensor) -> list
     shared = list(range(shared_heads)) if isinstance(shared_heads, int) else list(shared_heads)
     if len(set(shared)) != len(shared) or any(not 0 <= head < heads for head in shared):
         raise ValueError(f"shared_heads must be distinct heads below {heads}. Got {shared_heads}.")
-    return [head for head in range(heads) if head not in set(shared)]
+    return sorted(set(range(heads)) - set(shared))
 
 
 def query_norms(q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.choice import Backend, choose_backend
-from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library
+from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library, serves
 from moh_megatron.moh.backends.dense import dense_attention
 from moh_megatron.moh.backends.documents import document_length
 from moh_megatron.moh.backends.gathered import GatheredKernel
@@ -34,7 +34,7 @@ _BACKENDS = ("dense", *_KERNELS)
 
 def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``backend`` cannot serve such tensors; None if it can."""
-    if backend == "cpu" and (device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
+    if backend == "cpu" and not serves(dtype, device):
         return "backend 'cpu' needs fp32 or bf16 on the CPU."
     if backend == "triton":
         device_serves = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

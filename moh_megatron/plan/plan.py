@@ -77,10 +77,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 def backend_on_gpus(config: Config) -> str:
     """What ``model.build.attention_backend`` answers there: ``auto`` is dense on a GPU."""
-    moh = config.moh
-    if not moh.enabled or moh.straight_through == "all" or moh.backend == "auto":
-        return "dense"
-    return moh.backend
+    return config.moh.fixed_backend or "dense"
 
 
 def _head_balance(config: Config) -> list[HeadBalance]:

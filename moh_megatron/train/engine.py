@@ -158,15 +158,16 @@ class Engine:
         """Clip, update the weights, clear the gradients; returns the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._own_gradient_norm() if self._stage == 0 else None
-        if norm is not None:
+        if self._stage == 0:
+            norm = self._own_gradient_norm()
             self.applied = bool(torch.isfinite(norm))
-        self._deepspeed.step()
-        if norm is None:
-            self.applied = self._deepspeed.was_step_applied()
-            if not self.applied:
-                self._clear_offloaded_gradients()
+            self._deepspeed.step()
+        else:
+            self._deepspeed.step()
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
+            self.applied = self._deepspeed.was_step_applied()
+            if self._offloads and not self.applied:
+                self._clear_offloaded_gradients()
         return norm.detach().float()
 
     def _drop_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
@@ -177,7 +178,7 @@ class Engine:
     def _clear_offloaded_gradients(self) -> None:
         # With offload, stages 1 and 2 add a step's gradients to buffers that a skipped step does not clear.
         zero: Any = self._deepspeed.optimizer
-        if self._offloads and self._stage in (1, 2):
+        if self._stage in (1, 2):
             for group in zero.averaged_gradients:
                 zero.averaged_gradients[group] = None
             for partition in zero.single_partition_of_fp32_groups:

@@ -199,11 +199,9 @@ class _Training:
 
     def _log(self, bar: tqdm) -> None:
         interval = self.metrics.flush()
-        moh = self.config.moh
-        beta = moh.balance_coefficient if self.layers and moh.balancing == "loss" else 0.0
         for metrics in interval.steps:
             self.health.observe(metrics)
-            loss = metrics.lm_loss + beta * metrics.balance_loss
+            loss = metrics.lm_loss + self.config.moh.balance_weight * metrics.balance_loss
             if self.records:
                 self.records.write([{**dataclasses.asdict(metrics), "loss": loss}])
             if self.board:

@@ -27,8 +27,9 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
     accumulation_steps = gradient_accumulation_steps(config, world_size)
     model = build_model(config, accumulation_steps)
     tensor_rank = groups.tensor_group().rank()
+    written_by = config if source is None else native.read_config(source)
     if source is not None:
-        weights.load_into(model, config, source, native.read_config(source), tensor_rank)
+        weights.load_into(model, config, source, written_by, tensor_rank)
     engine = Engine(
         model,
         config,
@@ -36,7 +37,7 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
         accumulation_steps=accumulation_steps,
     )
     if source is not None and resume:
-        with StoredState(source, native.read_config(source), tensor_rank, config.parallel.tensor) as stored:
+        with StoredState(source, written_by, tensor_rank, config.parallel.tensor) as stored:
             engine.load_optimizer(stored.updates, stored.read)
         if native.read_state(source).topology == native.topology_of(config, world_size):
             random_states.restore(source)

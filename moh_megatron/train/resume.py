@@ -114,7 +114,8 @@ def check_same_run(
             f"read: it needs version {FORMAT_VERSION}. Finish the run with the release that wrote it, or start a new "
             f"one from its weights with train.init_from={checkpoint}."
         )
-    there, here = (_values(each, _SAME_RUN) for each in (read_config(checkpoint), config))
+    written_by = read_config(checkpoint)
+    there, here = (_values(each, _SAME_RUN) for each in (written_by, config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
     there["data"], here["data"] = manifest.data[:12], data[:12]
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
@@ -122,7 +123,7 @@ def check_same_run(
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
-    before, now = (_values(each, ["optimizer"]) for each in (read_config(checkpoint), config))
+    before, now = (_values(each, ["optimizer"]) for each in (written_by, config))
     for key, value in now.items():
         if before[key] != value:
             report(f"warning: {key} is {value} from here on; it was {before[key]} up to {checkpoint.name}")

@@ -105,11 +105,11 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     check_backend(config, device)
     clock.mark("groups")
 
-    report = print if world.rank == 0 else _say_nothing
+    data_hash, report = hash_of(data), print if world.rank == 0 else _say_nothing
     checkpoint = _agreed(world, lambda: newest_good(config, print))
     start_step = 0
     if checkpoint is not None:
-        start_step = check_same_run(checkpoint, config, world.size, hash_of(data), report).step
+        start_step = check_same_run(checkpoint, config, world.size, data_hash, report).step
     elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
     tokenizer = load_dataset_tokenizer(data_dir(config), data)
@@ -127,7 +127,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
         engine,
         tokenizer,
         data,
-        hash_of(data),
+        data_hash,
         train_dataset,
         validation_dataset,
         start_step,

@@ -97,9 +97,14 @@ def _reason(error: Exception) -> str:
     return (telling or lines[-1:])[0]
 
 
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel is made for such tensors: on the CPU, computed in fp32."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
 def available(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel can serve such tensors: on the CPU, computed in fp32, and built."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and kernel_library() is not None
+    """Whether the kernel ``serves`` such tensors, and can be built."""
+    return serves(dtype, device) and kernel_library() is not None
 
 
 class CpuKernel:
