@@ -23,6 +23,8 @@ from moh_megatron.config.types import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    ShardText,
+    TextTemplate,
 )
 
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
@@ -138,6 +140,8 @@ class TokenizerConfig:
     """A tokenizer.json, or a folder that holds one; null: prepare_data trains a SentencePiece BPE on data.inputs."""
     character_coverage: PositiveFraction = 0.9995
     """Share of the training characters that get a piece of their own; the rest are encoded as bytes *(ours)*."""
+    sample_bytes: PositiveInt = 1_000_000_000
+    """Bytes of text a tokenizer is trained on, taken evenly from the whole of data.inputs."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
@@ -145,11 +149,33 @@ class DataConfig:
     dir: PathText | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
     inputs: tuple[str, ...] = ()
-    """Raw text for prepare_data: .jsonl or .txt files, also .gz; globs allowed."""
+    """What prepare_data reads: .jsonl and .txt (plain, .gz, .zst), .parquet, save_to_disk folders, folders of such
+    files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging Face hub."""
     text_key: str = "text"
-    """The field of a .jsonl record that holds the text."""
+    """The field of a record that holds the text."""
+    template: TextTemplate = None
+    """Several fields as one text, such as "{title}\\n\\n{body}"; null: text_key alone."""
     text_unit: Literal["file", "paragraph", "line"] = "file"
     """What makes one document of a .txt file; paragraphs end at a blank line."""
+    shard: ShardText = None
+    """i/n, from 1/n to n/n: prepare only this share of the parts; prepare_data without it does what is left and puts
+    the dataset together."""
+    workers: PositiveInt | None = None
+    """Cores to encode on; null: all this process may use."""
+    max_document_bytes: Annotated[Int, Field(ge=16)] = 4_000_000
+    """Longer documents are encoded in pieces of at most so many bytes, and stored as one document."""
+    max_record_bytes: PositiveInt = 32_000_000
+    """A longer line of a .jsonl file is rejected: it would have to be held in memory."""
+    max_reject_fraction: Fraction = 0.001
+    """Largest share of the records that may be rejected; above it there is no dataset."""
+    normalization: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation of every text."""
+    drop_shorter: PositiveInt | None = None
+    """Leave out documents of fewer characters."""
+    drop_longer: PositiveInt | None = None
+    """Leave out documents of more characters."""
+    deduplicate: Bool = False
+    """Keep only the first of the documents with the same text."""
     validation_fraction: Fraction = 0.01
     """Share of the documents held out, chosen by a hash of their text."""
     ngram_baselines: Bool = False

@@ -51,9 +51,25 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As ``encode`` for each text, on all cores."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[list[int]]:
+        """As ``encode`` for each text, on all cores. One that is ``continued`` begins inside a document: the space that
+        some tokenizers put before every text is not put there."""
+        if not any(continued) or not self._adds_space:
+            return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoders = (self._encoder, self._inside)
+        return [
+            encoders[inside].encode(text, add_special_tokens=False).ids
+            for text, inside in zip(texts, continued, strict=True)
+        ]
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        return self._inside.to_str() != self._encoder.to_str()
+
+    @cached_property
+    def _inside(self) -> Encoder:
+        """The same encoder without a space before the text."""
+        return _configured(Encoder.from_str(json.dumps(_without_prefix(json.loads(self._encoder.to_str())))))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens give none."""
@@ -84,9 +100,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         encoder = Encoder.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
+    _configured(encoder)
     settings = _settings(file.parent / TOKENIZER_CONFIG)
     eod = _token_id(encoder, settings, "eos_token", file)
     if eod is None:
@@ -99,6 +113,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     pad = _token_id(encoder, settings, "pad_token", file)
     return Tokenizer(encoder, file.parent, hashlib.sha256(content).hexdigest(), eod, eod if pad is None else pad)
+
+
+def _configured(encoder: Encoder) -> Encoder:
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _without_prefix(part: Any) -> Any:
+    """A tokenizer.json, or a part of one, that puts nothing before a text."""
+    if isinstance(part, list):
+        return [
+            _without_prefix(each) for each in part if not (isinstance(each, dict) and each.get("type") == "Prepend")
+        ]
+    if not isinstance(part, dict):
+        return part
+    changed = {key: value if key == "model" else _without_prefix(value) for key, value in part.items()}
+    if changed.get("type") == "Prepend":
+        return None
+    if changed.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if changed.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    return changed
 
 
 def _settings(file: Path) -> dict[str, Any]:
