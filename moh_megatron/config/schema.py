@@ -137,9 +137,17 @@ class ParallelConfig:
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class TokenizerConfig:
     path: str | None = None
-    """A tokenizer.json, or a folder that holds one; null: prepare_data trains a SentencePiece BPE on data.inputs."""
+    """A tokenizer.json, a SentencePiece .model, or a folder that holds one; null: prepare_data trains one on
+    data.inputs, of model.vocab_size entries."""
+    grow_to: PositiveInt | None = None
+    """Give the BPE of tokenizer.path pieces learned on data.inputs, so many entries in all; every old id stays."""
+    algorithm: Literal["sentencepiece_bpe", "sentencepiece_unigram", "byte_level_bpe"] = "sentencepiece_bpe"
+    """What is trained: SentencePiece's BPE or Unigram with byte fallback, or a BPE over bytes as GPT-2's."""
+    user_symbols: tuple[str, ...] = ()
+    """Texts that a trained tokenizer takes as one token wherever they stand."""
     character_coverage: PositiveFraction = 0.9995
-    """Share of the training characters that get a piece of their own; the rest are encoded as bytes *(ours)*."""
+    """Share of the training characters that get a piece of their own, with SentencePiece; the rest are encoded as
+    bytes *(ours)*."""
     sample_bytes: PositiveInt = 1_000_000_000
     """Bytes of text a tokenizer is trained on, taken evenly from the whole of data.inputs."""
 

@@ -122,7 +122,7 @@ class Work:
                 job = encode.Job(
                     inputs=tuple(self.inputs),
                     data=data,
-                    tokenizer=tokenizer.folder,
+                    tokenizer=tokenizer.file,
                     folder=self.folder,
                     dtype=token_dtype(tokenizer.vocab_size).__name__,
                     threads=data.workers or len(os.sched_getaffinity(0)),
