@@ -24,6 +24,7 @@ from moh_megatron.config.types import (
     PositiveFraction,
     PositiveInt,
     ShardText,
+    SourceName,
     TextTemplate,
 )
 
@@ -153,6 +154,32 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class SourceConfig:
+    """One of several corpora that are prepared apart and mixed in training."""
+
+    name: SourceName
+    weight: NonNegativeFloat
+    """Of the sequences, relative to the others' weights."""
+    inputs: tuple[str, ...] = ()
+    """As data.inputs."""
+    dir: PathText | None = None
+    """Folder of its prepared dataset; null means <data.dir>/<name>."""
+    text_key: str | None = None
+    """null: data.text_key."""
+    template: TextTemplate = None
+    """null: data.template."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class WeightChange:
+    """Other weights from a step on."""
+
+    step: PositiveInt
+    weights: dict[SourceName, NonNegativeFloat]
+    """Of the sources that change."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class DataConfig:
     dir: PathText | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
@@ -161,6 +188,10 @@ class DataConfig:
     files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging Face hub."""
     text_key: str = "text"
     """The field of a record that holds the text."""
+    sources: Annotated[tuple[SourceConfig, ...], "list of sources, below"] = ()
+    """Several corpora in place of data.inputs: each is prepared apart, and training mixes them by their weights."""
+    weight_changes: Annotated[tuple[WeightChange, ...], "list of changes, below"] = ()
+    """Other weights of the sources from given steps on; one that lies ahead may be added when a run is resumed."""
     template: TextTemplate = None
     """Several fields as one text, such as "{title}\\n\\n{body}"; null: text_key alone."""
     text_unit: Literal["file", "paragraph", "line"] = "file"

@@ -61,10 +61,16 @@ def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
     )
 
 
+def _name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        return value
+    raise PydanticCustomError("one_of_several", "must be a name of letters, digits, '_', '.' and '-'")
+
+
 def _shard(value: str | None) -> str | None:
     if value is None or ((match := _SHARD.fullmatch(value)) and 1 <= int(match[1]) <= int(match[2])):
         return value
-    raise PydanticCustomError("shard", "must be i/n with 1 <= i <= n, such as 3/16")
+    raise PydanticCustomError("one_of_several", "must be i/n with 1 <= i <= n, such as 3/16")
 
 
 def _template(value: str | None) -> str | None:
@@ -73,11 +79,13 @@ def _template(value: str | None) -> str | None:
     try:
         fields = [each[1:] for each in Formatter().parse(value) if each[1] is not None]
     except ValueError as error:
-        raise PydanticCustomError("template", "is not a template ({reason})", {"reason": str(error)}) from None
+        raise PydanticCustomError("one_of_several", "must be a template ({reason})", {"reason": str(error)}) from None
     plain = [bool(field) and not set(field) & set(".[]") and not spec and not turn for field, spec, turn in fields]
     if plain and all(plain):
         return value
-    raise PydanticCustomError("template", "must name fields of the records, such as {example}", {"example": "{text}"})
+    raise PydanticCustomError(
+        "one_of_several", "must name fields of the records, such as {example}", {"example": "{text}"}
+    )
 
 
 HeadBudget = Annotated[
@@ -89,5 +97,6 @@ HeadSet = Annotated[
 
 # "~" is the user's home, here as in the shell.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+SourceName = Annotated[str, AfterValidator(_name)]
 ShardText = Annotated[str | None, AfterValidator(_shard)]
 TextTemplate = Annotated[str | None, AfterValidator(_template)]

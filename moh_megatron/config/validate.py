@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from moh_megatron.config.blend import blend_violations
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.moh_rules import moh_violations
 from moh_megatron.config.schema import Config
@@ -191,6 +192,7 @@ def _optimizer(config: Config) -> Iterator[Violation]:
 
 
 def _data(config: Config) -> Iterator[Violation]:
+    yield from blend_violations(config)
     tokenizer = config.tokenizer
     if tokenizer.grow_to is not None and tokenizer.path is None:
         yield Violation(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from moh_megatron.config.blend import ONLY
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.byte_level_bpe import train_byte_level_bpe
 from moh_megatron.data.grow import grow_tokenizer
+from moh_megatron.data.inputs import find_inputs, plan_parts
+from moh_megatron.data.progress import progress_bar
+from moh_megatron.data.publish import published_folder
+from moh_megatron.data.sample import sample_texts
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.sources import source_configs
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -45,7 +52,26 @@ def tokenizer_settings(config: Config, given: Tokenizer | None) -> dict[str, Any
     }
 
 
-def make_tokenizer(config: Config, texts: Iterable[str], folder: Path) -> None:
+def train_on_inputs(config: Config, folder: Path) -> None:
+    """Make the tokenizer from a sample of data.inputs, or of all sources by their weights, into the new ``folder``.
+
+    It appears whole. Raises UserError.
+    """
+    plans = []
+    weights = {source.name: source.weight for source in config.data.sources} or {ONLY: 1.0}
+    for name, each in source_configs(config):
+        inputs = find_inputs(each.data.inputs)
+        most = round(config.tokenizer.sample_bytes * weights[name] / sum(weights.values()))
+        plans.append((inputs, plan_parts(inputs, each.data.text_unit), each.data, most))
+    size = sum(segment.bytes for _, plan, _, _ in plans for part in plan for segment in part)
+    with published_folder(folder) as partial, progress_bar("read for tokenizer", size) as bar:
+        texts = chain.from_iterable(
+            sample_texts(inputs, plan, data, most, bar.update) for inputs, plan, data, most in plans
+        )
+        _make(config, texts, partial)
+
+
+def _make(config: Config, texts: Iterable[str], folder: Path) -> None:
     """Train the configured kind on ``texts``, or grow tokenizer.path, and write its files into ``folder``.
 
     Raises UserError where the texts cannot give so many entries.

@@ -21,7 +21,7 @@ from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.indexed import token_dtype
 from moh_megatron.data.inputs import find_inputs
-from moh_megatron.data.make_tokenizer import given_tokenizer
+from moh_megatron.data.make_tokenizer import given_tokenizer, train_on_inputs
 from moh_megatron.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,6 +33,7 @@ from moh_megatron.data.manifest import (
 )
 from moh_megatron.data.merge import merge_parts, write_rejects
 from moh_megatron.data.ngrams import baselines
+from moh_megatron.data.progress import progress_bar
 from moh_megatron.data.publish import published_folder
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.data.work import REJECTS, Work
@@ -89,15 +90,15 @@ def _disk_faults(folder: Path) -> Iterator[None]:
 
 
 def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """Make in the new ``folder`` the tokenizer that ``prepare`` would make. Raises UserError."""
+    """Make in the new ``folder`` the tokenizer of data.inputs, or of all sources; tokenizer.path counts only where
+    tokenizer.grow_to does. Raises UserError.
+    """
     if folder.exists():
         raise UserError(f"--tokenizer: {folder} exists already. Name a new folder.")
-    if given_tokenizer(config) is not None:
-        raise UserError(
-            f"--tokenizer makes a tokenizer, but tokenizer.path is {config.tokenizer.path}. Set it to null."
-        )
-    with Work(config, find_inputs(config.data.inputs), None) as work:
-        work.make_tokenizer(folder)
+    if config.tokenizer.grow_to is None:
+        config = replace(config, tokenizer=replace(config.tokenizer, path=None))
+    with _disk_faults(folder):
+        train_on_inputs(config, folder)
     return load_tokenizer(folder)
 
 
@@ -119,7 +120,7 @@ def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> M
     data = config.data
     work.check_rejects()
     dtype = token_dtype(tokenizer.vocab_size)
-    with work.bar("put together", len(work.parts), "part") as bar:
+    with progress_bar("put together", len(work.parts), "part") as bar:
         merged = merge_parts(
             work.parts,
             partial,

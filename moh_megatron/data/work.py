@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,20 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data import encode, workers
 from moh_megatron.data.indexed import token_dtype
 from moh_megatron.data.inputs import File, Input, plan_parts
-from moh_megatron.data.make_tokenizer import make_tokenizer, tokenizer_settings
+from moh_megatron.data.make_tokenizer import tokenizer_settings, train_on_inputs
 from moh_megatron.data.manifest import InputRecord, hash_file
 from moh_megatron.data.merge import all_rejects, write_rejects
 from moh_megatron.data.part import PartFiles
-from moh_megatron.data.publish import published_folder
-from moh_megatron.data.sample import sample_texts
+from moh_megatron.data.progress import Reporter, progress_bar
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 REJECTS = "rejects.jsonl"
@@ -95,16 +91,8 @@ class Work:
             return self._given
         folder = self.folder / "tokenizer"
         if not folder.exists():
-            self.make_tokenizer(folder)
+            train_on_inputs(self.config, folder)
         return load_tokenizer(folder)
-
-    def make_tokenizer(self, folder: Path) -> None:
-        """Train on a sample of the inputs into ``folder``, which appears whole."""
-        size = self._bytes(range(len(self.plan)))
-        with published_folder(folder) as partial, self.bar("read for tokenizer", size) as bar:
-            most = self.config.tokenizer.sample_bytes
-            texts = sample_texts(self.inputs, self.plan, self.config.data, most, bar.update)
-            make_tokenizer(self.config, texts, partial)
 
     def make_parts(self, tokenizer: Tokenizer, shard: int, shards: int) -> None:
         """Encode what is missing of the parts of this shard, the first being 1, and hash the files that begin in them.
@@ -127,8 +115,8 @@ class Work:
                     dtype=token_dtype(tokenizer.vocab_size).__name__,
                     threads=data.workers or len(os.sched_getaffinity(0)),
                 )
-                with self.bar("encode", self._bytes(missing)) as bar:
-                    report = _Reporter(bar, self._stop_early)
+                with progress_bar("encode", self._bytes(missing)) as bar:
+                    report = Reporter(bar, self._stop_early)
                     workers.encode(job, tokenizer, [(number, self.plan[number]) for number in missing], report)
             hashed.result()
 
@@ -200,27 +188,3 @@ class Work:
 
     def _bytes(self, numbers: Sequence[int] | range) -> int:
         return sum(segment.bytes for number in numbers for segment in self.plan[number])
-
-    @staticmethod
-    def bar(what: str, total: int, unit: str = "B") -> tqdm:
-        return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
-
-
-class _Reporter:
-    """Feeds the progress bar: bytes on disk, and what they gave."""
-
-    def __init__(self, bar: tqdm, check: Callable[[encode.Progress, float], None]) -> None:
-        self._bar, self._check = bar, check
-        self._done = encode.Progress()
-        self._started = time.monotonic()
-
-    def __call__(self, new: encode.Progress) -> None:
-        done = self._done = encode.Progress(*map(sum, zip(self._done, new, strict=True)))
-        rate = done.text / 1e6 / max(time.monotonic() - self._started, 1e-6)
-        rejects = f", {done.rejects:,} rejects" if done.rejects else ""
-        self._bar.set_postfix_str(
-            f"{rate:.1f} MB/s of text, {done.documents:,} documents, {done.tokens:,} tokens{rejects}", refresh=False
-        )
-        self._bar.update(new.read)
-        if new.parts and done.rejects:
-            self._check(done, min(1.0, done.read / self._bar.total) if self._bar.total else 0.0)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from moh_megatron.checkpoint import save
+from moh_megatron.config.blend import shares_until
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
@@ -186,7 +187,7 @@ class _Training:
             config=self.config,
             step=self.step,
             tokens=self.step * self.config.train.tokens_per_step,
-            data=session.data_hash,
+            data=session.data.hash,
             model=engine.module,
             tokenizer=session.tokenizer,
             save_engine=engine.save,
@@ -199,21 +200,28 @@ class _Training:
             save.prune(root, self.config.checkpoint.keep_last, self.step)
 
     def _validate(self) -> tuple[float, str]:
-        """Validation loss in nats a token, and a sample of text."""
+        """Validation loss in nats a token, the sources' losses by their shares of this step, and a sample of text."""
         session, module = self.session, self.session.engine.module
-        batches = validation_batches(
-            session.validation_dataset,
-            micro_batch_size=self.config.train.micro_batch_size,
-            data_parallel_rank=groups.data_group().rank(),
-            data_parallel_size=groups.data_group().size(),
-        )
-        loss = validation_loss(module, batches, session.device, session.end_of_document)
+        losses: dict[str, float] = {}
+        for name, dataset in session.validation_datasets.items():
+            batches = validation_batches(
+                dataset,
+                micro_batch_size=self.config.train.micro_batch_size,
+                data_parallel_rank=groups.data_group().rank(),
+                data_parallel_size=groups.data_group().size(),
+            )
+            losses[name] = validation_loss(module, batches, session.device, session.end_of_document)
+        shares = shares_until(self.config, max(self.step, 1))[-1][1]
+        loss = sum(shares[name] * each for name, each in losses.items())
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
             tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")
+            if len(losses) > 1:
+                tqdm.write("  " + ", ".join(f"{name} {each:.4f}" for name, each in losses.items()))
             tqdm.write(f"  | {text}")
         if self.validations:
-            self.validations.write([{"step": self.step, "loss": loss, "sample": text}])
+            sources = {"sources": losses} if len(losses) > 1 else {}
+            self.validations.write([{"step": self.step, "loss": loss, **sources, "sample": text}])
         if self.board:
             self.board.validation(loss, text, self.step)
         return loss, text
@@ -229,6 +237,8 @@ class _Training:
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
+        if config.data.sources:
+            self.session.report(self.session.data.budget(config))
         if config.moh.enabled:
             self.session.report(head_report(config))
 

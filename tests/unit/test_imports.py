@@ -28,7 +28,7 @@ ARROWS = {
 # A library stays where it is wrapped: files or folders below moh_megatron/.
 LIBRARIES = {
     "deepspeed": {"train/engine.py"},
-    "megatron": {"moh/attention.py", "model", "parallel", "data/dataset.py"},
+    "megatron": {"moh/attention.py", "model", "parallel", "data/blend.py", "data/dataset.py"},
     "transformers": {"checkpoint/hf.py", "checkpoint/text.py", "checkpoint/hf_model"},
     "tokenizers": {
         "checkpoint/hf.py",
