@@ -15,6 +15,7 @@ from moh_megatron.checkpoint.native import (
     step_folders,
     topology_of,
 )
+from moh_megatron.config.blend import shares_until
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
@@ -117,6 +118,9 @@ def check_same_run(
     there, here = (_values(each, _SAME_RUN) for each in (read_config(checkpoint), config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
     there["data"], here["data"] = manifest.data[:12], data[:12]
+    if config.data.sources:
+        there["shares of the sources so far"] = shares_until(read_config(checkpoint), manifest.step)
+        here["shares of the sources so far"] = shares_until(config, manifest.step)
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
     _refuse_differences(checkpoint, there, here, remedy)
     topology = topology_of(config, world_size)
