@@ -19,7 +19,7 @@ from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
-from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.world import World
 
 
@@ -88,14 +88,16 @@ def prepare_session(config: Config, world: World) -> Session:
     elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
     tokenizer = data.tokenizer()
+    if (source := checkpoint or elsewhere) is not None:
+        check_same_tokenizer(source, tokenizer)
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_datasets = build_validation_datasets(config, data, tokenizer)
 
     accumulation_steps = gradient_accumulation_steps(config, world.size)
     model = build_model(config, accumulation_steps)
     if elsewhere is not None:
-        source = native.read_config(elsewhere)
-        whole = weights.read_weights(elsewhere, source)
+        trained = native.read_config(elsewhere)
+        whole = weights.read_weights(elsewhere, trained)
         weights.load_into(model, whole, config, groups.tensor_group().rank(), config.parallel.tensor)
     engine = Engine(
         model,
