@@ -4,7 +4,8 @@
 python tools/bench_data.py CORPUS.jsonl TOKENIZER [--repeats 3] [--workers 2] [--scratch DIR]
 
 Prints MB/s of text: the bare loop (reading and starting not counted), prepare_data, steady and end to end
-(starting counted), the ratios to the bare loop, and the peak memory of the process tree.
+(starting counted), the ratios to the bare loop, the processor time of
+both, and the peak memory of the process tree. On a busy machine only processor times can be compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -38,10 +41,10 @@ for line in open(sys.argv[1], encoding="utf-8"):
     if size > int(sys.argv[3]):
         batches.append([])
         size = 0
-started = time.monotonic()
+started, cpu = time.monotonic(), time.process_time()
 for batch in batches:
     tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-print(time.monotonic() - started)
+print(time.monotonic() - started, time.process_time() - cpu)
 """
 
 
@@ -58,10 +61,24 @@ def peak_memory(process: subprocess.Popen[str], peak: list[int]) -> None:
         time.sleep(0.05)
 
 
-def run(arguments: list[str], workers: int) -> tuple[float, int, str, str]:
-    """Seconds, peak bytes, standard output and error."""
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    output: str
+    errors: str
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(arguments: list[str], workers: int) -> Run:
+    """A fresh Python process, to its end; another end than 0 ends this one too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": str(workers)}
-    started = time.monotonic()
+    started, cpu = time.monotonic(), cpu_seconds()
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -73,7 +90,7 @@ def run(arguments: list[str], workers: int) -> tuple[float, int, str, str]:
     watcher.join()
     if process.returncode:
         sys.exit(output + errors)
-    return seconds, peak[0], output, errors
+    return Run(seconds, cpu_seconds() - cpu, peak[0], output, errors)
 
 
 def main() -> None:
@@ -88,14 +105,17 @@ def main() -> None:
         megabytes = sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
     scratch = Path(tempfile.mkdtemp(dir=args.scratch))
     rates: dict[str, list[float]] = {"bare": [], "steady": [], "end to end": []}
+    processor: dict[str, list[float]] = {"bare": [], "prepare_data": []}
     memory: dict[str, int] = {"bare": 0, "prepare_data": 0}
     try:
         for _ in range(args.repeats):
             bare = ["-c", BARE, str(args.corpus), str(args.tokenizer), str(BATCH)]
-            _, peak, output, _ = run(bare, args.workers)
-            rates["bare"].append(megabytes / float(output))
-            memory["bare"] = max(memory["bare"], peak)
-            seconds, peak, _, errors = run(
+            done = run(bare, args.workers)
+            seconds, cpu = map(float, done.output.split())
+            rates["bare"].append(megabytes / seconds)
+            processor["bare"].append(cpu)
+            memory["bare"] = max(memory["bare"], done.peak_bytes)
+            done = run(
                 [
                     str(ROOT / "pipelines" / "prepare_data.py"),
                     str(ROOT / "configs" / "pretrain" / "llm_s_moh75.yaml"),
@@ -103,12 +123,14 @@ def main() -> None:
                     f"data.inputs=[{args.corpus}]",
                     f"data.dir={scratch / 'dataset'}",
                     f"data.workers={args.workers}",
+                    "data.validation_fraction=0.02",
                 ],
                 args.workers,
             )
-            rates["end to end"].append(megabytes / seconds)
-            rates["steady"].append(float(re.findall(r"([\d.]+) MB/s of text", errors)[-1]))
-            memory["prepare_data"] = max(memory["prepare_data"], peak)
+            rates["end to end"].append(megabytes / done.seconds)
+            rates["steady"].append(float(re.findall(r"([\d.]+) MB/s of text", done.errors)[-1]))
+            processor["prepare_data"].append(done.cpu_seconds)
+            memory["prepare_data"] = max(memory["prepare_data"], done.peak_bytes)
             shutil.rmtree(scratch / "dataset")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -119,6 +141,7 @@ def main() -> None:
             f"{name:12} {statistics.median(values):6.2f} MB/s, {statistics.median(ratios):.2f} of the bare loop "
             f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
         )
+    print(", ".join(f"{name}: {statistics.median(each):.1f} s of processor time" for name, each in processor.items()))
     print(", ".join(f"{name}: {peak / 1e6:.0f} MB at most" for name, peak in memory.items()))
 
 

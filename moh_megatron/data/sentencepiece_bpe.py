@@ -15,8 +15,8 @@ from typing import Literal
 import sentencepiece
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.data.sentencepiece_json import SPACE, to_tokenizer_json
-from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.data.sentencepiece_json import to_tokenizer_json
+from moh_megatron.data.tokenizer import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 UNKNOWN = "<unk>"
 END_OF_DOCUMENT = "</s>"

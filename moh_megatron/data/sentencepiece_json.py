@@ -13,8 +13,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
-SPACE = "\u2581"
-"""SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
+from moh_megatron.data.tokenizer import SPACE, WORD
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
 """Kinds of pieces, as SentencePiece numbers them."""
 UNIGRAM_MODEL, BPE_MODEL = 1, 2
@@ -63,7 +63,7 @@ def to_tokenizer_json(model: bytes) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(_normalizers(cleaning))
     # Where no piece has a space behind another character, a cut there changes no token and keeps long documents fast.
     if not any(SPACE in piece.lstrip(SPACE) for piece in plain):
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     strip = [decoders.Strip(" ", 1, 0)] if cleaning.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.config.errors import UserError
@@ -19,6 +20,9 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL = ".model"
 FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model")
+SPACE = "\u2581"
+"""SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
+WORD = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
 END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -133,6 +137,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
     _configured(encoder)
+    if encoder.pre_tokenizer is None and _words_are_apart(json.loads(content)["model"]):
+        encoder.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]
     settings = _settings(file.parent / TOKENIZER_CONFIG)
     eod = _token_id(encoder, settings, "eos_token", file)
     if eod is None:
@@ -152,6 +158,19 @@ def _find(path: Path) -> Path:
         if file.is_file():
             return file
     raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON}, a .model, or a folder that holds one.")
+
+
+def _words_are_apart(model: dict[str, Any]) -> bool:
+    """Whether cutting a text into WORDs changes no token: where no piece has a space behind another character.
+
+    A BPE that cuts nothing itself, as LLaMA-2's, takes a whole document for one word: slow, and large in memory.
+    """
+    return (
+        model["type"] == "BPE"
+        and SPACE in model["vocab"]
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and not any(SPACE in piece.lstrip(SPACE) for piece in model["vocab"])
+    )
 
 
 def _configured(encoder: Encoder) -> Encoder:

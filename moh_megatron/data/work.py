@@ -25,12 +25,11 @@ from moh_megatron.data.manifest import InputRecord, hash_file
 from moh_megatron.data.merge import all_rejects, write_rejects
 from moh_megatron.data.part import PartFiles
 from moh_megatron.data.progress import Reporter, progress_bar
+from moh_megatron.data.sample import TOLD
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 REJECTS = "rejects.jsonl"
 PART_FORMAT = 1
-TOLD = 5
-"""Rejects that a message quotes."""
 
 
 class Work:

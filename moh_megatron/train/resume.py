@@ -13,6 +13,7 @@ from moh_megatron.checkpoint.native import (
     read_state,
     resolve_checkpoint,
     step_folders,
+    tokenizer_folder,
     topology_of,
 )
 from moh_megatron.config.blend import shares_until
@@ -20,6 +21,7 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 _SAME_RUN = (
     "model",
@@ -131,6 +133,17 @@ def check_same_run(
         if before[key] != value:
             report(f"warning: {key} is {value} from here on; it was {before[key]} up to {checkpoint.name}")
     return manifest
+
+
+def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError where ``checkpoint`` learned with another tokenizer than the data's: its ids mean other text."""
+    there = load_tokenizer(tokenizer_folder(checkpoint))
+    if (there.sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
+        raise UserError(
+            f"{checkpoint} was made with another tokenizer, {there.sha256[:12]}, than the data, "
+            f"{tokenizer.sha256[:12]}. "
+            f"Prepare the data with tokenizer.path={tokenizer_folder(checkpoint)}."
+        )
 
 
 def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path | None:

@@ -20,7 +20,7 @@ from moh_megatron.train import agreement
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.restore import build_engine
-from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
@@ -105,11 +105,14 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
     tokenizer = data.tokenizer()
+    source = checkpoint or elsewhere
+    if source is not None:
+        check_same_tokenizer(source, tokenizer)
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_datasets = build_validation_datasets(config, data, tokenizer)
     clock.mark("data")
 
-    engine = build_engine(config, world.size, checkpoint or elsewhere, resume=checkpoint is not None)
+    engine = build_engine(config, world.size, source, resume=checkpoint is not None)
     agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
     clock.mark("engine")
     return Session(

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
@@ -17,7 +18,7 @@ from moh_megatron.data.byte_level_bpe import train_byte_level_bpe
 from moh_megatron.data.grow import grow_tokenizer
 from moh_megatron.data.prepare import prepare, prepare_tokenizer
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
-from moh_megatron.data.sentencepiece_json import PROBES
+from moh_megatron.data.sentencepiece_json import PROBES, to_tokenizer_json
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -45,6 +46,34 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) ->
     folder = tmp_path_factory.mktemp("byte_level")
     train_byte_level_bpe(chapters[:60], vocab_size=1200, user_symbols=SYMBOLS, out_dir=folder)
     return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) -> tuple[Tokenizer, Encoder]:
+    """A tokenizer.json as LLaMA-2's: no pre-tokenizer, runs of spaces, a space in front."""
+    folder = tmp_path_factory.mktemp("uncut")
+    lines = [line for chapter in chapters[:60] for line in chapter.split("\n")] + [
+        "        return x",
+        "    if x:",
+    ] * 500
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    settings = json.loads(to_tokenizer_json(model.getvalue()).to_str())
+    settings["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    as_it_is: Any = Encoder.from_file(str(folder / "tokenizer.json"))
+    as_it_is.encode_special_tokens = True
+    return load_tokenizer(folder), as_it_is
 
 
 def test_unigram_encodes_as_sentencepiece(chapters: list[str], unigram: tuple[Tokenizer, Any]) -> None:
@@ -119,6 +148,23 @@ def test_a_sentencepiece_model_is_read_as_it_is(
     cut = whole.index(" a single")
     together = tokenizer.encode_batch([whole[:cut], whole[cut:]], [False, True])
     assert together[0] + together[1] == tokenizer.encode(whole)
+
+
+@given(text=TEXT | st.text(st.sampled_from("  \u2581aehn.\n日<"), max_size=60))
+def test_a_bpe_that_cuts_nothing_is_cut_at_spaces_with_the_same_tokens(
+    text: str, uncut: tuple[Tokenizer, Encoder]
+) -> None:
+    tokenizer, as_it_is = uncut
+    assert as_it_is.pre_tokenizer is None
+    assert tokenizer.encode(text) == as_it_is.encode(text, add_special_tokens=False).ids
+
+
+def test_long_documents_are_fast_with_a_bpe_that_cuts_nothing(
+    uncut: tuple[Tokenizer, Encoder], chapters: list[str]
+) -> None:
+    text = "\n".join(chapters[:30])
+    assert uncut[0].encode(text) == uncut[1].encode(text, add_special_tokens=False).ids
+    assert 'pre_tokenizer": null' in uncut[0].to_json()
 
 
 def test_broken_models_are_named(tmp_path: Path) -> None:
