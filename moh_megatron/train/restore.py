@@ -11,12 +11,16 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
+from moh_megatron.train.startup import StartupClock
 
 
-def build_engine(config: Config, world_size: int, source: Path | None = None, *, resume: bool = False) -> Engine:
+def build_engine(
+    config: Config, world_size: int, clock: StartupClock, source: Path | None = None, *, resume: bool = False
+) -> Engine:
     """The engine of this rank; the process groups must exist.
 
     Args:
+        clock: told when the model and when the engine is done.
         source: a checkpoint to take the weights from.
         resume: take its optimizer state too, and, where the topology is the same, its random states. At another one
             they stay as the seed made them: nothing in a training step draws from them.
@@ -29,6 +33,7 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
     tensor_rank = groups.tensor_group().rank()
     if source is not None:
         weights.load_into(model, config, source, native.read_config(source), tensor_rank)
+    clock.mark("model")
     engine = Engine(
         model,
         config,
@@ -40,4 +45,5 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
             engine.load_optimizer(stored.updates, stored.read)
         if native.read_state(source).topology == native.topology_of(config, world_size):
             random_states.restore(source)
+    clock.mark("engine")
     return engine

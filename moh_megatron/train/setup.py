@@ -112,7 +112,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     validation_datasets = build_validation_datasets(config, data, tokenizer)
     clock.mark("data")
 
-    engine = build_engine(config, world.size, source, resume=checkpoint is not None)
+    engine = build_engine(config, world.size, clock, source, resume=checkpoint is not None)
     agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
     clock.mark("engine")
     return Session(

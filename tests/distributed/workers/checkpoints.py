@@ -18,6 +18,7 @@ from moh_megatron.model.build import token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
 from moh_megatron.train.restore import build_engine
+from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.schedule import learning_rate
 
 
@@ -40,7 +41,7 @@ def start_engine(config: Config, source: Path | None = None) -> Engine:
     else:
         parallel_state.destroy_model_parallel()
         groups.initialize(config.parallel.tensor, config.run.seed)
-    return build_engine(config, dist.get_world_size(), source, resume=source is not None)
+    return build_engine(config, dist.get_world_size(), StartupClock(), source, resume=source is not None)
 
 
 def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
