@@ -20,7 +20,7 @@ def build_engine(
     """The engine of this rank; the process groups must exist.
 
     Args:
-        clock: told when the model and when the engine is done.
+        clock: told when the model is done.
         source: a checkpoint to take the weights from.
         resume: take its optimizer state too, and, where the topology is the same, its random states. At another one
             they stay as the seed made them: nothing in a training step draws from them.
@@ -45,5 +45,4 @@ def build_engine(
             engine.load_optimizer(stored.updates, stored.read)
         if native.read_state(source).topology == native.topology_of(config, world_size):
             random_states.restore(source)
-    clock.mark("engine")
     return engine

@@ -18,8 +18,8 @@ from moh_megatron.model.build import token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
 from moh_megatron.train.restore import build_engine
-from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.schedule import learning_rate
+from moh_megatron.train.startup import StartupClock
 
 
 class NoTokenizer:
