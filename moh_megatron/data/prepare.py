@@ -38,6 +38,9 @@ from moh_megatron.data.publish import published_folder
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.data.work import REJECTS, Work
 
+SOON_MADE_AGAIN = 100_000_000
+"""Bytes of text whose parts are not kept for another try where the dataset cannot feed the model."""
+
 
 def prepare(config: Config) -> Manifest:
     """Make the dataset of ``config.data`` in its folder, or find it there already made.
@@ -152,7 +155,8 @@ def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> M
     try:
         manifest.check_fits(config)
     except UserError:
-        work.remove()
+        if merged.train.text_bytes + merged.validation.text_bytes < SOON_MADE_AGAIN:
+            work.remove()
         raise
     if data.ngram_baselines:
         prefixes = [str(partial / name) for name in SPLITS]
