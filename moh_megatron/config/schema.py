@@ -207,7 +207,7 @@ class DataConfig:
     workers: PositiveInt | None = None
     """Cores to encode on; null: all this process may use."""
     max_document_bytes: Annotated[Int, Field(ge=16)] = 4_000_000
-    """Longer documents are encoded in pieces of at most so many bytes, and stored as one document."""
+    """Longer documents are encoded in pieces of at most 1 MiB, and stored as one document."""
     max_record_bytes: PositiveInt = 32_000_000
     """A longer line of a .jsonl file is rejected: it would have to be held in memory."""
     max_reject_fraction: Fraction = 0.001

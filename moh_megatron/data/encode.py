@@ -1,7 +1,7 @@
 """Parts -> tokens, on the cores of one process: a thread reads ahead, threads of the tokenizers library encode.
 
 Encoding lets Python's lock go, so that reading, hashing and writing happen while it works. Texts wait in batches; the
-batches in flight hold at most IN_FLIGHT bytes of text, whatever the corpus.
+batches in flight hold at most IN_FLIGHT bytes of text, or two BATCHes a thread, whatever the corpus.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from moh_megatron.data.inputs import Input, Part
 from moh_megatron.data.part import LONG, SHORT, PartFiles, PartWriter
 from moh_megatron.data.tokenizer import Tokenizer
 
-BATCH = 1 << 19
+BATCH = 1 << 18
 """Bytes of text encoded at once, or one larger piece."""
-IN_FLIGHT = 1 << 23
+IN_FLIGHT = 1 << 22
 
 
 class Progress(NamedTuple):
@@ -185,10 +185,10 @@ def _encoded(
 ) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
     """The batches in order, each with the tokens of its texts; several are encoded at a time."""
     waiting: deque[tuple[Batch, Future[list[NDArray[Any]]]]] = deque()
-    in_flight = 0
+    in_flight, most = 0, max(IN_FLIGHT, 2 * threads * BATCH)
     with ThreadPoolExecutor(threads + 1) as pool:
         for batch in batches:
-            while waiting and in_flight + batch.size > IN_FLIGHT:
+            while waiting and in_flight + batch.size > most:
                 first, future = waiting.popleft()
                 yield first, future.result()
                 in_flight -= first.size

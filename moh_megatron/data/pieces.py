@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+PIECE = 1 << 20
+"""Bytes of a piece: encoding takes some hundred times as much memory for a moment."""
 _LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 _AROUND = 32
 """Characters looked at on each side of a cut: longer than any sequence that Unicode normalisation joins."""
@@ -31,7 +33,7 @@ def whole(text: str, limit: int, form: str) -> Iterator[Piece]:
 
 
 def streamed(chunks: Iterable[str], limit: int, form: str) -> Iterator[Piece]:
-    """A document of any size in pieces of at most ``limit`` bytes of UTF-8 (before normalisation).
+    """A document in one piece, or above ``limit`` bytes of UTF-8 in pieces of at most PIECE (before normalisation).
 
     A piece ends behind the last line end it can hold, else before its last white space, else between two characters.
     The pieces together are the document.
@@ -43,6 +45,7 @@ def streamed(chunks: Iterable[str], limit: int, form: str) -> Iterator[Piece]:
         if size > limit:
             utf8 = "".join(held).encode("utf-8")
             start = 0
+            limit = min(limit, PIECE)
             while size - start > limit:
                 text = _first_piece(utf8[start : start + limit], form)
                 yield _piece(text, form, last=False)

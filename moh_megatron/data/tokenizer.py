@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ class Tokenizer:
         """As ``encode`` for each text, on all cores. One that is ``continued`` begins inside a document: the space that
         some tokenizers put before every text is not put there."""
         if not any(continued) or not self._adds_space:
-            return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
-        encoders = (self._encoder, self._inside)
-        return [
-            encoders[inside].encode(text, add_special_tokens=False).ids
-            for text, inside in zip(texts, continued, strict=True)
-        ]
+            return _ids(self._encoder, texts)
+        ids: dict[bool, Iterator[list[int]]] = {}
+        for inside, encoder in ((False, self._encoder), (True, self._inside)):
+            chosen = [text for text, each in zip(texts, continued, strict=True) if each == inside]
+            ids[inside] = iter(_ids(encoder, chosen))
+        return [next(ids[inside]) for inside in continued]
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -158,6 +158,10 @@ def _find(path: Path) -> Path:
         if file.is_file():
             return file
     raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON}, a .model, or a folder that holds one.")
+
+
+def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _words_are_apart(model: dict[str, Any]) -> bool:
