@@ -25,6 +25,7 @@ setup(
         "sentencepiece>=0.2",
         "datasets>=4.0",
         "numpy>=1.26",
+        "pyarrow>=17",
         "pydantic>=2.8",
         "pyyaml>=6.0",
         "tensorboard>=2.16",
@@ -37,6 +38,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "matplotlib>=3.8",
+            "psutil>=5.9",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
             "pytest-timeout>=2.3",

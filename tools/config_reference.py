@@ -31,6 +31,9 @@ _HEAD = "| key | value | default | meaning |\n|---|---|---|---|"
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+_LISTS: dict[type, str] = {schema.SourceConfig: "sources", schema.WeightChange: "weight_changes"}
+
+
 def field_docstrings(section: type) -> dict[str, str]:
     """The text below each field of a class, on one line; fields without one are left out."""
     body, found = _definition(section).body, {}
@@ -54,6 +57,8 @@ def kind(hint: Any) -> str:
             return ", ".join(f"`{each}`" for each in arguments)
         case origin if origin in (Union, UnionType):
             return ", or ".join(map(kind, arguments))
+        case origin if origin is dict:
+            return f"mapping of {kind(arguments[0])} to {kind(arguments[1])}"
         case origin if origin is tuple:
             return f"list of {kind(arguments[0])}"
         case _:
@@ -93,6 +98,16 @@ def reference() -> str:
             meaning = docstrings.get(field.name, "")
             key = section.__pydantic_fields__[field.name].alias or field.name
             page.append(f"| `{name}.{key}` | {kind(hints[field.name])} | {default} | {meaning} |")
+        page.append("")
+    for section in (schema.SourceConfig, schema.WeightChange):
+        page.append(
+            f"## An entry of data.{_LISTS[section]}\n\n{_prose(ast.get_docstring(_definition(section)) or '')}\n"
+        )
+        page += ["| field | value | default | meaning |", "|---|---|---|---|"]
+        hints, docstrings = get_type_hints(section, include_extras=True), field_docstrings(section)
+        for field in dataclasses.fields(section):
+            default = "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+            page.append(f"| {field.name} | {kind(hints[field.name])} | {default} | {docstrings.get(field.name, '')} |")
         page.append("")
     return "\n".join(page)
 

@@ -215,8 +215,25 @@ def write_folder(
     _write_tokenizer(tokenizer, folder)
     card = model_card(config, dtype=str(dtype).removeprefix("torch."), step=step, tokens=tokens)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    marker = {"format": 1, "step": step, "tokens": tokens, "files": sorted(os.listdir(folder))}
+    marker = {
+        "format": 1,
+        "step": step,
+        "tokens": tokens,
+        "tokenizer_sha256": tokenizer.sha256,
+        "files": sorted(os.listdir(folder)),
+    }
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError where an exported folder holds another tokenizer than it was written with."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8")) if (folder / MARKER).is_file() else {}
+    expected = marker.get("tokenizer_sha256")
+    if expected is not None and (got := load_tokenizer(folder).sha256) != expected:
+        raise UserError(
+            f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "
+            "Export the model again."
+        )
 
 
 @torch.inference_mode()

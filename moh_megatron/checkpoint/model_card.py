@@ -109,7 +109,8 @@ def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
     else:
         summary = "A LLaMA-like language model with dense attention."
         code = "This is a plain `LlamaForCausalLM`."
-    names = [PurePath(name).name for name in config.data.inputs]
+    corpora = (config.data.inputs, *(source.inputs for source in config.data.sources))
+    names = [PurePath(name).name for inputs in corpora for name in inputs]
     return _CARD.format(
         title="Mixture-of-Head language model" if moh.enabled else "Dense language model",
         tags="\n".join(f"- {tag}" for tag in (["mixture-of-head", "moe"] if moh.enabled else ["llama"])),

@@ -44,6 +44,9 @@ def open_model(path: Path, config: Config) -> Continue:
 def _open_exported(folder: Path, config: Config) -> Continue:
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+    from moh_megatron.checkpoint.hf import check_tokenizer
+
+    check_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     settings = config.generate

@@ -190,6 +190,10 @@ def _expected(detail: Any) -> str:
             return "must be text (in quotes, if it looks like something else)"
         case "tuple_type":
             return "must be a list, as in [a, b]"
+        case "dataclass_type" | "dict_type":
+            return "must be a mapping of keys"
+        case "unexpected_keyword_argument":
+            return "is an unknown key"
         case "one_of_several":
             return detail["msg"]
         case "literal_error":

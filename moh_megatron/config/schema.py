@@ -23,6 +23,9 @@ from moh_megatron.config.types import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    ShardText,
+    SourceName,
+    TextTemplate,
 )
 
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
@@ -152,9 +155,45 @@ class ParallelConfig:
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class TokenizerConfig:
     path: str | None = None
-    """A tokenizer.json, or a folder that holds one; null: prepare_data trains a SentencePiece BPE on data.inputs."""
+    """A tokenizer.json, a SentencePiece .model, or a folder that holds one; null: prepare_data trains one on
+    data.inputs, of model.vocab_size entries."""
+    grow_to: PositiveInt | None = None
+    """Give the BPE of tokenizer.path pieces learned on data.inputs, so many entries in all; every old id stays."""
+    algorithm: Literal["sentencepiece_bpe", "sentencepiece_unigram", "byte_level_bpe"] = "sentencepiece_bpe"
+    """What is trained: SentencePiece's BPE or Unigram with byte fallback, or a BPE over bytes as GPT-2's."""
+    user_symbols: tuple[str, ...] = ()
+    """Texts that a trained tokenizer takes as one token wherever they stand."""
     character_coverage: PositiveFraction = 0.9995
-    """Share of the training characters that get a piece of their own; the rest are encoded as bytes *(ours)*."""
+    """Share of the training characters that get a piece of their own, with SentencePiece; the rest are encoded as
+    bytes *(ours)*."""
+    sample_bytes: PositiveInt = 1_000_000_000
+    """Bytes of text a tokenizer is trained on, taken evenly from the whole of data.inputs."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class SourceConfig:
+    """One of several corpora that are prepared apart and mixed in training."""
+
+    name: SourceName
+    weight: NonNegativeFloat
+    """Of the sequences, relative to the others' weights."""
+    inputs: tuple[str, ...] = ()
+    """As data.inputs."""
+    dir: PathText | None = None
+    """Folder of its prepared dataset; null means <data.dir>/<name>."""
+    text_key: str | None = None
+    """null: data.text_key."""
+    template: TextTemplate = None
+    """null: data.template."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class WeightChange:
+    """Other weights from a step on."""
+
+    step: PositiveInt
+    weights: dict[SourceName, NonNegativeFloat]
+    """Of the sources that change."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
@@ -162,11 +201,37 @@ class DataConfig:
     dir: PathText | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
     inputs: tuple[str, ...] = ()
-    """Raw text for prepare_data: .jsonl or .txt files, also .gz; globs allowed."""
+    """What prepare_data reads: .jsonl and .txt (plain, .gz, .zst), .parquet, save_to_disk folders, folders of such
+    files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging Face hub."""
     text_key: str = "text"
-    """The field of a .jsonl record that holds the text."""
+    """The field of a record that holds the text."""
+    sources: Annotated[tuple[SourceConfig, ...], "list of sources, below"] = ()
+    """Several corpora in place of data.inputs: each is prepared apart, and training mixes them by their weights."""
+    weight_changes: Annotated[tuple[WeightChange, ...], "list of changes, below"] = ()
+    """Other weights of the sources from given steps on; one that lies ahead may be added when a run is resumed."""
+    template: TextTemplate = None
+    """Several fields as one text, such as "{title}\\n\\n{body}"; null: text_key alone."""
     text_unit: Literal["file", "paragraph", "line"] = "file"
     """What makes one document of a .txt file; paragraphs end at a blank line."""
+    shard: ShardText = None
+    """i/n, from 1/n to n/n: prepare only this share of the parts; prepare_data without it does what is left and puts
+    the dataset together."""
+    workers: PositiveInt | None = None
+    """Cores to encode on; null: all this process may use."""
+    max_document_bytes: Annotated[Int, Field(ge=16)] = 4_000_000
+    """Longer documents are encoded in pieces of at most 1 MiB, and stored as one document."""
+    max_record_bytes: PositiveInt = 32_000_000
+    """A longer line of a .jsonl file is rejected: it would have to be held in memory."""
+    max_reject_fraction: Fraction = 0.001
+    """Largest share of the records that may be rejected; above it there is no dataset."""
+    normalization: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation of every text."""
+    drop_shorter: PositiveInt | None = None
+    """Leave out documents of fewer characters."""
+    drop_longer: PositiveInt | None = None
+    """Leave out documents of more characters."""
+    deduplicate: Bool = False
+    """Keep only the first of the documents with the same text."""
     validation_fraction: Fraction = 0.01
     """Share of the documents held out, chosen by a hash of their text."""
     ngram_baselines: Bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
@@ -26,6 +27,7 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 
+_SHARD = re.compile(r"([0-9]+)/([0-9]+)")
 _PERCENTAGE = re.compile(r"(100(\.0*)?|[0-9]{1,2}(\.[0-9]+)?) ?%")
 
 
@@ -59,6 +61,33 @@ def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
     )
 
 
+def _name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        return value
+    raise PydanticCustomError("one_of_several", "must be a name of letters, digits, '_', '.' and '-'")
+
+
+def _shard(value: str | None) -> str | None:
+    if value is None or ((match := _SHARD.fullmatch(value)) and 1 <= int(match[1]) <= int(match[2])):
+        return value
+    raise PydanticCustomError("one_of_several", "must be i/n with 1 <= i <= n, such as 3/16")
+
+
+def _template(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        fields = [each[1:] for each in Formatter().parse(value) if each[1] is not None]
+    except ValueError as error:
+        raise PydanticCustomError("one_of_several", "must be a template ({reason})", {"reason": str(error)}) from None
+    plain = [bool(field) and not set(field) & set(".[]") and not spec and not turn for field, spec, turn in fields]
+    if plain and all(plain):
+        return value
+    raise PydanticCustomError(
+        "one_of_several", "must name fields of the records, such as {example}", {"example": "{text}"}
+    )
+
+
 HeadBudget = Annotated[
     int | tuple[int, ...] | str | None, PlainValidator(_head_budget), "integer, list of integers, percentage, or null"
 ]
@@ -68,3 +97,6 @@ HeadSet = Annotated[
 
 # "~" is the user's home, here as in the shell.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+SourceName = Annotated[str, AfterValidator(_name)]
+ShardText = Annotated[str | None, AfterValidator(_shard)]
+TextTemplate = Annotated[str | None, AfterValidator(_template)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from moh_megatron.config.blend import blend_violations
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.moh_rules import moh_violations
 from moh_megatron.config.schema import Config
@@ -191,6 +192,19 @@ def _optimizer(config: Config) -> Iterator[Violation]:
 
 
 def _data(config: Config) -> Iterator[Violation]:
+    yield from blend_violations(config)
+    tokenizer = config.tokenizer
+    if tokenizer.grow_to is not None and tokenizer.path is None:
+        yield Violation(
+            "tokenizer.path",
+            "tokenizer.path must name the tokenizer to grow with tokenizer.grow_to. Got null; set one, or set "
+            "tokenizer.grow_to to null.",
+        )
+    if tokenizer.grow_to is not None and tokenizer.grow_to > config.model.vocab_size:
+        yield Violation(
+            "tokenizer.grow_to",
+            f"tokenizer.grow_to must be at most model.vocab_size ({config.model.vocab_size}). Got {tokenizer.grow_to}.",
+        )
     if config.data.ngram_baselines and config.data.validation_fraction == 0:
         yield Violation(
             "data.validation_fraction",

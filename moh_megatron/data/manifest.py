@@ -15,7 +15,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 AGAIN = "Run pipelines/prepare_data.py CONFIG again."
 
@@ -25,6 +25,32 @@ class FileRecord:
     path: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    path: str
+    """Of a file; a hub dataset has its name here, and nothing else is known of it."""
+    bytes: int | None
+    sha256: str | None
+    modified_ns: int | None
+    """When the file was last changed: one that has not been since need not be hashed again."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the records of the inputs."""
+
+    records: int
+    rejects: int
+    """In rejects.jsonl."""
+    too_short: int
+    too_long: int
+    duplicates: int
+    empty: int
+    """Documents without a token, kept as empty entries."""
+    in_pieces: int
+    """Documents above data.max_document_bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +73,14 @@ class TokenizerRecord:
 @dataclass(frozen=True)
 class Manifest:
     format: int
-    inputs: tuple[FileRecord, ...]
+    inputs: tuple[InputRecord, ...]
     settings: dict[str, Any]
     """What besides the inputs decides the tokens: two runs with the same inputs and settings give the same dataset."""
     tokenizer: TokenizerRecord
     dtype: str
     train: SplitRecord
     validation: SplitRecord
+    counts: Counts
     baselines: dict[str, float] | None
     versions: dict[str, str]
     command: str
@@ -92,6 +119,14 @@ class Manifest:
             for name in SPLITS
             for split in [self.split(name)]
         ]
+        removed = {
+            "rejected (rejects.jsonl)": self.counts.rejects,
+            "too short": self.counts.too_short,
+            "too long": self.counts.too_long,
+            "duplicates": self.counts.duplicates,
+        }
+        if any(removed.values()):
+            lines.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in removed.items() if count))
         lines.append(f"tokenizer: {self.tokenizer.entries:,} entries, sha256 {self.tokenizer.sha256[:12]}")
         if self.baselines is not None:
             nats = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
@@ -102,11 +137,13 @@ class Manifest:
         return TypeAdapter(Manifest).dump_json(self, indent=2) + b"\n"
 
 
-def record_file(path: Path, name: str) -> FileRecord:
-    """Size and sha256 of a file, under the given name."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path=name, bytes=path.stat().st_size, sha256=digest)
+def hash_file(path: Path) -> str:
+    """sha256, in hexadecimal. Raises UserError where the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
 
 
 def load_manifest(folder: Path) -> Manifest:

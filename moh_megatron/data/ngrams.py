@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moh_megatron.data.indexed import open_tokens
 
 CHUNK = 1 << 22
 """Tokens looked at at once."""
@@ -25,7 +26,7 @@ def baselines(train_prefix: str, validation_prefix: str, vocab_size: int) -> dic
     T(h) being the number of distinct followers of h (Witten and Bell 1991); P(w) after a token never followed, and for
     the first token.
     """
-    train, validation = _tokens(train_prefix), _tokens(validation_prefix)
+    train, validation = open_tokens(train_prefix), open_tokens(validation_prefix)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for chunk in _chunks(train, overlap=0):
         counts += np.bincount(chunk, minlength=vocab_size)
@@ -73,10 +74,3 @@ def _chunks(tokens: NDArray[np.integer], overlap: int) -> Iterator[NDArray[np.in
     """Runs of CHUNK tokens, each with the first ``overlap`` tokens of the next one."""
     for start in range(0, len(tokens), CHUNK):
         yield tokens[start : start + CHUNK + overlap].astype(np.int64)
-
-
-def _tokens(prefix: str) -> NDArray[np.integer]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dtype: Any = IndexedDataset(prefix).index.dtype
-    return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")

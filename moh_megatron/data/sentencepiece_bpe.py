@@ -1,8 +1,6 @@
-"""Train a SentencePiece BPE and export it as the tokenizer.json that encodes exactly as SentencePiece does.
+"""Train a SentencePiece BPE or Unigram model and export it as the tokenizer.json that encodes exactly as it does.
 
 The export is the form everything reads; transformers 5 reads a SentencePiece .model with other results.
-Source: SentencePiece's BPE (github.com/google/sentencepiece) joins, at each step, the leftmost of the adjacent pairs
-whose concatenation is the piece with the best score.
 """
 
 from __future__ import annotations
@@ -10,28 +8,35 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.data.sentencepiece_json import to_tokenizer_json
+from moh_megatron.data.tokenizer import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 UNKNOWN = "<unk>"
 END_OF_DOCUMENT = "</s>"
-SPACE = "\u2581"
-"""SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage: float, out_dir: Path) -> None:
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    character_coverage: float,
+    out_dir: Path,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    user_symbols: Sequence[str] = (),
+) -> None:
     """Train on ``texts`` and write tokenizer.model, tokenizer.json and tokenizer_config.json into ``out_dir``.
 
-    BPE with byte fallback: any text can be encoded and decodes to itself. No normalisation, no space added or removed;
+    With byte fallback: any text can be encoded and decodes to itself. No normalisation, no space added or removed;
     pieces hold no line ends and a space only in front. ``character_coverage`` is the share of the characters of the
-    texts that get a piece each; the others are encoded as bytes. The same texts give the same files.
+    texts that get a piece each; the others are encoded as bytes. ``user_symbols`` are one token each wherever they
+    stand. The same texts give the same files.
 
     Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
     """
@@ -40,10 +45,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
             sentence_iterator=_lines(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             byte_fallback=True,
+            user_defined_symbols=[symbol.replace(" ", SPACE) for symbol in user_symbols],
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -59,8 +65,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage
         raise UserError(_explain(str(error), vocab_size)) from None
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "tokenizer.model").write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())  # pyright: ignore[reportCallIssue]
-    (out_dir / TOKENIZER_JSON).write_text(to_tokenizer_json(processor).to_str(pretty=True) + "\n", encoding="utf-8")
+    exported = to_tokenizer_json(model.getvalue()).to_str(pretty=True)
+    (out_dir / TOKENIZER_JSON).write_text(exported + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Every training sequence after the first document starts behind this token: it stands for "begin" as well.
@@ -71,43 +77,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, character_coverage
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (out_dir / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def to_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
-    """The ``tokenizers`` twin of a model trained by ``train_tokenizer``: the same ids for every text."""
-    size = processor.get_piece_size()
-    pieces = [processor.id_to_piece(number) for number in range(size)]
-    reserved = {
-        number
-        for number in range(size)
-        if processor.is_control(number) or processor.is_unknown(number) or processor.is_byte(number)
-    }
-    scores = {pieces[number]: processor.get_score(number) for number in range(size) if number not in reserved}
-    # Best score first; one piece's cuts from left to right. A cut counts when both sides are pieces themselves.
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    model = BPE(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=merges,
-        unk_token=UNKNOWN,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE)  # pyright: ignore[reportAttributeAccessIssue]
-    # No piece has a space but in front, so that a cut at each changes no token and keeps long documents fast.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(  # pyright: ignore[reportAttributeAccessIssue]
-        Regex(SPACE), behavior="merged_with_next"
-    )
-    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (UNKNOWN, END_OF_DOCUMENT)])
-    return tokenizer
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

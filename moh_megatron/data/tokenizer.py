@@ -1,4 +1,4 @@
-"""The one tokenizer loader: a tokenizer.json through the ``tokenizers`` library, nothing else imported."""
+"""The one tokenizer loader: a tokenizer.json, a SentencePiece .model or a folder, by the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.config.errors import UserError
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MODEL = ".model"
 FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model")
+SPACE = "\u2581"
+"""SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
+WORD = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
 END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -28,16 +33,22 @@ class Tokenizer:
     ``unique_identifiers``.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, sha256: str, eod: int, pad: int) -> None:
-        self.folder = folder
-        """Where its files lie."""
-        self.sha256 = sha256
-        """Of tokenizer.json."""
+    def __init__(self, encoder: Encoder, file: Path, content: str, eod: int, pad: int) -> None:
+        self.file = file
+        """What it was loaded from."""
+        self.sha256 = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        """Of tokenizer.json, which a .model is turned into."""
         self.eod = eod
         """Id of the token that ends a document."""
         self.pad = pad
         """Id of the padding token; ``eod`` where there is none. Prepared data holds no padding."""
         self._encoder = encoder
+        self._content = content
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.file.parent
 
     @cached_property
     def vocab_size(self) -> int:
@@ -51,46 +62,87 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As ``encode`` for each text, on all cores."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[list[int]]:
+        """As ``encode`` for each text, on all cores. One that is ``continued`` begins inside a document: the space that
+        some tokenizers put before every text is not put there."""
+        if not any(continued) or not self._adds_space:
+            return _ids(self._encoder, texts)
+        ids: dict[bool, Iterator[list[int]]] = {}
+        for inside, encoder in ((False, self._encoder), (True, self._inside)):
+            chosen = [text for text, each in zip(texts, continued, strict=True) if each == inside]
+            ids[inside] = iter(_ids(encoder, chosen))
+        return [next(ids[inside]) for inside in continued]
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        return self._inside.to_str() != self._encoder.to_str()
+
+    @cached_property
+    def _inside(self) -> Encoder:
+        """The same encoder without a space before the text."""
+        return _configured(Encoder.from_str(json.dumps(_without_prefix(json.loads(self._encoder.to_str())))))
+
+    def encode_words(self, text: str) -> list[tuple[int, int | None]]:
+        """The tokens, each with the number of the word it is in; the tokenizer cuts a text into words first."""
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        return list(zip(encoding.ids, encoding.word_ids, strict=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens give none."""
         return self._encoder.decode(list(ids), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """Its tokenizer.json."""
+        return self._content
+
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into ``folder``, which is made where it is missing."""
+        """Write the tokenizer's files into ``folder``, which is made where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
+        (folder / TOKENIZER_JSON).write_bytes(self._content.encode("utf-8"))
+        if self.file.suffix == MODEL:
+            shutil.copyfile(self.file, folder / "tokenizer.model")
+        if not (folder / TOKENIZER_CONFIG).is_file():
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._encoder.id_to_token(self.eod)}
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json, or the one in a folder.
+    """Read a tokenizer.json, a SentencePiece .model, or the one in a folder, where tokenizer.json goes first.
 
-    The token that ends a document is tokenizer_config.json's ``eos_token``, else the first of </s>, <|endoftext|> and
-    <|end_of_text|> the vocabulary has.
+    The token that ends a document is tokenizer_config.json's ``eos_token``, else the .model's, else the first of </s>,
+    <|endoftext|> and <|end_of_text|> the vocabulary has.
 
-    Raises UserError for a missing or broken file and where no token can end a document.
+    Raises UserError for a missing or broken file, a .model that cannot be turned into a tokenizer.json with the same
+    results, and where no token can end a document.
     """
-    path = Path(path).expanduser()
-    file = path / TOKENIZER_JSON if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON} or a folder that holds one.")
-    content = file.read_bytes()
+    file = _find(Path(path).expanduser())
+    end = None
+    if file.suffix == MODEL:
+        from moh_megatron.data.sentencepiece_json import from_model
+
+        try:
+            twin, end = from_model(file.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json."
+            ) from None
+        content = twin.to_str()
+    else:
+        content = file.read_bytes().decode("utf-8", errors="replace")
     try:
-        encoder = Encoder.from_str(content.decode("utf-8"))
+        encoder = Encoder.from_str(content)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
+    _configured(encoder)
+    if encoder.pre_tokenizer is None and _words_are_apart(json.loads(content)["model"]):
+        encoder.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]
     settings = _settings(file.parent / TOKENIZER_CONFIG)
     eod = _token_id(encoder, settings, "eos_token", file)
     if eod is None:
-        known = (encoder.token_to_id(name) for name in END_OF_DOCUMENT)
+        known = (encoder.token_to_id(name) for name in (end, *END_OF_DOCUMENT) if name is not None)
         eod = next((token for token in known if token is not None), None)
     if eod is None:
         raise UserError(
@@ -98,7 +150,58 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"or one of {', '.join(END_OF_DOCUMENT)} in the vocabulary."
         )
     pad = _token_id(encoder, settings, "pad_token", file)
-    return Tokenizer(encoder, file.parent, hashlib.sha256(content).hexdigest(), eod, eod if pad is None else pad)
+    return Tokenizer(encoder, file, content, eod, eod if pad is None else pad)
+
+
+def _find(path: Path) -> Path:
+    for file in (path / TOKENIZER_JSON, path / "tokenizer.model") if path.is_dir() else (path,):
+        if file.is_file():
+            return file
+    raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON}, a .model, or a folder that holds one.")
+
+
+def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _words_are_apart(model: dict[str, Any]) -> bool:
+    """Whether cutting a text into WORDs changes no token: where no piece has a space behind another character.
+
+    A BPE that cuts nothing itself, as LLaMA-2's, takes a whole document for one word: slow, and large in memory.
+    """
+    return (
+        model["type"] == "BPE"
+        and SPACE in model["vocab"]
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and not any(SPACE in piece.lstrip(SPACE) for piece in model["vocab"])
+    )
+
+
+def _configured(encoder: Encoder) -> Encoder:
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _without_prefix(part: Any) -> Any:
+    """A tokenizer.json, or a part of one, that puts nothing before a text."""
+    if isinstance(part, list):
+        return [
+            _without_prefix(each) for each in part if not (isinstance(each, dict) and each.get("type") == "Prepend")
+        ]
+    if not isinstance(part, dict):
+        return part
+    changed = {key: value if key == "model" else _without_prefix(value) for key, value in part.items()}
+    if changed.get("type") == "Prepend":
+        return None
+    if changed.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if changed.get("type") == "Strip" and "strip_left" in changed:
+        changed["strip_left"] = False
+    if changed.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    return changed
 
 
 def _settings(file: Path) -> dict[str, Any]:

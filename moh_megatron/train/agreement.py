@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
-from moh_megatron.data.manifest import Manifest
+from moh_megatron.data.prepared import PreparedData
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
 _SHOWN = 10
@@ -51,11 +51,14 @@ def software() -> Claim:
     return Claim(versions | {"python": platform.python_version()}, "Install the same versions on every node.")
 
 
-def dataset(manifest: Manifest) -> Claim:
-    """The hashes of the prepared data."""
-    files = [*manifest.train.files, *manifest.validation.files]
-    parts = {record.path: record.sha256[:12] for record in files}
-    return Claim(parts, "Give every node the same copy of data.dir.")
+def dataset(data: PreparedData) -> Claim:
+    """The hashes of the prepared data of each source."""
+    parts = {
+        f"{source.name}/{record.path}": record.sha256[:12]
+        for source in data.sources
+        for record in (*source.manifest.train.files, *source.manifest.validation.files)
+    }
+    return Claim(parts, "Give every node the same copy of the prepared data.")
 
 
 def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

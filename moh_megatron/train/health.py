@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moh_megatron.checkpoint.native import complete_checkpoints
+from moh_megatron.config.blend import ONLY
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -163,4 +164,5 @@ class Health:
 def _prose(places: list[Place]) -> str:
     first, *more = (str(place.document) for place in places)
     start = f"document {first} from token {places[0].token}"
-    return ", ".join([start, *more])
+    source = "" if places[0].source == ONLY else f"{places[0].source} "
+    return source + ", ".join([start, *more])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
+from moh_megatron.config.blend import shares_until
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
@@ -219,7 +220,7 @@ class _Training:
         with self.watchdog.phase("save"):
             self.saver.finish()  # two copies of the state need not fit into host memory
             if self.saved_step != self.step:
-                data, tokenizer, engine = session.data_hash, session.tokenizer, session.engine
+                data, tokenizer, engine = session.data.hash, session.tokenizer, session.engine
                 self.saver.begin(Snapshot.take(self.config, self.step, data, tokenizer, engine))
                 self.saved_step = self.step
             if wait or not self.config.checkpoint.async_:
@@ -230,25 +231,32 @@ class _Training:
             self.saver.finish()
 
     def _validate(self) -> tuple[float, str]:
-        """Validation loss in nats a token, and a sample of text."""
+        """Validation loss in nats a token, the sources' losses by their shares of this step, and a sample of text."""
         with self.watchdog.phase("validation"):
             return self._validated()
 
     def _validated(self) -> tuple[float, str]:
         session, module = self.session, self.session.engine.module
-        batches = validation_batches(
-            session.validation_dataset,
-            micro_batch_size=self.config.train.micro_batch_size,
-            data_parallel_rank=groups.data_group().rank(),
-            data_parallel_size=groups.data_group().size(),
-        )
-        loss = validation_loss(module, batches, session.device, session.end_of_document)
+        losses: dict[str, float] = {}
+        for name, dataset in session.validation_datasets.items():
+            batches = validation_batches(
+                dataset,
+                micro_batch_size=self.config.train.micro_batch_size,
+                data_parallel_rank=groups.data_group().rank(),
+                data_parallel_size=groups.data_group().size(),
+            )
+            losses[name] = validation_loss(module, batches, session.device, session.end_of_document)
+        shares = shares_until(self.config, max(self.step, 1))[-1][1]
+        loss = sum(shares[name] * each for name, each in losses.items())
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
             tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")
+            if len(losses) > 1:
+                tqdm.write("  " + ", ".join(f"{name} {each:.4f}" for name, each in losses.items()))
             tqdm.write(f"  | {text}")
         if self.validations:
-            self.validations.write([{"step": self.step, "loss": loss, "sample": text}])
+            sources = {"sources": losses} if len(losses) > 1 else {}
+            self.validations.write([{"step": self.step, "loss": loss, **sources, "sample": text}])
         if self.board:
             self.board.validation(loss, text, self.step)
         return loss, text
@@ -266,6 +274,8 @@ class _Training:
         )
         if warning := attention_warning(config, self.session.device):
             self.session.report(f"warning: {warning}")
+        if config.data.sources:
+            self.session.report(self.session.data.budget(config))
         if config.moh.enabled:
             self.session.report(head_report(config))
 

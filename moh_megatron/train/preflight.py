@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
-from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer, load_manifest
+from moh_megatron.data.prepared import PreparedData, load_prepared
 
 
-def preflight(config: Config, world_size: int) -> Manifest:
-    """The prepared dataset, if this configuration can train on it with so many ranks; UserError otherwise."""
+def preflight(config: Config, world_size: int) -> PreparedData:
+    """The prepared data, if this configuration can train on it with so many ranks; UserError otherwise."""
     data_parallel_size(config, world_size)
     gradient_accumulation_steps(config, world_size)
     if config.deepspeed:
@@ -17,7 +16,7 @@ def preflight(config: Config, world_size: int) -> Manifest:
         from moh_megatron.train.engine import check_deepspeed_section
 
         check_deepspeed_section(config, world_size)
-    data = load_manifest(data_dir(config))
+    data = load_prepared(config)
     data.check_fits(config)
-    load_dataset_tokenizer(data_dir(config), data)
+    data.tokenizer()
     return data

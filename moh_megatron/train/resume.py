@@ -13,12 +13,15 @@ from moh_megatron.checkpoint.native import (
     read_state,
     resolve_checkpoint,
     step_folders,
+    tokenizer_folder,
     topology_of,
 )
+from moh_megatron.config.blend import shares_until
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 _SAME_RUN = (
     "model",
@@ -118,6 +121,9 @@ def check_same_run(
     there, here = (_values(each, _SAME_RUN) for each in (written_by, config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
     there["data"], here["data"] = manifest.data[:12], data[:12]
+    if config.data.sources:
+        there["shares of the sources so far"] = shares_until(read_config(checkpoint), manifest.step)
+        here["shares of the sources so far"] = shares_until(config, manifest.step)
     remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
     _refuse_differences(checkpoint, there, here, remedy)
     topology = topology_of(config, world_size)
@@ -128,6 +134,17 @@ def check_same_run(
         if before[key] != value:
             report(f"warning: {key} is {value} from here on; it was {before[key]} up to {checkpoint.name}")
     return manifest
+
+
+def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError where ``checkpoint`` learned with another tokenizer than the data's: its ids mean other text."""
+    there = load_tokenizer(tokenizer_folder(checkpoint))
+    if (there.sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
+        raise UserError(
+            f"{checkpoint} was made with another tokenizer, {there.sha256[:12]}, than the data, "
+            f"{tokenizer.sha256[:12]}. "
+            f"Prepare the data with tokenizer.path={tokenizer_folder(checkpoint)}."
+        )
 
 
 def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,10 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
-from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer
+from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
+from moh_megatron.data.prepared import PreparedData
 from moh_megatron.data.tokenizer import Tokenizer
 from moh_megatron.model.build import check_backend
 from moh_megatron.parallel import groups
@@ -22,7 +20,7 @@ from moh_megatron.train import agreement
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.restore import build_engine
-from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
@@ -37,10 +35,10 @@ class Session:
     device: torch.device
     engine: Engine
     tokenizer: Tokenizer
-    data: Manifest
-    data_hash: str
+    data: PreparedData
     train_dataset: Sequences
-    validation_dataset: Sequences
+    validation_datasets: dict[str, Sequences]
+    """Of each source."""
     start_step: int
     """Steps already done; 0 for a new run."""
 
@@ -58,12 +56,6 @@ class Session:
         """Print once, not once a rank."""
         if self.first:
             print(message, flush=True)
-
-
-def hash_of(data: Manifest) -> str:
-    """One hash for the tokens of a dataset."""
-    files = [*data.train.files, *data.validation.files]
-    return hashlib.sha256(" ".join(record.sha256 for record in files).encode()).hexdigest()
 
 
 def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:
@@ -105,19 +97,22 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     check_backend(config, device)
     clock.mark("groups")
 
-    data_hash, report = hash_of(data), print if world.rank == 0 else _say_nothing
+    report = print if world.rank == 0 else _say_nothing
     checkpoint = _agreed(world, lambda: newest_good(config, print))
     start_step = 0
     if checkpoint is not None:
-        start_step = check_same_run(checkpoint, config, world.size, data_hash, report).step
+        start_step = check_same_run(checkpoint, config, world.size, data.hash, report).step
     elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
 
-    tokenizer = load_dataset_tokenizer(data_dir(config), data)
+    tokenizer = data.tokenizer()
+    source = checkpoint or elsewhere
+    if source is not None:
+        check_same_tokenizer(source, tokenizer)
     train_dataset = build_train_dataset(config, data, tokenizer)
-    validation_dataset = build_validation_dataset(config, data, tokenizer)
+    validation_datasets = build_validation_datasets(config, data, tokenizer)
     clock.mark("data")
 
-    engine = build_engine(config, world.size, checkpoint or elsewhere, resume=checkpoint is not None)
+    engine = build_engine(config, world.size, source, resume=checkpoint is not None)
     agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
     clock.mark("model and engine")
     return Session(
@@ -127,8 +122,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
         engine,
         tokenizer,
         data,
-        data_hash,
         train_dataset,
-        validation_dataset,
+        validation_datasets,
         start_step,
     )

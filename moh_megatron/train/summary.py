@@ -30,7 +30,7 @@ def summarise(
     if step == session.start_step and path.exists():
         print(f"{path.parent}: finished before, nothing to do; the summary stays as it is")
         return
-    config, world, baselines = session.config, session.world, session.data.baselines or {}
+    config, world, baselines = session.config, session.world, session.data.baselines
     tokens = config.train.tokens_per_step
     summary = {
         "steps": step,

@@ -15,7 +15,7 @@ from support.runs import ENVIRONMENT
 
 from moh_megatron.config.load import load_config
 from moh_megatron.data.dataset import build_train_dataset
-from moh_megatron.data.manifest import load_dataset_tokenizer, load_manifest
+from moh_megatron.data.prepared import load_prepared
 
 WORKER = Path(__file__).parent / "workers" / "faults.py"
 NAMESPACE = ("unshare", "-r", "-m")
@@ -89,7 +89,7 @@ def test_the_time_limit_of_one_rank_stops_and_saves_all(cases: Cases) -> None:
     assert found.checkpoints()[-1] == f"step_{found.ended()['step']:08d}"
 
 
-def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases, prepared: tuple[Path, Path]) -> None:
+def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases) -> None:
     found = cases("nan")
     assert found.codes == [0, 0]
     skipped = [record["step"] for record in found.records("metrics.jsonl") if record["skipped"]]
@@ -101,8 +101,8 @@ def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases,
     # Rank 1 of two reads the second half of the global batch of 8.
     assert [list(record["samples"]) for record in told] == [["36", "37", "38", "39"], ["44", "45", "46", "47"]]
     config = load_config(str(found.run / "config.yaml"), [])
-    manifest = load_manifest(prepared[1])
-    dataset = build_train_dataset(config, manifest, load_dataset_tokenizer(prepared[1], manifest))
+    data = load_prepared(config)
+    dataset = build_train_dataset(config, data, data.tokenizer())
     documents = dataset.places(36)
     assert [place["document"] for place in told[0]["samples"]["36"]] == [place.document for place in documents]
     assert f"sample 36: document {documents[0].document} from token {documents[0].token}" in found.logs[0]

@@ -29,13 +29,21 @@ ARROWS = {
 # A library stays where it is wrapped: files or folders below moh_megatron/.
 LIBRARIES = {
     "deepspeed": {"train/engine.py"},
-    "megatron": {"moh/attention.py", "model", "parallel", "data/dataset.py", "data/ngrams.py", "data/prepare.py"},
+    "megatron": {"moh/attention.py", "model", "parallel", "data/blend.py", "data/dataset.py"},
     "transformers": {"checkpoint/hf.py", "checkpoint/text.py", "checkpoint/hf_model"},
-    "tokenizers": {"checkpoint/hf.py", "data/sentencepiece_bpe.py", "data/tokenizer.py"},
-    "sentencepiece": {"data/sentencepiece_bpe.py"},
+    "tokenizers": {
+        "checkpoint/hf.py",
+        "data/byte_level_bpe.py",
+        "data/grow.py",
+        "data/sentencepiece_json.py",
+        "data/tokenizer.py",
+    },
+    "sentencepiece": {"data/sentencepiece_bpe.py", "data/sentencepiece_json.py"},
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/board.py"},
     "triton": {"moh/backends/triton_kernel.py"},
+    "datasets": {"data/tables.py"},
+    "pyarrow": {"data/lines.py", "data/tables.py"},
     "pydantic": {"config", "data/manifest.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
 }

@@ -126,6 +126,15 @@ def test_tokenizer_and_generation_settings(tokenizer_dir, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True).eos_token_id == 1
 
 
+def test_a_tokenizer_that_was_changed_is_refused(tokenizer_dir, tmp_path):
+    export(tmp_path / "hf", make_config(), tokenizer_dir)
+    hf.check_tokenizer(tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected sha256 \w+, the tokenizer the model learned with"):
+        hf.check_tokenizer(tmp_path / "hf")
+
+
 def test_a_bare_tokenizer_json_is_read_as_it_is(tokenizer_dir, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())

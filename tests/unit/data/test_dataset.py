@@ -10,9 +10,10 @@ from torch import distributed
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
-from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_dataset
+from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.manifest import load_dataset_tokenizer
 from moh_megatron.data.prepare import prepare
+from moh_megatron.data.prepared import load_prepared
 
 MakeConfig = Callable[..., Config]
 Build = Callable[[Config], tuple[Sequences, Sequences]]
@@ -21,11 +22,11 @@ Build = Callable[[Config], tuple[Sequences, Sequences]]
 @pytest.fixture
 def build() -> Build:
     def both(config: Config) -> tuple[Sequences, Sequences]:
-        manifest = prepare(config)
-        tokenizer = load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
+        prepare(config)
+        data = load_prepared(config)
         return (
-            build_train_dataset(config, manifest, tokenizer),
-            build_validation_dataset(config, manifest, tokenizer),
+            build_train_dataset(config, data, data.tokenizer()),
+            build_validation_datasets(config, data, data.tokenizer())["data"],
         )
 
     return both
@@ -103,7 +104,7 @@ def test_order_follows_the_seed_alone(make_config: MakeConfig, corpus: Path, bui
 def test_a_half_built_index_is_built_anew(make_config: MakeConfig, corpus: Path, build: Build) -> None:
     config = make_config([corpus])
     expected = rows(build(config)[0])
-    (cache,) = (Path(str(config.data.dir)) / "cache").glob("train-*")
+    (cache,) = (Path(str(config.data.dir)) / "cache").glob("train-*/epoch-0")
     (cache / "complete").unlink()
     (index,) = cache.glob("*shuffle_index.npy")
     index.write_bytes(index.read_bytes()[:-8])
@@ -125,18 +126,19 @@ def test_data_for_another_model_is_refused(make_config: MakeConfig, corpus: Path
     manifest = prepare(config)
     tokenizer = load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
     with pytest.raises(UserError, match=r"model\.vocab_size must be at least 400, .* Got 100"):
-        build_train_dataset(make_config([corpus], vocab_size=100), manifest, tokenizer)
+        build_train_dataset(make_config([corpus], vocab_size=100), load_prepared(config), tokenizer)
     with pytest.raises(UserError, match="fewer than one sequence: at least 100001"):
-        build_validation_dataset(make_config([corpus], train={"sequence_length": 100000}), manifest, tokenizer)
+        build_validation_datasets(
+            make_config([corpus], train={"sequence_length": 100000}), load_prepared(config), tokenizer
+        )
     tokenizer_file = Path(str(config.data.dir)) / "tokenizer" / "tokenizer.json"
     tokenizer_file.write_text(tokenizer_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
     with pytest.raises(UserError, match="not the tokenizer this dataset was made with"):
         load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
 
 
-class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"tokens": torch.tensor([index, index])}
+def number(index: int) -> torch.Tensor:
+    return torch.tensor([index, index])
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
@@ -145,7 +147,7 @@ def test_a_step_has_the_same_samples_however_shared(data_parallel_size: int, mic
     def batches(rank: int, start: int) -> list[list[torch.Tensor]]:
         return list(
             train_batches(
-                Sequences(Numbers(), 40),
+                Sequences(number, 40),
                 global_batch_size=8,
                 micro_batch_size=micro_batch_size,
                 data_parallel_rank=rank,
@@ -172,7 +174,7 @@ def test_validation_counts_each_sample_once(length: int, data_parallel_size: int
     ranks = [
         list(
             validation_batches(
-                Sequences(Numbers(), length),
+                Sequences(number, length),
                 micro_batch_size=2,
                 data_parallel_rank=rank,
                 data_parallel_size=data_parallel_size,

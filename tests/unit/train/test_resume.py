@@ -6,7 +6,9 @@ import re
 import pytest
 
 from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.train.resume import check_same_run, newest_good, weights_to_start_from
+from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer import load_tokenizer
+from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 
 DATA = "d" * 64
 
@@ -215,3 +217,29 @@ def test_damaged_weights_are_refused(config, checkpoint):
         UserError, match=r"is not a complete checkpoint: weights/tp_rank_00_of_01\.safetensors has 0 bytes"
     ):
         weights_to_start_from(config({"train.init_from": str(folder)}), print)
+
+
+# --- tokenizers and shares of sources ------------------------------------------------------------------------------
+
+
+def test_weights_of_another_tokenizer_are_refused(checkpoint, tmp_path):
+    folder = checkpoint()
+    words = ["the same words ", "and then others "]
+    for words_of, place in zip(words, (folder / "tokenizer", tmp_path / "other"), strict=True):
+        train_tokenizer([words_of * 9], vocab_size=280, character_coverage=1.0, out_dir=place)
+    check_same_tokenizer(folder, load_tokenizer(folder / "tokenizer"))
+    with pytest.raises(UserError, match=r"another tokenizer, \w{12}, than the data, \w{12}\. .*tokenizer\.path="):
+        check_same_tokenizer(folder, load_tokenizer(tmp_path / "other"))
+
+
+def test_weights_of_sources_may_change_ahead_and_not_behind(config, checkpoint):
+    def blend(*changes):
+        sources = [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 3.0}]
+        steps = [{"step": step, "weights": {"a": weight}} for step, weight in changes]
+        return {"data.sources": sources, "data.weight_changes": steps, "tokenizer.path": "t"}
+
+    folder = checkpoint(5, blend())
+    for ahead in (blend((5, 2.0)), blend((9, 0.0)), blend((2, 1.0))):
+        check_same_run(folder, config(ahead), 1, DATA, silent)
+    with pytest.raises(UserError, match=r"shares of the sources so far: .*0\.25.* there, .*0\.4.* here"):
+        check_same_run(folder, config(blend((4, 2.0))), 1, DATA, silent)

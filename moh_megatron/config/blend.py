@@ -1,0 +1,82 @@
+"""Which share of the sequences comes from which source, at which step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moh_megatron.config.schema import Config
+from moh_megatron.config.violation import Violation
+
+ONLY = "data"
+"""The one source of a configuration without data.sources."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [start, stop) with the same shares."""
+
+    start: int
+    stop: int
+    shares: dict[str, float]
+    """Of each source, in the order of the configuration; their sum is 1."""
+
+
+def phases(config: Config) -> list[Phase]:
+    """The steps of the run, cut where weights change."""
+    weights = {source.name: source.weight for source in config.data.sources} or {ONLY: 1.0}
+    starts = [(0, dict(weights))]
+    for change in config.data.weight_changes:
+        weights = {**weights, **change.weights}
+        starts.append((change.step, weights))
+    stops = [min(start, config.train.steps) for start, _ in starts[1:]] + [config.train.steps]
+    return [
+        Phase(start, stop, {name: weight / sum(each.values()) for name, weight in each.items()})
+        for (start, each), stop in zip(starts, stops, strict=True)
+        if start < stop
+    ]
+
+
+def shares_until(config: Config, step: int) -> list[tuple[int, dict[str, float]]]:
+    """What the samples of the steps before ``step`` depend on: neighbouring phases with the same shares are one."""
+    found: list[tuple[int, dict[str, float]]] = []
+    for phase in phases(config):
+        if phase.start < step and (not found or found[-1][1] != phase.shares):
+            found.append((phase.start, phase.shares))
+    return found
+
+
+def blend_violations(config: Config) -> Iterator[Violation]:
+    """Every rule of data.sources and data.weight_changes that ``config`` breaks."""
+    data = config.data
+    names = [source.name for source in data.sources]
+    if names and data.inputs:
+        yield Violation("data.inputs", "data.inputs must be empty with data.sources, which have their own. Got both.")
+    if names and config.tokenizer.path is None:
+        yield Violation(
+            "tokenizer.path",
+            "tokenizer.path must be set with data.sources: all share one tokenizer. Got null; make one with "
+            "pipelines/prepare_data.py CONFIG --tokenizer DIR tokenizer.path=DIR and keep tokenizer.path=DIR.",
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        yield Violation("data.sources", f"data.sources must have different names. Got {twice[0]} twice.")
+    if names and not any(source.weight for source in data.sources):
+        yield Violation("data.sources", "data.sources must have a weight above 0. Got 0 for all.")
+    steps = [change.step for change in data.weight_changes]
+    if steps != sorted(set(steps)):
+        yield Violation("data.weight_changes", f"data.weight_changes must be in the order of their steps. Got {steps}.")
+    weights = {source.name: source.weight for source in data.sources}
+    for change in data.weight_changes:
+        if unknown := [name for name in change.weights if name not in weights]:
+            yield Violation(
+                "data.weight_changes",
+                f"data.weight_changes must name sources of data.sources ({', '.join(names) or 'there are none'}). "
+                f"Got {unknown[0]}.",
+            )
+        weights = {**weights, **change.weights}
+        if not any(weights.values()):
+            yield Violation(
+                "data.weight_changes",
+                f"data.weight_changes must leave a weight above 0 at every step. Got none from step {change.step}.",
+            )

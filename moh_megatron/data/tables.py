@@ -1,0 +1,115 @@
+"""Rows of Parquet files, of folders written by ``datasets``' save_to_disk, and of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moh_megatron.config.errors import UserError
+
+HUB = "hf:"
+ROWS = 256
+"""Rows held as Python values at once."""
+
+Row = dict[str, Any]
+
+
+def row_groups(path: str) -> int:
+    with _parquet(path) as file:
+        return file.num_row_groups
+
+
+def parquet_rows(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of row groups [start, stop), with those of ``fields`` that there are."""
+    with _parquet(path) as file:
+        groups = list(range(start, file.num_row_groups if stop is None else stop))
+        known = [field for field in fields if field in file.schema_arrow.names]
+        try:
+            for batch in file.iter_batches(ROWS, row_groups=groups, columns=known):
+                # A batch without columns has no rows either way: count them.
+                yield from batch.to_pylist() if known else ({} for _ in range(batch.num_rows))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: broken Parquet ({error}). Copy or download the file again.") from None
+
+
+def _parquet(path: str) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file ({error}). Copy or download the file again.") from None
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_files(path: Path) -> list[Path]:
+    """The data files of one saved dataset, in order. Raises UserError for a dictionary of them."""
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(str(path / name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"])
+        raise UserError(f"data.inputs: {path} holds several datasets; name those to read: {splits}.")
+    files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"data.inputs: {missing[0]} is missing. Save or copy the dataset again.")
+    return files
+
+
+def saved_rows(path: str) -> int:
+    return len(_saved(path))
+
+
+def saved_row_range(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row]:
+    """Rows [start, stop), with those of ``fields`` that there are."""
+    dataset = _saved(path)
+    known = [field for field in fields if field in dataset.column_names]
+    rows = range(start, len(dataset) if stop is None else stop)
+    if not known:
+        yield from ({} for _ in rows)
+        return
+    tables = dataset.select(rows).select_columns(known).with_format("arrow")
+    for table in tables.iter(batch_size=ROWS):
+        yield from table.to_pylist()
+
+
+def _saved(path: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(path, keep_in_memory=False)
+    except Exception as error:  # broken JSON, broken Arrow files, unknown features: no common class
+        raise UserError(f"{path}: not a dataset that save_to_disk wrote ({error}). Save it again.") from None
+
+
+def hub_files(name: str) -> int:
+    """How many files a hub dataset is read from."""
+    return _hub(name).num_shards
+
+
+def hub_rows(name: str, start: int, stop: int | None) -> Iterator[Row]:
+    """The rows of files [start, stop) of a hub dataset, streamed."""
+    dataset = _hub(name)
+    total = dataset.num_shards
+    for index in range(start, total if stop is None else stop):
+        yield from dataset.shard(num_shards=total, index=index)
+
+
+def _hub(name: str) -> Any:
+    import datasets
+
+    repository, _, rest = name.removeprefix(HUB).partition(":")
+    subset, _, split = rest.partition(":")
+    repository, _, revision = repository.partition("@")
+    try:
+        return datasets.load_dataset(
+            repository, subset or None, split=split or "train", revision=revision or None, streaming=True
+        )
+    except Exception as error:  # no network, no such name, gated, no such split: no common class
+        raise UserError(
+            f"data.inputs: {name} could not be opened ({type(error).__name__}: {error}). Expected "
+            "hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]], a network, and access to the dataset (hf auth login)."
+        ) from None

@@ -1,0 +1,49 @@
+"""The text of a record: one field, or several in a template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from moh_megatron.config.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class Template:
+    """Literal texts and, behind each but the last, the field that follows it."""
+
+    literals: tuple[str, ...]
+    fields: tuple[str, ...]
+    described: str
+    key: str
+    """The configuration key to change where records do not fit."""
+
+    def fill(self, record: Any) -> str:
+        """Raises ValueError, saying why, for a record that lacks a field or has another type there."""
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object with {self.described}. Got {type(record).__name__}")
+        for field in self.fields:
+            if field not in record:
+                present = ", ".join(map(repr, record)) or "none of them"
+                raise ValueError(f"no field {field!r}; the record has {present}. Set {self.key}")
+            if not isinstance(record[field], str):
+                raise ValueError(f"field {field!r} must be a string. Got {type(record[field]).__name__}")
+        text = self.literals[0]
+        for field, literal in zip(self.fields, self.literals[1:], strict=True):
+            text += record[field] + literal
+        return text
+
+
+def text_template(data: DataConfig) -> Template:
+    """data.template, else data.text_key as a template of that field alone."""
+    if data.template is None:
+        return Template(("", ""), (data.text_key,), f"field {data.text_key!r}", "data.text_key")
+    parts = list(Formatter().parse(data.template))
+    literals, fields = [""], []
+    for literal, field, _, _ in parts:
+        literals[-1] += literal
+        if field is not None:
+            fields.append(field)
+            literals.append("")
+    return Template(tuple(literals), tuple(fields), f"data.template {data.template!r}", "data.template")

@@ -1,0 +1,110 @@
+"""Two ranks build the indices of a dataset on one file system, and as two nodes that share none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moh_megatron.config.errors import Fault
+from moh_megatron.config.load import config_from_mapping
+from moh_megatron.config.schema import Config
+from moh_megatron.data import cache
+from moh_megatron.data.dataset import build_train_dataset
+from moh_megatron.data.prepare import prepare
+from moh_megatron.data.prepared import load_prepared
+
+
+def make_config(folder: Path, data: Path) -> Config:
+    text = folder / "text.jsonl"
+    if not text.exists():
+        words = [
+            "the",
+            "quick",
+            "brown",
+            "fox",
+            "jumps",
+            "over",
+            "a",
+            "lazy",
+            "dog",
+            "while",
+            "seven",
+            "wizards",
+            "brew",
+        ]
+        lines = [" ".join(words[n % 13 :] + words[: n % 7] + [str(n)]) for n in range(200)]
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return config_from_mapping(
+        {
+            "run": {"dir": str(folder / "run")},
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 8,
+                "ffn_hidden_size": 8,
+                "num_attention_heads": 2,
+                "vocab_size": 320,
+            },
+            "moh": {"enabled": False},
+            "data": {"inputs": [str(text)], "dir": str(data), "validation_fraction": 0.2},
+            "train": {"sequence_length": 16, "total_tokens": 64 * 200, "global_batch_size": 4},
+            "optimizer": {"learning_rate": 1e-3},
+        },
+        "test",
+    )
+
+
+def rows(config: Config) -> list[list[int]]:
+    data = load_prepared(config)
+    dataset = build_train_dataset(config, data, data.tokenizer())
+    return [dataset[index].tolist() for index in range(0, len(dataset), 9)]
+
+
+def main(result: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, folder = dist.get_rank(), result.parent
+    built: list[int] = []
+    attempt = cache._attempt
+
+    def counted(caches: list[cache.Cache]) -> None:
+        built.append(rank)
+        attempt(caches)
+
+    cache._attempt = counted
+    config = make_config(folder, folder / "shared") if rank == 0 else None
+    if config is not None:
+        prepare(config)
+        for node in range(2):
+            shutil.copytree(folder / "shared", folder / f"node{node}")
+    dist.barrier()
+    shared = make_config(folder, folder / "shared")
+    own = replace(shared, data=replace(shared.data, dir=str(folder / f"node{rank}")))
+    found = {"shared": rows(shared), "built": list(built)}
+    # The spawned builder is a process of its own: it takes the module's own function.
+    cache._attempt = attempt
+    socket.gethostname = lambda: f"node{rank}"
+    found["own"] = rows(own)
+    found["caches"] = sorted(str(path.relative_to(folder)) for path in folder.glob("node*/cache/*/*/complete"))
+    broken = replace(own, train=replace(own.train, sequence_length=8))
+    blocked = folder / f"node{rank}" / "cache" / "train-8-1234"
+    if rank == 1:
+        blocked.write_text("a file where a folder is needed")
+    try:
+        rows(broken)
+        found["fault"] = ""
+    except Fault as error:
+        found["fault"] = str(error)
+    torch.save(found, result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(Path(sys.argv[1]))
