@@ -23,7 +23,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "datasets>=4.0",
+        "datasets>=5.0",
         "numpy>=1.26",
         "pyarrow>=17",
         "pydantic>=2.8",

@@ -17,30 +17,39 @@ Row = dict[str, Any]
 
 
 def row_groups(path: str) -> int:
-    with _parquet(path) as file:
-        return file.num_row_groups
+    return _parquet(path, None).num_shards
 
 
 def parquet_rows(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row]:
     """The rows of row groups [start, stop), with those of ``fields`` that there are."""
-    with _parquet(path) as file:
-        groups = list(range(start, file.num_row_groups if stop is None else stop))
-        known = [field for field in fields if field in file.schema_arrow.names]
-        try:
-            for batch in file.iter_batches(ROWS, row_groups=groups, columns=known):
-                # A batch without columns has no rows either way: count them.
-                yield from batch.to_pylist() if known else ({} for _ in range(batch.num_rows))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: broken Parquet ({error}). Copy or download the file again.") from None
+    known = [field for field in fields if field in (_parquet(path, None).column_names or ())]
+    groups = _parquet(path, known or None)
+    try:
+        yield from _shards(groups, start, stop)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: broken Parquet ({error}). Copy or download the file again.") from None
 
 
-def _parquet(path: str) -> Any:
-    import pyarrow.parquet
+def _parquet(path: str, columns: list[str] | None) -> Any:
+    """One file, of as many shards as it has row groups."""
+    import datasets
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        dataset = datasets.load_dataset(
+            "parquet", data_files=path, split="train", streaming=True, columns=columns, batch_size=ROWS
+        )
+        return dataset.reshard()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a Parquet file ({error}). Copy or download the file again.") from None
+
+
+def _shards(dataset: Any, start: int, stop: int | None) -> Iterator[Row]:
+    """The rows of shards [start, stop) of a streamed dataset."""
+    dataset = dataset.with_format("arrow")
+    total = dataset.num_shards
+    for index in range(start, total if stop is None else stop):
+        for table in dataset.shard(num_shards=total, index=index).iter(batch_size=ROWS):
+            yield from table.to_pylist()
 
 
 def is_saved(path: str | Path) -> bool:
@@ -92,10 +101,7 @@ def hub_files(name: str) -> int:
 
 def hub_rows(name: str, start: int, stop: int | None) -> Iterator[Row]:
     """The rows of files [start, stop) of a hub dataset, streamed."""
-    dataset = _hub(name)
-    total = dataset.num_shards
-    for index in range(start, total if stop is None else stop):
-        yield from dataset.shard(num_shards=total, index=index)
+    yield from _shards(_hub(name), start, stop)
 
 
 def _hub(name: str) -> Any:
