@@ -43,7 +43,7 @@ LIBRARIES = {
     "tensorboard": {"monitor/board.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
-    "pyarrow": {"data/lines.py", "data/tables.py"},
+    "pyarrow": {"data/lines.py"},
     "pydantic": {"config", "data/manifest.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
 }
