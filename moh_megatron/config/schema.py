@@ -233,7 +233,7 @@ class DataConfig:
     deduplicate: Bool = False
     """Keep only the first of the documents with the same text."""
     validation_fraction: Fraction = 0.01
-    """Share of the documents held out, chosen by a hash of their text."""
+    """Share of the documents held out, chosen by a hash of their text; 0: none, and no validation loss."""
     ngram_baselines: Bool = False
     """Measure unigram and bigram cross-entropies of the validation tokens, to compare a model with."""
     document_mask: Bool = False

@@ -103,11 +103,13 @@ def build_train_dataset(config: Config, data: PreparedData, tokenizer: Tokenizer
 
 def build_validation_datasets(config: Config, data: PreparedData, tokenizer: Tokenizer) -> dict[str, Sequences]:
     """Of each source train.eval_samples sequences drawn from one pass over its validation split, or all of that pass if
-    it has fewer. As ``build_train_dataset`` otherwise.
+    it has fewer; none of a source that holds nothing out. As ``build_train_dataset`` otherwise.
     """
     data.check_fits(config)
     found: dict[str, Sequences] = {}
     for source in data.sources:
+        if not source.manifest.validation.documents:
+            continue
         epochs = _Epochs(config, source, "validation", tokenizer)
         build_once([*epochs.caches(1)])
         length = epochs.length if config.train.eval_samples is None else min(config.train.eval_samples, epochs.length)

@@ -96,7 +96,10 @@ class Manifest:
                 f"Got {config.model.vocab_size}."
             )
         documents = self.train.documents + self.validation.documents
-        for name, remedy in (("train", "Lower"), ("validation", "Raise")):
+        needed = {"train": "Lower", "validation": "Raise"}
+        if not self.settings["validation_fraction"]:
+            del needed["validation"]
+        for name, remedy in needed.items():
             if not self.split(name).documents:
                 raise UserError(
                     f"No document fell to the {name} split: the text has {documents} and data.validation_fraction is "
@@ -104,7 +107,7 @@ class Manifest:
                     "data.text_unit, or give more text."
                 )
         least = config.train.sequence_length + 1
-        for name in SPLITS:
+        for name in needed:
             if self.split(name).tokens < least:
                 remedy = "raise data.validation_fraction, " if name == "validation" else ""
                 raise UserError(

@@ -42,10 +42,11 @@ class Board:
                 for head, share in enumerate(heads):
                     self._writer.add_scalar(f"head_load/layer_{layer:02d}/head_{head:02d}", share, step)
 
-    def validation(self, loss: float, sample: str, step: int) -> None:
-        """Validation loss (nats a token) and what the model writes."""
+    def validation(self, loss: float | None, sample: str, step: int) -> None:
+        """Validation loss (nats a token), None without held-out text, and what the model writes."""
         with naming(self._folder):
-            self._writer.add_scalar("loss/validation", loss, step)
+            if loss is not None:
+                self._writer.add_scalar("loss/validation", loss, step)
             self._writer.add_text("sample", sample, step)
             self._writer.flush()
 

@@ -230,12 +230,13 @@ class _Training:
         with self.watchdog.phase("save"):
             self.saver.finish()
 
-    def _validate(self) -> tuple[float, str]:
-        """Validation loss in nats a token, the sources' losses by their shares of this step, and a sample of text."""
+    def _validate(self) -> tuple[float | None, str]:
+        """Validation loss in nats a token, the sources' losses by their shares of this step (None where no text is held
+        out), and a sample of text."""
         with self.watchdog.phase("validation"):
             return self._validated()
 
-    def _validated(self) -> tuple[float, str]:
+    def _validated(self) -> tuple[float | None, str]:
         session, module = self.session, self.session.engine.module
         losses: dict[str, float] = {}
         for name, dataset in session.validation_datasets.items():
@@ -247,10 +248,12 @@ class _Training:
             )
             losses[name] = validation_loss(module, batches, session.device, session.end_of_document)
         shares = shares_until(self.config, max(self.step, 1))[-1][1]
-        loss = sum(shares[name] * each for name, each in losses.items())
+        share = sum(shares[name] for name in losses)
+        loss = sum(shares[name] * each for name, each in losses.items()) / share if share else None
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
-            tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")
+            if loss is not None:
+                tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.1f}")
             if len(losses) > 1:
                 tqdm.write("  " + ", ".join(f"{name} {each:.4f}" for name, each in losses.items()))
             tqdm.write(f"  | {text}")
@@ -279,7 +282,7 @@ class _Training:
         if config.moh.enabled:
             self.session.report(head_report(config))
 
-    def _summarise(self, val_loss: float, text: str) -> None:
+    def _summarise(self, val_loss: float | None, text: str) -> None:
         if self.session.first:
             applied = [metrics.lm_loss for metrics in self.last.steps if not metrics.skipped] if self.last else []
             last = applied[-1] if applied else None

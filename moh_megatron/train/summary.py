@@ -18,7 +18,7 @@ def summarise(
     seconds: float,
     clock: StartupClock,
     train_loss: float | None,
-    val_loss: float,
+    val_loss: float | None,
     text: str,
 ) -> None:
     """Write it to the run folder and print it; a run that was finished before keeps the summary it has.

@@ -137,6 +137,14 @@ def test_data_for_another_model_is_refused(make_config: MakeConfig, corpus: Path
         load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
 
 
+def test_nothing_may_be_held_out(make_config: MakeConfig, corpus: Path) -> None:
+    config = make_config([corpus], data={"validation_fraction": 0.0})
+    assert prepare(config).validation.documents == 0
+    data = load_prepared(config)
+    assert build_validation_datasets(config, data, data.tokenizer()) == {}
+    assert len(build_train_dataset(config, data, data.tokenizer())) == 40
+
+
 def number(index: int) -> torch.Tensor:
     return torch.tensor([index, index])
 

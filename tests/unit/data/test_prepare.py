@@ -103,7 +103,7 @@ def test_a_given_tokenizer_is_shipped_with_the_data(make_config: MakeConfig, cor
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"validation_fraction": 0.0}}, "No document fell to the validation split.*Raise"),
+        ({"data": {"validation_fraction": 1e-9}}, "No document fell to the validation split.*Raise"),
         ({"data": {"validation_fraction": 0.9999}}, "No document fell to the train split.*Lower"),
         ({"train": {"sequence_length": 100000}}, r"train text has \d+ tokens, .*at least 100001"),
         ({"vocab_size": 60000}, r"model\.vocab_size is 60000, more than"),
