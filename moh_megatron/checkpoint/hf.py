@@ -167,7 +167,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     encoder = Encoder.from_file(str(folder / TOKENIZER_JSON))
     settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eod))
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    expected = encoder.encode(_PROBE, add_special_tokens=False).ids
+    expected = tokenizer.encode(_PROBE)
     # Without trust_remote_code a terminal is asked about the model's code, which the tokenizer does not even need.
     read_back = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if (got := read_back(_PROBE, add_special_tokens=False)["input_ids"]) != expected:

@@ -38,7 +38,11 @@ def given_tokenizer(config: Config) -> Tokenizer | None:
 def tokenizer_settings(config: Config, given: Tokenizer | None) -> dict[str, Any]:
     """What decides the tokenizer, besides the text."""
     if given is not None:
-        return {"sha256": given.sha256, "end_of_document": given.eod}
+        return {
+            "sha256": given.sha256,
+            "end_of_document": given.eod,
+            "split_special_tokens": given.split_special_tokens,
+        }
     settings = config.tokenizer
     if settings.path is not None:
         base = load_tokenizer(settings.path)

@@ -74,6 +74,7 @@ def train_tokenizer(
         "eos_token": END_OF_DOCUMENT,
         "unk_token": UNKNOWN,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (out_dir / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer:
-    """Text <-> token ids. Nothing is added to a text; the names of special tokens in it are ordinary characters.
+    """Text <-> token ids. Nothing is added to a text.
 
     It is also what ``megatron.core.datasets`` asks of a tokenizer: ``vocab_size``, ``eod``, ``pad``,
     ``unique_identifiers``.
@@ -56,6 +56,11 @@ class Tokenizer:
         return max(self._encoder.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
+    def split_special_tokens(self) -> bool:
+        """Whether the name of a special token in a text is ordinary characters."""
+        return self._encoder.encode_special_tokens
+
+    @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
         return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
 
@@ -80,7 +85,8 @@ class Tokenizer:
     @cached_property
     def _inside(self) -> Encoder:
         """The same encoder without a space before the text."""
-        return _configured(Encoder.from_str(json.dumps(_without_prefix(json.loads(self._encoder.to_str())))))
+        encoder = Encoder.from_str(json.dumps(_without_prefix(json.loads(self._encoder.to_str()))))
+        return _configured(encoder, self.split_special_tokens)
 
     def encode_words(self, text: str) -> list[tuple[int, int | None]]:
         """The tokens, each with the number of the word it is in; the tokenizer cuts a text into words first."""
@@ -104,8 +110,10 @@ class Tokenizer:
         (folder / TOKENIZER_JSON).write_bytes(self._content.encode("utf-8"))
         if self.file.suffix == MODEL:
             shutil.copyfile(self.file, folder / "tokenizer.model")
-        if not (folder / TOKENIZER_CONFIG).is_file():
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._encoder.id_to_token(self.eod)}
+        settings = _settings(folder / TOKENIZER_CONFIG)
+        if not settings or self.split_special_tokens != settings.get("split_special_tokens", False):
+            made = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._encoder.id_to_token(self.eod)}
+            settings = {**made, **settings, "split_special_tokens": self.split_special_tokens}
             (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,7 +121,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, a SentencePiece .model, or the one in a folder, where tokenizer.json goes first.
 
     The token that ends a document is tokenizer_config.json's ``eos_token``, else the .model's, else the first of </s>,
-    <|endoftext|> and <|end_of_text|> the vocabulary has.
+    <|endoftext|> and <|end_of_text|> the vocabulary has. The name of a special token in a text is that token, as in
+    transformers and Megatron-LM; ordinary characters where tokenizer_config.json sets ``split_special_tokens``, as that
+    of a tokenizer made here does, and with a .model, as in SentencePiece.
 
     Raises UserError for a missing or broken file, a .model that cannot be turned into a tokenizer.json with the same
     results, and where no token can end a document.
@@ -136,10 +146,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         encoder = Encoder.from_str(content)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
-    _configured(encoder)
+    settings = _settings(file.parent / TOKENIZER_CONFIG)
+    _configured(encoder, bool(settings.get("split_special_tokens", file.suffix == MODEL)))
     if encoder.pre_tokenizer is None and _words_are_apart(json.loads(content)["model"]):
         encoder.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]
-    settings = _settings(file.parent / TOKENIZER_CONFIG)
     eod = _token_id(encoder, settings, "eos_token", file)
     if eod is None:
         known = (encoder.token_to_id(name) for name in (end, *END_OF_DOCUMENT) if name is not None)
@@ -177,10 +187,10 @@ def _words_are_apart(model: dict[str, Any]) -> bool:
     )
 
 
-def _configured(encoder: Encoder) -> Encoder:
+def _configured(encoder: Encoder, split_special_tokens: bool) -> Encoder:
     encoder.no_truncation()
     encoder.no_padding()
-    encoder.encode_special_tokens = True
+    encoder.encode_special_tokens = split_special_tokens
     return encoder
 
 

@@ -11,6 +11,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
+from transformers import AutoTokenizer
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
@@ -72,7 +73,6 @@ def uncut(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) -> tupl
     settings["pre_tokenizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
     as_it_is: Any = Encoder.from_file(str(folder / "tokenizer.json"))
-    as_it_is.encode_special_tokens = True
     return load_tokenizer(folder), as_it_is
 
 
@@ -165,6 +165,24 @@ def test_long_documents_are_fast_with_a_bpe_that_cuts_nothing(
     text = "\n".join(chapters[:30])
     assert uncut[0].encode(text) == uncut[1].encode(text, add_special_tokens=False).ids
     assert 'pre_tokenizer": null' in uncut[0].to_json()
+
+
+def test_the_name_of_a_special_token_is_what_tokenizer_config_says(
+    byte_level: Tokenizer, chapters: list[str], tmp_path: Path
+) -> None:
+    byte_level.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("split_special_tokens") is True
+    file.write_text(json.dumps(settings))
+    parsing = load_tokenizer(tmp_path)
+    text = "It ends <|endoftext|> here"
+    assert byte_level.eod not in byte_level.encode(text)
+    for folder, tokenizer in ((tmp_path, parsing), (byte_level.folder, byte_level)):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert parsing.encode(text).count(parsing.eod) == 1
+    assert parsing.encode_batch(chapters[:9]) == byte_level.encode_batch(chapters[:9])
 
 
 def test_broken_models_are_named(tmp_path: Path) -> None:
