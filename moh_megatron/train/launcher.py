@@ -26,7 +26,7 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.preflight import preflight
-from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS
+from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
 from moh_megatron.train.world import PARENT_VARIABLE
 
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
@@ -35,6 +35,8 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str
 a quarter of a ZeRO 1 step on a CPU."""
 _GRACE_SECONDS = 15.0
 """How long the other ranks may run on after one has failed; a peer's death normally ends them within a second."""
+_INSISTED_SECONDS = 3.0
+"""How long a rank may take to obey a second signal: one that is still starting has not got its handlers."""
 _POLL_SECONDS = 0.1
 
 
@@ -48,8 +50,9 @@ def worst_code(codes: Sequence[int]) -> int:
 def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = math.inf) -> dict[int, int]:
     """Run ``script`` once for each rank with the given arguments; returns each rank's exit code when all have ended.
 
-    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank. A rank that
-    still runs ``patience`` seconds after the first one has ended well hangs, and is killed.
+    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank; what outlives a
+    second one is killed. A rank that still runs ``patience`` seconds after the first one has ended well hangs, and is
+    killed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -81,7 +84,12 @@ def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = 
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
+    insistence, insisted = Insistence(), math.inf
+
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal insisted
+        if insistence.again():
+            insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
         for process in processes.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -102,7 +110,7 @@ def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = 
             waited = time.monotonic() + patience
         if deadline == math.inf and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
             deadline = time.monotonic() + _GRACE_SECONDS
-        if time.monotonic() > min(deadline, waited):
+        if time.monotonic() > min(deadline, waited, insisted):
             for rank in codes.keys() - ended.keys():
                 os.killpg(processes[rank].pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
