@@ -143,6 +143,11 @@ def fill(folder: Path, ranks: dict[int, int]) -> None:
     os.close(filler)
 
 
+def delete_run(folder: Path, ranks: dict[int, int]) -> None:
+    shutil.move(folder / "run" / "checkpoints", folder / "kept")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+
+
 def lock(folder: Path, ranks: dict[int, int]) -> None:
     place = folder / "run" / "checkpoints"
     subprocess.run(["mount", "--bind", place, place], check=True)
@@ -182,6 +187,7 @@ CASES: dict[str, Case] = {
         weighed,
         longest=500.0,
     ),
+    "run_deleted": Case((ENDLESS,), event=delete_run, after_step=12),
     "full": Case((ENDLESS,), event=fill, after_step=12),
     "full_log": Case((ENDLESS, "checkpoint.interval=0"), event=fill, after_step=2),
     "read_only": Case((ENDLESS,), event=lock, after_step=12),
