@@ -78,6 +78,7 @@ def more_cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         "killed",
         "stopped",
         "run_deleted",
+        "occupied",
     ]
     names += DISKS if mounts else []
     return run_cases(prepared, tmp_path_factory.mktemp("faults"), *names, within=NAMESPACE if mounts else ())
@@ -194,6 +195,19 @@ def test_a_lost_rank_is_named_in_time(more_cases: Cases, case: str, codes: list[
     assert found.seconds < LONGEST_SECONDS
     assert f"rank {missing} " in found.ended()["reason"]
     assert found.ended()["reason"] in found.logs[1 - missing]
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_run_folder_exclude_each_other(more_cases: Cases) -> None:
+    found = more_cases("occupied")
+    assert found.codes == [75, 75]
+    assert found.ended()["code"] == 75
+    folder = found.run.parent
+    assert json.loads((folder / "another.json").read_text()) == [2, 2]
+    for rank in range(2):
+        log = folder.with_name(f"occupied_another_{rank}.log").read_text()
+        assert f"{found.run}: process " in log
+        assert "trains in this folder" in log
 
 
 @pytest.mark.slow
