@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 import traceback
 import warnings
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config, load_config
 from moh_megatron.config.schema import Config
+from moh_megatron.config.storage import remedy
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -54,7 +54,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        _complain(error)
+        if not error.told:
+            _complain(error)
         return 2
     except Fault as error:
         _complain(error)
@@ -65,27 +66,16 @@ def exit_code(main: Callable[[], int | None]) -> int:
         _complain(f"{error.filename}: a file stands where a folder is needed; set run.dir or data.dir to another path.")
         return 2
     except OSError as error:
-        if remedy := _remedy(error):
-            place = f"{error.filename}: " if error.filename is not None else ""
-            _complain(f"{place}{error.strerror}; {remedy}.")
-        else:
+        hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno)
+        if hint is None:
             traceback.print_exc()
+        else:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            _complain(f"{place}{error.strerror}; {hint}.")
         return 1
     except Exception:  # whatever is left is a bug: say where
         traceback.print_exc()
         return 1
-
-
-def _remedy(error: OSError) -> str | None:
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return "free some space or set run.dir to a disk that has more; finished checkpoints are intact"
-        case errno.EROFS:
-            return "set run.dir to a folder that can be written"
-        case errno.EACCES | errno.EPERM:
-            return "change its permissions or use another path"
-        case _:
-            return None
 
 
 def _complain(message: object) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
@@ -18,17 +20,28 @@ from moh_megatron.plan.plan import make_plan
 from moh_megatron.plan.report import GIB, Fit, as_mapping, as_text
 
 
-def positive(text: str) -> float:
-    """A number above 0."""
-    if not (number := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0. Got {text}")
+def ranks(text: str) -> int:
+    """A number of ranks."""
+    if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a number of ranks, at least 1. Got {text}")
+    return int(text)
+
+
+def gigabytes(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, such as 80. Got {text}")
     return number
 
 
 def main() -> None:
     parser = config_parser("Say what a run will need: memory, head balance, operations, communication.")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of all nodes")
-    parser.add_argument("--gpu-memory", type=positive, metavar="GB", help="of one GPU, in GiB: say whether it fits")
+    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="ranks of all nodes")
+    parser.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="of one GPU, in GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="every number, in bytes and operations")
     arguments, config = parse_config(parser)
     plan, fit = make_plan(config, arguments.world_size), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from moh_megatron.checkpoint import save
 from moh_megatron.checkpoint.native import complete_checkpoints
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.config.errors import Fault
+from moh_megatron.config.storage import remedy
 
 _DONE, _BUSY, _FAILED = range(3)
 _PATIENCE_SECONDS = 1.0
@@ -86,14 +89,14 @@ class Saver:
         verdict: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
-                self._root.mkdir(parents=True, exist_ok=True)
+                self._root.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted is not made anew
                 save.make_room(self._root, snapshot.step)
                 free = shutil.disk_usage(self._root).free
                 if free < needed:
                     have = f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free."
-                    verdict[0] = self._cannot_write(snapshot.step, f"No space left on device ({have})")
+                    verdict[0] = self._cannot_write(snapshot.step, f"No space left on device ({have})", errno.ENOSPC)
             except OSError as error:
-                verdict[0] = self._cannot_write(snapshot.step, f"{error}.")
+                verdict[0] = self._cannot_write(snapshot.step, f"{error}.", error.errno)
         dist.broadcast_object_list(verdict, src=0, group=self._group)
         if verdict[0] is not None:
             raise Fault(verdict[0])
@@ -101,25 +104,25 @@ class Saver:
     def _raise_together(self, now: _InFlight) -> None:
         # The partial folder stays until the next save: another rank may still be writing into it.
         error = now.job.exception() if now.job.done() else None
-        refused = None if error is None else _disk_failure(error)
+        refused = None if error is None else _refused(error)
         failures = self._gather(None if error is None else (refused, f"{type(error).__name__}: {error}"))
         if error is not None and refused is None:
             raise error
         rank, (reason, told) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
         if reason is None:
             raise Fault(f"rank {rank} could not write the checkpoint of step {now.snapshot.step}: {told}")
-        raise Fault(self._cannot_write(now.snapshot.step, reason)) from error
+        raise Fault(self._cannot_write(now.snapshot.step, *reason)) from error
 
     def _gather(self, own: Any) -> list[Any]:
         parts: list[Any] = [None] * self._group.size()
         dist.all_gather_object(parts, own, group=self._group)
         return parts
 
-    def _cannot_write(self, step: int, reason: str) -> str:
+    def _cannot_write(self, step: int, reason: str, number: int | None) -> str:
         newest = next((path.name for path, _ in complete_checkpoints(self._root)), "none")
         return (
             f"the checkpoint of step {step} cannot be written to {self._root}: {reason.strip()} "
-            f"Free space there or set run.dir to another disk, and start again. Newest complete checkpoint: {newest}."
+            f"To go on, {remedy(number) or 'set run.dir to another disk'}. Newest complete checkpoint: {newest}."
         )
 
 
@@ -129,13 +132,15 @@ def _state(job: Future[Any]) -> int:
     return _DONE if job.exception() is None else _FAILED
 
 
-def _disk_failure(error: BaseException) -> str | None:
-    """What the disk refused, or None if ``error`` is something else."""
-    if isinstance(error, FileNotFoundError):
-        return None  # somebody deleted the folder: no matter of space
-    if isinstance(error, (OSError, SafetensorError)):
-        return f"{error}."
+def _refused(error: BaseException) -> tuple[str, int | None] | None:
+    """What the file system refused and its number of the error, or None if ``error`` is something else."""
+    if isinstance(error, OSError):
+        return f"{error}.", error.errno
+    if isinstance(error, SafetensorError):
+        number = re.search(r"os error (\d+)", str(error))
+        return f"{error}.", int(number[1]) if number else None
     # torch.save reports a failed write as a RuntimeError of its zip writer.
     if isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITERS):
-        return "a file could not be written whole; the disk, a quota or a limit on file sizes is exhausted."
+        reason = "a file could not be written whole; the disk, a quota or a limit on file sizes is exhausted."
+        return reason, errno.ENOSPC
     return None

@@ -45,7 +45,7 @@ class RunConfig:
 class ModelConfig:
     """A LLaMA-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases. Names as in Megatron-core."""
 
-    num_layers: PositiveInt
+    num_layers: Annotated[Int, Field(gt=0, le=10_000)]
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt

@@ -61,6 +61,12 @@ def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
     )
 
 
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("one_of_several", "must be a path, and no path holds a NUL character")
+    return os.path.expanduser(value)  # "~" is the user's home, here as in the shell
+
+
 def _name(value: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
         return value
@@ -95,8 +101,7 @@ HeadSet = Annotated[
     int | tuple[tuple[int, ...], ...] | None, PlainValidator(_head_set), "integer, list of lists of integers, or null"
 ]
 
-# "~" is the user's home, here as in the shell.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+PathText = Annotated[str, AfterValidator(_path)]
 SourceName = Annotated[str, AfterValidator(_name)]
 ShardText = Annotated[str | None, AfterValidator(_shard)]
 TextTemplate = Annotated[str | None, AfterValidator(_template)]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import Fault, UserError
 
 
 def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
@@ -49,10 +49,24 @@ class StepRecords:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append and flush. What JSON has no number for (NaN, infinity) becomes null. OSError names the file."""
+        """Append and flush. What JSON has no number for (NaN, infinity) becomes null.
+
+        OSError names the file; a file that was deleted or moved, to which one can write for ever, is a Fault.
+        """
         with naming(self._stream.name):
+            if not self._in_place():
+                raise Fault(
+                    f"{self._stream.name} was deleted, moved or replaced while the run wrote to it. Put the run folder "
+                    f"back, or set run.dir to another one."
+                )
             self._stream.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
             self._stream.flush()
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._stream.name), os.fstat(self._stream.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def close(self) -> None:
         with naming(self._stream.name):

@@ -28,8 +28,18 @@ _ELSEWHERE = {
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.sequence",
     "zero_optimization.cpu_offload": "parallel.offload_optimizer",
+    "zero_optimization.zenflow": "the optimizer section",
+    "data_efficiency": "the data section",
+    "hybrid_engine": "the train section",
+    "expert_parallel": "the model section",
+    "weight_quantization": "train.precision",
+    "autotuning": "the command that starts a run",
 }
-"""Keys of DeepSpeed that would be ignored or do twice what another section does."""
+"""Keys of DeepSpeed that would be ignored, do twice what another section does, or undo it."""
+
+_STAGE_3 = ("offload_param", "cpu_offload_param", "zero_quantized_", "zero_hpz_partition_size")
+"""Beginnings of keys of ``zero_optimization`` whose promise the other stages silently break; thresholds and sizes of
+stage 3 promise nothing, and may stay while the stage changes."""
 
 
 class _Derived(NamedTuple):
@@ -49,9 +59,16 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
         "train_micro_batch_size_per_gpu": _Derived(train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": _Derived(accumulation_steps, "train.global_batch_size"),
         "gradient_allreduce_op": _Derived("mean", "train.global_batch_size"),
+        "managed_gradient_accumulation": _Derived(True, "train.global_batch_size"),
+        "prescale_gradients": _Derived(False, "train.global_batch_size"),
+        "gradient_predivide_factor": _Derived(1.0, "train.global_batch_size"),
         "gradient_clipping": _Derived(config.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+        "zero_optimization.compute_grad_norm": _Derived(True, "optimizer.gradient_clipping"),
         "bf16.enabled": _Derived(bf16, "train.precision"),
         "bf16.bf16_master_weights_and_grads": _Derived(False, "train.precision"),
+        "bf16.bf16_optimizer_states": _Derived(False, "train.precision"),
+        # Otherwise a gradient that is not finite reaches the weights.
+        "bf16.check_grad_overflow": _Derived(True, "train.max_bad_steps"),
         "fp16.enabled": _Derived(False, "train.precision"),
         "data_types.grad_accum_dtype": _Derived("fp32", "train.precision"),
         "zero_optimization.stage": _Derived(parallel.zero_stage, "parallel.zero_stage"),
@@ -60,6 +77,10 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
         ),
         # The optimizer is torch's own, offloaded or not: DeepSpeed's is compiled for minutes on first use.
         "zero_force_ds_cpu_optimizer": _Derived(False, "parallel.offload_optimizer"),
+        "zero_optimization.offload_optimizer.ratio": _Derived(1.0, "parallel.offload_optimizer"),
+        "zero_optimization.offload_optimizer.super_offload": _Derived(False, "parallel.offload_optimizer"),
+        "zero_allow_untested_optimizer": _Derived(True, "the optimizer section"),
+        "zero_optimization.legacy_stage1": _Derived(False, "parallel.zero_stage"),
     }
 
 
@@ -68,7 +89,6 @@ def _tuning(config: Config, cuda: bool) -> dict[str, Any]:
     bucket = min(_BUCKET_ELEMENTS, parameter_count(config.model, config.moh).total)
     return {
         "steps_per_print": _NEVER,
-        "zero_allow_untested_optimizer": True,
         # bf16 would round each rank's fp32 gradient before the sum over data parallelism.
         "communication_data_type": "fp32",
         "zero_optimization.contiguous_gradients": True,
@@ -87,7 +107,7 @@ def deepspeed_config(config: Config, data_parallel: int, accumulation_steps: int
         UserError: the ``deepspeed`` section contradicts another one.
     """
     derived, own = _derived(config, data_parallel, accumulation_steps), dict(leaves(config.deepspeed))
-    if problems := dict.fromkeys(_contradictions(derived, own)):
+    if problems := dict.fromkeys([*_contradictions(derived, own), *_ignored(config.parallel.zero_stage, own)]):
         raise UserError("\n".join(problems))
     return nested(_tuning(config, cuda) | {path: each.value for path, each in derived.items()} | own)
 
@@ -105,6 +125,15 @@ def _contradictions(derived: dict[str, _Derived], own: dict[str, Any]) -> Iterat
                     f"deepspeed.{key} must be {_plain(expected)}, as {owner} makes it. "
                     f"Got {_plain(value) if path == key else 'a mapping'}; change {owner}, or leave the key out."
                 )
+
+
+def _ignored(stage: int, own: dict[str, Any]) -> Iterator[str]:
+    for path in own:
+        if stage < 3 and path.removeprefix("zero_optimization.").startswith(_STAGE_3) and "." in path:
+            yield (
+                f"deepspeed.{path}: only stage 3 reads it. Got parallel.zero_stage {stage}; set that to 3, or leave "
+                f"the key out."
+            )
 
 
 def _plain(value: Any) -> str:

@@ -8,12 +8,10 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from moh_megatron.config.errors import Fault
-from moh_megatron.train.world import World
-
-_CONNECT_SECONDS = 600
+from moh_megatron.train.world import PARENT_VARIABLE, World
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Beat:
     """Whether it has made no progress for longer than its phase allows."""
     left: str | None = None
     """Why it leaves, if it fails; empty where it only lost the others."""
+    mistake: bool = False
+    """Whether that is the user's mistake."""
 
 
 @dataclass(frozen=True)
@@ -41,36 +41,68 @@ class Verdict:
 
     message: str
     missing: list[int]
+    mistake: bool = False
+    """Of the user: exit code 2 in place of 1."""
+
+    @property
+    def code(self) -> int:
+        return 2 if self.mistake else 1
 
 
-class Heartbeats:
+class Verdicts:
+    """What one side of a run may know of the other: the last words of a rank, and the common verdict."""
+
+    def __init__(self, store: Store) -> None:
+        # torchrun's store outlives the ranks it starts again.
+        self._store = PrefixStore(f"heartbeat_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def declare(self, verdict: Verdict) -> Verdict:
+        """Make ``verdict`` the common one, unless another process was quicker; returns the one that counts."""
+        return Verdict(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))))
+
+    def verdict(self) -> Verdict | None:
+        return Verdict(**json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
+
+    def last_words(self, rank: int) -> str | None:
+        """Why ``rank`` left, as it said itself."""
+        return json.loads(self._store.get(str(rank)))["left"] if self._store.check([str(rank)]) else None
+
+
+class Heartbeats(Verdicts):
     """The beats of all ranks and one verdict, in a store of rank 0's process or of the launcher's.
 
-    Blocks while the store does not answer, and raises DistError where it is gone: for a thread of its own.
+    Waits ``patience`` seconds for the host of the store to come up, blocks while it does not answer, and raises
+    DistError where it is gone: for a thread of its own.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, patience: float) -> None:
         self._world = world
         self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hosted_elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.hosted_here = world.rank == 0 and not hosted_elsewhere
+        self.host, self.host_ranks = "rank 0", [0]
+        """Whose end is the store's, and which ranks go with it."""
+        if hosted_elsewhere:
+            launcher = os.environ.get(PARENT_VARIABLE)
+            self.host = f"the launcher (process {launcher})" if launcher else "torchrun's agent"
+            self.host_ranks = []
         try:
             # Its own connection: a collective of the main thread may hold the other one for long.
             store = TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
-                is_master=world.rank == 0 and not hosted_elsewhere,
-                timeout=timedelta(seconds=_CONNECT_SECONDS),
+                is_master=self.hosted_here,
+                timeout=timedelta(seconds=patience),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except DistError as error:
             raise Fault(
-                f"rank {world.rank} on {socket.gethostname()} cannot reach rank 0 at {self.address} within "
-                f"{_CONNECT_SECONDS} s ({str(error).splitlines()[0]}). See whether rank 0 runs, and whether "
-                f"MASTER_ADDR and MASTER_PORT are the same on every rank."
+                f"{self.host} did not come up within {patience:.0f} s of rank {world.rank} on {socket.gethostname()}: "
+                f"the store at {self.address} cannot be reached ({str(error).splitlines()[0]}). See whether it runs, "
+                f"and whether MASTER_ADDR and MASTER_PORT are the same on every rank."
             ) from None
-        # torchrun's store outlives the ranks it starts again.
-        self._store = PrefixStore(f"heartbeat_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        super().__init__(store)
         self._present: set[int] = set()
 
     def publish(self, beat: Beat) -> None:
@@ -83,13 +115,12 @@ class Heartbeats:
         beats = self._store.multi_get([str(rank) for rank in known]) if known else []
         return {rank: Beat(**json.loads(beat)) for rank, beat in zip(known, beats, strict=True)}
 
-    def declare(self, verdict: Verdict) -> Verdict:
-        """Make ``verdict`` the common one, unless another rank was quicker; returns the one that counts."""
-        return Verdict(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))))
-
-    def verdict(self) -> Verdict | None:
-        return Verdict(**json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
-
     def count(self, name: str, more: int) -> int:
         """Add to a common counter; returns what it is then."""
         return self._store.add(name, more)
+
+    def decide(self, name: str, proposal: str) -> str:
+        """Propose an answer to a common question, or nothing with an empty text; returns what was proposed first."""
+        if proposal:
+            return self._store.compare_set(name, "", proposal).decode()
+        return self._store.get(name).decode() if self._store.check([name]) else ""

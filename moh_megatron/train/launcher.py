@@ -6,15 +6,13 @@ this uses torch.distributed's process launcher underneath, but supervises by the
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import math
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -25,8 +23,10 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
+from moh_megatron.train.heartbeat import Verdict, Verdicts
 from moh_megatron.train.preflight import preflight
-from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS
+from moh_megatron.train.run_lock import RunLock
+from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
 from moh_megatron.train.world import PARENT_VARIABLE
 
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
@@ -35,6 +35,8 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str
 a quarter of a ZeRO 1 step on a CPU."""
 _GRACE_SECONDS = 15.0
 """How long the other ranks may run on after one has failed; a peer's death normally ends them within a second."""
+_INSISTED_SECONDS = 3.0
+"""How long a rank may take to obey a second signal: one that is still starting has not got its handlers."""
 _POLL_SECONDS = 0.1
 
 
@@ -45,11 +47,22 @@ def worst_code(codes: Sequence[int]) -> int:
     return next((code for code in (2, EXIT_STOPPED) if code in codes), 0)
 
 
-def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = math.inf) -> dict[int, int]:
+def _ignore(reason: str) -> None:
+    pass
+
+
+def launch(
+    script: str,
+    arguments: Sequence[str],
+    ranks: int,
+    patience: float = math.inf,
+    failed: Callable[[str], None] = _ignore,
+) -> dict[int, int]:
     """Run ``script`` once for each rank with the given arguments; returns each rank's exit code when all have ended.
 
-    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank. A rank that
-    still runs ``patience`` seconds after the first one has ended well hangs, and is killed.
+    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank; what outlives a
+    second one is killed. A rank that still runs ``patience`` seconds after the first one has ended well hangs, and is
+    killed. ``failed`` is told, once, why ranks end that should not have: who was first, or what the ranks found.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -81,7 +94,12 @@ def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = 
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
+    insistence, insisted = Insistence(), math.inf
+
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal insisted
+        if insistence.again():
+            insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
         for process in processes.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -92,36 +110,35 @@ def launch(script: str, arguments: Sequence[str], ranks: int, patience: float = 
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    verdicts, verdict = Verdicts(store), None
     deadline, waited = math.inf, math.inf
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
+        bad = {rank: code for rank, code in ended.items() if code not in _EXPECTED_CODES}
+        if bad and verdict is None:
+            # The ranks that are left say why they end, too.
+            verdict = verdicts.verdict() or verdicts.declare(_finding(bad, verdicts, insisted < math.inf))
+            failed(verdict.message.rstrip("."))
         if len(ended) == ranks:
             return ended
         if ended and waited == math.inf:
             waited = time.monotonic() + patience
         if deadline == math.inf and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
             deadline = time.monotonic() + _GRACE_SECONDS
-        if time.monotonic() > min(deadline, waited):
-            for rank in codes.keys() - ended.keys():
-                os.killpg(processes[rank].pid, signal.SIGKILL)
+        late = time.monotonic() > min(deadline, waited, insisted)
+        # What is stopped can be ended by nobody else.
+        for rank in codes.keys() - ended.keys() if late else set(verdict.missing if verdict else []) - ended.keys():
+            os.killpg(processes[rank].pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
 
 
-@contextlib.contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder; the system lets go of it when this process ends, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run_dir}: another process trains in this folder. Wait for it, or set run.dir to another one."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+def _finding(bad: dict[int, int], verdicts: Verdicts, insisted: bool) -> Verdict:
+    """Whose fault it is that ranks ended so: those that a signal ended say nothing, and lead the others to an error."""
+    if insisted:
+        return Verdict("a second signal ended the ranks at once.", sorted(bad))
+    culprits = sorted(rank for rank, code in bad.items() if code < 0) or sorted(bad)
+    return Verdict(", ".join(_how(rank, bad[rank], verdicts.last_words(rank)) for rank in culprits) + ".", culprits)
 
 
 def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int) -> int:
@@ -137,21 +154,22 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
     except UserError as error:
         write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise
-    with _alone_in(run_dir):
-        (run_dir / "exit.json").unlink(missing_ok=True)
-        codes = launch(script, arguments, ranks, config.train.timeout_seconds + _GRACE_SECONDS)
+    RunLock(run_dir).release()  # rank 0 takes it; who would be refused then need not start
+    (run_dir / "exit.json").unlink(missing_ok=True)
+    reasons: list[str] = []
+    codes = launch(script, arguments, ranks, config.train.timeout_seconds + _GRACE_SECONDS, reasons.append)
     code = worst_code(list(codes.values()))
-    if unforeseen := {rank: ended for rank, ended in sorted(codes.items()) if ended not in _EXPECTED_CODES}:
-        reason = ", ".join(f"rank {rank} {_how(ended)}" for rank, ended in unforeseen.items())
+    if code == 1:
+        (reason,) = reasons
         print(f"{reason}. The same command goes on from the newest checkpoint in {run_dir}.", file=sys.stderr)
         if not (run_dir / "exit.json").exists():
             write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))
     return code
 
 
-def _how(code: int) -> str:
+def _how(rank: int, code: int, last_words: str | None) -> str:
     if code >= 0:
-        return f"ended with exit code {code}"
+        return f"rank {rank} ended: {last_words}" if last_words else f"rank {rank} ended with exit code {code}"
     # A memory-mapped file that shrinks in the middle of a read cannot be caught.
     hint = " (a file of data.dir was cut short while it was read)" if -code == signal.SIGBUS else ""
-    return f"was ended by {signal.Signals(-code).name}{hint}"
+    return f"rank {rank} was ended by {signal.Signals(-code).name}{hint}"

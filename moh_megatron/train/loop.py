@@ -30,6 +30,7 @@ from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
 from moh_megatron.train.health import Health, earlier_losses
+from moh_megatron.train.run_lock import RunLock
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
 from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
@@ -46,18 +47,25 @@ class Outcome:
 
     code: int
     reason: str
-    step: int
+    step: int | None
+    """None: there is none."""
 
 
 def train(config: Config, world: World, stop: StopRequest) -> Outcome:
     """Train to the end, or until ``stop`` asks for an end on any rank; the state is saved either way."""
     clock, run_dir = StartupClock(), Path(config.run.dir)
 
-    def ended(reason: str) -> None:
-        write_exit(run_dir, 1, reason, last_step(run_dir / "metrics.jsonl"))
+    def ended(reason: str, code: int) -> None:
+        write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))
 
     watchdog = Watchdog(world, config.train.timeout_seconds, ended)
     with watchdog.watching():
+        if world.rank == 0:
+            RunLock(run_dir)  # until this process ends
+            (run_dir / "exit.json").unlink(missing_ok=True)
+        if not watchdog.everybody_came(lambda: stop.reason is not None):
+            reason = f"{stop.reason or 'a signal to another rank'}: nothing to save before the ranks have met"
+            return Outcome(EXIT_STOPPED, reason, last_step(run_dir / "metrics.jsonl"))
         training = _Training(prepare_session(config, world, watchdog, clock), stop, watchdog, clock)
         try:
             return training.run()

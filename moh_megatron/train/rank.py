@@ -10,6 +10,7 @@ from moh_megatron.cli import exit_code
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
+from moh_megatron.train.run_lock import Occupied
 from moh_megatron.train.signals import StopRequest
 from moh_megatron.train.world import PARENT_VARIABLE, World
 
@@ -33,16 +34,14 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
 
     run_dir = Path(config.run.dir)
     try:
-        if world.rank == 0:
-            (run_dir / "exit.json").unlink(missing_ok=True)
         outcome = train(config, world, stop)
     except Exception as error:
         code = 2 if isinstance(error, UserError) else 1
         lost = lost_a_peer(error)
         if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
-        # Of a lost peer our launcher knows more.
-        if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ):
+        # Of a lost peer our launcher knows more, and the folder of another run is not this one's.
+        if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ) and not isinstance(error, Occupied):
             write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
         raise error
     if world.rank == 0:

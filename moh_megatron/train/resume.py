@@ -37,7 +37,15 @@ _SAME_RUN = (
 """What must not change when a run goes on: the model, what its attention sees, and the order of the data."""
 
 _ANY_BACKEND = "moh.backend"
-"""All compute the same, to rounding."""
+
+_SAME_TO_ROUNDING = (
+    _ANY_BACKEND,
+    "parallel.sequence",
+    "parallel.offload_optimizer",
+    "train.recompute",
+    "deepspeed",
+)
+"""What computes the same by another way, beside what a topology tells."""
 
 _SAME_WEIGHTS = (
     *(
@@ -124,15 +132,19 @@ def check_same_run(
     if config.data.sources:
         there["shares of the sources so far"] = shares_until(read_config(checkpoint), manifest.step)
         here["shares of the sources so far"] = shares_until(config, manifest.step)
-    remedy = f"Use the same, or another run.dir; train.init_from={checkpoint} starts a new run from its weights."
-    _refuse_differences(checkpoint, there, here, remedy)
+    remedy = "Use the same, or another run.dir"
+    if _values(written_by, _SAME_WEIGHTS) == _values(config, _SAME_WEIGHTS):
+        remedy += f"; train.init_from={checkpoint} starts a new run from its weights"
+    _refuse_differences(checkpoint, there, here, f"{remedy}.")
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
-    before, now = (_values(each, ["optimizer"]) for each in (written_by, config))
-    for key, value in now.items():
-        if before[key] != value:
-            report(f"warning: {key} is {value} from here on; it was {before[key]} up to {checkpoint.name}")
+    for keys, note in ((["optimizer"], ""), (_SAME_TO_ROUNDING, "; losses agree to rounding, not bit for bit")):
+        before, now = _values(written_by, keys), _values(config, keys)
+        for key in sorted(before.keys() | now):
+            was, is_now = before.get(key, "not set"), now.get(key, "not set")
+            if was != is_now:
+                report(f"warning: {key} is {is_now} from here on; it was {was} up to {checkpoint.name}{note}")
     return manifest
 
 

@@ -19,17 +19,25 @@ from types import FrameType
 
 from torch.distributed import DistError
 
-from moh_megatron.config.errors import Fault
+from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.parallel.failures import lost_a_peer
 from moh_megatron.train.heartbeat import Beat, Heartbeats, Verdict
 from moh_megatron.train.world import PARENT_VARIABLE, World
 
 SLOW_SECONDS = 1800.0
 """What start-up, a save or a validation may take at least, whatever a step may."""
+START_SECONDS = 120.0
+"""What ranks wait at least for the last one to come up: imports from a slow file system differ so much."""
 GRACE_SECONDS = 15.0
 """What a collective may wait on top, so that the watchdog, which knows more, speaks first."""
+_LONGEST_INTERVAL = 1.0
+"""Seconds between two beats, at most: how soon a dead rank can be told from a living one follows from it."""
 _STALE_BEATS = 6
 """Beats a rank may miss once the others have lost contact with somebody."""
+_LAUNCHER_SECONDS = 3.0
+"""How long our launcher may take to say which of its ranks has died."""
+_ECHO_SECONDS = 2.0
+"""How long a rank listens whether the first one says the same before it says it."""
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/", "train/watchdog.py")
 
 
@@ -37,28 +45,68 @@ class Watchdog:
     """One rank's part of the watch; it starts with this object, and does nothing for a run of one rank.
 
     ``timeout`` in seconds: how long a micro-batch may take, and how long a rank may give no sign of life. ``ended`` is
-    told the message before a process ends with exit code 1, on the lowest rank that can.
+    told the message and the exit code before a process ends, on the lowest rank that can.
     """
 
-    def __init__(self, world: World, timeout: float, ended: Callable[[str], None]) -> None:
+    def __init__(self, world: World, timeout: float, ended: Callable[[str, int], None]) -> None:
         self.timeout, self.slow = timeout, max(timeout, SLOW_SECONDS)
+        self._start = max(timeout, START_SECONDS)
         self._world, self._ended = world, ended
         self._launched = PARENT_VARIABLE in os.environ
-        self._interval = min(max(timeout / 20, 0.1), 5.0)
+        self._interval = min(max(timeout / 20, 0.1), _LONGEST_INTERVAL)
         self._host, self._main = socket.gethostname(), threading.main_thread().ident or 0
         self._step, self._phase, self._limit, self._left = 0, "start", self.slow, None
+        self._mistake, self._dispersed = False, False
         self._since = time.monotonic()
+        self._found: dict[int, Beat] = {}
         self._seen: dict[int, tuple[int, float]] = {}
         self._verdict: Verdict | None = None
         self._lost_contact = False
         self._last_word = threading.Lock()
         self._stop, self._hurry, self._said = threading.Event(), threading.Event(), threading.Event()
-        self._beats = Heartbeats(world) if world.size > 1 else None
+        self._beats: Heartbeats | None = None
         self._contact = time.monotonic()
-        if self._beats is not None:
-            self._talker = threading.Thread(target=self._talk, args=(self._beats,), daemon=True, name="heartbeat")
+        self._talker = threading.Thread(target=self._talk, daemon=True, name="heartbeat")
+        if world.size > 1:
             self._talker.start()
-            threading.Thread(target=self._watch, args=(self._beats,), daemon=True, name="watchdog").start()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def everybody_came(self, asked: Callable[[], bool]) -> bool:
+        """Wait until every rank is up; False on all ranks alike where one was ``asked`` to stop before that.
+
+        Where a rank does not come in time, this process ends with a message that names it.
+        """
+        counted, answer = False, "go" if self._world.size == 1 else ""
+        while not answer:
+            time.sleep(self._interval / 8)
+            try:
+                if self._beats is not None:
+                    up = self._beats.count("up", 0 if counted else 1)
+                    counted = True
+                    answer = self._beats.decide("start", "go" if up == self._world.size else "stop" if asked() else "")
+                elif asked():
+                    answer = "stop"  # there is nobody yet to tell
+            except DistError:
+                if not self._launched:
+                    raise
+                answer = "stop"  # our launcher was killed
+        if answer == "stop":
+            self._dispersed = True
+            self._disperse()
+        return answer == "go"
+
+    def _disperse(self) -> None:
+        """Leave without those who never came; the host of the store, after those who did."""
+        beats, self._beats = self._beats, None
+        self._stop.set()
+        with contextlib.suppress(DistError):
+            if beats is not None:
+                beats.count("gone", 1)
+                deadline = time.monotonic() + 2 * self._interval + 5
+                while beats.hosted_here and time.monotonic() < deadline:
+                    time.sleep(self._interval)
+                    if beats.count("gone", 0) == beats.count("up", 0):
+                        break
 
     def progress(self, step: int) -> None:
         """A micro-batch of the step after ``step`` is through."""
@@ -83,10 +131,11 @@ class Watchdog:
         except BaseException as error:
             if not self._last_word.acquire(blocking=False):
                 time.sleep(self.slow)  # the watchdog has spoken, and is about to end this process
-            # Of our launcher's ranks, the launcher sees who died.
-            if self._beats is not None and not self._launched:
+            if self._beats is not None:
                 self._fail(error)
             raise
+        if self._dispersed:
+            return
         self._enter("end", self.timeout)
         if self._beats is not None:
             self._meet(self._beats)
@@ -99,19 +148,34 @@ class Watchdog:
 
     def _fail(self, error: BaseException) -> None:
         if not lost_a_peer(error):
-            self._say(str(error).split("\n")[0] or type(error).__name__)
+            self._mistake = isinstance(error, UserError)
+            self._say(_first_line(error))
+            if isinstance(error, UserError):
+                error.told = self._first_says(_first_line(error))
             self._linger()
             return
         self._lost_contact = True
-        deadline = time.monotonic() + (_STALE_BEATS + 4) * self._interval + 1
-        while self._verdict is None and time.monotonic() < deadline:
+        self._hurry.set()
+        patience = (_STALE_BEATS + 4) * self._interval + 1
+        deadline = time.monotonic() + (_LAUNCHER_SECONDS if self._launched else patience)
+        while self._verdict is None and time.monotonic() < deadline and not self._stop.is_set():
             time.sleep(self._interval / 4)
             self._verdict = self._verdict or self._silent_store(_STALE_BEATS * self._interval)
         self._say("")
         self._linger()
         if self._verdict is not None:
             self._write_down(self._verdict)
-            raise Fault(self._verdict.message) from error
+            raise (UserError if self._verdict.mistake else Fault)(self._verdict.message) from error
+
+    def _first_says(self, message: str) -> bool:
+        """Whether the first rank, which speaks for all, ends for the same reason."""
+        deadline = time.monotonic() + _ECHO_SECONDS
+        while self._world.rank != 0 and time.monotonic() < deadline:
+            if (first := self._found.get(0)) and first.left is not None:
+                return first.left == message
+            self._hurry.set()
+            time.sleep(self._interval / 8)
+        return False
 
     def _say(self, left: str) -> None:
         """Tell the others why, if the store still listens."""
@@ -121,13 +185,16 @@ class Watchdog:
 
     def _linger(self) -> None:
         """Let the others read what was said, those that are still starting too, where the store ends with this rank."""
-        if self._world.rank != 0 or self._beats is None:
+        if self._beats is None or not self._beats.hosted_here:
             return
         everybody, started = self._world.size, time.monotonic()
         with contextlib.suppress(DistError):
             while (waited := time.monotonic() - started) < GRACE_SECONDS:
-                up = len(self._beats.read(range(everybody))) == everybody
-                if self._beats.count("gone", 0) == everybody or (up and waited > 2 * self._interval + 0.5):
+                missing = self._verdict.missing if self._verdict else []
+                up = self._beats.read(range(everybody)).keys() | missing
+                # Where all have made one mistake, they listen for this rank to tell it.
+                gone = not self._mistake and self._beats.count("gone", 0) == everybody
+                if gone or (len(up) == everybody and waited > 2 * self._interval + 0.5):
                     return
                 time.sleep(self._interval / 8)
 
@@ -143,7 +210,7 @@ class Watchdog:
             # The host of the store leaves last.
             beats.count("gone", 1)
             deadline = time.monotonic() + 2 * self._interval + 5
-            while self._world.rank == 0 and time.monotonic() < deadline and beats.count("gone", 0) < everybody:
+            while beats.hosted_here and time.monotonic() < deadline and beats.count("gone", 0) < everybody:
                 time.sleep(pause)
         except DistError:
             if not self._stop.is_set() and not self._launched:
@@ -151,9 +218,10 @@ class Watchdog:
 
     # The two threads.
 
-    def _talk(self, beats: Heartbeats) -> None:
-        count = 0
+    def _talk(self) -> None:
+        count, beats = 0, None
         try:
+            beats = self._beats = Heartbeats(self._world, self._start)
             while not self._stop.is_set():
                 count += 1
                 beat = self._beat(count)
@@ -161,19 +229,22 @@ class Watchdog:
                 if beat.left is not None and not self._said.is_set():
                     beats.count("gone", 1)
                     self._said.set()
+                self._found = beats.read(self._watched())
                 self._verdict = beats.verdict()
-                if self._verdict is None and (found := self._judge(beats)) is not None:
+                if self._verdict is None and (found := self._judge(self._found)) is not None:
                     self._verdict = beats.declare(found)
                 self._contact = time.monotonic()
                 self._hurry.wait(self._interval)
                 self._hurry.clear()
+        except Fault as unreachable:
+            self._verdict = Verdict(str(unreachable), [0])
         except DistError:
             if self._launched:
                 self._stop.set()  # our launcher was killed, with its store; its ranks save and stop by themselves
-            elif not self._stop.is_set() and self._verdict is None:
-                self._verdict = Verdict(f"rank 0 is gone: the store at {beats.address} has closed.", [0])
+            elif not self._stop.is_set() and self._verdict is None and beats is not None:
+                self._verdict = Verdict(f"{beats.host} is gone: the store at {beats.address} has closed.", [0])
 
-    def _watch(self, beats: Heartbeats) -> None:
+    def _watch(self) -> None:
         while True:
             time.sleep(self._interval / 2)
             now = time.monotonic()
@@ -185,11 +256,12 @@ class Watchdog:
                 self._end(_hung({self._world.rank: self._beat(0)}))
 
     def _silent_store(self, patience: float) -> Verdict | None:
-        """The store answers to nobody: who hosts it, or stands next to it, is rank 0."""
+        """The store answers to nobody: its host is stopped, or cut off with its machine."""
         if self._beats is None or time.monotonic() - self._contact <= patience:
             return None
-        silence = f"the store at {self._beats.address} has not answered for {patience:.0f} s"
-        return Verdict(f"rank 0 is missing: {silence}. Stopped, or its machine is gone.", [0])
+        silence = f"the store it hosts at {self._beats.address} has not answered for {patience:.0f} s"
+        message = f"{self._beats.host} is missing: {silence}. Stopped, or its machine is gone."
+        return Verdict(message, self._beats.host_ranks)
 
     def _end(self, verdict: Verdict) -> None:
         if not self._last_word.acquire(blocking=False):
@@ -202,24 +274,26 @@ class Watchdog:
         self._write_down(verdict)
         self._say("")
         self._linger()
-        os._exit(1)
+        os._exit(verdict.code)
 
     def _write_down(self, verdict: Verdict) -> None:
         if self._world.rank == min(set(range(self._world.size)) - set(verdict.missing), default=0):
-            self._ended(verdict.message)
+            self._ended(verdict.message, verdict.code)
 
     # Who it is.
 
-    def _judge(self, beats: Heartbeats) -> Verdict | None:
-        """A verdict on the ranks this one watches, if there is reason for one."""
-        everybody = self._world.rank == 0 or self._lost_contact
-        watched = range(self._world.size if everybody else 1)
-        found, now = beats.read(watched), time.monotonic()
+    def _watched(self) -> range:
+        return range(self._world.size if self._world.rank == 0 or self._lost_contact else 1)
+
+    def _judge(self, found: dict[int, Beat]) -> Verdict | None:
+        """A verdict on the beats of the ranks this one watches, if there is reason for one."""
+        watched, now = self._watched(), time.monotonic()
         for rank, beat in found.items():
             if rank not in self._seen or self._seen[rank][0] != beat.count:
                 self._seen[rank] = (beat.count, now)
         if failed := [rank for rank, beat in found.items() if beat.left]:
-            return Verdict("; ".join(f"{_name(rank, found[rank])} ended: {found[rank].left}" for rank in failed), [])
+            reasons = "; ".join(f"{_name(rank, found[rank])} ended: {found[rank].left}" for rank in failed)
+            return Verdict(reasons, [], all(found[rank].mistake for rank in failed))
         patience = _STALE_BEATS * self._interval if self._lost_contact else self.timeout
         silent = [
             rank
@@ -230,10 +304,10 @@ class Watchdog:
             names = ", ".join(_name(rank, found[rank]) for rank in silent)
             return Verdict(f"{names} is missing: no sign of life for {patience:.0f} s.", silent)
         absent = [rank for rank in watched if rank not in found]
-        if absent and now - self._since > self.slow:
-            return Verdict(f"rank {_list(absent)} did not come up within {self.slow:.0f} s of the others.", absent)
+        if absent and now - self._since > self._start:
+            return Verdict(f"rank {_list(absent)} did not come up within {self._start:.0f} s of the others.", absent)
         # Ranks wait for each other: as long as one of them moves, or may take its time, the rest do not hang.
-        return _hung(found) if everybody and all(beat.stuck for beat in found.values()) else None
+        return _hung(found) if len(watched) == self._world.size and all(beat.stuck for beat in found.values()) else None
 
     def _beat(self, count: int) -> Beat:
         place, waiting = "nowhere", False
@@ -242,7 +316,7 @@ class Watchdog:
             place = f"{code.co_name} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno})"
             waiting = any(part in code.co_filename for part in _COLLECTIVES)
         stuck = time.monotonic() - self._since > self._limit
-        return Beat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left)
+        return Beat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left, self._mistake)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._main)
@@ -250,6 +324,10 @@ class Watchdog:
 
 def _name(rank: int, beat: Beat) -> str:
     return f"rank {rank} ({beat.host}, after step {beat.step}, {beat.phase})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _list(ranks: list[int]) -> str:

@@ -33,6 +33,14 @@ def test_another_topology_goes_on_to_rounding(results: list[dict[str, Any]]) -> 
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("way", ["sequence", "offload", "recompute", "deepspeed"])
+def test_another_way_to_compute_the_same_goes_on_to_rounding(results: list[dict[str, Any]], way: str) -> None:
+    curves = results[0]["ways"]
+    for (loss, norm), (expected_loss, expected_norm) in zip(curves[way], curves["straight"], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
 def test_all_ranks_hear_of_one_that_cannot_write(results: list[dict[str, Any]]) -> None:
     assert results[0]["fault"] == results[1]["fault"]
     assert results[0]["fault"].startswith("the checkpoint of step 1 cannot be written to ")

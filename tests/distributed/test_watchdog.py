@@ -40,6 +40,9 @@ def test_nobody_is_hurried(results: dict[str, dict[str, Any]], case: str) -> Non
         ("failed_at_start", [1, 1, 1], 2, "the disk of this rank is full"),
         ("hung_after_the_others_finished", [1, 1, 1], 1, "hangs in hang (workers/watched.py"),
         ("stopped_after_the_others_finished", [1, 1, None], 2, "is missing: no sign of life for 8 s"),
+        ("never_came", [1, -9, 1], 1, "did not come up within 8 s of the others"),
+        ("first_never_came", [-9, 1, 1], 0, "did not come up within 8 s of rank"),
+        ("mistake_of_one", [2, 2, 2], 1, "ended: no such architecture"),
     ],
 )
 def test_the_others_end_and_name_the_missing_rank(
@@ -53,6 +56,34 @@ def test_the_others_end_and_name_the_missing_rank(
         (message,) = errors(found["logs"][rank])
         assert f"rank {missing} " in message
         assert why in message
+
+
+@pytest.mark.parametrize(
+    ("case", "host"), [("launcher_stopped", "the launcher (process "), ("agent_stopped", "torchrun's agent ")]
+)
+def test_who_holds_the_store_is_named(results: dict[str, dict[str, Any]], case: str, host: str) -> None:
+    found = results[case]
+    assert found["codes"] == [1, 1, 1]
+    assert found["seconds"] < LONGEST_SECONDS
+    for log in found["logs"]:
+        (message,) = errors(log)
+        assert host in message
+        assert "is missing: the store it hosts at 127.0.0.1:" in message
+        assert "has not answered for 8 s" in message
+    assert host in found["exit"]
+
+
+def test_a_stop_is_obeyed_while_a_rank_is_waited_for(results: dict[str, dict[str, Any]]) -> None:
+    found = results["told_to_stop_before_all_came"]
+    assert found["codes"] == [75, -9, 75]
+    assert found["seconds"] < 8
+    assert [errors(log) for log in found["logs"]] == [[], [], []]
+
+
+def test_what_all_ranks_refuse_is_told_once(results: dict[str, dict[str, Any]]) -> None:
+    found = results["mistake_of_all"]
+    assert found["codes"] == [2, 2, 2]
+    assert [errors(log) for log in found["logs"]] == [["error: no such architecture"], [], []]
 
 
 @pytest.mark.parametrize("case", ["killed", "killed_first", "stopped", "stopped_first", "hung"])

@@ -77,6 +77,8 @@ def more_cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         "data_shortened",
         "killed",
         "stopped",
+        "run_deleted",
+        "occupied",
     ]
     names += DISKS if mounts else []
     return run_cases(prepared, tmp_path_factory.mktemp("faults"), *names, within=NAMESPACE if mounts else ())
@@ -124,9 +126,10 @@ def test_the_cost_of_the_start_is_told(cases: Cases) -> None:
 def test_ranks_that_disagree_are_told_before_the_first_step(cases: Cases) -> None:
     found = cases("another_seed")
     assert found.codes == [2, 2]
-    for log in found.logs:
-        assert "the ranks do not agree on the configuration" in log
-        assert "run.seed: 1234 on rank 0; 1235 on rank 1" in log
+    first, second = found.logs
+    assert "the ranks do not agree on the configuration" in first
+    assert "run.seed: 1234 on rank 0; 1235 on rank 1" in first
+    assert "error: " not in second, "what all refuse is told once"
     assert not (found.run / "metrics.jsonl").exists()
 
 
@@ -177,10 +180,11 @@ def test_spikes(more_cases: Cases) -> None:
 def test_weights_that_differ_between_replicas(more_cases: Cases) -> None:
     found = more_cases("another_weight")
     assert found.codes == [2, 2]
-    for log in found.logs:
-        assert "the ranks do not agree on the weights of tensor-parallel rank 0" in log
-        assert "decoder.layers.1.mlp.linear_fc1.weight: " in log
-        assert "linear_fc2" not in log
+    first, second = found.logs
+    assert "the ranks do not agree on the weights of tensor-parallel rank 0" in first
+    assert "decoder.layers.1.mlp.linear_fc1.weight: " in first
+    assert "linear_fc2" not in first
+    assert "error: " not in second, "what all refuse is told once"
 
 
 @pytest.mark.slow
@@ -191,6 +195,30 @@ def test_a_lost_rank_is_named_in_time(more_cases: Cases, case: str, codes: list[
     assert found.seconds < LONGEST_SECONDS
     assert f"rank {missing} " in found.ended()["reason"]
     assert found.ended()["reason"] in found.logs[1 - missing]
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_run_folder_exclude_each_other(more_cases: Cases) -> None:
+    found = more_cases("occupied")
+    assert found.codes == [75, 75]
+    assert found.ended()["code"] == 75
+    folder = found.run.parent
+    assert json.loads((folder / "another.json").read_text()) == [2, 2]
+    for rank in range(2):
+        log = folder.with_name(f"occupied_another_{rank}.log").read_text()
+        assert f"{found.run}: process " in log
+        assert "trains in this folder" in log
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_deleted_under_a_run(more_cases: Cases) -> None:
+    found = more_cases("run_deleted")
+    assert found.codes == [1, 1]
+    for log in found.logs:
+        assert str(found.run) in log
+        assert "deleted, moved or replaced" in log
+        assert "Traceback" not in log
+    assert found.ended()["code"] == 1
 
 
 @pytest.mark.slow

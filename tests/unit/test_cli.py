@@ -49,6 +49,12 @@ def test_a_returned_code_is_kept(result):
             "error: runs/x: Permission denied; change its permissions or use another path.\n",
         ),
         (
+            OSError(errno.EIO, "Input/output error", "runs/x"),
+            1,
+            "error: runs/x: Input/output error; the disk or the way to it is failing: see the system's log, or set "
+            "run.dir to another disk.\n",
+        ),
+        (
             OSError(errno.ENOSPC, "No space left on device"),
             1,
             "error: No space left on device; free some space or set run.dir to a disk that has more; finished "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 from checkpoints import config_of, save, start_engine, train
@@ -50,6 +51,28 @@ def chain(root: Path) -> dict[str, list[tuple[float, float]]]:
     return {"straight": straight, "changing": changing}
 
 
+OTHER_WAYS: dict[str, dict[str, Any]] = {
+    "sequence": {"parallel": {"tensor": 2, "zero_stage": 1, "sequence": True}},
+    "offload": {"parallel": {"tensor": 2, "zero_stage": 1, "offload_optimizer": True}},
+    "recompute": {"train": {"precision": "fp32", "micro_batch_size": 1, "recompute": "full"}},
+    "deepspeed": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000, "contiguous_gradients": False}}},
+}
+
+
+def other_ways(root: Path) -> dict[str, Any]:
+    """Two steps after a checkpoint, gone on as it was written and in each other way to compute the same."""
+    config = config_of(2, 1)
+    engine = start_engine(config)
+    train(engine, config, 0, 2)
+    folder = save(engine, config, root / "ways", 2)
+    curves = {"straight": train(engine, config, 2, 4)}
+    for name, sections in OTHER_WAYS.items():
+        parts = {"parallel": {"tensor": 2, "zero_stage": 1}, "train": {"precision": "fp32", "micro_batch_size": 1}}
+        other = tiny.tiny_config(**{**parts, **sections})
+        curves[name] = train(start_engine(other, folder), other, 2, 4)
+    return curves
+
+
 def one_rank_fails(root: Path) -> str:
     """The message every rank gets where one of them cannot write."""
     config = config_of(2, 1)
@@ -80,6 +103,7 @@ if __name__ == "__main__":
     results = {
         "same": same_topology(result.parent),
         "chain": chain(result.parent),
+        "ways": other_ways(result.parent),
         "fault": one_rank_fails(result.parent),
     }
     torch.save(results, result)

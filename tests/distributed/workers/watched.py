@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moh_megatron.config.errors import Fault
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.train import watchdog as module
 from moh_megatron.train.watchdog import Watchdog
 from moh_megatron.train.world import World
 
 RANKS = 3
 STEPS = 5
-TIMEOUT_SECONDS = 8.0
+TIMEOUT_SECONDS = START_SECONDS = 8.0
 LONGEST = 45.0
 TOGETHER = 6
 
@@ -51,6 +52,14 @@ def fail() -> None:
     raise Fault("the disk of this rank is full")
 
 
+def mistake() -> None:
+    raise UserError("no such architecture")
+
+
+def stop_the_host() -> None:
+    os.kill(int(os.environ["STORE_PROCESS"]), signal.SIGSTOP)
+
+
 def slow() -> None:
     time.sleep(1.5 * TIMEOUT_SECONDS)
 
@@ -69,6 +78,13 @@ CASES: dict[str, tuple[Callable[[int], None], Callable[[int], None], Callable[[i
     "failed_at_start": (by(2, fail), nothing, nothing),
     "hung_after_the_others_finished": (nothing, nothing, by(1, hang)),
     "stopped_after_the_others_finished": (nothing, nothing, by(2, stop)),
+    "never_came": (nothing, nothing, nothing),
+    "first_never_came": (nothing, nothing, nothing),
+    "told_to_stop_before_all_came": (nothing, nothing, nothing),
+    "mistake_of_one": (by(1, mistake), nothing, nothing),
+    "mistake_of_all": (lambda rank: mistake(), nothing, nothing),
+    "launcher_stopped": (nothing, by(1, stop_the_host), nothing),
+    "agent_stopped": (nothing, by(1, stop_the_host), nothing),
 }
 
 
@@ -76,15 +92,27 @@ STOPPED = {"stopped": 2, "stopped_first": 0, "stopped_after_the_others_finished"
 """Who is still there at the end: nobody but the system can end a stopped process."""
 
 
-def train(rank: int, case: str, folder: Path) -> None:
+ABSENT = {"never_came": 1, "first_never_came": 0, "told_to_stop_before_all_came": 1}
+"""Who dies before its first beat."""
+HOSTED = ("launcher_stopped", "agent_stopped")
+"""Cases whose store is a process of its own."""
+
+
+def train(rank: int, case: str, folder: Path) -> int:
     before, during, after = CASES[case]
     world = World(rank, RANKS, rank)
 
-    def ended(reason: str) -> None:
+    def ended(reason: str, code: int) -> None:
         (folder / "exit").write_text(reason)
 
+    (folder / f"begun_{rank}").write_text(str(time.time()))
+    if rank == ABSENT.get(case):
+        kill()
+    born = time.monotonic()
     watchdog = Watchdog(world, TIMEOUT_SECONDS, ended)
     with watchdog.watching():
+        if not watchdog.everybody_came(lambda: "told" in case and rank == 2 and time.monotonic() - born > 2):
+            return 75
         before(rank)
         dist.init_process_group("gloo", rank=rank, world_size=RANKS)
         for step in range(STEPS):
@@ -97,18 +125,19 @@ def train(rank: int, case: str, folder: Path) -> None:
             watchdog.progress(step + 1)
         (folder / f"begun_{rank}").write_text(str(time.time()))
         after(rank)
+    return 0
 
 
 def process(rank: int, case: str, folder: Path) -> None:
     log = os.open(folder / f"log_{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    code = 0
     try:
-        train(rank, case, folder)
+        code = train(rank, case, folder)
     except BaseException as error:
-        print(f"error: {error}", flush=True)
-        code = 1
+        code = 2 if isinstance(error, UserError) else 1
+        if not getattr(error, "told", False):
+            print(f"error: {error}", flush=True)
     sys.stderr.flush()
     os._exit(code)
 
@@ -124,6 +153,10 @@ def start(case: str, root: Path) -> dict[int, int]:
     folder = root / case
     folder.mkdir()
     os.environ["MASTER_PORT"] = str(free_port())
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "MOH_LAUNCHER_PID"):
+        os.environ.pop(name, None)
+    if case in HOSTED:
+        host_store(case)
     ranks = {}
     for rank in range(RANKS):
         child = os.fork()
@@ -131,6 +164,27 @@ def start(case: str, root: Path) -> dict[int, int]:
             process(rank, case, folder)
         ranks[rank] = child
     return ranks
+
+
+def host_store(case: str) -> None:
+    """A process with the store, which ends with this one; the ranks are told whose it is."""
+    inner, outer = os.pipe()
+    host = os.fork()
+    if host == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(2 * LONGEST))
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+        os.write(outer, b"up")
+        while store:
+            time.sleep(1)
+    os.read(inner, 1)
+    HOSTS.append(host)
+    os.environ |= {"STORE_PROCESS": str(host), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if case == "launcher_stopped":
+        os.environ["MOH_LAUNCHER_PID"] = str(host)
+
+
+HOSTS: list[int] = []
 
 
 def batched(cases: Iterable[str]) -> Iterator[list[str]]:
@@ -156,6 +210,10 @@ def results(cases: list[str], root: Path) -> dict[str, dict[str, Any]]:
     for pid in running.values():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    for host in HOSTS:
+        os.kill(host, signal.SIGKILL)
+        os.waitpid(host, 0)
+    HOSTS.clear()
     found = {}
     for case in cases:
         begun = [float(file.read_text()) for file in (root / case).glob("begun_*")]
@@ -173,6 +231,7 @@ if __name__ == "__main__":
     path = Path(sys.argv[1])
     root = path.with_suffix("")
     root.mkdir()
+    module.START_SECONDS = START_SECONDS
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ["MASTER_ADDR"] = "127.0.0.1"

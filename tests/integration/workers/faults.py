@@ -143,6 +143,25 @@ def fill(folder: Path, ranks: dict[int, int]) -> None:
     os.close(filler)
 
 
+def delete_run(folder: Path, ranks: dict[int, int]) -> None:
+    shutil.move(folder / "run" / "checkpoints", folder / "kept")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def start_another(folder: Path, ranks: dict[int, int]) -> None:
+    """A second job on the same run folder; when it has ended, the first is asked to stop."""
+    port, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], str(free_port())
+    another: list[int] = []
+    for rank in range(RANKS):
+        another.append(os.fork())
+        if another[-1] == 0:
+            rank_process(rank, folder.name, *map(Path, sys.argv[1:4]), job="_another")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in another]
+    (folder / "another.json").write_text(json.dumps(codes))
+    os.environ["MASTER_PORT"] = port
+    os.kill(ranks[0], signal.SIGTERM)
+
+
 def lock(folder: Path, ranks: dict[int, int]) -> None:
     place = folder / "run" / "checkpoints"
     subprocess.run(["mount", "--bind", place, place], check=True)
@@ -182,15 +201,17 @@ CASES: dict[str, Case] = {
         weighed,
         longest=500.0,
     ),
+    "occupied": Case((ENDLESS,), event=start_another),
+    "run_deleted": Case((ENDLESS,), event=delete_run, after_step=12),
     "full": Case((ENDLESS,), event=fill, after_step=12),
     "full_log": Case((ENDLESS, "checkpoint.interval=0"), event=fill, after_step=2),
     "read_only": Case((ENDLESS,), event=lock, after_step=12),
 }
 
 
-def rank_process(rank: int, name: str, config: Path, data: Path, out: Path) -> None:
+def rank_process(rank: int, name: str, config: Path, data: Path, out: Path, job: str = "") -> None:
     case, folder = CASES[name], out / name
-    log = os.open(out / f"{name}_{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    log = os.open(out / f"{name}{job}_{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["CASE_FOLDER"] = str(folder)

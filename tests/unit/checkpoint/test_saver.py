@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import threading
 
 import pytest
@@ -136,6 +139,37 @@ def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, p
         saver.finish()
     assert native.resolve_checkpoint(root).name == "step_00000005"
     assert (root / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "remedy"),
+    [
+        (errno.EFBIG, "File too large", "ulimit -f"),
+        (errno.EIO, "Input/output error", "the disk or the way to it is failing"),
+        (errno.ESTALE, "Stale file handle", "the file server lost or replaced it"),
+        (errno.ENOTDIR, "Not a directory", "it was deleted, moved or replaced"),
+    ],
+)
+def test_what_the_file_system_refuses_is_told_with_its_path(saver, root, tiny, monkeypatch, number, what, remedy):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number), str(root / "file"))
+
+    monkeypatch.setattr(save, "write_part", refuse)
+    saver.begin(snapshot(tiny(), 10))
+    with pytest.raises(Fault, match=f"cannot be written to {root}.*{what}: '{root}/file'.*{remedy}"):
+        saver.finish()
+
+
+def test_a_folder_that_was_deleted_is_not_made_anew(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    shutil.rmtree(root)
+    held_back.set()
+    with pytest.raises(Fault, match=r"No such file or directory.*it was deleted, moved or replaced"):
+        saver.finish()
+    root.parent.rename(root.parent.with_name("elsewhere"))
+    with pytest.raises(Fault, match=r"No such file or directory.*it was deleted, moved or replaced"):
+        saver.begin(snapshot(tiny(), 10))
+    assert not root.parent.exists()
 
 
 def test_too_little_room_is_told_before_anything_is_written(saver, root, tiny, monkeypatch):

@@ -106,6 +106,7 @@ def test_the_last_override_holds():
         ("optimizer.weight_decay=" + "9" * 400, "optimizer.weight_decay: must be a number. Got a huge number."),
         ("optimizer.adam_beta1=1", "optimizer.adam_beta1: must be less than 1. Got 1."),
         ("optimizer.decay_fraction=1.5", "optimizer.decay_fraction: must be at most 1. Got 1.5."),
+        ('run.dir="a\\0b"', "run.dir: must be a path, and no path holds a NUL character. Got"),
         ("run.dir=12", "run.dir: must be text (in quotes, if it looks like something else). Got 12."),
         ("data.inputs=a.txt", 'data.inputs: must be a list, as in [a, b]. Got the text "a.txt".'),
         ("data.inputs=[a, 3]", "data.inputs[1]: must be text (in quotes, if it looks like something else). Got 3."),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moh_megatron.config.errors import Fault
 from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit, write_json
 
 
@@ -141,3 +142,14 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/full'"), naming(str(tmp_path / "full")):
         (tmp_path / "full").write_text("x")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_file_that_is_gone_is_a_fault_not_written_to_for_ever(tmp_path, moved):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    records = StepRecords(path, 0)
+    records.write([{"step": 1}])
+    path.parent.rename(tmp_path / "moved") if moved else path.unlink()
+    with pytest.raises(Fault, match=rf"^{path} was deleted, moved or replaced while the run wrote to it\."):
+        records.write([{"step": 2}])

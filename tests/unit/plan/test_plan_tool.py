@@ -126,3 +126,26 @@ def test_mistakes(llama: str, arguments: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ranks", ["0", "-4", "2.5", "many"])
+def test_an_impossible_number_of_ranks(llama: str, ranks: str) -> None:
+    done = call(llama, f"--world-size={ranks}")
+    assert done.returncode == 2
+    assert f"argument --world-size: must be a number of ranks, at least 1. Got {ranks}\n" in done.stderr
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "0", "-80", "lots"])
+def test_an_impossible_memory(llama: str, memory: str) -> None:
+    done = call(llama, "--world-size=512", f"--gpu-memory={memory}")
+    assert done.returncode == 2
+    assert f"argument --gpu-memory: must be a number of GiB above 0, such as 80. Got {memory}\n" in done.stderr
+
+
+def test_an_absurd_depth_is_refused_and_the_deepest_is_planned_in_seconds(llama: str) -> None:
+    refused = call(llama, "--world-size=512", "model.num_layers=1000000")
+    assert refused.returncode == 2
+    assert "model.num_layers: must be at most 10000. Got 1000000." in refused.stderr
+    started = time.monotonic()
+    assert call(llama, "--world-size=512", "model.num_layers=10000").returncode == 0
+    assert time.monotonic() - started < 20

@@ -38,7 +38,7 @@ def test_what_is_derived(tiny: Tiny, stage: int, cuda: bool) -> None:
     zero = settings["zero_optimization"]
     assert zero["stage"] == stage
     assert zero["overlap_comm"] is cuda
-    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": cuda}
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": cuda, "ratio": 1.0, "super_offload": False}
     assert not settings["zero_force_ds_cpu_optimizer"]
 
 
@@ -107,14 +107,41 @@ def test_a_user_may_add_and_tune(tiny: Tiny) -> None:
             {"optimizer": {"type": "Adam"}},
             "deepspeed.optimizer.type: the optimizer section decides this; leave deepspeed.optimizer out.",
         ),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            "deepspeed.bf16.check_grad_overflow must be true, as train.max_bad_steps makes it. Got false; change ",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "deepspeed.zero_optimization.offload_param.device: only stage 3 reads it. Got parallel.zero_stage 1; set "
+            "that to 3, or leave the key out.",
+        ),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "deepspeed.zero_optimization.zero_quantized_weights"),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "deepspeed.zero_optimization.compute_grad_norm must be true, as optimizer.gradient_clipping makes it. ",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "deepspeed.zero_optimization.offload_optimizer.ratio must be 1.0, as parallel.offload_optimizer makes it.",
+        ),
+        ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation must be true, as train."),
+        ({"prescale_gradients": True}, "deepspeed.prescale_gradients must be false, as train.global_batch_size makes"),
+        ({"zero_allow_untested_optimizer": False}, "deepspeed.zero_allow_untested_optimizer must be true, as the opti"),
+        (
+            {"data_efficiency": {"enabled": True}},
+            "deepspeed.data_efficiency.enabled: the data section decides this; leave deepspeed.data_efficiency out.",
+        ),
+        ({"hybrid_engine": {"enabled": True}}, "deepspeed.hybrid_engine.enabled: the train section decides this;"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "deepspeed.zero_optimization.zenflow.topk_ratio: "),
         ({"wall_clock_breakdwn": True}, "deepspeed.wall_clock_breakdwn: unknown key; did you mean"),
         (
             {"zero_optimization": {"redcue_scatter": True}},
             "deepspeed.zero_optimization.redcue_scatter: unknown key; did you mean 'reduce_scatter'?",
         ),
         (
-            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
-            "deepspeed.zero_optimization.offload_param.devise: unknown key; did you mean 'device'?",
+            {"zero_optimization": {"offload_optimizer": {"pin_memry": True}}},
+            "deepspeed.zero_optimization.offload_optimizer.pin_memry: unknown key; did you mean 'pin_memory'?",
         ),
         (
             {"flops_profiler": {"enabeld": True}},

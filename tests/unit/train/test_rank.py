@@ -91,7 +91,10 @@ def test_a_lost_peer_is_told_without_a_traceback(end, capfd):
 
 def test_our_launcher_reports_on_a_lost_peer_itself(end, monkeypatch):
     monkeypatch.setenv("MOH_LAUNCHER_PID", "1")
-    assert end(LOST) == (1, None)
+    code, record = end(LOST)
+    assert code == 1
+    assert record is not None
+    assert record["reason"] == "of an earlier life"
 
 
 def test_a_path_with_gloo_in_it_is_no_lost_peer(end, capfd):

@@ -108,7 +108,8 @@ def test_another_value_is_refused_naming_both(config, checkpoint, key, there, he
     first, *differences, remedy = str(caught.value).splitlines()
     assert first == f"{folder} was made with other values:"
     assert differences == [f"  {key}: {there} there, {here} here"]
-    assert f"train.init_from={folder}" in remedy
+    # Where the weights do not fit, starting from them would be refused as well.
+    assert (f"train.init_from={folder}" in remedy) == (key != "model.num_layers")
 
 
 def test_another_precision_is_refused(config, checkpoint):
@@ -128,6 +129,25 @@ def test_another_parallelism_is_told(config, checkpoint, changes, world_size, he
     reports = []
     assert check_same_run(checkpoint(5), config(changes), world_size, DATA, reports.append).step == 5
     assert reports == [f"step_00000005 was written at TP 1 x DP 1, ZeRO 1, fp32; it is resharded to {here}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"parallel.sequence": True}, "parallel.sequence is True from here on; it was False"),
+        ({"train.recompute": "full"}, "train.recompute is full from here on; it was none"),
+        ({"parallel.offload_optimizer": True}, "parallel.offload_optimizer is True from here on; it was False"),
+        ({"moh.backend": "dense"}, "moh.backend is dense from here on; it was auto"),
+        (
+            {"deepspeed.zero_optimization": {"overlap_comm": False}},
+            "deepspeed.zero_optimization is {'overlap_comm': False} from here on; it was not set",
+        ),
+    ],
+)
+def test_another_way_to_compute_the_same_is_told(config, checkpoint, changes, told):
+    folder, reports = checkpoint(5, {"parallel.tensor": 2}), []
+    check_same_run(folder, config({"parallel.tensor": 2, **changes}), 1, DATA, reports.append)
+    assert f"warning: {told} up to step_00000005; losses agree to rounding, not bit for bit" in reports
 
 
 def test_an_older_format_is_refused_by_name_and_its_weights_are_taken(config, checkpoint, tmp_path):

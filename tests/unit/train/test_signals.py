@@ -74,11 +74,28 @@ def test_a_second_request_ends_the_process_at_once(number, code):
     assert finish(process) == (code, "")
 
 
+def test_a_second_request_ends_a_process_whose_main_thread_is_blocked():
+    # As inside a collective: a call that no signal interrupts, so that Python's own handlers do not run.
+    process = start(
+        "import ctypes, threading\n"
+        "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); inner, outer = os.pipe()\n"
+        "def told(): wait_for(lambda: stop.reason); time.sleep(0.4); say(stop.reason)\n"
+        "threading.Thread(target=told).start(); say()\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)\n"
+        "ctypes.CDLL(None).read(inner, ctypes.create_string_buffer(1), 1)"
+    )
+    line(process)
+    process.send_signal(signal.SIGTERM)
+    assert line(process) == "received SIGTERM"
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (143, "")
+
+
 def test_a_time_limit_asks_for_a_stop_and_the_first_signal_after_it_does_not_kill():
     process = start(
         "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); stop.limit(None); stop.limit(60);"
         "say(stop.reason); time.sleep(0.4); stop.limit(0.3); say(stop.reason);"
-        "wait_for(lambda: stop._signalled); say(stop.reason)"
+        "wait_for(lambda: stop._insistence.first); say(stop.reason)"
     )
     assert line(process) == "None"
     assert line(process) == "train.max_seconds (0.3) is over"
