@@ -24,7 +24,45 @@ def parse_arguments() -> argparse.Namespace:
     to_hf.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the precision of the training")
     to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
     to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    return parser.parse_args()
+
+    from_hf = commands.add_parser(
+        "hf-to-megatron",
+        help="import a LLaMA, or a folder that this project exported, as a checkpoint",
+        description="Import a Hugging Face folder as a checkpoint, as train.init_from takes it. Nothing in it is run.",
+    )
+    from_hf.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the folder to read")
+    from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
+    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what the checkpoint's configuration states")
+    from_hf.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, as tensors only")
+    from_hf.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="a value of the configuration, such as parallel.tensor=2 or moh.enabled=true; default: as config.json",
+    )
+    # argparse takes positional arguments in one run only: what stands behind a later option comes back unknown.
+    arguments, rest = parser.parse_known_args()
+    if unknown := [each for each in rest if each.startswith("-") or "overrides" not in arguments]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def hf_to_megatron(arguments: argparse.Namespace) -> None:
+    from moh_megatron.checkpoint.hf_import import hf_to_megatron
+    from moh_megatron.upcycle.routers import initial_routers
+
+    hf_to_megatron(
+        arguments.hf_dir,
+        arguments.save_dir,
+        arguments.config,
+        arguments.overrides,
+        new_tensors=initial_routers,
+        report=lambda message: print(message, file=sys.stderr),
+        allow_pickle=arguments.allow_pickle,
+    )
+    print(json.dumps({"save_dir": str(arguments.save_dir)}))
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> None:
@@ -51,7 +89,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    {"megatron-to-hf": megatron_to_hf}[arguments.command](arguments)
+    {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
@@ -23,6 +21,7 @@ from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
 from moh_megatron.checkpoint.mapping import to_hf
 from moh_megatron.checkpoint.model_card import model_card
+from moh_megatron.checkpoint.whole import whole_folder
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
@@ -65,32 +64,8 @@ def replacing(hf_dir: Path) -> Iterator[Path]:
         Fault: the disk is full or refuses.
     """
     check_replaceable(hf_dir)
-    try:
-        hf_dir.parent.mkdir(parents=True, exist_ok=True)
-        # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
-        workplace = Path(tempfile.mkdtemp(prefix=f".{hf_dir.name}.", dir=hf_dir.parent))
-    except OSError as error:
-        raise Fault(
-            f"{hf_dir}: cannot write beside it ({error}). Name a folder on a disk that can be written."
-        ) from error
-    try:
-        new, old = workplace / hf_dir.name, workplace / "replaced"
-        new.mkdir()
-        yield new
-        if hf_dir.exists():
-            hf_dir.rename(old)
-        try:
-            new.rename(hf_dir)
-        except OSError:
-            if old.exists():
-                old.rename(hf_dir)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise Fault(
-            f"{hf_dir}: the export could not be written ({error}). Free some space, or name another disk."
-        ) from error
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+    with whole_folder(hf_dir) as folder:
+        yield folder
 
 
 def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaConfig:

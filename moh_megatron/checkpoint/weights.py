@@ -23,13 +23,14 @@ from moh_megatron.model.tensors import model_tensors
 FOLDER = "weights"
 
 
-def _file(folder: Path, rank: int, size: int) -> Path:
+def shard_file(folder: Path, rank: int, size: int) -> Path:
+    """The file of one tensor-parallel rank's tensors."""
     return folder / FOLDER / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors"
 
 
 def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> Path:
     """Write one tensor-parallel rank's tensors, under Megatron-core's names; returns the file."""
-    path = _file(folder, rank, size)
+    path = shard_file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path)
     return path
@@ -84,7 +85,7 @@ def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int
 
 def _open(stack: ExitStack, folder: Path, config: Config, ranks: Any) -> dict[int, Any]:
     size = config.parallel.tensor
-    return {rank: stack.enter_context(safe_open(_file(folder, rank, size), "pt")) for rank in ranks}
+    return {rank: stack.enter_context(safe_open(shard_file(folder, rank, size), "pt")) for rank in ranks}
 
 
 def _reader(shards: Mapping[int, Any], name: str) -> Callable[[int], Tensor]:

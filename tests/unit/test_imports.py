@@ -24,6 +24,7 @@ ARROWS = {
     "checkpoint": {"config", "data", "model", "parallel"},
     "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
+    "upcycle": {"checkpoint", "config", "model"},
 }
 
 # A library stays where it is wrapped: files or folders below moh_megatron/.
