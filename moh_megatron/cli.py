@@ -43,6 +43,17 @@ def parse_config(
     return namespace, config
 
 
+def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """``sys.argv`` of a parser with commands, of which some take ``overrides``, between their options too."""
+    # argparse takes positional arguments in one run only, and what stands behind a later option comes back unknown.
+    arguments, rest = parser.parse_known_args()
+    if unknown := [each for each in rest if each.startswith("-") or "overrides" not in arguments]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def exit_code(main: Callable[[], int | None]) -> int:
     """Run ``main`` and turn the way it ends into an exit code: ``sys.exit(exit_code(main))``.
 

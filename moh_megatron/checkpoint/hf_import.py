@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from moh_megatron.checkpoint.mapping import Rule, check_names_and_shapes, rules
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import Scratch
-from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
+from moh_megatron.checkpoint.sources import pieces
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import completed_config
-from moh_megatron.config.schema import Config
+from moh_megatron.config.schema import Config, MoHConfig
 from moh_megatron.data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
 
 NewTensors = Callable[[Config], Iterable[tuple[str, Tensor]]]
@@ -97,42 +97,43 @@ def _refuse_differences(file: Path, model: Mapping[str, Any], config: Config) ->
         raise UserError("\n".join([f"{file} and the configuration disagree:", *differences, remedy]))
 
 
-def hf_to_megatron(
+def write_import(
+    folder: Path,
     hf_dir: Path,
     save_dir: Path,
-    path: Path | None = None,
-    overrides: Sequence[str] = (),
+    path: Path | None,
+    overrides: Sequence[str],
     *,
     new_tensors: NewTensors,
     report: Callable[[str], None],
-    allow_pickle: bool = False,
-) -> Config:
-    """Write the model of ``hf_dir`` as the checkpoint ``save_dir``; every tensor keeps its precision.
+    allow_pickle: bool,
+) -> tuple[Config, Config]:
+    """Fill the empty ``folder``, ``save_dir`` to be, with the model of ``hf_dir`` as a checkpoint; see ``convert``.
 
-    Args:
-        path, overrides: what the configuration states; with ``moh.enabled`` a dense model becomes a MoH model.
-        new_tensors: gives what a MoH model needs beside the weights of a dense one.
-        report: is told what the user should know.
+    Returns its configuration, and that of the model as it was: dense, perhaps.
 
     Raises:
-        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something.
-        Fault: the disk is full or refuses. In both cases nothing is left behind.
+        UserError: ``hf_dir`` is broken, or of another model than it says.
     """
-    refuse_unless_new(save_dir)
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
-        config = import_config(hf_dir, save_dir, path, overrides, {each.dtype for each in weights.entries.values()})
+        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
+        settings = HFSettings(hf_dir)
         tokenizer = _tokenizer(hf_dir, config, report)
-        added = {} if HFSettings(hf_dir).moh else dict(new_tensors(config))
-        _check(weights, added, config)
-        with whole_folder(save_dir) as folder:
-            table, scratch = rules(config), Scratch()
-            dtypes = {rule.megatron: _dtype(rule, weights, added) for rule in table}
-            write_checkpoint(folder, config, dtypes, _pieces(table, weights, added, scratch, dtypes), tokenizer)
-    return config
+        added = {} if settings.moh else dict(new_tensors(config))
+        check_weights(weights, added, config)
+        source = HFSource(weights, added)
+        dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
+        write_checkpoint(folder, config, dtypes, pieces(source, config), tokenizer)
+    return config, config if settings.moh else replace(config, moh=MoHConfig(enabled=False))
+
+
+def has_tokenizer(hf_dir: Path) -> bool:
+    """Whether a folder holds a tokenizer that ``load_tokenizer`` reads."""
+    return any((hf_dir / name).is_file() for name in (TOKENIZER_JSON, "tokenizer.model"))
 
 
 def _tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> Tokenizer | None:
-    if not any((hf_dir / name).is_file() for name in (TOKENIZER_JSON, "tokenizer.model")):
+    if not has_tokenizer(hf_dir):
         report(f"warning: {hf_dir} has no tokenizer ({TOKENIZER_JSON} or tokenizer.model): only weights are converted.")
         return None
     tokenizer = load_tokenizer(hf_dir)
@@ -144,7 +145,8 @@ def _tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> T
     return tokenizer
 
 
-def _check(weights: HFWeights, added: Mapping[str, Tensor], config: Config) -> None:
+def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Config) -> None:
+    """Raise UserError unless ``weights`` and ``added`` are the tensors of ``config``."""
     tied = {"lm_head.weight"} if config.model.tie_word_embeddings else set()
     held = {name: entry for name, entry in weights.entries.items() if name not in tied and not name.endswith(_UNUSED)}
     table = rules(config)
@@ -163,41 +165,47 @@ def _check(weights: HFWeights, added: Mapping[str, Tensor], config: Config) -> N
                 )
 
 
-def _dtype(rule: Rule, weights: HFWeights, added: Mapping[str, Tensor]) -> torch.dtype:
-    found = {(added[name] if name in added else weights.entries[name]).dtype for name in rule.hf}
-    if len(found) > 1:
-        raise UserError(
-            f"{weights.folder}: {', '.join(rule.hf)} must have the same dtype. Got {', '.join(map(str, found))}."
-        )
-    return found.pop()
+class HFSource:
+    """The weights of a Hugging Face folder as a ``WeightSource``, and tensors that it lacks.
 
+    Every call raises UserError for a tensor that is not finite, or cut short.
 
-def _pieces(
-    table: Iterable[Rule],
-    weights: HFWeights,
-    added: Mapping[str, Tensor],
-    scratch: Scratch,
-    dtypes: Mapping[str, torch.dtype],
-) -> Iterator[tuple[str, Tensor]]:
-    """(Megatron-core's name, rows) of every tensor, in the table's order."""
-    for rule in table:
-        if rule.hf[0] in added:
-            yield rule.megatron, added[rule.hf[0]]
-            continue
-        if not rule.stacked:
-            scratch.reset()
-            parts = [weights.read(name, scratch) for name in rule.hf]
-            for name, part in zip(rule.hf, parts, strict=True):
-                check_finite(part, name)
-            yield rule.megatron, rule.join(parts)
-            continue
-        inner = rule.shape[1:]
-        width = inner[0] * dtypes[rule.megatron].itemsize if inner else 1
-        for name in rule.hf:
-            for start, stop in runs(rule.rows, width):
-                scratch.reset()
-                rows = weights.rows(name, start, stop, scratch)
-                check_finite(rows, name)
-                yield rule.megatron, rows
-        if rule.padding:
-            yield rule.megatron, torch.zeros(rule.padding, *inner, dtype=dtypes[rule.megatron])
+    Args:
+        added: under Hugging Face's names.
+    """
+
+    def __init__(self, weights: HFWeights, added: Mapping[str, Tensor]) -> None:
+        self._weights, self._added, self._scratch = weights, added, Scratch()
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """Raises UserError where parts of one tensor have several."""
+        held = self._added if rule.hf[0] in self._added else self._weights.entries
+        found = {name: held[name].dtype for name in rule.hf}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{name}: {dtype}" for name, dtype in found.items())
+            raise UserError(f"{self._weights.folder}: these tensors must have the same dtype. Got {listed}.")
+        return found[rule.hf[0]]
+
+    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+        """See ``WeightSource``."""
+        self._scratch.reset()
+        while start < stop:
+            part, first = divmod(start, rule.rows)
+            if part == len(rule.hf):
+                yield torch.zeros(stop - start, *rule.shape[1:], dtype=self.dtype(rule))
+                return
+            end = min(rule.rows, first + stop - start)
+            yield self._checked(rule.hf[part], first, end)
+            start += end - first
+
+    def whole(self, rule: Rule) -> Tensor:
+        """See ``WeightSource``."""
+        self._scratch.reset()
+        return rule.join([self._checked(name, 0, self._weights.entries[name].shape[0]) for name in rule.hf])
+
+    def _checked(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._added:
+            return self._added[name][start:stop]
+        rows = self._weights.rows(name, start, stop, self._scratch)
+        check_finite(rows, name)
+        return rows

@@ -50,6 +50,11 @@ class HFWeights:
         self._shard_of = shard_of
         self.entries: dict[str, Described] = {name: shard.entries[name] for name, shard in shard_of.items()}
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """All that occur."""
+        return {each.dtype for each in self.entries.values()}
+
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
         """See ``SafetensorsFile.rows``."""
         return self._shard_of[name].rows(name, start, stop, scratch)
