@@ -5,6 +5,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from moh_megatron.cli import exit_code, parse_overrides
 
@@ -43,34 +44,37 @@ def report(message: str) -> None:
 def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
     from moh_megatron.checkpoint import convert, hf, native
     from moh_megatron.config.load import dump_config
-    from moh_megatron.monitor import records
+    from moh_megatron.monitor.records import merge_summary, read_summary
 
     checkpoint = native.resolve_checkpoint(arguments.load_dir, report)
     if arguments.summary is not None:
-        records.read_summary(arguments.summary)
+        read_summary(arguments.summary)
     if arguments.dry_run:
         hf.check_replaceable(arguments.hf_dir)
-        dtype = arguments.dtype or "its own precision"
-        print(f"# {checkpoint} -> {arguments.hf_dir} in {dtype}, with the configuration:")
+        print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
         print(dump_config(native.read_config(checkpoint)), end="")
         return {}
-    chosen = {"form": arguments.format, "verify": arguments.verify}
-    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen, report=report)
+    chosen = {"form": arguments.format, "verify": arguments.verify, "report": report}
+    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen)
     if arguments.summary is not None:
-        records.merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
+        merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
     return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
-    from moh_megatron.checkpoint import convert
-    from moh_megatron.upcycle.routers import initial_routers
+    from moh_megatron.checkpoint import hf_import
 
-    convert.hf_to_megatron(
+    def new_tensors(config: Any) -> Any:
+        from moh_megatron.upcycle.routers import initial_routers
+
+        return initial_routers(config)
+
+    hf_import.hf_to_megatron(
         arguments.hf_dir,
         arguments.save_dir,
         arguments.config,
         arguments.overrides,
-        new_tensors=initial_routers,
+        new_tensors=new_tensors,
         report=report,
         allow_pickle=arguments.allow_pickle,
         verify=arguments.verify,
@@ -86,8 +90,8 @@ def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    arguments = parse_arguments()
     commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
+    arguments = parse_arguments()
     if done := commands[arguments.command](arguments):
         print(json.dumps(done))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.finite import check_finite
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import HFWeights, open_weights
-from moh_megatron.checkpoint.mapping import Rule, check_names_and_shapes, rules
+from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
+from moh_megatron.checkpoint.native import read_weights
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import Scratch
-from moh_megatron.checkpoint.sources import pieces
+from moh_megatron.checkpoint.sources import HFSource, pieces
+from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import completed_config
 from moh_megatron.config.schema import Config, MoHConfig
@@ -97,7 +98,47 @@ def _refuse_differences(file: Path, model: Mapping[str, Any], config: Config) ->
         raise UserError("\n".join([f"{file} and the configuration disagree:", *differences, remedy]))
 
 
-def write_import(
+def hf_to_megatron(
+    hf_dir: Path,
+    save_dir: Path,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    new_tensors: NewTensors,
+    report: Callable[[str], None],
+    allow_pickle: bool = False,
+    verify: bool = False,
+) -> None:
+    """Write the model of ``hf_dir`` as the checkpoint ``save_dir``; every tensor keeps its precision.
+
+    Args:
+        path, overrides: what the configuration states; with ``moh.enabled`` a dense model becomes a MoH model.
+        new_tensors: gives what a MoH model needs beside the weights of a dense one.
+        report: is told what the user should know.
+        verify: open both sides in fp32 and compare them layer by layer. A dense model that becomes a MoH model is
+            another one: its differences are told, and not refused.
+
+    Raises:
+        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something.
+        Fault: the two sides differ by ``TOLERANCE`` or more, or the disk refuses. Nothing is left behind then.
+    """
+    refuse_unless_new(save_dir)
+    with whole_folder(save_dir) as folder:
+        config, source = _write(
+            folder, hf_dir, save_dir, path, overrides, new_tensors=new_tensors, report=report, allow_pickle=allow_pickle
+        )
+        if not verify:
+            return
+        # Imported here: the two models' libraries take longer to load than many a model to convert.
+        from moh_megatron.checkpoint import verify as proof
+
+        comparison = proof.compare_forms(config, read_weights(folder), lambda: proof.open_foreign(hf_dir, source))
+        report(str(comparison))
+        if source.moh == config.moh:
+            proof.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")
+
+
+def _write(
     folder: Path,
     hf_dir: Path,
     save_dir: Path,
@@ -108,18 +149,12 @@ def write_import(
     report: Callable[[str], None],
     allow_pickle: bool,
 ) -> tuple[Config, Config]:
-    """Fill the empty ``folder``, ``save_dir`` to be, with the model of ``hf_dir`` as a checkpoint; see ``convert``.
-
-    Returns its configuration, and that of the model as it was: dense, perhaps.
-
-    Raises:
-        UserError: ``hf_dir`` is broken, or of another model than it says.
-    """
+    """Fill the empty ``folder``; returns its configuration, and that of the model as it was: dense, perhaps."""
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         settings = HFSettings(hf_dir)
         tokenizer = _tokenizer(hf_dir, config, report)
-        added = {} if settings.moh else dict(new_tensors(config))
+        added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
@@ -163,49 +198,3 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
                     f"{weights.folder}: {name} differs from model.embed_tokens.weight, but config.json says "
                     f"tie_word_embeddings: true. Set it to false, or leave {name} out."
                 )
-
-
-class HFSource:
-    """The weights of a Hugging Face folder as a ``WeightSource``, and tensors that it lacks.
-
-    Every call raises UserError for a tensor that is not finite, or cut short.
-
-    Args:
-        added: under Hugging Face's names.
-    """
-
-    def __init__(self, weights: HFWeights, added: Mapping[str, Tensor]) -> None:
-        self._weights, self._added, self._scratch = weights, added, Scratch()
-
-    def dtype(self, rule: Rule) -> torch.dtype:
-        """Raises UserError where parts of one tensor have several."""
-        held = self._added if rule.hf[0] in self._added else self._weights.entries
-        found = {name: held[name].dtype for name in rule.hf}
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{name}: {dtype}" for name, dtype in found.items())
-            raise UserError(f"{self._weights.folder}: these tensors must have the same dtype. Got {listed}.")
-        return found[rule.hf[0]]
-
-    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
-        """See ``WeightSource``."""
-        self._scratch.reset()
-        while start < stop:
-            part, first = divmod(start, rule.rows)
-            if part == len(rule.hf):
-                yield torch.zeros(stop - start, *rule.shape[1:], dtype=self.dtype(rule))
-                return
-            end = min(rule.rows, first + stop - start)
-            yield self._checked(rule.hf[part], first, end)
-            start += end - first
-
-    def whole(self, rule: Rule) -> Tensor:
-        """See ``WeightSource``."""
-        self._scratch.reset()
-        return rule.join([self._checked(name, 0, self._weights.entries[name].shape[0]) for name in rule.hf])
-
-    def _checked(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._added:
-            return self._added[name][start:stop]
-        rows = self._weights.rows(name, start, stop, self._scratch)
-        check_finite(rows, name)
-        return rows

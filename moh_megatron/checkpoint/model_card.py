@@ -105,8 +105,8 @@ def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
         )
         code = (
             "`trust_remote_code=True` runs `configuration_moh.py` and `modeling_moh.py` of this folder; they need only "
-            "torch and transformers 5. On a CPU a long prompt is computed for the active heads alone; elsewhere every head "
-            "is computed and multiplied by its gate."
+            "torch and transformers 5. On one thread of a CPU a long prompt is computed for the active heads alone; "
+            "elsewhere every head is computed and multiplied by its gate."
         )
     else:
         summary = "A LLaMA-like language model with dense attention."

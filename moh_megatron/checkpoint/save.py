@@ -28,6 +28,7 @@ from moh_megatron.checkpoint.native import (
     CONFIG,
     LATEST,
     PARTIAL,
+    RANDOM_STATES,
     TOKENIZER,
     checkpoint_name,
     complete_checkpoints,
@@ -108,7 +109,7 @@ def make_room(root: Path, step: int) -> None:
     """Clear away what a killed run left behind, and make the folder of a new checkpoint; the first rank's task."""
     for stale in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    for folder in (weights.FOLDER, optimizer_state.FOLDER, random_states.FOLDER):
+    for folder in (weights.FOLDER, optimizer_state.FOLDER, RANDOM_STATES):
         (partial_folder(root, step) / folder).mkdir(parents=True)
 
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint.finite import check_finite
+from moh_megatron.checkpoint.hf_source import HFWeights
 from moh_megatron.checkpoint.mapping import Rule, check_names_and_shapes, merge_shards, rules
 from moh_megatron.checkpoint.rows import gather, runs, shard_shape
 from moh_megatron.checkpoint.safetensors_io import SafetensorsFile, Scratch
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 
 
@@ -90,6 +93,52 @@ def open_checkpoint(folder: Path, config: Config) -> Iterator[CheckpointWeights]
             shapes = {rule.megatron: shard_shape(rule, world) for rule in table}
             check_names_and_shapes(shards[-1].entries, shapes, str(shards[-1].path))
         yield CheckpointWeights(shards)
+
+
+class HFSource:
+    """The weights of a Hugging Face folder as a ``WeightSource``, and tensors that it lacks.
+
+    Every call raises UserError for a tensor that is not finite, or cut short.
+
+    Args:
+        added: under Hugging Face's names.
+    """
+
+    def __init__(self, weights: HFWeights, added: Mapping[str, Tensor]) -> None:
+        self._weights, self._added, self._scratch = weights, added, Scratch()
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """Raises UserError where parts of one tensor have several."""
+        held = self._added if rule.hf[0] in self._added else self._weights.entries
+        found = {name: held[name].dtype for name in rule.hf}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{name}: {dtype}" for name, dtype in found.items())
+            raise UserError(f"{self._weights.folder}: these tensors must have the same dtype. Got {listed}.")
+        return found[rule.hf[0]]
+
+    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+        """See ``WeightSource``."""
+        self._scratch.reset()
+        while start < stop:
+            part, first = divmod(start, rule.rows)
+            if part == len(rule.hf):
+                yield torch.zeros(stop - start, *rule.shape[1:], dtype=self.dtype(rule))
+                return
+            end = min(rule.rows, first + stop - start)
+            yield self._checked(rule.hf[part], first, end)
+            start += end - first
+
+    def whole(self, rule: Rule) -> Tensor:
+        """See ``WeightSource``."""
+        self._scratch.reset()
+        return rule.join([self._checked(name, 0, self._weights.entries[name].shape[0]) for name in rule.hf])
+
+    def _checked(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._added:
+            return self._added[name][start:stop]
+        rows = self._weights.rows(name, start, stop, self._scratch)
+        check_finite(rows, name)
+        return rows
 
 
 def pieces(source: WeightSource, config: Config) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from moh_megatron.checkpoint.hf_config import Ends, hf_config
 from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
+from moh_megatron.config.errors import Fault
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import position_ids
-from moh_megatron.model.single import routing_margin
+from moh_megatron.model.single import build_single_process, routing_margin
 
 TOLERANCE = 1e-4
 """Largest difference of logits that rounding may make."""
@@ -109,6 +110,25 @@ def open_foreign(folder: Path, config: Config) -> PreTrainedModel:
     model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
     settings = hf_config(config, torch.float32, Ends())
     return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
+
+
+def compare_forms(config: Config, weights: Mapping[str, Tensor], reopen: Callable[[], PreTrainedModel]) -> Comparison:
+    """A checkpoint's ``weights`` in fp32 against the model that ``reopen`` gives, one after the other in memory."""
+    model = build_single_process(config, weights)
+    tokens = tokens_far_from_ties(model, config)
+    ours = trace_megatron(model, config, tokens)
+    del model
+    return compare(ours, trace_hf(reopen(), tokens))
+
+
+def require_agreement(comparison: Comparison, what: str) -> None:
+    """Raise Fault, which begins with ``what``, where the logits differ by ``TOLERANCE`` or more."""
+    largest = comparison.logits.largest
+    if not largest < TOLERANCE:
+        raise Fault(
+            f"{what} by {largest:.3g}; less than {TOLERANCE:g} is required. Nothing was written. This is a bug: "
+            f"please report it."
+        )
 
 
 @torch.inference_mode()

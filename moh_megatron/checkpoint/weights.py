@@ -59,16 +59,22 @@ def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config
         UserError: the checkpoint lacks a tensor of the model.
     """
     there, here = written_by.parallel.tensor, config.parallel.tensor
-    own = model_tensors(model)
+    own, stored = model_tensors(model), {rule.megatron: rule for rule in rules(written_by)}
+    same = there == here and written_by.model.vocab_size == config.model.vocab_size
     with ExitStack() as stack:
-        shards = _open(stack, folder, written_by, [rank] if there == here else range(there))
+        shards = _open(stack, folder, written_by, [rank] if same else range(there))
         held = set(next(iter(shards.values())).keys())
         for rule in rules(config):
             if rule.megatron not in held:
                 if rule.dtype is not None:
                     continue
                 raise UserError(f"{folder} holds no {rule.megatron}. The weights must be of the same architecture.")
-            own[rule.megatron].copy_(reshard(_reader(shards, rule.megatron), rule, there, rank, here))
+            read = _reader(shards, rule.megatron)
+            if rule.padding == stored[rule.megatron].padding:
+                own[rule.megatron].copy_(reshard(read, rule, there, rank, here))
+            else:
+                padded = rule.join(stored[rule.megatron].split(reshard(read, stored[rule.megatron], there, 0, 1)))
+                own[rule.megatron].copy_(split_shard(padded, rule.dim, rule.stride, rank, here))
 
 
 def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int, here: int) -> Tensor:

@@ -17,6 +17,7 @@ from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
+from moh_megatron.model.dtypes import DTYPES
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.model.packed_gpt import PackedGPTModel
 from moh_megatron.model.packing import document_ends, document_positions
@@ -26,8 +27,6 @@ from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
 from moh_megatron.moh.backends.flash import flash_refusal
 from moh_megatron.moh.sparse_attention import refusal
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},

@@ -5,9 +5,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from support.convert import LLAMA3, llama_folder, run_convert
+from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from moh_megatron.checkpoint import native
+from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
 
 
@@ -52,8 +54,12 @@ def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_
     tokens = torch.randint(model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits
-    got = logits(build_single_process(config, native.read_weights(checkpoint)), tokens)
+    ours = build_single_process(config, native.read_weights(checkpoint))
+    got = logits(ours, tokens)
     assert expected.std() > 0.1
     assert (got[..., model.config.vocab_size :] == -torch.inf).all()
     difference = (got[..., : model.config.vocab_size] - expected).norm() / expected.norm()
     assert difference < 1e-5
+    labels = tokens[:, 1:].flatten()
+    losses = cross_entropy(expected[:, :-1].flatten(0, 1), labels, reduction="none").view(2, -1)
+    torch.testing.assert_close(token_losses(ours, tokens), losses, rtol=1e-5, atol=1e-5)
