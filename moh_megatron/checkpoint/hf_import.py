@@ -55,9 +55,8 @@ def import_config(
         tensor = stated.get("parallel", {}).get("tensor", 1)
         padding = -model["vocab_size"] % tensor if isinstance(tensor, int) and tensor > 0 else 0
         padded = {"vocab_size": model["vocab_size"] + padding, "vocab_padding": padding}
-        length = min(
-            _CONTEXT, stated.get("model", {}).get("max_position_embeddings") or model["max_position_embeddings"]
-        )
+        longest = stated.get("model", {}).get("max_position_embeddings")
+        length = min(_CONTEXT, longest if isinstance(longest, int) else model["max_position_embeddings"])
         precision = "bf16" if torch.bfloat16 in dtypes else "fp32"
         return {
             "run": {"dir": str(save_dir)},
@@ -134,7 +133,7 @@ def hf_to_megatron(
 
         comparison = proof.compare_forms(config, read_weights(folder), lambda: proof.open_foreign(hf_dir, source))
         report(str(comparison))
-        if source.moh == config.moh:
+        if source.moh.enabled == config.moh.enabled:
             proof.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")
 
 
@@ -189,12 +188,14 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
     check_names_and_shapes({**added, **held}, shapes, f"{weights.folder} (as config.json describes it)")
     scratch = Scratch()
     for name in tied & weights.entries.keys():
-        rows = weights.entries[name].shape[0]
-        for start, stop in runs(rows, weights.entries[name].shape[1] * 4):
+        twins = (name, "model.embed_tokens.weight")
+        same = weights.entries[name].shape == weights.entries[twins[1]].shape
+        for start, stop in runs(config.model.tokens, 4 * config.model.hidden_size) if same else ():
             scratch.reset()
-            head, embedding = (weights.rows(each, start, stop, scratch) for each in (name, "model.embed_tokens.weight"))
-            if not torch.equal(head, embedding):
-                raise UserError(
-                    f"{weights.folder}: {name} differs from model.embed_tokens.weight, but config.json says "
-                    f"tie_word_embeddings: true. Set it to false, or leave {name} out."
-                )
+            head, embedding = (weights.rows(each, start, stop, scratch) for each in twins)
+            same = same and torch.equal(head, embedding)
+        if not same:
+            raise UserError(
+                f"{weights.folder}: {name} differs from {twins[1]}, but config.json says tie_word_embeddings: true. "
+                f"Set it to false, or leave {name} out."
+            )
