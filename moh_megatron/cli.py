@@ -7,7 +7,10 @@ import errno
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
 
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config, load_config
@@ -52,6 +55,17 @@ def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+@contextmanager
+def loading(module: str) -> Iterator[None]:
+    """Import ``module`` in another thread while the block runs, one that leaves the interpreter free, as hashing does.
+
+    Who imports it afterwards sees what went wrong.
+    """
+    with ThreadPoolExecutor(1) as other:
+        other.submit(import_module, module)
+        yield
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

@@ -4,12 +4,10 @@
 import argparse
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from moh_megatron.cli import exit_code, parse_overrides
-
-VERIFY = "open both sides and print, per layer and for the logits, how far they are apart; refuse a mismatch"
+from moh_megatron.cli import exit_code, loading, parse_overrides
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,16 +18,16 @@ def parse_arguments() -> argparse.Namespace:
     to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
     to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
     to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    to_hf.add_argument("--verify", action="store_true", help=f"{VERIFY}; done with small models anyway")
     official = commands.add_parser("official-to-hf", help="read SkyworkAI's published form of a MoH-LLaMA")
     official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="to read")
     from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
     from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
     from_hf.add_argument("--config", type=Path, metavar="YAML", help="what the checkpoint's configuration states")
-    from_hf.add_argument("--verify", action="store_true", help=VERIFY)
     from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
     for command in (to_hf, official, from_hf):
         command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+    for command in (to_hf, from_hf):
+        command.add_argument("--verify", action="store_true", help="open both sides, print how far apart they are")
     for command in (to_hf, official):
         command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as the weights are")
     for command in (official, from_hf):
@@ -42,11 +40,14 @@ def report(message: str) -> None:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
-    from moh_megatron.checkpoint import convert, hf, native
+    from moh_megatron.checkpoint import native
+
+    with loading("moh_megatron.checkpoint.convert"):
+        checkpoint = native.resolve_checkpoint(arguments.load_dir, report)
+    from moh_megatron.checkpoint import convert, hf
     from moh_megatron.config.load import dump_config
     from moh_megatron.monitor.records import merge_summary, read_summary
 
-    checkpoint = native.resolve_checkpoint(arguments.load_dir, report)
     if arguments.summary is not None:
         read_summary(arguments.summary)
     if arguments.dry_run:
@@ -64,17 +65,12 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
 def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
     from moh_megatron.checkpoint import hf_import
 
-    def new_tensors(config: Any) -> Any:
-        from moh_megatron.upcycle.routers import initial_routers
-
-        return initial_routers(config)
-
     hf_import.hf_to_megatron(
         arguments.hf_dir,
         arguments.save_dir,
         arguments.config,
         arguments.overrides,
-        new_tensors=new_tensors,
+        new_tensors=lambda config: import_module("moh_megatron.upcycle.routers").initial_routers(config),
         report=report,
         allow_pickle=arguments.allow_pickle,
         verify=arguments.verify,

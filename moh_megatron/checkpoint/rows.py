@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.mapping import Rule
 
-PIECE_BYTES = 1 << 25
-"""What is held at once of a tensor that can be taken in pieces."""
+PIECE_BYTES = 1 << 22
+"""What is held at once of a tensor that can be taken in pieces: small enough to stay in a processor's cache."""
 
 
 def runs(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
