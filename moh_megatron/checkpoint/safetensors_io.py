@@ -196,6 +196,7 @@ class SafetensorsWriter:
         with self._stream:
             if kind is None:
                 assert self._written == self._total, f"{self._current} is not written whole"
+                self._raise_failed_flush()
                 os.fsync(self._stream.fileno())
 
     @property
@@ -224,4 +225,10 @@ class SafetensorsWriter:
             hashing.result()
         self._unflushed += len(data)
         if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._raise_failed_flush()
             self._flushing, self._unflushed = self._helpers.submit(os.fdatasync, self._stream.fileno()), 0
+
+    def _raise_failed_flush(self) -> None:
+        # The system tells of a failed write once: a later fsync would say that all is well.
+        if self._flushing is not None:
+            self._flushing.result()
