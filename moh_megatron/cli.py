@@ -6,7 +6,10 @@ import argparse
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
 
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config, load_config
@@ -41,6 +44,28 @@ def parse_config(
         sys.stdout.write(dump_config(config))
         parser.exit(0)
     return namespace, config
+
+
+def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """``sys.argv`` of a parser with commands, of which some take ``overrides``, between their options too."""
+    # argparse takes positional arguments in one run only, and what stands behind a later option comes back unknown.
+    arguments, rest = parser.parse_known_args()
+    if unknown := [each for each in rest if each.startswith("-") or "overrides" not in arguments]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+@contextmanager
+def loading(module: str) -> Iterator[None]:
+    """Import ``module`` in another thread while the block runs, one that leaves the interpreter free, as hashing does.
+
+    Who imports it afterwards sees what went wrong.
+    """
+    with ThreadPoolExecutor(1) as other:
+        other.submit(import_module, module)
+        yield
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

@@ -1,57 +1,95 @@
 #!/usr/bin/env python
-"""Convert checkpoints: python pipelines/convert.py megatron-to-hf --load-dir CKPT --hf-dir DIR."""
+"""Convert checkpoints: python pipelines/convert.py hf-to-megatron --hf-dir DIR --save-dir CKPT, and back."""
 
 import argparse
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.cli import exit_code
+from moh_megatron.cli import exit_code, loading, parse_overrides
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert models between Megatron-core and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    to_hf = commands.add_parser(
-        "megatron-to-hf",
-        help="export a checkpoint as a folder for AutoModelForCausalLM",
-        description="Export a checkpoint as a Hugging Face folder, reload it and compare the logits.",
-    )
-    to_hf.add_argument(
-        "--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, a folder of them, or a run folder"
-    )
-    to_hf.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the folder to make")
-    to_hf.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the precision of the training")
+    to_hf = commands.add_parser("megatron-to-hf", help="export a checkpoint as a folder for AutoModelForCausalLM")
+    to_hf.add_argument("--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, or a folder of them")
+    to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
     to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
     to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    return parser.parse_args()
+    official = commands.add_parser("official-to-hf", help="read SkyworkAI's published form of a MoH-LLaMA")
+    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="to read")
+    from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
+    from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
+    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what the checkpoint's configuration states")
+    from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
+    for command in (to_hf, official, from_hf):
+        command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+    for command in (to_hf, from_hf):
+        command.add_argument("--verify", action="store_true", help="open both sides, print how far apart they are")
+    for command in (to_hf, official):
+        command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as the weights are")
+    for command in (official, from_hf):
+        command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    return parse_overrides(parser)
 
 
-def megatron_to_hf(arguments: argparse.Namespace) -> None:
-    from moh_megatron.checkpoint import convert, hf, native
+def report(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint import native
+
+    with loading("moh_megatron.checkpoint.convert"):
+        checkpoint = native.resolve_checkpoint(arguments.load_dir, report)
+    from moh_megatron.checkpoint import convert, hf
     from moh_megatron.config.load import dump_config
-    from moh_megatron.monitor import records
+    from moh_megatron.monitor.records import merge_summary, read_summary
 
-    checkpoint = native.resolve_checkpoint(arguments.load_dir, lambda message: print(message, file=sys.stderr))
-    config = native.read_config(checkpoint)
     if arguments.summary is not None:
-        records.read_summary(arguments.summary)
+        read_summary(arguments.summary)
     if arguments.dry_run:
         hf.check_replaceable(arguments.hf_dir)
-        dtype = arguments.dtype or config.train.precision
-        print(
-            f"# {checkpoint} -> {arguments.hf_dir} in {dtype}, with the configuration:\n{dump_config(config)}", end=""
-        )
-        return
-    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype)
+        print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
+        print(dump_config(native.read_config(checkpoint)), end="")
+        return {}
+    chosen = {"form": arguments.format, "verify": arguments.verify, "report": report}
+    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen)
     if arguments.summary is not None:
-        records.merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
-    print(json.dumps({"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}))
+        merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
+    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
+
+
+def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint import hf_import
+
+    hf_import.hf_to_megatron(
+        arguments.hf_dir,
+        arguments.save_dir,
+        arguments.config,
+        arguments.overrides,
+        new_tensors=lambda config: import_module("moh_megatron.upcycle.routers").initial_routers(config),
+        report=report,
+        allow_pickle=arguments.allow_pickle,
+        verify=arguments.verify,
+    )
+    return {"save_dir": str(arguments.save_dir)}
+
+
+def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint import convert
+
+    convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, allow_pickle=arguments.allow_pickle)
+    return {"hf_dir": str(arguments.hf_dir)}
 
 
 def main() -> None:
+    commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
     arguments = parse_arguments()
-    {"megatron-to-hf": megatron_to_hf}[arguments.command](arguments)
+    if done := commands[arguments.command](arguments):
+        print(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ _HEAD = "| key | value | default | meaning |\n|---|---|---|---|"
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-_LISTS: dict[type, str] = {schema.SourceConfig: "sources", schema.WeightChange: "weight_changes"}
+_INNER: dict[type, str] = {
+    schema.RopeScaling: "model.rope_scaling",
+    schema.SourceConfig: "An entry of data.sources",
+    schema.WeightChange: "An entry of data.weight_changes",
+}
 
 
 def field_docstrings(section: type) -> dict[str, str]:
@@ -99,10 +103,8 @@ def reference() -> str:
             key = section.__pydantic_fields__[field.name].alias or field.name
             page.append(f"| `{name}.{key}` | {kind(hints[field.name])} | {default} | {meaning} |")
         page.append("")
-    for section in (schema.SourceConfig, schema.WeightChange):
-        page.append(
-            f"## An entry of data.{_LISTS[section]}\n\n{_prose(ast.get_docstring(_definition(section)) or '')}\n"
-        )
+    for section, title in _INNER.items():
+        page.append(f"## {title}\n\n{_prose(ast.get_docstring(_definition(section)) or '')}\n")
         page += ["| field | value | default | meaning |", "|---|---|---|---|"]
         hints, docstrings = get_type_hints(section, include_extras=True), field_docstrings(section)
         for field in dataclasses.fields(section):

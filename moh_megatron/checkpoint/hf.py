@@ -5,34 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig
 
+from moh_megatron.checkpoint.hf_config import CODE, Ends, hf_config
 from moh_megatron.checkpoint.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
-from moh_megatron.checkpoint.mapping import to_hf
+from moh_megatron.checkpoint.hf_source import CONFIG
+from moh_megatron.checkpoint.hf_weights import write_weights
+from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.model_card import model_card
+from moh_megatron.checkpoint.official import official_config
+from moh_megatron.checkpoint.sources import WeightSource
+from moh_megatron.checkpoint.whole import whole_folder
 from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, load_tokenizer
 
 MARKER = "moh_megatron.json"
 """Names the files of an export, so that a later one may replace them and nothing else."""
 MAX_SHARD_SIZE = "5GB"
-_CODE = ("configuration_moh.py", "modeling_moh.py")
-_AUTO_MAP = {"AutoConfig": "configuration_moh.MoHConfig", "AutoModelForCausalLM": "modeling_moh.MoHForCausalLM"}
+Form = Literal["moh", "llama", "official"]
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
 
@@ -65,97 +63,8 @@ def replacing(hf_dir: Path) -> Iterator[Path]:
         Fault: the disk is full or refuses.
     """
     check_replaceable(hf_dir)
-    try:
-        hf_dir.parent.mkdir(parents=True, exist_ok=True)
-        # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
-        workplace = Path(tempfile.mkdtemp(prefix=f".{hf_dir.name}.", dir=hf_dir.parent))
-    except OSError as error:
-        raise Fault(
-            f"{hf_dir}: cannot write beside it ({error}). Name a folder on a disk that can be written."
-        ) from error
-    try:
-        new, old = workplace / hf_dir.name, workplace / "replaced"
-        new.mkdir()
-        yield new
-        if hf_dir.exists():
-            hf_dir.rename(old)
-        try:
-            new.rename(hf_dir)
-        except OSError:
-            if old.exists():
-                old.rename(hf_dir)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise Fault(
-            f"{hf_dir}: the export could not be written ({error}). Free some space, or name another disk."
-        ) from error
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-
-
-def hf_config(config: Config, dtype: torch.dtype, eod: int, pad: int) -> LlamaConfig:
-    """config.json's content: a MoHConfig, or a plain LlamaConfig for a dense model."""
-    model, moh = config.model, config.moh
-    fields: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.head_dim,
-        "max_position_embeddings": model.max_position_embeddings or config.train.sequence_length,
-        "initializer_range": model.init_method_std,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "tie_word_embeddings": model.tie_word_embeddings,
-        # A document starts behind the token that ended the one before it.
-        "bos_token_id": eod,
-        "eos_token_id": eod,
-        # Transformers never trains the embedding of the padding token, so the end token must not be it.
-        "pad_token_id": None if pad == eod else pad,
-        "dtype": dtype,
-    }
-    if moh.enabled:
-        fields |= {
-            **_heads(config),
-            "moh_router": moh.router,
-            "moh_gating": moh.gating,
-            "moh_balance_loss": moh.balance_loss,
-            "moh_balance_coefficient": moh.balance_weight,
-            "moh_bias_update_rate": moh.bias_update_rate if moh.balancing == "bias" else None,
-            "architectures": ["MoHForCausalLM"],
-            "auto_map": _AUTO_MAP,
-        }
-    try:
-        return MoHConfig(**fields) if moh.enabled else LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"Transformers cannot express this model: {error}") from error
-
-
-def _heads(config: Config) -> dict[str, Any]:
-    """Numbers where every layer is alike and shares its first heads, else a list for each layer."""
-    layers = layer_heads(config.model, config.moh)
-    shared, active = [list(each.shared) for each in layers], [each.active for each in layers]
-    first = list(range(len(shared[0])))
-    return {
-        "moh_shared_heads": len(first) if all(each == first for each in shared) else shared,
-        "moh_active_heads": active[0] if len(set(active)) == 1 else active,
-    }
-
-
-def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``state`` in another precision; integers stay as they are.
-
-    Raises:
-        UserError: a tensor is not finite, or not any more; the message names it.
-    """
-    result = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    for name, tensor in result.items():
-        if not tensor.isfinite().all():
-            cause = f"too large for {dtype}: choose another dtype" if state[name].isfinite().all() else "broken weights"
-            raise UserError(f"{name}: every value must be finite. Got inf or NaN ({cause}).")
-    return result
+    with whole_folder(hf_dir) as folder:
+        yield folder
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -164,6 +73,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     # Other classes rebuild the tokenizer from its vocabulary; this one takes tokenizer.json as it is.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # An imported one may name code of its own.
+    settings.pop("auto_map", None)
     encoder = Encoder.from_file(str(folder / TOKENIZER_JSON))
     settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eod))
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -179,47 +90,59 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def write_folder(
     folder: Path,
     config: Config,
-    state: Mapping[str, Tensor],
-    tokenizer_dir: Path,
-    dtype: torch.dtype,
+    source: WeightSource,
+    tokenizer_dir: Path | None,
+    dtype: torch.dtype | None,
     *,
     step: int,
     tokens: int,
+    form: Form = "moh",
 ) -> None:
     """Fill an empty ``folder`` with what AutoModelForCausalLM and AutoTokenizer open; ``replacing`` puts it in place.
 
     Args:
-        state: whole tensors under Megatron-core's names, see ``mapping.to_hf``.
-        tokenizer_dir: holds the tokenizer's files.
-        dtype: precision of the written weights.
+        tokenizer_dir: holds the tokenizer's files; None for a model that came without one.
+        dtype: precision of the written weights; None leaves each tensor its own.
         step, tokens: training so far, for the model card.
+        form: moh, with the code of MoH where the model has it; llama, for a dense model; official, LLaMA's names and
+            settings alone, as SkyworkAI's modelling file takes them.
 
     Raises:
-        UserError: weights, tokenizer and configuration do not fit.
+        UserError: weights, tokenizer and configuration do not fit, or the form cannot express the model.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if form == "llama" and config.moh.enabled:
         raise UserError(
-            f"{tokenizer_dir}: the tokenizer must have at most model.vocab_size ({config.model.vocab_size}) entries. "
+            "--format llama needs a dense model: LlamaForCausalLM has no routers, and would use every head. "
+            "Got moh.enabled: true; use --format moh."
+        )
+    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    if tokenizer is not None and tokenizer.vocab_size > config.model.tokens:
+        raise UserError(
+            f"{tokenizer_dir}: the tokenizer must have at most model.vocab_size ({config.model.tokens}) entries. "
             f"Got {tokenizer.vocab_size}: it is another model's."
         )
-    # Parts of one fused matrix may share its memory, which safetensors does not write.
-    parts = {name: part.clone() for name, part in to_hf(cast(state, dtype), config).items()}
-    save_torch_state_dict(parts, folder, max_shard_size=MAX_SHARD_SIZE)
-    hf_config(config, dtype, tokenizer.eod, tokenizer.pad).save_pretrained(folder)
-    ends = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    GenerationConfig(**ends).save_pretrained(folder)
-    if config.moh.enabled:
-        for name in _CODE:
+    ends = Ends() if tokenizer is None else Ends.of(tokenizer)
+    precision = dtype or source.dtype(rules(config)[0])
+    if form == "official":
+        settings = official_config(config, precision, ends)
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        hf_config(config, precision, ends).save_pretrained(folder)
+    write_weights(folder, config, source, dtype, MAX_SHARD_SIZE)
+    GenerationConfig(bos_token_id=ends.bos, eos_token_id=ends.eos, pad_token_id=ends.pad).save_pretrained(folder)
+    if config.moh.enabled and form == "moh":
+        for name in CODE:
             shutil.copyfile(Path(configuration_moh.__file__).with_name(name), folder / name)
-    _write_tokenizer(tokenizer, folder)
-    card = model_card(config, dtype=str(dtype).removeprefix("torch."), step=step, tokens=tokens)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, folder)
+    if form != "official":
+        card = model_card(config, dtype=str(precision).removeprefix("torch."), step=step, tokens=tokens)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     marker = {
         "format": 1,
         "step": step,
         "tokens": tokens,
-        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
         "files": sorted(os.listdir(folder)),
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
@@ -234,17 +157,3 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "
             "Export the model again."
         )
-
-
-@torch.inference_mode()
-def verify_export(hf_dir: Path, reference_logits: Tensor, tokens: Tensor) -> float:
-    """Reload ``hf_dir`` in fp32 and return its largest absolute difference from ``reference_logits`` [B, S, V].
-
-    ``tokens`` is [B, S]. NaN on either side gives NaN.
-    """
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True, dtype=torch.float32)
-    difference = torch.zeros(())
-    for row, reference in zip(tokens, reference_logits, strict=True):
-        logits = model(row[None], use_cache=False).logits[0]
-        difference = torch.maximum(difference, (logits - reference.float()).abs().max())
-    return difference.item()

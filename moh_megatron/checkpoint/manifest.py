@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 FORMAT_VERSION = 2
@@ -15,6 +16,7 @@ _READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
 _CHUNK = 1 << 22
+_PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that make what is saved."""
+    return {package: version(package) for package in _PACKAGES}
 
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:

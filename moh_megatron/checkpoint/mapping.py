@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,10 +35,39 @@ class Rule:
     """Of a tensor that keeps its own whatever the model's precision."""
     stride: int = 1
     """Matrices stacked along ``dim``, each of them cut: 2 for the fused gate and up projection."""
-    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda whole: (whole,)
-    """Megatron-core -> Hugging Face, one tensor for each name in ``hf``."""
-    join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
-    """The inverse of ``split``."""
+    padding: int = 0
+    """Last rows that no Hugging Face tensor has."""
+    to_parts: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    """Megatron-core -> Hugging Face; None where its tensors stand one below the other, equally high."""
+    from_parts: Callable[[Sequence[Tensor]], Tensor] | None = None
+    """The inverse of ``to_parts``."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the whole tensor is the Hugging Face tensors one below the other, and its padding."""
+        return self.to_parts is None
+
+    @property
+    def rows(self) -> int:
+        """Of each Hugging Face tensor of a stacked one."""
+        return (self.shape[0] - self.padding) // len(self.hf)
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Megatron-core -> Hugging Face, one tensor for each name in ``hf``."""
+        if self.to_parts is not None:
+            return self.to_parts(whole)
+        return tuple(whole[: self.shape[0] - self.padding].split(self.rows))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of ``split``; padding is 0."""
+        if self.from_parts is not None:
+            return self.from_parts(parts)
+        padding = [parts[0].new_zeros(self.padding, *self.shape[1:])] if self.padding else []
+        return torch.cat([*parts, *padding]) if len(parts) + len(padding) > 1 else parts[0]
+
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        """Of each tensor in ``hf``."""
+        return [tuple(part.shape) for part in self.split(torch.empty(self.shape, device="meta"))]
 
 
 def split_qkv(fused: Tensor, model: ModelConfig, order: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,16 +103,16 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
         tuple(f"{hf}.self_attn.{name}_proj.weight" for name in "qkv"),
         ((heads + 2 * groups) * size, hidden),
         dim=0,
-        split=lambda fused: split_qkv(fused, model, order),
-        join=lambda parts: join_qkv(parts, model, order),
+        to_parts=lambda fused: split_qkv(fused, model, order),
+        from_parts=lambda parts: join_qkv(parts, model, order),
     )
     yield Rule(
         f"{ours}.self_attention.linear_proj.weight",
         (f"{hf}.self_attn.o_proj.weight",),
         (hidden, heads * size),
         dim=1,
-        split=lambda physical: (permute_columns(physical, groups, inverse(order)),),
-        join=lambda parts: permute_columns(parts[0], groups, order),
+        to_parts=lambda physical: (permute_columns(physical, groups, inverse(order)),),
+        from_parts=lambda parts: permute_columns(parts[0], groups, order),
     )
     own = layer_heads(model, config.moh)[index]
     for name, rows in router_weight_rows(config.moh, own).items():
@@ -98,8 +128,6 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
         (2 * ffn, hidden),
         dim=0,
         stride=2,
-        split=lambda fused: tuple(fused.chunk(2)),
-        join=lambda parts: torch.cat(list(parts)),
     )
     yield Rule(f"{ours}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), (hidden, ffn), dim=1)
 
@@ -107,17 +135,30 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
 def rules(config: Config) -> list[Rule]:
     """The table for one model, in the order of its layers."""
     model = config.model
-    embedding = (model.vocab_size, model.hidden_size)
-    table = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), embedding, dim=0)]
+    vocabulary: dict[str, Any] = {
+        "shape": (model.vocab_size, model.hidden_size),
+        "dim": 0,
+        "padding": model.vocab_padding,
+    }
+    table = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), **vocabulary)]
     for index in range(model.num_layers):
         table.extend(_layer_rules(config, index))
     table.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), (model.hidden_size,)))
     if not model.tie_word_embeddings:
-        table.append(Rule("output_layer.weight", ("lm_head.weight",), embedding, dim=0))
+        table.append(Rule("output_layer.weight", ("lm_head.weight",), **vocabulary))
     return table
 
 
-def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+class HasShape(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def check_names_and_shapes(state: Mapping[str, HasShape], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise UserError unless ``state`` has exactly the names of ``shapes``, each with its shape."""
+
     def names(title: str, found: list[str]) -> str:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         return f"{title}: {', '.join(found[:5])}{more}."
@@ -139,7 +180,7 @@ def to_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         UserError: a tensor is missing, unexpected, or of another shape than ``config`` gives it.
     """
     table = rules(config)
-    _check(state, {rule.megatron: rule.shape for rule in table}, "Megatron-core weights")
+    check_names_and_shapes(state, {rule.megatron: rule.shape for rule in table}, "Megatron-core weights")
     return {name: part for rule in table for name, part in zip(rule.hf, rule.split(state[rule.megatron]), strict=True)}
 
 
@@ -150,12 +191,8 @@ def from_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         UserError: a tensor is missing, unexpected, or of another shape than ``config`` gives it.
     """
     table = rules(config)
-    shapes = {
-        name: tuple(part.shape)
-        for rule in table
-        for name, part in zip(rule.hf, rule.split(torch.empty(rule.shape, device="meta")), strict=True)
-    }
-    _check(state, shapes, "Hugging Face weights")
+    shapes = {name: shape for rule in table for name, shape in zip(rule.hf, rule.hf_shapes(), strict=True)}
+    check_names_and_shapes(state, shapes, "Hugging Face weights")
     return {rule.megatron: rule.join([state[name] for name in rule.hf]) for rule in table}
 
 

@@ -17,7 +17,7 @@ tags:
 
 # {title}
 
-{summary} It was trained with moh_megatron and exported after {step:,} steps ({tokens:,} tokens).
+{summary} {origin}
 
 ## Use
 
@@ -59,6 +59,7 @@ def _rows(config: Config, dtype: str) -> list[tuple[str, object]]:
         ("vocabulary", model.vocab_size),
         ("tied embeddings", "yes" if model.tie_word_embeddings else "no"),
         ("RoPE base", f"{model.rotary_base:g}"),
+        ("RoPE scaling", model.rope_scaling.type if model.rope_scaling else "none"),
         ("longest context", model.max_position_embeddings or config.train.sequence_length),
         ("training sequence length", config.train.sequence_length),
         ("training precision", config.train.precision),
@@ -104,7 +105,8 @@ def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
         )
         code = (
             "`trust_remote_code=True` runs `configuration_moh.py` and `modeling_moh.py` of this folder; they need only "
-            "torch and transformers 5. Every head is computed and multiplied by its gate."
+            "torch and transformers 5. On one thread of a CPU a long prompt is computed for the active heads alone; "
+            "elsewhere every head is computed and multiplied by its gate."
         )
     else:
         summary = "A LLaMA-like language model with dense attention."
@@ -115,8 +117,9 @@ def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
         title="Mixture-of-Head language model" if moh.enabled else "Dense language model",
         tags="\n".join(f"- {tag}" for tag in (["mixture-of-head", "moe"] if moh.enabled else ["llama"])),
         summary=summary,
-        step=step,
-        tokens=tokens,
+        origin=f"It was trained with moh_megatron and exported after {step:,} steps ({tokens:,} tokens)."
+        if step
+        else "It was converted with moh_megatron.",
         trust=", trust_remote_code=True" if moh.enabled else "",
         code=code,
         table="\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _rows(config, dtype))]),

@@ -21,14 +21,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moh_megatron.checkpoint import optimizer_state, random_states, weights
+from moh_megatron.checkpoint import optimizer_state, weights
 from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
-_RESUME_ONLY = (optimizer_state.FOLDER, random_states.FOLDER, "engine")
+RANDOM_STATES = "rng"
+_RESUME_ONLY = (optimizer_state.FOLDER, RANDOM_STATES, "engine")
 """Folders that nothing but a resume needs; the last one is DeepSpeed's, of format version 1."""
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moh_megatron.checkpoint.native import RANDOM_STATES
 from moh_megatron.parallel import random_states
-
-FOLDER = "rng"
 
 
 def _file(checkpoint: Path) -> Path:
-    return checkpoint / FOLDER / f"rank_{dist.get_rank():05d}.pt"
+    return checkpoint / RANDOM_STATES / f"rank_{dist.get_rank():05d}.pt"
 
 
 def write(checkpoint: Path, states: dict[str, Any]) -> Path:

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,23 +15,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moh_megatron.checkpoint import optimizer_state, random_states, weights
-from moh_megatron.checkpoint.manifest import FileEntry, Manifest, hash_file, relative_files, write_manifest
+from moh_megatron.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    hash_file,
+    package_versions,
+    relative_files,
+    write_manifest,
+)
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.native import (
     CONFIG,
     LATEST,
     PARTIAL,
+    RANDOM_STATES,
     TOKENIZER,
     checkpoint_name,
     complete_checkpoints,
     topology_of,
 )
+from moh_megatron.checkpoint.whole import flush_names
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
 from moh_megatron.parallel import groups
 from moh_megatron.parallel.random_states import capture
-
-_PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
 class SavesFiles(Protocol):
@@ -104,7 +109,7 @@ def make_room(root: Path, step: int) -> None:
     """Clear away what a killed run left behind, and make the folder of a new checkpoint; the first rank's task."""
     for stale in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    for folder in (weights.FOLDER, optimizer_state.FOLDER, random_states.FOLDER):
+    for folder in (weights.FOLDER, optimizer_state.FOLDER, RANDOM_STATES):
         (partial_folder(root, step) / folder).mkdir(parents=True)
 
 
@@ -128,29 +133,20 @@ def publish(root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_s
     """Make a checkpoint complete and visible once every rank has written its part; the first rank's task."""
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
     final = root / checkpoint_name(snapshot.step)
-    versions = {package: version(package) for package in _PACKAGES}
     topology = topology_of(config, world_size)
     tokens = snapshot.step * config.train.tokens_per_step
-    write_manifest(folder, Manifest(snapshot.step, tokens, topology, snapshot.data, versions, files))
+    write_manifest(folder, Manifest(snapshot.step, tokens, topology, snapshot.data, package_versions(), files))
     replaced = root / f"{PARTIAL}replaced_{final.name}"
     if final.exists():  # a damaged one that was passed over
         final.rename(replaced)
     folder.rename(final)
-    _flush_names(root)
+    flush_names(root)
     temporary = root / f".{LATEST}"
     temporary.write_text(f"{final.name}\n", encoding="utf-8")
     temporary.replace(root / LATEST)
-    _flush_names(root)
+    flush_names(root)
     shutil.rmtree(replaced, ignore_errors=True)
     prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every, snapshot.step)
-
-
-def _flush_names(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def prune(root: Path, keep_last: int | None, keep_every: int | None, step: int) -> None:

@@ -23,13 +23,14 @@ from moh_megatron.model.tensors import model_tensors
 FOLDER = "weights"
 
 
-def _file(folder: Path, rank: int, size: int) -> Path:
+def shard_file(folder: Path, rank: int, size: int) -> Path:
+    """The file of one tensor-parallel rank's tensors."""
     return folder / FOLDER / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors"
 
 
 def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> Path:
     """Write one tensor-parallel rank's tensors, under Megatron-core's names; returns the file."""
-    path = _file(folder, rank, size)
+    path = shard_file(folder, rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path)
     return path
@@ -58,16 +59,22 @@ def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config
         UserError: the checkpoint lacks a tensor of the model.
     """
     there, here = written_by.parallel.tensor, config.parallel.tensor
-    own = model_tensors(model)
+    own, stored = model_tensors(model), {rule.megatron: rule for rule in rules(written_by)}
+    same = there == here and written_by.model.vocab_size == config.model.vocab_size
     with ExitStack() as stack:
-        shards = _open(stack, folder, written_by, [rank] if there == here else range(there))
+        shards = _open(stack, folder, written_by, [rank] if same else range(there))
         held = set(next(iter(shards.values())).keys())
         for rule in rules(config):
             if rule.megatron not in held:
                 if rule.dtype is not None:
                     continue
                 raise UserError(f"{folder} holds no {rule.megatron}. The weights must be of the same architecture.")
-            own[rule.megatron].copy_(reshard(_reader(shards, rule.megatron), rule, there, rank, here))
+            read = _reader(shards, rule.megatron)
+            if rule.padding == stored[rule.megatron].padding:
+                own[rule.megatron].copy_(reshard(read, rule, there, rank, here))
+            else:
+                padded = rule.join(stored[rule.megatron].split(reshard(read, stored[rule.megatron], there, 0, 1)))
+                own[rule.megatron].copy_(split_shard(padded, rule.dim, rule.stride, rank, here))
 
 
 def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int, here: int) -> Tensor:
@@ -84,7 +91,7 @@ def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int
 
 def _open(stack: ExitStack, folder: Path, config: Config, ranks: Any) -> dict[int, Any]:
     size = config.parallel.tensor
-    return {rank: stack.enter_context(safe_open(_file(folder, rank, size), "pt")) for rank in ranks}
+    return {rank: stack.enter_context(safe_open(shard_file(folder, rank, size), "pt")) for rank in ranks}
 
 
 def _reader(shards: Mapping[int, Any], name: str) -> Callable[[int], Tensor]:

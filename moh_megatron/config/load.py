@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -37,6 +37,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         draft.add(mapping, file)
     for override in overrides:
         draft.override(override)
+    return draft.finish()
+
+
+def completed_config(
+    defaults: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]],
+    source: str,
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """As ``load_config`` of an optional file, completed by ``defaults``: a function of what is stated, by section and
+    key. ``source`` says in messages where the defaults are from."""
+    draft = _Draft(source)
+    for file, mapping in reversed(_chain(path, draft.problems)) if path is not None else ():
+        draft.add(mapping, file)
+    for override in overrides:
+        draft.override(override)
+    draft.complete(defaults(draft.values()), source)
     return draft.finish()
 
 
@@ -122,12 +139,22 @@ class _Draft:
         self.problems += [f"{COMMAND_LINE}: {name}: {duplicate}" for duplicate in duplicates]
         self.add({section: {key: value}}, COMMAND_LINE)
 
-    def finish(self) -> Config:
-        config = None
-        values = {
+    def complete(self, mapping: Mapping[str, Mapping[str, Any]], source: str) -> None:
+        """Set what nobody has set."""
+        for section, values in mapping.items():
+            settings = self.settings.setdefault(section, {})
+            for key, value in values.items():
+                settings.setdefault(key, _Setting(value, source))
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """What is set, by section and key."""
+        return {
             section: {key: setting.value for key, setting in settings.items()}
             for section, settings in self.settings.items()
         }
+
+    def finish(self) -> Config:
+        config, values = None, self.values()
         for section in self.free & values.keys():
             values[section] = nested(values[section])
         try:

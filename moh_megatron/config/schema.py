@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from moh_megatron.config.types import (
     Bool,
+    Float,
     Fraction,
     HeadBudget,
     HeadSet,
@@ -42,6 +43,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class RopeScaling:
+    """RoPE's frequencies slowed down, so that a model reaches beyond the context it was first trained on."""
+
+    type: Literal["llama3", "linear"]
+    """llama3: long waves by factor, short ones not at all, those between in part (LLaMA 3.1); linear: all of them."""
+    factor: Annotated[Float, Field(ge=1)]
+    low_freq_factor: PositiveFloat = 1.0
+    """Waves longer than original_max_position_embeddings over this are slowed down in full; llama3 only."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Waves shorter than original_max_position_embeddings over this are left alone; llama3 only."""
+    original_max_position_embeddings: PositiveInt = 8192
+    """The context the model was first trained on; llama3 only."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class ModelConfig:
     """A LLaMA-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases. Names as in Megatron-core."""
 
@@ -51,6 +67,9 @@ class ModelConfig:
     num_attention_heads: PositiveInt
     vocab_size: PositiveInt
     """Rows of the embedding. The tokenizer may have fewer entries; a trained one gets exactly this many."""
+    vocab_padding: NonNegativeInt = 0
+    """How many of these rows, the last ones, are no tokens: conversion adds them where parallel.tensor would not divide
+    the vocabulary, and drops them on export. Their logits are minus infinity."""
     num_query_groups: PositiveInt | None = None
     """Key/value heads; null means one per query head (multi-head attention)."""
     kv_channels: PositiveInt | None = None
@@ -58,6 +77,8 @@ class ModelConfig:
     max_position_embeddings: PositiveInt | None = None
     """Longest context the exported model announces; null means train.sequence_length."""
     rotary_base: PositiveFloat = 10000.0
+    rope_scaling: Annotated[RopeScaling | None, "mapping, below, or null"] = None
+    """null leaves RoPE's frequencies as rotary_base gives them."""
     norm_epsilon: PositiveFloat = 1e-5
     tie_word_embeddings: Bool = False
     init_method_std: PositiveFloat = 0.02
@@ -68,6 +89,11 @@ class ModelConfig:
     @property
     def query_groups(self) -> int:
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the embedding that are tokens."""
+        return self.vocab_size - self.vocab_padding
 
     @property
     def head_dim(self) -> int:

@@ -84,6 +84,19 @@ def _model(config: Config) -> Iterator[Violation]:
             f"model.num_query_groups must divide model.num_attention_heads ({heads}). Got {groups}; "
             f"nearest: {nearest_divisors(groups, heads)}.",
         )
+    if model.vocab_padding >= model.vocab_size:
+        yield Violation(
+            "model.vocab_padding",
+            f"model.vocab_padding must be less than model.vocab_size ({model.vocab_size}), which counts it. "
+            f"Got {model.vocab_padding}.",
+        )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield Violation(
+            "model.rope_scaling",
+            f"model.rope_scaling: high_freq_factor must be greater than low_freq_factor "
+            f"({scaling.low_freq_factor:g}). Got {scaling.high_freq_factor:g}.",
+        )
     context, sequence = model.max_position_embeddings, config.train.sequence_length
     if context is not None and context < sequence:
         yield Violation(

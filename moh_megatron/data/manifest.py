@@ -90,7 +90,7 @@ class Manifest:
 
     def check_fits(self, config: Config) -> None:
         """Raise UserError where this dataset cannot feed the configured model."""
-        if self.tokenizer.entries > config.model.vocab_size:
+        if self.tokenizer.entries > config.model.tokens:
             raise UserError(
                 f"model.vocab_size must be at least {self.tokenizer.entries}, the entries of the tokenizer. "
                 f"Got {config.model.vocab_size}."

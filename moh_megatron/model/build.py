@@ -17,15 +17,16 @@ from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
+from moh_megatron.model.dtypes import DTYPES
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.model.packed_gpt import PackedGPTModel
 from moh_megatron.model.packing import document_ends, document_positions
+from moh_megatron.model.padding import mask_padding
+from moh_megatron.model.rope import inverse_frequencies
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.backends.choice import choose_backend
 from moh_megatron.moh.backends.flash import flash_refusal
 from moh_megatron.moh.sparse_attention import refusal
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -95,7 +96,7 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     """
     model = config.model
     model_class = PackedGPTModel if config.data.document_mask else GPTModel
-    return model_class(
+    built = model_class(
         config=transformer_config(config),
         transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
         vocab_size=model.vocab_size,
@@ -104,6 +105,12 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
         position_embedding_type="rope",
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
     )
+    if model.rope_scaling is not None:
+        # Megatron-core's own scaling has LLaMA 3.1's constants built in.
+        built.rotary_pos_emb.inv_freq = inverse_frequencies(model)
+    if model.vocab_padding:
+        mask_padding(built.output_layer, model.tokens)
+    return built
 
 
 def attention_backend(config: Config, device: torch.device) -> str:

@@ -80,6 +80,17 @@ def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def _architecture(config: Config) -> dict[str, Any]:
+    """What weights depend on: null in place of a value that says the same makes no difference, nor does padding."""
+    model = config.model
+    usual = model.head_dim * model.num_attention_heads == model.hidden_size
+    return _values(config, _SAME_WEIGHTS) | {
+        "model.num_query_groups": model.query_groups,
+        "model.kv_channels": None if usual else model.head_dim,
+        "model.vocab_size": model.tokens,
+    }
+
+
 def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], remedy: str) -> None:
     differences = [f"  {key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
     if differences:
@@ -150,7 +161,10 @@ def check_same_run(
 
 def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Raise UserError where ``checkpoint`` learned with another tokenizer than the data's: its ids mean other text."""
-    there = load_tokenizer(tokenizer_folder(checkpoint))
+    folder = tokenizer_folder(checkpoint)
+    if not folder.is_dir():  # imported from a folder that had none
+        return
+    there = load_tokenizer(folder)
     if (there.sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
         raise UserError(
             f"{checkpoint} was made with another tokenizer, {there.sha256[:12]}, than the data, "
@@ -164,6 +178,6 @@ def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path
     if config.train.init_from is None:
         return None
     checkpoint = resolve_checkpoint(config.train.init_from, report)
-    there, here = _values(read_config(checkpoint), _SAME_WEIGHTS), _values(config, _SAME_WEIGHTS)
+    there, here = (_architecture(each) for each in (read_config(checkpoint), config))
     _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
     return checkpoint

@@ -13,9 +13,10 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import convert, hf
+from moh_megatron.checkpoint import convert, mapping
 from moh_megatron.checkpoint.manifest import Manifest, Topology, hash_file, relative_files, write_manifest
 from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
+from moh_megatron.checkpoint.verify import verification_tokens
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import (
     Config,
@@ -129,9 +130,11 @@ def run_script(monkeypatch, *arguments: object) -> int:
 )
 def test_the_exported_model_computes_what_the_checkpoint_computes(config, tokenizer_dir, tmp_path):
     checkpoint = write_checkpoint(tmp_path, config, tokenizer_dir)
-    assert convert.megatron_to_hf(checkpoint, tmp_path / "hf") < 1e-5
+    difference = convert.megatron_to_hf(checkpoint, tmp_path / "hf")
+    assert difference is not None
+    assert difference < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    tokens = convert.verification_tokens(config, 0)
+    tokens = verification_tokens(config, 0)
     assert tokens.shape == (2, 48)
     with torch.no_grad():
         assert model(tokens).logits.std() > 0.1, "logits this flat would agree whatever the weights"
@@ -157,14 +160,13 @@ def test_the_command_exports_a_run_and_adds_to_its_summary(tokenizer_dir, tmp_pa
 
 def test_a_wrong_conversion_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path, make_config(), tokenizer_dir)
-    right = hf.to_hf
+    right = mapping.split_qkv
 
-    def wrong(state, config):
-        parts = right(state, config)
-        parts["model.layers.1.self_attn.q_proj.weight"] = parts["model.layers.1.self_attn.q_proj.weight"].roll(8, 0)
-        return parts
+    def wrong(*arguments):
+        query, key, value = right(*arguments)
+        return query.roll(8, 0), key, value
 
-    monkeypatch.setattr(hf, "to_hf", wrong)
+    monkeypatch.setattr(mapping, "split_qkv", wrong)
     assert run_script(monkeypatch, "--load-dir", tmp_path, "--hf-dir", tmp_path / "hf") == 1
     captured = capsys.readouterr().err
     assert "the exported model's logits differ from the checkpoint's" in captured

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moh_megatron.checkpoint import hf
 from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.sources import HeldWeights
 from moh_megatron.config.schema import Config, ModelConfig, MoHConfig, OptimizerConfig, RunConfig, TrainConfig
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 
@@ -66,7 +67,9 @@ def exported(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(2)
     state = {rule.megatron: 0.3 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
     with hf.replacing(root / "hf") as partial:
-        hf.write_folder(partial, config, state, root / "tokenizer", torch.float32, step=1, tokens=64)
+        hf.write_folder(
+            partial, config, HeldWeights(state, config), root / "tokenizer", torch.float32, step=1, tokens=64
+        )
     return root / "hf"
 
 

@@ -20,17 +20,26 @@ ARROWS = {
     "monitor": {"config"},
     "data": {"config"},
     "moh": {"config", "parallel"},
+    "hf": {"checkpoint"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "parallel"},
     "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
+    "upcycle": {"checkpoint", "config", "model"},
 }
 
 # A library stays where it is wrapped: files or folders below moh_megatron/.
 LIBRARIES = {
     "deepspeed": {"train/engine.py"},
     "megatron": {"moh/attention.py", "model", "parallel", "data/blend.py", "data/dataset.py"},
-    "transformers": {"checkpoint/hf.py", "checkpoint/text.py", "checkpoint/hf_model"},
+    "transformers": {
+        "checkpoint/hf.py",
+        "checkpoint/hf_config.py",
+        "checkpoint/hf_model",
+        "checkpoint/text.py",
+        "checkpoint/verify.py",
+        "hf.py",
+    },
     "tokenizers": {
         "checkpoint/hf.py",
         "data/byte_level_bpe.py",

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from moh_megatron.checkpoint import hf
+from moh_megatron.checkpoint import hf, verify
 from moh_megatron.checkpoint.mapping import from_hf, rules
+from moh_megatron.checkpoint.sources import HeldWeights
+from moh_megatron.checkpoint.verify import Trace
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import (
     Config,
@@ -62,15 +64,10 @@ def make_state(config: Config) -> dict[str, torch.Tensor]:
 
 
 def export(folder: Path, config: Config, tokenizer_dir: Path, dtype=torch.float32, **changes: Any) -> None:
-    arguments = {
-        "state": make_state(config),
-        "tokenizer_dir": tokenizer_dir,
-        "dtype": dtype,
-        "step": 12,
-        "tokens": 3456,
-    }
+    settings: dict[str, Any] = {"step": 12, "tokens": 3456} | changes
+    source = HeldWeights(settings.pop("state", make_state(config)), config)
     with hf.replacing(folder) as partial:
-        hf.write_folder(partial, config, **(arguments | changes))
+        hf.write_folder(partial, config, source, tokenizer_dir, dtype, **settings)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +106,11 @@ def test_export_reloads_with_every_weight(config, tokenizer_dir, tmp_path):
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reference = model(tokens).logits
-    assert hf.verify_export(folder, reference, tokens) < 1e-5
-    assert hf.verify_export(folder, reference + 0.25, tokens) == pytest.approx(0.25, abs=1e-4)
-    assert not hf.verify_export(folder, reference * torch.nan, tokens) < 1.0
+    again = verify.trace_hf(verify.open_export(folder), tokens)
+    assert verify.compare(again, Trace(again.layers, reference)).logits.largest < 1e-5
+    shifted = verify.compare(again, Trace(again.layers, reference + 0.25)).logits
+    assert (shifted.largest, shifted.mean) == pytest.approx((0.25, 0.25), abs=1e-4)
+    assert not verify.compare(again, Trace(again.layers, reference * torch.nan)).logits.largest < 1.0
 
 
 def test_tokenizer_and_generation_settings(tokenizer_dir, tmp_path):

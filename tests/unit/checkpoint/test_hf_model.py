@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from moh_megatron.checkpoint.hf_model import modeling_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
-from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM, MoHRouter, top_k_mask
+from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM, MoHRouter, attend_active, top_k_mask
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "official"
 SETTINGS = {
@@ -207,6 +208,53 @@ def test_cached_generation_equals_uncached(router):
     cached = model.generate(prompt, use_cache=True, **arguments)
     assert cached.shape == (2, 23)
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **arguments))
+
+
+@pytest.mark.parametrize("router", ["learned", "query_norm"])
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_a_prompt_computed_for_active_heads_alone_gives_the_same_tokens(router, groups, monkeypatch):
+    model = make_model(moh_router=router, num_key_value_heads=groups, max_position_embeddings=700)
+    prompt = torch.randint(61, (2, 600))
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    calls = []
+
+    def counted(*given):
+        calls.append(given[0].shape[2])
+        return attend_active(*given)
+
+    monkeypatch.setattr(modeling_moh, "attend_active", counted)
+    monkeypatch.setattr(modeling_moh, "PAYS", {1: (10_000, 1.0)})
+    dense, expected = model.generate(prompt, **arguments), model(prompt).logits
+    assert not calls
+    monkeypatch.setattr(modeling_moh, "PAYS", {1: (512, 0.75)})
+    assert torch.equal(model.generate(prompt, **arguments), dense)
+    assert calls == [600, 600]
+    with torch.no_grad():
+        assert_close(model(prompt).logits, expected, rtol=1e-4, atol=1e-4)
+    calls.clear()
+    # Padding, gradients, eager attention and short prompts take the dense path.
+    padded = torch.ones_like(prompt)
+    padded[0, :9] = 0
+    model.generate(prompt, attention_mask=padded, max_new_tokens=2, do_sample=False)
+    model(prompt).logits.sum().backward()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(prompt)
+        model(prompt[:, :500])
+    assert not calls
+
+
+def test_attention_of_active_heads_alone():
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, heads, 45, 8, generator=generator) for heads in (6, 2, 2))
+    active = torch.rand(2, 45, 6, generator=generator) < 0.4
+    active[1, :, 2] = False
+    active[0, :, 3:] = False
+    got = attend_active(query, key, value, active, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    assert_close(got, expected.transpose(1, 2) * active[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_left_padding_changes_nothing():

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from moh_megatron.checkpoint import optimizer_state, weights
-from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
+from moh_megatron.checkpoint.mapping import Rule, from_hf, rules, split_shard, to_hf
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
 
 COUNTS = Rule("router.counts", (), (4,))
 
@@ -64,6 +65,28 @@ def test_weights_of_any_size_load_at_any_size(tiny, tmp_path, table, whole, ther
         model.tensors[COUNTS.megatron] = torch.zeros(4, dtype=torch.int64)
         weights.load_into(model, config, tmp_path, written_by, rank)
         assert all(torch.equal(model.tensors[name], expected[name]) for name in whole)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_padding_is_that_of_the_size_that_loads(tiny, tmp_path, tie):
+    def config(tensor: int) -> Config:
+        padding = -97 % tensor
+        sizes = {"model.vocab_size": 97 + padding, "model.vocab_padding": padding, "parallel.tensor": tensor}
+        return tiny(sizes | {"model.tie_word_embeddings": tie})
+
+    draw = torch.Generator().manual_seed(0)
+    unpadded = to_hf({rule.megatron: torch.randn(rule.shape, generator=draw) for rule in rules(config(1))}, config(1))
+    for there in (1, 2, 4):
+        table, whole = rules(config(there)), from_hf(unpadded, config(there))
+        for rank in range(there):
+            weights.write_shard(tmp_path, shard(whole, table, rank, there), rank, there)
+        for here in (1, 2, 4):
+            expected_whole = from_hf(unpadded, config(here))
+            for rank in range(here):
+                model = Empty(rules(config(here)), rank, here)
+                weights.load_into(model, config(here), tmp_path, config(there), rank)
+                expected = shard(expected_whole, rules(config(here)), rank, here)
+                assert all(torch.equal(model.tensors[name], each) for name, each in expected.items())
 
 
 def test_a_tensor_that_is_not_there_is_named(tiny, tmp_path, table, whole):

@@ -140,8 +140,8 @@ def test_every_mistake_is_told_at_once_with_its_file(folder):
         "bad.yaml: runs: unknown section; did you mean 'run'?",
         "bad.yaml: active_heads: unknown section; did you mean 'moh.active_heads'?",
         "bad.yaml: model.5: unknown key; model has the keys num_layers, hidden_size, ffn_hidden_size, "
-        "num_attention_heads, vocab_size, num_query_groups, kv_channels, max_position_embeddings, rotary_base, "
-        "norm_epsilon, tie_word_embeddings, init_method_std, scaled_residual_init.",
+        "num_attention_heads, vocab_size, vocab_padding, num_query_groups, kv_channels, max_position_embeddings, "
+        "rotary_base, rope_scaling, norm_epsilon, tie_word_embeddings, init_method_std, scaled_residual_init.",
         "bad.yaml: moh.active_head: unknown key; did you mean 'active_heads'?",
         "bad.yaml: train: must be a mapping of keys. Got 7.",
         "command line: moh.routr: unknown key; did you mean 'router'?",

@@ -225,6 +225,12 @@ def test_weights_of_another_architecture_are_refused(config, checkpoint, key, th
     ]
 
 
+def test_other_words_for_the_same_architecture(config, checkpoint):
+    folder = checkpoint(5)
+    changes = {"model.kv_channels": 4, "model.vocab_size": 99, "model.vocab_padding": 3, "parallel.tensor": 1}
+    assert weights_to_start_from(config({"train.init_from": str(folder)} | changes), print) == folder
+
+
 def test_weights_from_nowhere(config, tmp_path):
     with pytest.raises(UserError, match="absent: no such folder"):
         weights_to_start_from(config({"train.init_from": str(tmp_path / "absent")}), print)

@@ -1,0 +1,17 @@
+"""Weights that are NaN or infinite are refused by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moh_megatron.config.errors import UserError
+
+
+def check_finite(tensor: Tensor, name: str, before: Tensor | None = None) -> None:
+    """Raise UserError where ``tensor`` is not finite; ``before`` is what it was in another precision."""
+    # NaN and infinity show in the extremes, which are found in one pass without a copy.
+    if not tensor.is_floating_point() or not tensor.numel() or all(each.isfinite() for each in tensor.aminmax()):
+        return
+    narrowed = before is not None and bool(before.isfinite().all())
+    cause = f"too large for {tensor.dtype}: choose another dtype" if narrowed else "broken weights"
+    raise UserError(f"{name}: every value must be finite. Got inf or NaN ({cause}).")

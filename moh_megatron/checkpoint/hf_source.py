@@ -1,0 +1,156 @@
+"""The weights of a Hugging Face folder, read a piece at a time; nothing in the folder is executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moh_megatron.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scratch
+from moh_megatron.config.errors import UserError
+
+CONFIG = "config.json"
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+class Described(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Shard(Protocol):
+    """One file of weights."""
+
+    @property
+    def entries(self) -> Mapping[str, Described]: ...
+
+    def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor: ...
+
+    def read(self, name: str, scratch: Scratch) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class HFWeights:
+    """All tensors of a folder, each in one of its files."""
+
+    def __init__(self, folder: Path, shard_of: Mapping[str, Shard]) -> None:
+        self.folder = folder
+        self._shard_of = shard_of
+        self.entries: dict[str, Described] = {name: shard.entries[name] for name, shard in shard_of.items()}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """All that occur."""
+        return {each.dtype for each in self.entries.values()}
+
+    def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
+        """See ``SafetensorsFile.rows``."""
+        return self._shard_of[name].rows(name, start, stop, scratch)
+
+    def read(self, name: str, scratch: Scratch) -> Tensor:
+        """See ``SafetensorsFile.read``."""
+        return self._shard_of[name].read(name, scratch)
+
+
+class _PickledFile:
+    """A file of torch.save, mapped into memory; it may hold tensors and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as tensors saved by torch ({error}).") from None
+        if not isinstance(held, Mapping) or not all(isinstance(each, Tensor) for each in held.values()):
+            raise UserError(f"{path}: must hold tensors by name. Got something else.")
+        self.entries: dict[str, Any] = dict(held)
+        for name, tensor in self.entries.items():
+            if tensor.dtype not in DTYPES.values():
+                raise UserError(f"{path}: {name} must be of {', '.join(DTYPES)}. Got {tensor.dtype}.")
+
+    def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
+        return self.entries[name][start:stop]
+
+    def read(self, name: str, scratch: Scratch) -> Tensor:
+        return self.entries[name]
+
+    def close(self) -> None:
+        self.entries.clear()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Expected the folder of a Hugging Face model.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object. Got {type(content).__name__}.")
+    return content
+
+
+@contextmanager
+def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeights]:
+    """The weights of ``folder``: one safetensors file, or an index and its shards.
+
+    Args:
+        allow_pickle: also read pytorch_model.bin, as tensors only.
+
+    Raises:
+        UserError: a file is missing or broken, or only pickles are there.
+    """
+    with ExitStack() as stack:
+        yield HFWeights(folder, _shards(stack, folder, allow_pickle))
+
+
+def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Shard]:
+    def opened(path: Path) -> Shard:
+        shard: Shard = _PickledFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        stack.callback(shard.close)
+        return shard
+
+    for name in (_SAFETENSORS, _PICKLE):
+        single, index = folder / name, folder / f"{name}.index.json"
+        if name == _PICKLE and (single.is_file() or index.is_file()) and not allow_pickle:
+            raise UserError(
+                f"{single if single.is_file() else index}: the weights are pickles, which can run code when they are "
+                f"read. Convert them to safetensors, or add --allow-pickle to read them as tensors only."
+            )
+        if single.is_file():
+            shard = opened(single)
+            return dict.fromkeys(shard.entries, shard)
+        if index.is_file():
+            return _indexed(folder, index, opened)
+    raise UserError(f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.")
+
+
+def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: weight_map must name a file for each tensor.")
+    shards: dict[str, Shard] = {}
+    found: dict[str, Shard] = {}
+    for name, file in weight_map.items():
+        if PurePath(file).name != file:
+            raise UserError(f"{index}: {name} must lie in a file of this folder. Got {file!r}.")
+        if file not in shards:
+            if not (folder / file).is_file():
+                raise UserError(f"{folder / file}: missing; {index.name} says it holds {name}. Fetch it again.")
+            shards[file] = opened(folder / file)
+        if name not in shards[file].entries:
+            raise UserError(f"{folder / file}: holds no {name}, though {index.name} says so. Fetch both again.")
+        found[name] = shards[file]
+    return found

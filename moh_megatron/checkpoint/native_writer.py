@@ -1,0 +1,76 @@
+"""A checkpoint written from a stream of tensors, with no training run behind it: nothing but weights to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Topology,
+    hash_file,
+    package_versions,
+    relative_files,
+    write_manifest,
+)
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.native import CONFIG, TOKENIZER
+from moh_megatron.checkpoint.rows import deal, shard_shape
+from moh_megatron.checkpoint.safetensors_io import SafetensorsWriter
+from moh_megatron.config.load import dump_config
+from moh_megatron.config.schema import Config
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, as far as a checkpoint cares."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Config,
+    dtypes: Mapping[str, torch.dtype],
+    pieces: Iterable[tuple[str, Tensor]],
+    tokenizer: SavesFiles | None,
+) -> None:
+    """Fill an empty ``folder`` with a checkpoint of step 0, cut for ``parallel.tensor``.
+
+    Args:
+        dtypes: of each tensor, under Megatron-core's names.
+        pieces: (name, rows) of whole tensors, in the table's order; the rows of one may come in several pieces, each
+            looked at no longer than until the next is asked for.
+        tokenizer: None for a model that came without one.
+    """
+    files = _write_weights(folder, config, dtypes, pieces)
+    (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER)
+    files |= {name: hash_file(folder / name, flush=True) for name in relative_files(folder) if name not in files}
+    topology = Topology(config.parallel.tensor, 1, config.parallel.zero_stage, config.train.precision)
+    write_manifest(folder, Manifest(0, 0, topology, "", package_versions(), files))
+
+
+def _write_weights(
+    folder: Path, config: Config, dtypes: Mapping[str, torch.dtype], pieces: Iterable[tuple[str, Tensor]]
+) -> dict[str, FileEntry]:
+    world, table = config.parallel.tensor, {rule.megatron: rule for rule in rules(config)}
+    tensors = {name: (dtypes[name], shard_shape(rule, world)) for name, rule in table.items()}
+    files = [weights.shard_file(folder, rank, world) for rank in range(world)]
+    files[0].parent.mkdir()
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SafetensorsWriter(file, tensors, hashed=True)) for file in files]
+        current, row = "", 0
+        for name, piece in pieces:
+            row = row if name == current else 0
+            for rank, part in deal(table[name], row, piece, world):
+                writers[rank].append(name, part)
+            current, row = name, row + len(piece)
+    return {file.relative_to(folder).as_posix(): each.entry for file, each in zip(files, writers, strict=True)}

@@ -1,0 +1,65 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from moh_megatron.config.errors import Fault, UserError
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
+
+    What stands at ``target`` then is replaced: the caller has made sure that it may be.
+
+    Raises:
+        Fault: the disk is full or refuses.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise Fault(
+            f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written."
+        ) from error
+    try:
+        new, old = workplace / target.name, workplace / "replaced"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        flush_names(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def refuse_unless_new(target: Path) -> None:
+    """Raise UserError unless ``target`` is absent or an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: must be new or empty. Got something there; name another folder, or move it away.")
+
+
+def flush_names(folder: Path) -> None:
+    """Make sure that the disk knows the names in ``folder``."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,9 @@
+"""``import moh_megatron.hf``: Transformers' Auto classes then open exported folders with the code of this package."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
+from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
+
+AutoConfig.register(MoHConfig.model_type, MoHConfig)
+AutoModelForCausalLM.register(MoHConfig, MoHForCausalLM)

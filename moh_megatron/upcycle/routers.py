@@ -1,0 +1,41 @@
+"""Routers for a model that had none: every head they choose counts as it did in the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import DTYPES
+
+_DEVIATION = 1e-11
+"""Logits of this size rank the heads, differently for each token, and are all the same to a softmax in fp32."""
+
+
+def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what a MoH model holds beside its dense twin, under Hugging Face's names.
+
+    Learned routers whose active gates are all 1, drawn from ``run.seed``, in the precision of training; balancing
+    biases of 0. Nothing for a dense model, and nothing but biases for the query_norm router.
+
+    Raises:
+        UserError: moh.gating is not normalized: no other gates are 1.
+    """
+    moh, dtype = config.moh, DTYPES[config.train.precision]
+    if moh.enabled and moh.router == "learned" and moh.gating != "normalized":
+        raise UserError(
+            f"moh.gating must be normalized to give a dense model learned routers: only its gates can all be 1, so "
+            f"that the heads count as before. Got {moh.gating}."
+        )
+    generator = torch.Generator().manual_seed(config.run.seed)
+    for rule in rules(config):
+        if ".self_attention.router." not in rule.megatron:
+            continue
+        if rule.dtype is not None:
+            yield rule.hf[0], torch.zeros(rule.shape, dtype=rule.dtype)
+        else:
+            yield rule.hf[0], (torch.randn(rule.shape, generator=generator) * _DEVIATION).to(dtype)

@@ -1,0 +1,233 @@
+"""Broken or foreign folders given to pipelines/convert.py: exit code 2, the tensor or field named, nothing left."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.convert import llama_folder, run_convert
+
+from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return llama_folder(tmp_path / "hf")
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """The same weights in two files with an index; returns the index."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    (folder / INDEX).write_text(json.dumps(index))
+    return index
+
+
+def edit_config(**values: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        content = json.loads(file.read_text()) | values
+        file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return edit
+
+
+def missing_shard(folder: Path) -> None:
+    sharded(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def wrong_shard(folder: Path) -> None:
+    index = sharded(folder)
+    index["weight_map"]["model.norm.weight"] = "a.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def outside(folder: Path) -> None:
+    index = sharded(folder)
+    index["weight_map"]["model.norm.weight"] = "../a.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def cut(at: int) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(content[:at])
+
+    return edit
+
+
+def no_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 12) + b"not a header" + bytes(99))
+
+
+def nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+
+
+def infinite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.k_proj.weight"][3, 4] = torch.inf
+
+
+def short(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(16, 64)
+
+
+def mixed(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.v_proj.weight"] = tensors["model.layers.1.self_attn.v_proj.weight"].bfloat16()
+
+
+def quantised(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(32, 64, dtype=torch.int8)
+
+
+def other_head(folder: Path) -> None:
+    edit_config(tie_word_embeddings=True)(folder)
+
+
+def small_vocabulary(folder: Path) -> None:
+    train_tokenizer(["some words to learn "] * 9, vocab_size=280, character_coverage=1.0, out_dir=folder)
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def scaling(kind: str, **more: float) -> Callable[[Path], None]:
+    return edit_config(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more})
+
+
+BROKEN = {
+    "missing_shard": (missing_shard, "b.safetensors: missing; model.safetensors.index.json says it holds"),
+    "tensor_not_in_its_shard": (wrong_shard, "a.safetensors: holds no model.norm.weight, though"),
+    "index_leads_outside": (outside, "model.norm.weight must lie in a file of this folder. Got '../a.safetensors'"),
+    "no_weights": (no_weights, "holds no weights. Expected model.safetensors"),
+    "cut_short": (cut(-300), "cut short: model.layers.1.self_attn.v_proj.weight ends at byte"),
+    "cut_in_the_header": (cut(100), "with no whole header: cut short"),
+    "empty": (cut(0), "Got 0 bytes with no whole header"),
+    "no_header": (no_header, "the header is no safetensors header"),
+    "shape": (edit_weights(short), "model.layers.1.self_attn.v_proj.weight must have shape [32, 64]. Got [16, 64]"),
+    "hidden_size": (
+        edit_config(hidden_size=128),
+        "model.embed_tokens.weight must have shape [131, 128]",
+    ),
+    "layers_too_few": (edit_config(num_hidden_layers=1), "unexpected tensors: model.layers.1."),
+    "layers_too_many": (edit_config(num_hidden_layers=3), "missing tensors: model.layers.2."),
+    "nan": (edit_weights(nan), "model.layers.1.mlp.up_proj.weight: every value must be finite"),
+    "inf": (edit_weights(infinite), "model.layers.0.self_attn.k_proj.weight: every value must be finite"),
+    "mixed": (
+        edit_weights(mixed),
+        "must have the same dtype. Got model.layers.1.self_attn.q_proj.weight",
+    ),
+    "quantised": (edit_weights(quantised), "model.layers.1.self_attn.v_proj.weight must be of F32"),
+    "tied_but_different": (other_head, "lm_head.weight differs from model.embed_tokens.weight"),
+    "architecture": (edit_config(model_type="mistral", architectures=["MistralForCausalLM"]), "Got 'mistral'"),
+    "no_architecture": (edit_config(model_type=..., architectures=...), "model_type must be llama or moh_llama"),
+    "biases": (edit_config(attention_bias=True), "attention_bias must be False; no other is supported. Got True"),
+    "activation": (edit_config(hidden_act="gelu"), "hidden_act must be 'silu'"),
+    "quantisation": (edit_config(quantization_config={"bits": 4}), "quantization_config must be None"),
+    "field_missing": (edit_config(hidden_size=...), "config.json: hidden_size is missing"),
+    "field_wrong": (edit_config(num_hidden_layers="2"), "num_hidden_layers must be a whole number above 0. Got '2'"),
+    "heads": (edit_config(num_key_value_heads=3), "model.num_query_groups must divide model.num_attention_heads (8)"),
+    "yarn": (scaling("yarn"), "must be of type default, linear, llama3 over whole heads. Got rope_type 'yarn'"),
+    "half_llama3": (scaling("llama3"), "low_freq_factor is missing"),
+    "partial": (scaling("linear", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "tokenizer": (small_vocabulary, "the tokenizer must have at most vocab_size (131) entries. Got 280"),
+    "pickle": (pickled, "pytorch_model.bin: the weights are pickles, which can run code"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
+    breaks, message = BROKEN[name]
+    breaks(folder)
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3"], "parallel.tensor must divide model.num_attention_heads (8)"),
+        (["model.hidden_size=32"], "model.hidden_size: 64 in config.json, 32 in the configuration"),
+        (["model.rotary_base=1e6"], "model.rotary_base: 10000.0 in config.json, 1000000.0 in the configuration"),
+        (["moh.enabled=true"], "moh.shared_heads is required unless moh.enabled is false"),
+        (["moh.enabled=true", "moh.shared_heads=4", "moh.active_heads=9"], "moh.active_heads must be greater than"),
+        (["moh.gatin=paper"], "moh.gatin: unknown key; did you mean 'gating'?"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(folder, tmp_path, capsys, overrides, message):
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", *overrides) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder, tmp_path, capsys):
+    arguments = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", "--allow-pickle")
+    expected = load_file(folder / WEIGHTS)
+    pickled(folder)
+    assert run_convert(*arguments) == 0
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert all(torch.equal(back[name], each) for name, each in expected.items())
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Evil()}))
+    capsys.readouterr()
+    assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
+    assert "cannot be read as tensors saved by torch" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "thesis.tex").write_text("mine")
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 2
+    assert "must be new or empty" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.suffix == ".tex") == ["thesis.tex"]
+
+
+def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, capsys):
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 0
+    (file,) = (tmp_path / "ckpt" / "weights").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 2
+    assert "does not have the content it was saved with" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()

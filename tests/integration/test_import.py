@@ -1,0 +1,65 @@
+"""pipelines/convert.py hf-to-megatron: what comes out computes what transformers' own model computes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from support.convert import LLAMA3, llama_folder, run_convert
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from moh_megatron.checkpoint import native
+from moh_megatron.model.build import token_losses
+from moh_megatron.model.single import build_single_process, logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups():
+    yield
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("settings", "transformers_4"),
+    [
+        ({"num_key_value_heads": 8}, True),
+        ({"tie_word_embeddings": True}, False),
+        (LLAMA3 | {"tie_word_embeddings": True}, True),
+        (LLAMA3 | {"head_dim": 32}, False),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, True),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144}, True),
+    ],
+    ids=["llama_2", "tied", "llama_3_2", "head_dim", "linear", "9_heads"],
+)
+@pytest.mark.parametrize("tensor", [1, 2, 3])
+def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_path, capsys):
+    hf_dir, save_dir = llama_folder(tmp_path / "hf", transformers_4=transformers_4, **settings), tmp_path / "native"
+    model = LlamaForCausalLM.from_pretrained(hf_dir).eval()
+    arguments = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", save_dir, f"parallel.tensor={tensor}")
+    if model.config.num_key_value_heads % tensor:
+        assert run_convert(*arguments) == 2
+        assert "parallel.tensor must divide model.num_attention_heads" in capsys.readouterr().err
+        assert not save_dir.exists()
+        return
+    assert run_convert(*arguments) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "has no tokenizer" in warnings[0]
+    checkpoint = native.resolve_checkpoint(save_dir)
+    config = native.read_config(checkpoint)
+    assert (config.parallel.tensor, config.model.tokens) == (tensor, model.config.vocab_size)
+    assert config.model.vocab_size % tensor == 0
+    tokens = torch.randint(model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    ours = build_single_process(config, native.read_weights(checkpoint))
+    got = logits(ours, tokens)
+    assert expected.std() > 0.1
+    assert (got[..., model.config.vocab_size :] == -torch.inf).all()
+    difference = (got[..., : model.config.vocab_size] - expected).norm() / expected.norm()
+    assert difference < 1e-5
+    labels = tokens[:, 1:].flatten()
+    losses = cross_entropy(expected[:, :-1].flatten(0, 1), labels, reduction="none").view(2, -1)
+    torch.testing.assert_close(token_losses(ours, tokens), losses, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,145 @@
+"""The official MoH-LLaMA's weights and outputs through every conversion."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+from support.convert import run_convert
+from transformers import AutoModelForCausalLM
+
+from moh_megatron.checkpoint import native
+from moh_megatron.model.build import moh_layers
+from moh_megatron.model.single import build_single_process, logits
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "official"
+MOH = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "llama_A.vectors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    content = json.loads((GOLDEN / "llama_A.config.json").read_text())
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory, settings) -> Path:
+    """The official model as a folder, with the weights as its code ran them, in fp32."""
+    folder = tmp_path_factory.mktemp("official")
+    weights = {name: each.float() for name, each in load_file(GOLDEN / "llama_A.weights.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def checkpoint(request, official, tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("native") / "ckpt"
+    tensor = f"parallel.tensor={request.param}"
+    assert run_convert("hf-to-megatron", "--hf-dir", official, *MOH, "--save-dir", folder, "--verify", tensor) == 0
+    yield folder
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def check_hf(folder: Path, vectors: dict[str, torch.Tensor], *, trust: bool = True) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32).eval()
+    masks = []
+    for layer in model.model.layers:
+        layer.self_attn.router.register_forward_hook(lambda _module, _inputs, gates: masks.append(gates))
+    with torch.no_grad():
+        got = model(vectors["input_ids"]).logits
+    assert (got - vectors["logits"]).abs().max() < 2e-4
+    assert torch.equal(torch.stack(masks), vectors["head_masks"].float())
+    prompt = vectors["gen_prompt"]
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+    assert torch.equal(generated, vectors["gen_sequences"])
+
+
+def test_the_import_computes_what_the_official_file_computes(checkpoint, vectors):
+    config = native.read_config(checkpoint)
+    assert config.moh.enabled
+    model = build_single_process(config, native.read_weights(checkpoint))
+    masks = []
+    for layer in moh_layers(model):
+        layer.router.register_forward_hook(lambda _module, _inputs, routing: masks.append(routing.active))
+    got = logits(model, vectors["input_ids"])
+    assert (got - vectors["logits"]).abs().max() < 2e-4
+    assert torch.equal(torch.stack(masks).transpose(1, 2), vectors["head_masks"].bool())
+    tokens = vectors["gen_prompt"]
+    for _ in range(16):
+        tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(tokens, vectors["gen_sequences"])
+
+
+def test_the_moh_folder_does_too(checkpoint, vectors, tmp_path, capsys):
+    assert run_convert("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "hf", "--verify") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
+    assert "layer 1: largest difference" in captured.err
+    assert "KL divergence" in captured.err
+    check_hf(tmp_path / "hf", vectors)
+
+
+def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint, official, settings, tmp_path):
+    target = tmp_path / "official"
+    arguments = ("--load-dir", checkpoint, "--hf-dir", target, "--format", "official")
+    assert run_convert("megatron-to-hf", *arguments) == 0
+    written, expected = load_file(target / "model.safetensors"), load_file(official / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    assert json.loads((target / "config.json").read_text()) == settings
+    assert not list(target.glob("*.py"))
+
+
+def test_the_official_form_is_read(official, vectors, tmp_path):
+    assert run_convert("official-to-hf", "--load-dir", official, "--hf-dir", tmp_path / "hf") == 0
+    check_hf(tmp_path / "hf", vectors)
+    again = tmp_path / "again"
+    assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "hf", "--save-dir", again, "parallel.tensor=4") == 0
+    config = native.read_config(again)
+    assert (config.moh.router, config.moh.shared_heads, config.moh.active_heads) == ("query_norm", 4, 6)
+    assert run_convert("megatron-to-hf", "--load-dir", again, "--hf-dir", tmp_path / "hf", "--dtype", "bf16") == 0
+    check_hf(tmp_path / "hf", vectors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("moh.active_heads=7", "the first 4 heads shared and 6 active in every layer"),
+        ("moh.shared_heads=[[0,2,4,6],[0,1,2,3]]", "the first 4 heads shared"),
+        ("moh.balancing=bias", "without biases"),
+        ("moh.router=learned", "needs moh.router query_norm"),
+        ("model.rope_scaling={type: llama3, factor: 8}", "disagree"),
+    ],
+)
+def test_what_the_official_file_cannot_compute_is_refused(official, tmp_path, capsys, change, message):
+    code = run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "ckpt", *MOH, change)
+    arguments = ("--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "hf", "--format", "official")
+    assert code == 2 or run_convert("megatron-to-hf", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_llama_is_for_dense_models(official, vectors, tmp_path, capsys):
+    for name, moh in (("moh", MOH), ("dense", ())):
+        assert run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / name, *moh) == 0
+    arguments = ("--hf-dir", tmp_path / "hf", "--format", "llama")
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "moh", *arguments) == 2
+    assert "--format llama needs a dense model" in capsys.readouterr().err
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "dense", *arguments) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        assert (model(vectors["input_ids"]).logits - vectors["logits"]).abs().max() > 0.1

@@ -1,0 +1,75 @@
+"""Files written and read a piece at a time are the library's files."""
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moh_megatron.checkpoint.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, Scratch
+from moh_megatron.config.errors import UserError
+
+TENSORS = st.lists(
+    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), min_size=1, max_size=3)), max_size=5
+)
+
+
+def drawn(specification):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f"tensor.{index}": torch.randint(-99, 99, shape, generator=generator).to(DTYPES[name])
+        for index, (name, shape) in enumerate(specification)
+    }
+
+
+@given(TENSORS)
+def test_the_library_reads_what_is_written(tmp_path_factory, specification):
+    tensors, path = drawn(specification), tmp_path_factory.mktemp("written") / "a.safetensors"
+    described = {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+    with SafetensorsWriter(path, described, hashed=True) as writer:
+        for name, tensor in tensors.items():
+            for row in tensor.split(2):
+                writer.append(name, row)
+    again = load_file(path)
+    assert again.keys() == tensors.keys()
+    assert all(again[name].dtype == each.dtype and torch.equal(again[name], each) for name, each in tensors.items())
+    assert writer.entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert writer.entry.bytes == path.stat().st_size
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+@given(TENSORS)
+def test_what_the_library_writes_is_read(tmp_path_factory, specification):
+    tensors, path = drawn(specification), tmp_path_factory.mktemp("read") / "a.safetensors"
+    tensors["scalar"] = torch.tensor(3.0)
+    save_file(tensors, path)
+    file, scratch = SafetensorsFile(path), Scratch()
+    for name, tensor in tensors.items():
+        assert torch.equal(file.read(name, scratch), tensor)
+        if tensor.dim():
+            assert torch.equal(file.rows(name, len(tensor) // 2, len(tensor), scratch), tensor[len(tensor) // 2 :])
+    file.close()
+
+
+def test_memory_is_used_again():
+    scratch = Scratch()
+    first, second = scratch.take(100), scratch.take(10)
+    scratch.reset()
+    assert scratch.take(50).data_ptr() == first.data_ptr()
+    assert scratch.take(10).data_ptr() == second.data_ptr()
+    assert scratch.take(10).data_ptr() not in (first.data_ptr(), second.data_ptr())
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"weight": torch.zeros(100, 100)}, path)
+    file = SafetensorsFile(path)
+    with path.open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(UserError, match="ends inside weight"):
+        file.read("weight", Scratch())
+    file.close()

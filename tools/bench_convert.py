@@ -1,0 +1,170 @@
+#!/usr/bin/env python
+"""Conversion of a LLaMA of LLaMA3-8B's shapes there and back, against cp: time, memory, and whether it is all there.
+
+    python tools/bench_convert.py --work /some/disk --layers 4 --pairs 3     # 3.9 GB, three times
+    python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
+
+The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
+the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timing import markdown, median_and_range
+
+from moh_megatron.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter, Scratch
+
+SCRIPT = Path(__file__).parents[1] / "pipelines" / "convert.py"
+SETTINGS = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+LAYER = {
+    "input_layernorm": (4096,),
+    "mlp.down_proj": (4096, 14336),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "post_attention_layernorm": (4096,),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.v_proj": (1024, 4096),
+}
+LAYERS_A_SHARD = 9
+BLOCK = 1 << 25
+
+Step = tuple[float, int]
+"""Seconds, and the largest resident memory in bytes."""
+
+
+def shapes(layers: int) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of each shard."""
+    found: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (128256, 4096)}]
+    for first in range(0, layers, LAYERS_A_SHARD):
+        found.append(
+            {
+                f"model.layers.{index}.{name}.weight": shape
+                for index in range(first, min(first + LAYERS_A_SHARD, layers))
+                for name, shape in LAYER.items()
+            }
+        )
+    found[-1] |= {"model.norm.weight": (4096,), "lm_head.weight": (128256, 4096)}
+    return found
+
+
+def make_folder(folder: Path, layers: int) -> dict[str, str]:
+    """A model of random weights; returns a hash of each tensor."""
+    folder.mkdir(parents=True)
+    random = (0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    hashes, weight_map, parts = {}, {}, shapes(layers)
+    for number, tensors in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        with SafetensorsWriter(folder / file, {name: (torch.bfloat16, each) for name, each in tensors.items()}) as out:
+            for name, shape in tensors.items():
+                weight_map[name], digest = file, hashlib.sha256()
+                left, offset = torch.Size(shape).numel(), len(hashes) * 7919 % (BLOCK // 2)
+                while left:
+                    piece = random[offset : offset + left]
+                    digest.update(piece.view(torch.uint8).numpy().data)
+                    out.append(name, piece)
+                    left, offset = left - piece.numel(), 0
+                hashes[name] = digest.hexdigest()
+    (folder / "config.json").write_text(json.dumps(SETTINGS | {"num_hidden_layers": layers}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return hashes
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Of each tensor in a folder's safetensors files."""
+    found, scratch = {}, Scratch()
+    for path in folder.glob("*.safetensors"):
+        file = SafetensorsFile(path)
+        for name, entry in file.entries.items():
+            digest = hashlib.sha256()
+            rows = max(1, BLOCK * entry.shape[0] // entry.nbytes)
+            for start in range(0, entry.shape[0], rows):
+                scratch.reset()
+                piece = file.rows(name, start, min(start + rows, entry.shape[0]), scratch)
+                digest.update(piece.view(torch.uint8).numpy().data)
+            found[name] = digest.hexdigest()
+        file.close()
+    return found
+
+
+def step(*command: object) -> Step:
+    """Run a command to its end."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def copied(source: Path, target: Path) -> Step:
+    """cp, flushed to the disk; the copy is removed."""
+    taken = step("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', source, target)
+    shutil.rmtree(target)
+    return taken
+
+
+def row(name: str, steps: Sequence[Step], copies: Sequence[Step]) -> list[str]:
+    over = [taken / copy for (taken, _), (copy, _) in zip(steps, copies, strict=True)]
+    peak = max(memory for _, memory in steps) / 1e9
+    seconds = median_and_range([taken for taken, _ in steps], 1)
+    return [name, seconds, median_and_range([copy for copy, _ in copies], 1), median_and_range(over), f"{peak:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Conversion of LLaMA3-8B's shapes there and back, against cp.")
+    parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    convert = (sys.executable, SCRIPT)
+    there, back, copies = [], [], []
+    with tempfile.TemporaryDirectory(dir=arguments.work) as name:
+        source, native, returned = (Path(name) / each for each in ("source", "native", "returned"))
+        expected = make_folder(source, arguments.layers)
+        nbytes = sum(file.stat().st_size for file in source.iterdir())
+        for turn in range(arguments.pairs):
+            copies.append(copied(source, Path(name) / "copy"))
+            there.append(step(*convert, "hf-to-megatron", "--hf-dir", source, "--save-dir", native))
+            if turn == arguments.pairs - 1:
+                shutil.rmtree(source)
+            back.append(step(*convert, "megatron-to-hf", "--load-dir", native, "--hf-dir", returned))
+            shutil.rmtree(native)
+            if hashes_of(returned) != expected:
+                raise SystemExit("tensors came back changed")
+            shutil.rmtree(returned)
+    print(f"{nbytes / 1e9:.1f} GB, {arguments.pairs} pair(s), every tensor came back bit for bit\n")
+    head = ["direction", "seconds", "cp", "over cp", "peak memory, GB"]
+    print(markdown(head, [row("hf-to-megatron", there, copies), row("megatron-to-hf", back, copies)]))
+
+
+if __name__ == "__main__":
+    main()
