@@ -109,8 +109,8 @@ def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp
     done = finish(
         [
             *command("../tools/upcycle_report.py", dense.config, "--out", tmp_path, "--documents", 5),
-            *("--choices", "first", "calibrated", "--", f"data.dir={dense.data}", f"train.init_from={dense.folder}"),
-            *("moh.router=query_norm", f"run.dir={tmp_path / 'run'}"),
+            *(f"data.dir={dense.data}", f"train.init_from={dense.folder}", f"run.dir={tmp_path / 'run'}"),
+            *("moh.router=query_norm", "--choices", "first", "calibrated"),
         ]
     )
     assert done.returncode == 0, done.stderr
