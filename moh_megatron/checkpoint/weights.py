@@ -5,8 +5,8 @@ Everything the table of names lists is here: parameters, and buffers that a mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,32 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: in
     return path
 
 
+class Stored:
+    """The weights of a checkpoint on disk, tensor by tensor, whatever tensor-parallel size wrote them."""
+
+    def __init__(self, shards: Mapping[int, Any]) -> None:
+        self._shards = shards
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """Of a tensor that is not read for it."""
+        return self._shards[0].get_slice(rule.megatron)[:0].dtype
+
+    def whole(self, rule: Rule) -> Tensor:
+        """Heads in physical order."""
+        return reshard(_reader(self._shards, rule.megatron), rule, len(self._shards), 0, 1)
+
+
+@contextmanager
+def opened(folder: Path, config: Config) -> Iterator[Stored]:
+    """The weights of ``folder``, a checkpoint that ``config`` wrote."""
+    with ExitStack() as stack:
+        yield Stored(_open(stack, folder, config, range(config.parallel.tensor)))
+
+
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
     """Every tensor whole, heads in physical order, whatever tensor-parallel size wrote it."""
-    with ExitStack() as stack:
-        shards = _open(stack, folder, config, range(config.parallel.tensor))
-        return {
-            rule.megatron: reshard(_reader(shards, rule.megatron), rule, len(shards), 0, 1) for rule in rules(config)
-        }
+    with opened(folder, config) as stored:
+        return {rule.megatron: stored.whole(rule) for rule in rules(config)}
 
 
 @torch.no_grad()

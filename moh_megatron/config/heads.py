@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import ModelConfig, MoHConfig
 
 
@@ -45,7 +46,11 @@ class LayerHeads:
 
 
 def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
-    """One entry a layer, of a validated configuration; a dense model uses every head."""
+    """One entry a layer, of a validated configuration; a dense model uses every head.
+
+    Raises:
+        UserError: which heads are shared is still to be measured.
+    """
     heads, layers = model.num_attention_heads, model.num_layers
     if not moh.enabled:
         return (LayerHeads(heads, (), heads),) * layers
@@ -80,6 +85,11 @@ def _shared(model: ModelConfig, moh: MoHConfig, shared: int | Sequence[Sequence[
     if not isinstance(shared, int):
         return [tuple(sorted(each)) for each in shared]
     heads, groups = model.num_attention_heads, model.query_groups
+    if moh.shared_placement == "calibrated":
+        raise UserError(
+            "moh.shared_placement: calibrated is not settled before a dense model has been measured. Use "
+            "pipelines/continue_tune.py, which measures train.init_from, or list the heads in moh.shared_heads."
+        )
     if moh.shared_placement == "first":
         return [tuple(range(shared))] * model.num_layers
     width, each = heads // groups, shared // groups

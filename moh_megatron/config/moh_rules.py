@@ -86,15 +86,15 @@ def _layer(place: str, shared: int, active: int, heads: int, moh: MoHConfig) -> 
 
 def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
     moh, groups = config.moh, config.model.query_groups
-    if moh.shared_placement != "spread":
+    if moh.shared_placement == "first":
         return
     if isinstance(moh.shared_heads, tuple):
         yield Violation(
             "moh.shared_placement",
-            "moh.shared_placement: spread needs moh.shared_heads to be a number. Got a list for each layer, which says "
-            "itself where the shared heads are; leave moh.shared_placement out.",
+            f"moh.shared_placement: {moh.shared_placement} needs moh.shared_heads to be a number. Got a list for each "
+            "layer, which says itself where the shared heads are; leave moh.shared_placement out.",
         )
-    elif shared[0] % groups:
+    elif moh.shared_placement == "spread" and shared[0] % groups:
         yield Violation(
             "moh.shared_heads",
             f"moh.shared_heads must be a multiple of the KV groups ({groups}) with moh.shared_placement: spread. "

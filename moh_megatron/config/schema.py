@@ -109,9 +109,13 @@ class MoHConfig:
     shared_heads: HeadSet = None
     """Heads every token uses: how many (moh.shared_placement says which), or a list of heads for each layer. The
     paper's from-scratch runs do not state theirs."""
-    shared_placement: Literal["first", "spread"] = "first"
-    """Which heads are shared where moh.shared_heads is a number: the first ones of each layer, as in the paper, or the
-    same number in each KV group, which balances every tensor-parallel size."""
+    shared_placement: Literal["first", "spread", "calibrated"] = "first"
+    """Which heads are shared where moh.shared_heads is a number: the first ones of each layer, as in the paper; the
+    same number in each KV group, which balances every tensor-parallel size; or, in continue-tuning, those of each layer
+    whose removal from the dense model raises its loss on training text most."""
+    calibration_sequences: PositiveInt = 4
+    """How many training sequences that is measured on, with shared_placement: calibrated; it takes a pass over them
+    for every head *(ours)*."""
     active_heads: HeadBudget = None
     """All heads a token uses, the shared ones included: one number, a list with one for each layer, or a percentage
     of model.num_attention_heads."""
@@ -333,6 +337,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class DistillationConfig:
+    """Learn from the distribution of a frozen dense model as well as from the text; not in the paper's recipe."""
+
+    teacher: PathText | None = None
+    """A checkpoint of the dense model, or a folder of them; null: no distillation. Every data-parallel rank holds its
+    weights whole, cut by tensor parallelism only, in train.precision *(ours)*."""
+    weight: PositiveFloat = 1.0
+    """Of the loss it adds: KL(teacher || model) of each next token, nats *(ours)*."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class CheckpointConfig:
     interval: NonNegativeInt = 1000
     """Steps between saves; 0: only at the end and when stopped by a signal."""
@@ -376,6 +391,7 @@ class Config:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)

@@ -169,11 +169,15 @@ def token_losses(model: torch.nn.Module, tokens: Tensor, end_of_document: int | 
     positions restart there.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return model(*model_arguments(inputs, end_of_document), labels=labels)
+
+
+def model_arguments(inputs: Tensor, end_of_document: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a model is called with for tokens [B, S]; ``end_of_document`` as in ``token_losses``."""
     if end_of_document is None:
-        return model(inputs, position_ids(inputs), None, labels=labels)
-    ends, positions = document_ends(inputs, end_of_document), document_positions(inputs, end_of_document)
+        return inputs, position_ids(inputs), None
     # In the place of the mask: Megatron-core hands it to attention unread (see MoHSelfAttention).
-    return model(inputs, positions, ends, labels=labels)
+    return inputs, document_positions(inputs, end_of_document), document_ends(inputs, end_of_document)
 
 
 def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:

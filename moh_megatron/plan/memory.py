@@ -5,7 +5,7 @@ They are counted, not estimated: a test compares them with real engines. Only th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moh_megatron.config.schema import Config
@@ -37,10 +37,12 @@ class ModelStates:
     """At most: what DeepSpeed collects for communication, and with stage 3 the parameters gathered at one time."""
     host_gradients: int = 0
     host_optimizer: int = 0
+    teacher: int = 0
+    """The frozen model of distillation, taken to be the dense twin."""
 
     @property
     def device(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.buffers
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.teacher
 
 
 def zero_settings(config: Config, world_size: int) -> dict[str, Any]:
@@ -52,7 +54,11 @@ def zero_settings(config: Config, world_size: int) -> dict[str, Any]:
 def model_states(config: Config, world_size: int) -> ModelStates:
     """Raises UserError where ``world_size`` or the ``deepspeed`` section does not suit the configuration."""
     account = _Account(config, world_size)
-    return account.whole() if config.parallel.zero_stage == 0 else account.partitioned()
+    states = account.whole() if config.parallel.zero_stage == 0 else account.partitioned()
+    if config.distillation.teacher is None:
+        return states
+    dense = replace(config, moh=replace(config.moh, enabled=False))
+    return replace(states, teacher=ELEMENT[config.train.precision] * total_size(weights(dense)))
 
 
 class _Account:

@@ -73,6 +73,8 @@ def _memory(plan: Plan) -> str:
         ["logits and loss", _gib(kept.head), "estimated"],
         ["total", _gib(plan.device_bytes), ""],
     ]
+    if states.teacher:
+        rows.insert(-1, ["teacher of distillation", _gib(states.teacher), "if of this model's size"])
     if states.host_optimizer:
         rows.append(["in host memory", _gib(states.host_gradients + states.host_optimizer), "ZeRO-Offload"])
     return _table(["memory of the busiest rank", "GiB", ""], rows)

@@ -22,6 +22,7 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
+from moh_megatron.model.divergence import distilled_losses
 from moh_megatron.moh.balancing import follow_schedule, update_biases
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.board import Board
@@ -173,8 +174,9 @@ class _Training:
     def _train_step(self, micro_batches: list[torch.Tensor]) -> None:
         engine, losses = self.session.engine, []
         for tokens in micro_batches:
-            loss = token_losses(engine.model, tokens.to(self.session.device), self.session.end_of_document).mean()
+            loss, added = self._losses(tokens.to(self.session.device))
             losses.append(loss.detach())
+            loss = loss + added
             if len(losses) == len(micro_batches) and self.health.gives_up(losses):
                 loss = loss * math.nan
             engine.backward(loss)
@@ -193,6 +195,15 @@ class _Training:
         else:
             self._finish_saving()  # a Fault names the newest checkpoint
             self.health.skipped(self.step + 1, losses)
+
+    def _losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of a micro-batch [B, S + 1], and what distillation adds to it."""
+        model, teacher, end = self.session.engine.model, self.session.teacher, self.session.end_of_document
+        if teacher is None:
+            loss = token_losses(model, tokens, end).mean()
+            return loss, loss.new_zeros(())
+        losses, divergences = distilled_losses(model, teacher, tokens, end)
+        return losses.mean(), self.config.distillation.weight * divergences.mean()
 
     def _tell(self, message: str) -> None:
         """Print once, around the progress bar."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 _SAME_RUN = (
     "model",
     "moh",
+    "distillation",
     "data.document_mask",
     "run.seed",
     "train.sequence_length",
@@ -178,6 +179,14 @@ def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path
     if config.train.init_from is None:
         return None
     checkpoint = resolve_checkpoint(config.train.init_from, report)
-    there, here = (_architecture(each) for each in (read_config(checkpoint), config))
-    _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
+    require_same_weights(checkpoint, config)
     return checkpoint
+
+
+def require_same_weights(checkpoint: Path, config: Config, apart_from: Collection[str] = ()) -> None:
+    """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, some of its keys left aside."""
+    there, here = (
+        {key: value for key, value in _architecture(each).items() if key not in apart_from}
+        for each in (read_config(checkpoint), config)
+    )
+    _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")

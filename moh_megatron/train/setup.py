@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
@@ -22,6 +23,7 @@ from moh_megatron.train.preflight import preflight
 from moh_megatron.train.restore import build_engine
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
+from moh_megatron.train.teacher import find_teacher, load_teacher
 from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
 
@@ -41,6 +43,8 @@ class Session:
     """Of each source."""
     start_step: int
     """Steps already done; 0 for a new run."""
+    teacher: nn.Module | None
+    """Of distillation."""
 
     @property
     def first(self) -> bool:
@@ -106,8 +110,10 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
 
     tokenizer = data.tokenizer()
     source = checkpoint or elsewhere
-    if source is not None:
-        check_same_tokenizer(source, tokenizer)
+    teacher = _agreed(world, lambda: find_teacher(config, print))
+    for model in (source, teacher):
+        if model is not None:
+            check_same_tokenizer(model, tokenizer)
     train_dataset = build_train_dataset(config, data, tokenizer)
     validation_datasets = build_validation_datasets(config, data, tokenizer)
     clock.mark("data")
@@ -125,4 +131,5 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
         train_dataset,
         validation_datasets,
         start_step,
+        None if teacher is None else load_teacher(teacher, config, device),
     )

@@ -25,7 +25,7 @@ ARROWS = {
     "checkpoint": {"config", "data", "model", "parallel"},
     "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
-    "upcycle": {"checkpoint", "config", "model"},
+    "upcycle": {"checkpoint", "config", "data", "model", "monitor", "parallel", "train"},
 }
 
 # A library stays where it is wrapped: files or folders below moh_megatron/.

@@ -95,3 +95,12 @@ def test_a_world_that_does_not_fit_is_refused(tiny: Tiny) -> None:
         model_states(tiny({"parallel.tensor": 2}), 3)
     with pytest.raises(UserError, match=r"zero_optimization\.stage"):
         model_states(dataclasses.replace(tiny(), deepspeed={"zero_optimization": {"stage": 2}}), 2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_teacher_is_held_whole_by_every_rank(tiny: Tiny, stage: int) -> None:
+    changes = {"distillation.teacher": "dense", "train.precision": "bf16", "parallel.zero_stage": stage}
+    dense = parameter_count(tiny().model, tiny().moh).dense
+    states = model_states(tiny(changes), 2)
+    assert states.teacher == 2 * dense
+    assert states.device == model_states(tiny(changes | {"distillation.teacher": None}), 2).device + 2 * dense

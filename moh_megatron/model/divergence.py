@@ -1,0 +1,69 @@
+"""How far a model's next-token distribution is from a frozen one's: the KL divergence of sharded logits.
+
+Legend: S sequence, B batch, V vocabulary, v this tensor-parallel rank's share of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from moh_megatron.model.build import model_arguments
+from moh_megatron.parallel import groups
+
+
+def log_probabilities(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of log softmax over the whole vocabulary, fp32: logits [..., v] -> [..., v]."""
+    logits = logits.float()
+    largest = logits.amax(-1, keepdim=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    logits = logits - largest
+    total = logits.exp().sum(-1, keepdim=True)
+    dist.all_reduce(total, group=group)
+    return logits - total.log()
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:
+        there, here = log_probabilities(teacher, group), log_probabilities(student, group)
+        wanted = there.exp()
+        # A padded entry's logit is minus infinity on both sides: probability 0, difference not a number.
+        divergence = (wanted * (there - here)).masked_fill(wanted == 0, 0.0).sum(-1)
+        dist.all_reduce(divergence, group=group)
+        ctx.save_for_backward(here.exp_().sub_(wanted))
+        ctx.dtype = student.dtype
+        return divergence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return (difference * gradients[0].unsqueeze(-1)).to(ctx.dtype), None, None
+
+
+def divergence(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """KL(teacher || student) of each token, nats: two logits [..., v] -> [...], the same on every rank of ``group``.
+
+    The gradient goes to ``student`` alone; each rank gets that of its own entries.
+    """
+    return _Divergence.apply(student, teacher, group)  # type: ignore[return-value]
+
+
+def distilled_losses(
+    model: torch.nn.Module, teacher: torch.nn.Module, tokens: Tensor, end_of_document: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and divergence from ``teacher`` of each next token: tokens [B, S + 1] -> two [B, S], nats.
+
+    ``end_of_document`` as in ``token_losses``.
+    """
+    arguments = model_arguments(tokens[:, :-1].contiguous(), end_of_document)
+    with torch.no_grad():
+        wanted = teacher(*arguments)
+    logits = model(*arguments)
+    distance = divergence(logits, wanted, groups.tensor_group())
+    # Last: Megatron-core's cross-entropy overwrites the logits.
+    return vocab_parallel_cross_entropy(logits, tokens[:, 1:].contiguous()), distance

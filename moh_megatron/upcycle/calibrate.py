@@ -1,0 +1,132 @@
+"""Which heads a dense model can least do without: its loss with each head removed in turn, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.schema import Config
+from moh_megatron.model.build import model_arguments
+from moh_megatron.monitor.records import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was measured, on how much text."""
+
+    tokens: int
+    loss: float
+    """Of the whole model, nats a token."""
+    removal: tuple[tuple[float, ...], ...]
+    """By layer and logical head: how much the loss rises without it."""
+
+    @property
+    def ranking(self) -> tuple[tuple[int, ...], ...]:
+        """The heads of each layer, the one whose removal hurts most first; of equals, the lower."""
+        return tuple(
+            tuple(sorted(range(len(rises)), key=lambda head, rises=rises: (-rises[head], head)))
+            for rises in self.removal
+        )
+
+    def shared(self, count: int) -> tuple[tuple[int, ...], ...]:
+        """The first ``count`` of each layer's ranking, in rising order."""
+        return tuple(tuple(sorted(heads[:count])) for heads in self.ranking)
+
+
+@torch.inference_mode()
+def calibrate(model: nn.Module, config: Config, tokens: Tensor, end_of_document: int | None = None) -> Calibration:
+    """Measure ``model``, whole and dense in this process, on tokens [B, S + 1] (``end_of_document`` as in training).
+
+    A head is removed by setting its output to zero. Layers below it are not computed again.
+    """
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    arguments = model_arguments(inputs, end_of_document)
+    decoder: Any = model.decoder
+    layers = list(decoder.layers)
+    order = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout).head_order
+    hidden: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(_recorder(hidden), with_kwargs=True) for layer in layers]
+    loss = float(model(*arguments, labels=labels).double().mean())
+    for hook in hooks:
+        hook.remove()
+    removal = []
+    bar = tqdm(total=len(layers) * len(order), desc="calibrate", unit="head", dynamic_ncols=True)
+    try:
+        for index, layer in enumerate(layers):
+            decoder.layers = nn.ModuleList(layers[index:])
+            rises = {}
+            for place, head in enumerate(order):
+                with _without(layer, place, config.model.head_dim):
+                    losses = model(*arguments, decoder_input=hidden[index], labels=labels)
+                rises[head] = float(losses.double().mean()) - loss
+                bar.update()
+            removal.append(tuple(rises[head] for head in sorted(rises)))
+    finally:
+        decoder.layers = nn.ModuleList(layers)
+        bar.close()
+    return Calibration(labels.numel(), loss, tuple(removal))
+
+
+def _recorder(hidden: list[Tensor]) -> Any:
+    def record(layer: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        hidden.append(positional[0] if positional else named["hidden_states"])
+
+    return record
+
+
+@contextmanager
+def _without(layer: Any, place: int, size: int) -> Iterator[None]:
+    """``layer`` with nothing coming from the head at physical ``place``."""
+
+    def silence(projection: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        heads = inputs[0].clone()
+        heads[..., place * size : (place + 1) * size] = 0
+        return (heads,)
+
+    hook = layer.self_attention.linear_proj.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """The measurement and the ranking that follows from it, as JSON, whole or not at all."""
+    write_json(path, {**dataclasses.asdict(calibration), "ranking": calibration.ranking})
+
+
+def read_calibration(path: Path) -> Calibration:
+    """What ``write_calibration`` wrote. Raises UserError where it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(content["tokens"], content["loss"], tuple(map(tuple, content["removal"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no calibration ({error}). Delete it to measure again.") from None
+
+
+def settled(config: Config, calibration: Calibration) -> Config:
+    """``config`` with moh.shared_placement: calibrated replaced by the heads it stands for.
+
+    Raises:
+        UserError: the measurement is of a model with other layers or heads.
+    """
+    moh, model = config.moh, config.model
+    shape = (len(calibration.removal), {len(each) for each in calibration.removal})
+    if shape != (model.num_layers, {model.num_attention_heads}):
+        raise UserError(
+            f"the calibration must be of {model.num_layers} layers of {model.num_attention_heads} heads. "
+            f"Got {shape[0]} of {', '.join(map(str, sorted(shape[1])))}. Delete its file to measure again."
+        )
+    assert isinstance(moh.shared_heads, int), "checked with the configuration"
+    shared = calibration.shared(moh.shared_heads)
+    return dataclasses.replace(config, moh=dataclasses.replace(moh, shared_heads=shared, shared_placement="first"))

@@ -1,0 +1,205 @@
+"""Where continue-tuning starts: a checkpoint of the model to tune, made of another one's weights.
+
+<run.dir>/calibration.json   with moh.shared_placement: calibrated, what each head is worth to the dense model
+<run.dir>/start/             the checkpoint: a dense model's weights with routers, or with rows for new tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.mapping import Rule, rules
+from moh_megatron.checkpoint.native_writer import write_checkpoint
+from moh_megatron.checkpoint.weights import Stored, opened
+from moh_megatron.checkpoint.whole import whole_folder
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.data.dataset import build_train_dataset
+from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.model.single import build_single_process, logits
+from moh_megatron.parallel import groups
+from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
+from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
+from moh_megatron.upcycle.compare import dense_twin, divergence
+from moh_megatron.upcycle.routers import initial_routers
+from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
+
+Report = Callable[[str], None]
+LARGEST_DIVERGENCE = 1e-8
+"""Nats a token between a dense model and the MoH model made of it, with every head active."""
+_CHECKED_TOKENS = 256
+_MAY_DIFFER = ("model.vocab_size", "model.vocab_padding", "moh.enabled")
+_ROUTING = ("moh.router", "moh.shared_heads", "moh.shared_placement")
+
+
+def start_folder(config: Config) -> Path:
+    """The checkpoint that ``prepare`` writes."""
+    return Path(config.run.dir) / "start"
+
+
+def prepare(config: Config, report: Report) -> Config:
+    """Make what is missing of ``config``'s start, in this one process; returns what training is given.
+
+    Raises:
+        UserError: train.init_from is missing, or of another model.
+        Fault: the disk refuses, or the new model with all heads active is not the dense one.
+    """
+    if not _is_made(config):
+        source = _source(config, report)
+        there = native.read_config(source)
+        if _fits(there, config):
+            return config
+        _check_source(source, there, config)
+        tokenizer = load_prepared(config).tokenizer()
+        config = _settle_heads(config, source, there, tokenizer, report)
+        _write(config, source, there, tokenizer)
+        report(f"{start_folder(config)}: made of {source}")
+        if config.moh.enabled:
+            report(f"with all heads active: KL from the dense model {check(start_folder(config)):.3g} nats a token")
+    return resolve(config, report)
+
+
+def resolve(config: Config, report: Report) -> Config:
+    """``config`` as training is given it: from the start that ``prepare`` made, with its shared heads.
+
+    Raises:
+        UserError: there is none, and one is needed.
+    """
+    if not _is_made(config):
+        source = _source(config, report)
+        if _fits(native.read_config(source), config):
+            return config
+        raise UserError(
+            f"{start_folder(config)}: the checkpoint to start from is not there. Make it first, in one process: "
+            "pipelines/continue_tune.py CONFIG --prepare, with the same overrides."
+        )
+    start = start_folder(config)
+    made = native.read_config(start)
+    moh, train = config.moh, dataclasses.replace(config.train, init_from=str(start))
+    if moh.enabled and moh.shared_placement == "calibrated":
+        moh = dataclasses.replace(moh, shared_heads=made.moh.shared_heads, shared_placement="first")
+    resolved = dataclasses.replace(config, moh=moh, train=train)
+    if made.train.init_from != config.train.init_from:
+        raise UserError(
+            f"{start} was made of {made.train.init_from}, and train.init_from is {config.train.init_from}. Name the "
+            "same, or another run.dir, or delete the folder to make it again."
+        )
+    require_same_weights(start, resolved)
+    return resolved
+
+
+def _is_made(config: Config) -> bool:
+    return (start_folder(config) / native.CONFIG).is_file()
+
+
+def _source(config: Config, report: Report) -> Path:
+    if config.train.init_from is None:
+        raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
+    return native.resolve_checkpoint(config.train.init_from, report)
+
+
+def _fits(there: Config, config: Config) -> bool:
+    """Whether training can start from the checkpoint as it is, or says itself why not."""
+    becomes_moh = config.moh.enabled and not there.moh.enabled
+    return not becomes_moh and there.model.tokens == config.model.tokens
+
+
+def _check_source(source: Path, there: Config, config: Config) -> None:
+    require_same_weights(source, config, apart_from=_MAY_DIFFER if there.moh.enabled else _MAY_DIFFER + _ROUTING)
+    if there.moh.enabled and not config.moh.enabled:
+        raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
+    if there.model.tokens > config.model.tokens:
+        raise UserError(
+            f"model.vocab_size must hold the {there.model.tokens} entries of {source}. Got {config.model.tokens}."
+        )
+
+
+def calibration_of(config: Config, there: Config, model: nn.Module, tokenizer: Tokenizer, file: Path) -> Calibration:
+    """The measurement in ``file``; where there is none it is made, of the dense ``model`` of ``there``, and written."""
+    if file.is_file():
+        return read_calibration(file)
+    dataset = build_train_dataset(config, load_prepared(config), tokenizer)
+    tokens = torch.stack([dataset[index] for index in range(min(config.moh.calibration_sequences, len(dataset)))])
+    device = next(model.parameters()).device
+    calibration = calibrate(model, there, tokens.to(device), tokenizer.eod if config.data.document_mask else None)
+    write_calibration(file, calibration)
+    return calibration
+
+
+def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> Config:
+    if not config.moh.enabled or config.moh.shared_placement != "calibrated":
+        return config
+    check_same_tokenizer(source, tokenizer)
+    # Documents are kept apart here where training keeps them apart.
+    there = dataclasses.replace(there, data=config.data)
+    model = build_single_process(there, native.read_weights(source)).to(groups.device(0))
+    file = Path(config.run.dir) / "calibration.json"
+    calibration = calibration_of(config, there, model, tokenizer, file)
+    report(f"{file}: what each head is worth, over {calibration.tokens:,} tokens")
+    return settled(config, calibration)
+
+
+def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> None:
+    with opened(source, there) as stored, whole_folder(start_folder(config)) as folder:
+        routers, table = dict(initial_routers(config)), rules(config)
+        dtypes = {
+            rule.megatron: routers[rule.hf[0]].dtype if rule.hf[0] in routers else stored.dtype(rule) for rule in table
+        }
+        grown = _new_pieces(source, there, config, tokenizer)
+
+        def pieces() -> Iterator[tuple[str, Tensor]]:
+            for rule in table:
+                if rule.hf[0] in routers:
+                    yield rule.megatron, routers[rule.hf[0]]
+                else:
+                    yield rule.megatron, _taken(stored, rule, there, config, grown)
+
+        write_checkpoint(folder, config, dtypes, pieces(), tokenizer)
+
+
+def _new_pieces(source: Path, there: Config, config: Config, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    if there.model.tokens == config.model.tokens:
+        check_same_tokenizer(source, tokenizer)
+        return {}
+    return new_pieces(load_tokenizer(native.tokenizer_folder(source)), tokenizer)
+
+
+def _taken(stored: Stored, rule: Rule, there: Config, config: Config, grown: dict[int, list[int]]) -> Tensor:
+    whole = stored.whole(rule)
+    if rule.megatron not in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        return whole
+    rows = grown_rows(whole[: there.model.tokens], grown, config.model.tokens)
+    return torch.cat([rows, rows.new_zeros(config.model.vocab_padding, rows.shape[1])])
+
+
+@torch.inference_mode()
+def check(checkpoint: Path) -> float:
+    """KL, nats a token, between a MoH model with all heads active and its dense twin, in fp32 on random tokens.
+
+    Raises:
+        Fault: it is above ``LARGEST_DIVERGENCE``.
+    """
+    config, state = native.read_config(checkpoint), native.read_weights(checkpoint)
+    everything = dataclasses.replace(
+        config, moh=dataclasses.replace(config.moh, active_heads=config.model.num_attention_heads)
+    )
+    generator = torch.Generator().manual_seed(config.run.seed)
+    length = min(_CHECKED_TOKENS, config.train.sequence_length)
+    tokens = torch.randint(config.model.tokens, (1, length), generator=generator)
+    dense = {name: tensor for name, tensor in state.items() if ".router." not in name}
+    wanted = logits(build_single_process(dense_twin(config), dense), tokens)[0].log_softmax(-1)
+    here = logits(build_single_process(everything, state), tokens)[0].log_softmax(-1)
+    distance = float(divergence(wanted, here))
+    if not distance < LARGEST_DIVERGENCE:
+        raise Fault(
+            f"{checkpoint}: with all heads active its KL divergence from the dense model is {distance:.3g}; less than "
+            f"{LARGEST_DIVERGENCE:g} is required. This is a bug: please report it."
+        )
+    return distance

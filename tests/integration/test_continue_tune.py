@@ -1,0 +1,159 @@
+"""A dense run tuned on into MoH: upcycled, distilled, stopped and resumed; and with a larger vocabulary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import Run, command, finish
+
+from moh_megatron.checkpoint import native
+from moh_megatron.data.tokenizer import load_tokenizer
+from moh_megatron.upcycle.vocabulary import new_pieces
+
+UPCYCLED = (
+    "moh.router=query_norm",
+    "moh.shared_placement=calibrated",
+    "moh.calibration_sequences=2",
+    "moh.activation_schedule_steps=5",
+    "train.total_tokens=3072",  # 12 steps
+    "parallel.zero_stage=2",
+)
+
+
+@pytest.fixture(scope="module")
+def dense(new_run: Callable[[], Run]) -> Run:
+    run = new_run()
+    done = run.finish("moh.enabled=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def tune(run: Run, source: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    places = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={source}")
+    return finish(command("continue_tune.py", run.config, *arguments, *places))
+
+
+@pytest.fixture(scope="module")
+def tuned(dense: Run, new_run: Callable[[], Run]) -> tuple[Run, str]:
+    run = new_run()
+    done = tune(run, dense.folder, "--nproc-per-node", 2, *UPCYCLED, f"distillation.teacher={dense.folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run, done.stdout
+
+
+def test_with_all_heads_active_the_start_is_the_dense_model(tuned: tuple[Run, str]) -> None:
+    (line,) = (line for line in tuned[1].splitlines() if line.startswith("with all heads active"))
+    assert float(line.split("KL from the dense model ")[1].split()[0]) < 1e-8
+
+
+def test_training_starts_from_the_dense_weights_with_the_measured_heads(tuned: tuple[Run, str], dense: Run) -> None:
+    run, _ = tuned
+    start = run.folder / "start"
+    there, here = native.read_weights(native.resolve_checkpoint(dense.folder)), native.read_weights(start)
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    report = run.json("calibration.json")
+    listed = [sorted(ranking[:2]) for ranking in report["ranking"]]
+    config = native.read_config(native.resolve_checkpoint(run.folder))
+    assert [list(heads) for heads in config.moh.shared_heads or ()] == listed  # type: ignore[union-attr]
+    assert config.train.init_from == str(start)
+    # The schedule begins with every head: the first loss is the dense model's.
+    assert run.records()[0]["lm_loss"] < dense.records()[-1]["lm_loss"] + 0.3
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tuned: tuple[Run, str], dense: Run) -> None:
+    whole, _ = tuned
+    run = replace(whole, folder=whole.folder.with_name("stopped"))
+    arguments = ("--nproc-per-node", 2, *UPCYCLED, f"distillation.teacher={dense.folder}")
+    stopped = tune(run, dense.folder, *arguments, "train.max_seconds=0.01")
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert run.records()[-1]["step"] == 1
+    resumed = tune(run, dense.folder, *arguments)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "made of" not in resumed.stdout
+    for one, other in zip(run.records(), whole.records(), strict=True):
+        assert (one["lm_loss"], one["grad_norm"]) == (other["lm_loss"], other["grad_norm"])
+
+
+def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[], Run], tmp_path: Path) -> None:
+    run = replace(new_run(), data=tmp_path / "data")
+    old = dense.data / "tokenizer"
+    grown = ("moh.enabled=false", "model.vocab_size=416")
+    growing = (f"data.dir={run.data}", f"tokenizer.path={old}", "tokenizer.grow_to=410")
+    made = finish(command("prepare_data.py", run.config, *growing, *grown))
+    assert made.returncode == 0, made.stderr
+    done = tune(run, dense.folder, "--prepare", *grown)
+    assert done.returncode == 0, done.stdout + done.stderr
+    there, here = (
+        native.read_weights(native.resolve_checkpoint(dense.folder)),
+        native.read_weights(run.folder / "start"),
+    )
+    pieces = new_pieces(load_tokenizer(old), load_tokenizer(run.data))
+    assert len(pieces) == 26
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert here[name].shape == (416, 64)
+        assert torch.equal(here[name][:384], there[name])
+        for number, parts in pieces.items():
+            torch.testing.assert_close(here[name][number], there[name][parts].mean(0))
+    trained = tune(run, dense.folder, *grown, "parallel.tensor=1", "train.total_tokens=1024")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert native.read_config(native.resolve_checkpoint(run.folder)).model.vocab_size == 416
+
+
+def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
+    done = finish(
+        [
+            *command("../tools/upcycle_report.py", dense.config, "--out", tmp_path, "--documents", 5),
+            *(f"data.dir={dense.data}", f"train.init_from={dense.folder}", f"run.dir={tmp_path / 'run'}"),
+            *("moh.router=query_norm", "--choices", "first", "calibrated"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [(row["choice"], row["share"]) for row in rows] == [
+        (choice, share) for choice in ("first", "calibrated") for share in (100, 90, 75, 50)
+    ]
+    assert all((row["divergence"]["value"] < 1e-8) == (row["share"] == 100) for row in rows)
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert "| first | 4 (50 %) | 2 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_table_says_what_was_recovered(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
+    run, _ = tuned
+    control = replace(run, folder=run.folder.with_name("control"))
+    done = tune(control, dense.folder, "moh.enabled=false", "train.total_tokens=3072", "parallel.tensor=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = command("../tools/tuning_table.py", control.folder, run.folder, "--out", tmp_path / "table.md")
+    shown = finish(table)
+    assert shown.returncode == 0, shown.stderr
+    assert "| 4 of 8, 2 shared | 3,072 |" in shown.stdout
+    measured = (run.folder / "documents.json").read_bytes()
+    again = finish(table)
+    assert again.stdout == shown.stdout
+    assert (run.folder / "documents.json").read_bytes() == measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.init_from=",), "train.init_from must name the checkpoint to tune"),
+        (("model.num_layers=3",), "model.num_layers: 2 there, 3 here"),
+        (("model.vocab_size=380",), "must hold the 384 entries"),
+        (("moh.gating=paper", "moh.router=learned"), "moh.gating must be normalized"),
+    ],
+    ids=["no source", "other layers", "smaller vocabulary", "gates that are not 1"],
+)
+def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
+    dense: Run, new_run: Callable[[], Run], arguments: tuple[str, ...], message: str
+) -> None:
+    run = new_run()
+    places = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={dense.folder}")
+    done = finish(command("continue_tune.py", run.config, *places, *arguments))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert not (run.folder / "start").exists()

@@ -1,0 +1,91 @@
+"""What each head is worth to a dense model, measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moh_megatron.checkpoint.mapping import from_hf, to_hf
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.heads import layer_heads
+from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.model.single import build_single_process
+from moh_megatron.model.tensors import model_tensors
+from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
+
+DENSE = {"moh.enabled": False, "model.init_method_std": 0.2}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def dense(tiny, one_rank):
+    """(configuration, weights) of a dense model whose KV groups stand in another order than their numbers."""
+    config = tiny(DENSE)
+    torch.manual_seed(0)
+    return config, {name: each.detach().clone() for name, each in model_tensors(build_model(config)).items()}
+
+
+def test_removal_is_what_a_head_without_output_projection_costs(dense, tokens):
+    config, weights = dense
+    model = build_single_process(config, weights)
+    found = calibrate(model, config, tokens)
+    with torch.no_grad():
+        whole = float(token_losses(model, tokens).double().mean())
+    assert found.loss == pytest.approx(whole, abs=1e-6)
+    assert found.tokens == 32
+    assert [len(each) for each in found.removal] == [8, 8]
+    for layer, head in ((0, 0), (0, 3), (1, 5)):
+        named = to_hf(weights, config)
+        named[f"model.layers.{layer}.self_attn.o_proj.weight"][:, head * 4 : head * 4 + 4] = 0
+        with torch.no_grad():
+            without = float(token_losses(build_single_process(config, from_hf(named, config)), tokens).double().mean())
+        assert found.removal[layer][head] == pytest.approx(without - whole, abs=1e-5)
+
+
+def test_the_model_is_left_as_it_was(dense, tokens):
+    config, weights = dense
+    model = build_single_process(config, weights)
+    before = token_losses(model, tokens)
+    calibrate(model, config, tokens)
+    assert torch.equal(token_losses(model, tokens), before)
+
+
+CALIBRATION = Calibration(
+    64, 3.0, ((0.1, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.3), (0.5, -0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.6))
+)
+
+
+def test_the_heads_that_hurt_most_are_shared():
+    assert CALIBRATION.shared(3) == ((1, 2, 7), (0, 2, 7))
+    assert CALIBRATION.ranking[0][:3] == (1, 7, 2)
+
+
+def test_the_choice_becomes_a_list(tiny):
+    config = tiny({"moh.shared_placement": "calibrated"})
+    with pytest.raises(UserError, match="not settled before a dense model has been measured"):
+        layer_heads(config.model, config.moh)
+    heads = layer_heads(config.model, settled(config, CALIBRATION).moh)
+    assert [each.shared for each in heads] == [(1, 7), (0, 7)]
+    with pytest.raises(UserError, match=r"must be of 3 layers of 8 heads\. Got 2 of 8"):
+        settled(tiny({"moh.shared_placement": "calibrated", "model.num_layers": 3}), CALIBRATION)
+
+
+def test_a_list_leaves_nothing_to_calibrate(tiny):
+    with pytest.raises(UserError, match=r"calibrated needs moh\.shared_heads to be a number"):
+        tiny({"moh.shared_placement": "calibrated", "moh.shared_heads": [[0, 1], [2, 3]]})
+
+
+def test_the_report_is_read_back(tmp_path):
+    file = tmp_path / "calibration.json"
+    write_calibration(file, CALIBRATION)
+    assert read_calibration(file) == CALIBRATION
+    assert json.loads(file.read_text())["ranking"][1][:2] == [7, 0]
+    file.write_text("{}")
+    with pytest.raises(UserError, match="no calibration"):
+        read_calibration(file)

@@ -1,0 +1,53 @@
+"""Routers that leave a dense model as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.moh.routing import learned_routing
+from moh_megatron.upcycle.routers import initial_routers
+
+BIAS = {"moh.balancing": "bias"}
+
+
+def weights(config, layer=0):
+    prefix = f"model.layers.{layer}.self_attn.router."
+    named = dict(initial_routers(config))
+    return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_active_gate_is_one_and_tokens_differ_in_their_heads(tiny, shared, precision):
+    own = weights(tiny({"moh.shared_heads": shared, "moh.active_heads": 5, "train.precision": precision}))
+    x = 30 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    routing = learned_routing(
+        x, own.get("shared.weight"), own["routed.weight"], own.get("alpha.weight"), top_k=5 - shared
+    )
+    torch.testing.assert_close(routing.gates, routing.active.float(), rtol=0, atol=2e-7)
+    assert routing.active[:, shared:].any(0).all()
+    assert not routing.active[:, shared:].all(0).any()
+
+
+def test_the_same_seed_gives_the_same_routers(tiny):
+    first, again = (dict(initial_routers(tiny())) for _ in range(2))
+    other = dict(initial_routers(tiny({"run.seed": 5})))
+    name = "model.layers.1.self_attn.router.routed.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_what_has_no_weights_gets_none(tiny):
+    assert not list(initial_routers(tiny({"moh.enabled": False})))
+    assert not list(initial_routers(tiny({"moh.router": "query_norm"})))
+    biases = dict(initial_routers(tiny({"moh.router": "query_norm", **BIAS})))
+    assert {tuple(each.shape) for each in biases.values()} == {(6,)}
+    assert {each.dtype for each in biases.values()} == {torch.int64}
+    assert len(biases) == 2
+
+
+def test_gates_as_the_paper_prints_them_cannot_be_one(tiny):
+    with pytest.raises(UserError, match=r"moh\.gating must be normalized"):
+        list(initial_routers(tiny({"moh.gating": "paper"})))

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""What upcycling costs before any tuning: loss and KL against the dense model at 100, 90, 75 and 50 % of the heads.
+
+python tools/upcycle_report.py CONFIG.yaml --out DIR [--choices first spread calibrated] [--documents 100]
+
+CONFIG is of a MoH model and names the dense checkpoint in train.init_from. Writes DIR/report.md, report.json and
+report.png (which needs matplotlib), and DIR/calibration.json where the choice is measured, unless that is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from moh_megatron.cli import config_parser, exit_code, parse_config
+
+_CHOICES = ("first", "spread", "calibrated", "list")
+
+
+def main() -> None:
+    parser = config_parser("Compare choices of shared heads without training.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        choices=_CHOICES,
+        default=["first", "spread", "calibrated"],
+        metavar="CHOICE",
+        help="of the shared heads: first, spread, calibrated, or list, those that the configuration lists",
+    )
+    parser.add_argument("--documents", type=int, default=100, metavar="N", help="validation documents, at most")
+    arguments, config = parse_config(parser)
+    from moh_megatron.checkpoint import native
+    from moh_megatron.config.errors import UserError
+    from moh_megatron.data.prepared import load_prepared
+    from moh_megatron.model.single import build_single_process
+    from moh_megatron.monitor.records import write_json
+    from moh_megatron.parallel import groups
+    from moh_megatron.train.resume import check_same_tokenizer
+    from moh_megatron.upcycle.documents import held_out
+    from moh_megatron.upcycle.report import as_mapping, as_markdown, compare_choices
+    from moh_megatron.upcycle.start import calibration_of
+
+    if config.train.init_from is None:
+        raise UserError("train.init_from must name the dense checkpoint. Got null.")
+    documents = held_out(config, arguments.documents)
+    source = native.resolve_checkpoint(config.train.init_from)
+    there = native.read_config(source)
+    if there.moh.enabled:
+        raise UserError(f"train.init_from must name a dense checkpoint. Got {source}, with moh.enabled: true.")
+    tokenizer = load_prepared(config).tokenizer()
+    check_same_tokenizer(source, tokenizer)
+    dense = build_single_process(there, native.read_weights(source)).to(groups.device(0))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    calibration = None
+    if "calibrated" in arguments.choices:
+        calibration = calibration_of(config, there, dense, tokenizer, arguments.out / "calibration.json")
+    loss, rows = compare_choices(config, dense, documents, arguments.choices, calibration)
+    write_json(arguments.out / "report.json", {"documents": len(documents), **as_mapping(loss, rows)})
+    text = f"{source}, {len(documents)} documents; ± is the standard error over them.\n\n{as_markdown(loss, rows)}\n"
+    (arguments.out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+    _draw(arguments.out / "report.png", dataclasses.asdict(loss)["value"], rows)
+
+
+def _draw(picture: Path, dense: float, rows: list) -> None:  # type: ignore[type-arg]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left.axhline(dense, color="black", linestyle="--", label="dense")
+    for choice in dict.fromkeys(row.choice for row in rows):
+        own = [row for row in rows if row.choice == choice]
+        places = [row.share for row in own]
+        left.errorbar(
+            places, [row.loss.value for row in own], [row.loss.error for row in own], marker="o", label=choice
+        )
+        seen = [row for row in own if row.share < 100]
+        right.errorbar(
+            [row.share for row in seen],
+            [row.divergence.value for row in seen],
+            [row.divergence.error for row in seen],
+            marker="o",
+            label=choice,
+        )
+    left.set(xlabel="active heads, %", ylabel="loss, nats a token")
+    right.set(xlabel="active heads, %", ylabel="KL from the dense model, nats a token", yscale="log")
+    for axes in (left, right):
+        axes.invert_xaxis()
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
