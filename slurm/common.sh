@@ -1,0 +1,151 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034,SC2154  # variables that pass between this file and those that source it
+# What the job scripts of this folder share. They set `script` to their own path and source this; README.md has every
+# variable. A script that Slurm runs is a job; one that is typed checks what it can and submits itself.
+set -euo pipefail
+
+repository=$(dirname "$(dirname "$script")")
+python=${MOH_PYTHON:-$repository/.venv/bin/python}
+max_restarts=${MAX_RESTARTS:-3}
+restart_pause=${RESTART_PAUSE:-60}
+
+say() { echo "[$(date +%FT%T)] $*" >&2; }
+fail() { # CODE MESSAGE: the last line of the log is the reason
+    echo "error: $2" >&2
+    exit "$1"
+}
+
+# Arguments: sbatch's own flags and --dry-run first, then CONFIG and overrides.
+
+flags=() arguments=() dry_run=
+parse() {
+    while [[ ${1:-} == -* ]]; do
+        case $1 in
+            --dry-run) dry_run=1 ;;
+            --*=* | --[a-z]*) flags+=("$1") ;;
+            *) fail 2 "$1: expected a flag of sbatch in its long form, such as --nodes=2, before the configuration" ;;
+        esac
+        shift
+    done
+    arguments=("$@")
+}
+
+in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
+
+requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask for; the last one counts
+    local found
+    found=$({
+        sed -n 's/^#SBATCH //p' "$script" | tr ' ' '\n'
+        printf '%s\n' "${flags[@]}"
+    } | sed -n "s/^--$1=//p" | tail -n 1)
+    echo "${found:-$2}"
+}
+
+# The environment of every process of a job: a job inherits the submitter's, whatever that is.
+
+prepare_environment() {
+    # shellcheck disable=SC2086
+    [ -z "${MOH_MODULES:-}" ] || module load $MOH_MODULES
+    # shellcheck disable=SC1090
+    [ -z "${MOH_SETUP:-}" ] || . "$MOH_SETUP"
+    # The code is that of this folder, whatever is installed.
+    export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    # A shell that was once a rank says things that are no longer true.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MOH_LAUNCHER_PID TORCHELASTIC_USE_AGENT_STORE
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # Megatron-core overlaps tensor-parallel communication correctly only with one queue.
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # glibc hands large freed blocks back to the system, and faults their pages in again at every step.
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-8589934592}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+    # NCCL says which peer or device failed, and nothing else.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # A progress bar writes a line a refresh into a log file.
+    export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
+    if [ "${MOH_DEVICE:-auto}" = cpu ]; then export CUDA_VISIBLE_DEVICES=''; fi
+}
+
+gpus_per_node() { # of the request: `8`, `h100:8` or nothing
+    local asked=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)}
+    if [ "${MOH_DEVICE:-auto}" = cpu ]; then echo 0; else echo "${asked##*:}"; fi
+}
+
+# How a command gets onto the nodes: srun starts every process itself, so that signals and exit codes come through.
+
+srun_line=() inside=()
+prepare_srun() {
+    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair
+    srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}")
+    # Since Slurm 22.05 srun does not take this from sbatch.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_line+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs its peers' devices in sight.
+    [ "$(gpus_per_node)" = 0 ] || srun_line+=(--gpu-bind=none)
+    case ${MOH_CONTAINER:-} in
+        '') ;;
+        *.sif)
+            inside=(apptainer exec --nv)
+            for pair in ${mounts//,/ }; do inside+=(--bind "$pair"); done
+            inside+=("$MOH_CONTAINER")
+            ;;
+        *)
+            srun_line+=(--container-image="$MOH_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD"
+                --no-container-mount-home)
+            ;;
+    esac
+}
+
+on_one() { "${srun_line[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${inside[@]}" "$@"; }
+on_all() { "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$@"; }
+
+# Ranks meet at the first node, on a port that follows from the job's id: two jobs on one node do not collide, and nobody
+# has to be asked. Below 32768, where the system takes ports for itself.
+prepare_meeting() {
+    MOH_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    MOH_NODES=${MOH_NODES% }
+    # A lone node may not know its own name.
+    if [ "$SLURM_NNODES" = 1 ]; then MASTER_ADDR=127.0.0.1; else MASTER_ADDR=${MOH_NODES%% *}; fi
+    MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
+    MOH_GPUS=$(gpus_per_node)
+    export MOH_NODES MASTER_ADDR MASTER_PORT MOH_GPUS
+}
+
+# From a typed script.
+
+submit() { # LINE...: print it, or do it
+    if [ -n "$dry_run" ]; then
+        echo "sbatch: $(printf '%q ' "$@")"
+    else
+        "$@"
+    fi
+}
+
+# Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
+# scancel, a requeue, the end of a grace time and of the time limit.
+stopped=
+supervise() {
+    local code=0 pid
+    trap 'stopped=1' TERM
+    "$@" &
+    pid=$!
+    wait "$pid" || code=$?
+    while [ -n "$stopped" ] && kill -0 "$pid" 2>/dev/null; do
+        code=0
+        wait "$pid" || code=$?
+    done
+    trap - TERM
+    return "$code"
+}
+
+requeue() { # [NODES]: start this job again, away from these nodes
+    local excluded
+    # Slurm will end this shell; not before it has said which nodes to avoid.
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" || fail 1 "Slurm refused to requeue job $SLURM_JOB_ID. Submit it again."
+    if [ -n "${1:-}" ]; then
+        excluded=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        [ "$excluded" != "(null)" ] || excluded=
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1" ||
+            say "warning: Slurm did not take the list of nodes to avoid, $1"
+    fi
+    exit 75
+}

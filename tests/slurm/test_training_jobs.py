@@ -1,0 +1,86 @@
+"""sbatch slurm/pretrain_moh.sh gives what the same command gives without Slurm, and survives what may happen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jobs import INTERVAL, LONG, LONG_STEPS, curve
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def test_one_node(new_job, undisturbed):
+    job = new_job()
+    job.submit(overrides=LONG)
+    assert job.wait() == "COMPLETED", job.log
+    assert curve(job.run) == curve(undisturbed)
+    assert job.events() == ["start", "finished"]
+    snapshot = json.loads((job.run.folder / f"slurm/{job.id}.0/job.json").read_text())
+    assert snapshot["nodes"] == ["n1"]
+    assert snapshot["environment"]["MASTER_ADDR"] == "127.0.0.1"
+    assert snapshot["packages"]["torch"]
+
+
+def test_two_nodes(new_job, four_ranks):
+    job = new_job()
+    job.submit("--nodes=2")
+    assert job.wait() == "COMPLETED", job.log
+    assert curve(job.run) == curve(four_ranks)
+    assert "2 nodes, 4 ranks are fit" in job.log
+
+
+def test_a_signal_before_the_time_limit(new_job, undisturbed):
+    job = new_job()
+    # Slurm looks at time limits every half a minute.
+    job.submit("--nodes=2", "--ntasks-per-node=1", "--time=3", "--signal=USR1@140", overrides=LONG)
+    assert job.wait() == "COMPLETED", job.log
+    events = job.events()
+    assert events.count("saved") >= 1, job.log
+    assert set(events) == {"start", "saved", "finished"}
+    saved = next(line for line in job.history() if line[3] == "saved")
+    assert "USR1" in saved[7] or "preflight" in saved[7]
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_killed_rank(new_job, undisturbed):
+    job = new_job()
+    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*LONG, "train.timeout_seconds=30"))
+    job.wait_for_step(LONG_STEPS // 3)
+    job.kill_rank(1)
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "fault", "start", "finished"]
+    fault = job.history()[1]
+    assert fault[6] == "n2"
+    assert "rank 1 (n2" in fault[7]
+    resumed = int(job.log.split("resumed after step ")[1].split()[0].rstrip(","))
+    assert resumed % INTERVAL == 0
+    assert int(fault[5]) - resumed <= 2 * INTERVAL  # one interval, and the steps while the last save was written
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_crashed_node(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=LONG)
+    job.wait_for_step(LONG_STEPS // 3)
+    cluster.crash("n2")
+    job_state = cluster.job(job.id)["JobState"]
+    assert job_state == "RUNNING"
+    cluster.boot("n2")
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events().count("start") == 2
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_bad_configuration(new_job):
+    job = new_job()
+    job.submit(overrides=("moh.active_heads=40",))
+    assert job.wait() == "FAILED"
+    last = [line for line in job.log.splitlines() if line.strip()][-2:]
+    assert "moh.active_heads" in " ".join(last), job.log
+    assert cluster_restarts(job) == "0"
+    assert job.events() == []
+
+
+def cluster_restarts(job) -> str:
+    return job.cluster.job(job.id)["Restarts"]
