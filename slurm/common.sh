@@ -11,13 +11,13 @@ restart_pause=${RESTART_PAUSE:-60}
 
 say() { echo "[$(date +%FT%T)] $*" >&2; }
 fail() { # CODE MESSAGE: the last line of the log is the reason
-    echo "error: $2" >&2
+    echo "error: ${*:2}" >&2
     exit "$1"
 }
 
 # Arguments: sbatch's own flags and --dry-run first, then CONFIG and overrides.
 
-flags=() arguments=() dry_run=
+flags=() given=() arguments=() dry_run=
 parse() {
     while [[ ${1:-} == -* ]]; do
         case $1 in
@@ -27,7 +27,7 @@ parse() {
         esac
         shift
     done
-    arguments=("$@")
+    given=("$@") arguments=("$@")
 }
 
 in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
@@ -136,16 +136,56 @@ supervise() {
     return "$code"
 }
 
-requeue() { # [NODES]: start this job again, away from these nodes
+requeue() { # NODES: start this job again, away from these nodes
     local excluded
     # Slurm will end this shell; not before it has said which nodes to avoid.
     trap '' TERM
     scontrol requeue "$SLURM_JOB_ID" || fail 1 "Slurm refused to requeue job $SLURM_JOB_ID. Submit it again."
-    if [ -n "${1:-}" ]; then
+    if [ -n "$1" ]; then
         excluded=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         [ "$excluded" != "(null)" ] || excluded=
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1" ||
             say "warning: Slurm did not take the list of nodes to avoid, $1"
     fi
     exit 75
+}
+
+# Submits the next job of a chain from inside this one: the same script and request, in this job's partition and account.
+submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, because this job is started again
+    local limit log name=$1 more=()
+    shift
+    [ -z "$(squeue -h --name="$name" -o %i)" ] || return 0
+    while [ "$1" != -- ]; do more+=("$1") && shift; done
+    shift
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || more+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    [ -z "${SLURM_NTASKS_PER_NODE:-}" ] || more+=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE")
+    [ -z "${SLURM_GPUS_PER_NODE:-}" ] || more+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+    [ -z "${SLURM_JOB_ACCOUNT:-}" ] || more+=(--account="$SLURM_JOB_ACCOUNT")
+    [ -z "${SLURM_JOB_QOS:-}" ] || more+=(--qos="$SLURM_JOB_QOS")
+    more+=(--partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
+    log=$(readlink -f /proc/$$/fd/1)
+    limit=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
+    (
+        configuration=${SLURM_CONF:-}
+        # sbatch takes this job's own variables for wishes.
+        unset "${!SLURM_@}"
+        [ -z "$configuration" ] || export SLURM_CONF=$configuration
+        sbatch --job-name="$name" "${more[@]}" --time="$limit" --output="${log%/*}/%x-%j.out" \
+            --kill-on-invalid-dep=yes "$script" "$@"
+    )
+}
+
+# The whole of a job that needs one process, and may be done again from its beginning.
+one_process_job() { # COMMAND...
+    local code=0
+    prepare_environment
+    prepare_srun
+    supervise on_one "$@" || code=$?
+    if [ "$code" = 0 ] || [ "$code" = 2 ] || [ -n "$stopped" ]; then exit "$code"; fi
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
+        fail 1 "failed with exit code $code after $max_restarts restarts (MAX_RESTARTS), and is not started again"
+    fi
+    say "exit code $code; starting again in $restart_pause s"
+    sleep "$restart_pause"
+    requeue ''''
 }

@@ -128,7 +128,7 @@ check_run() { # FLAGS...: prints the run folder
     "$python" "$repository/slurm/check.py" "${arguments[@]}" "$@"
 }
 
-train_job() { # PIPELINE: one life of the run
+train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
     local code=0 life reason step nodes
     prepare_environment
     prepare_srun
@@ -138,7 +138,9 @@ train_job() { # PIPELINE: one life of the run
     begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     run_dir=$(on_one "$python" "$repository/slurm/check.py" "${arguments[@]}" \
-        --world-size "$SLURM_NTASKS" --snapshot "$life" | tail -n 1) || fail $? "$(last_words)"
+        --world-size "$SLURM_NTASKS" --snapshot "$life" | tail -n 1) || code=$?
+    [ "$code" != "$unheard" ] || requeue ''
+    [ "$code" = 0 ] || fail "$code" "$(last_words)"
     history=$run_dir/slurm/history.tsv
     touch "$history"
     alone_in_run_folder
@@ -147,6 +149,7 @@ train_job() { # PIPELINE: one life of the run
     record start - "$(last_step)" "${MOH_NODES// /,}" "$(printf '%s ' "${arguments[@]}")"
     check_grace
 
+    rm -f "$run_dir/exit.json"
     local report=$run_dir/slurm/$life/preflight.tsv
     MASTER_PORT=$((MASTER_PORT + 1)) supervise on_all "$python" "$repository/slurm/preflight.py" "${arguments[@]}" \
         --report "$report" || code=$?
@@ -154,14 +157,14 @@ train_job() { # PIPELINE: one life of the run
         reason=$(paste -s -d';' "$report" 2>/dev/null | tr '\t' ' ')
         reason="preflight: ${reason:-no answer from node ${MOH_NODES%% *}, exit code $code}"
         nodes=$(cut -f1 "$report" 2>/dev/null | sort -u | paste -s -d,)
-        [ -z "$stopped" ] || end_stopped "$code"
-        [ "$code" != 2 ] || end_refused "$reason"
-        # USR1 (10), the sign that the time limit is near, before a rank could listen: there is nothing to save.
-        [ "$code" != 138 ] || { record saved 75 '' '' "$reason" && requeue; }
-        after_fault "$code" preflight "$nodes" "$reason"
+        judge "$code" preflight "$nodes" "$reason"
     fi
 
-    rm -f "$run_dir/exit.json"
+    if [ $# -gt 1 ]; then
+        supervise on_one "$python" "$repository/$1" "${arguments[@]}" "${@:2}" || code=$?
+        [ "$code" = 0 ] || judge "$code" start '' "$(last_words)"
+    fi
+
     supervise on_all "$python" "$repository/$1" "${arguments[@]}" || code=$?
     reason=$(exit_value reason)
     reason=${reason:-srun ended with $code, and no rank said why}
@@ -172,15 +175,27 @@ train_job() { # PIPELINE: one life of the run
         say "finished: $run_dir"
         exit 0
     fi
+    judge "$code" "${step:--}" "$(blamed "$reason")" "$reason"
+}
+
+# USR1, the sign that the time limit is near, came before a rank could listen: there is nothing to save. 128 + 10.
+unheard=138
+
+judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means for the job
+    local code=$1 step=$2 nodes=$3 reason=$4
     [ -z "$stopped" ] || end_stopped "$code"
     [ "$code" != 2 ] || end_refused "$reason"
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.
     if [ "$code" = 75 ] && [ "$(exit_value code)" = 75 ]; then
         record saved 75 "$step" '' "$reason"
         say "$reason at step $step; the job goes on when Slurm starts it again"
-        requeue
+        requeue ''
     fi
-    after_fault "$code" "${step:--}" "$(blamed "$reason")" "$reason"
+    if [ "$code" = "$unheard" ] && [ ! -e "$run_dir/exit.json" ]; then
+        record saved 75 "$step" '' "USR1 came before the ranks were there: nothing to save"
+        requeue ''
+    fi
+    after_fault "$code" "$step" "$nodes" "$reason"
 }
 
 end_stopped() { # CODE: Slurm, or the user, wants this job to end, and knows what comes next
@@ -195,9 +210,8 @@ end_refused() { # REASON: the user's to mend; never in vain a second time
 }
 
 # A typed script: checks, the plan, then sbatch.
-submit_training() { # PIPELINE [MORE SBATCH FLAGS]
-    local nodes tasks world name pipeline=$1
-    shift
+submit_training() { # PIPELINE
+    local nodes tasks world name
     prepare_environment
     nodes=$(requested nodes 1)
     tasks=$(requested ntasks-per-node 1)
@@ -205,18 +219,18 @@ submit_training() { # PIPELINE [MORE SBATCH FLAGS]
     name=moh
     if "$python" -c '' 2>/dev/null; then
         local checks=(--world-size "$world")
-        [ -n "${MOH_DATA_HERE-yes}" ] || checks+=(--no-data)
+        if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then checks+=(--no-data); fi
         run_dir=$(check_run "${checks[@]}" | tail -n 1) || exit 2
         # One name for one run folder: singleton keeps its jobs apart.
         name=moh-$(basename "$run_dir")-$(cksum <<<"$run_dir" | cut -d' ' -f1)
     else
         say "warning: $python does not run here; the configuration is checked when the job starts"
     fi
-    submit sbatch --job-name="$name" --dependency=singleton "$@" "${flags[@]}" "$script" "${arguments[@]}"
+    submit sbatch --job-name="$name" --dependency=singleton "${flags[@]}" "$script" "${given[@]}"
     if [ -n "$dry_run" ]; then
-        prepare_srun
+        SLURM_CPUS_PER_TASK=$(requested cpus-per-task '') prepare_srun
         echo "srun:   $(printf '%q ' "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$python" \
-            "$repository/$pipeline" "${arguments[@]}")"
+            "$repository/$1" "${arguments[@]}")"
         echo
         "$python" "$repository/tools/plan.py" "${arguments[@]}" --world-size "$world" \
             ${MOH_GPU_MEMORY:+--gpu-memory "$MOH_GPU_MEMORY"}

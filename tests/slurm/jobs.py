@@ -13,7 +13,7 @@ from support.runs import REPOSITORY, Run
 
 SCRIPTS = REPOSITORY / "slurm"
 CPU_NODES = ("--gpus-per-node=0", "--cpus-per-task=1")
-LONG_STEPS, INTERVAL = 400, 50
+LONG_STEPS, INTERVAL = 600, 50
 LONG = (f"train.total_tokens={LONG_STEPS * 8 * 32}", f"checkpoint.interval={INTERVAL}", "train.eval_interval=0")
 """Long enough that something can happen in the middle."""
 CURVE = ("step", "loss", "lm_loss", "grad_norm", "lr")
@@ -54,14 +54,8 @@ class Job:
     def submit(self, *flags: str, overrides: tuple[str, ...] = (), script: str = "pretrain_moh.sh", **more: str) -> int:
         """sbatch on CPU nodes, one node with two ranks unless flags say otherwise."""
         output = f"--output={self.run.folder}.%j.log"
-        command = [
-            "--ntasks-per-node=2",
-            *CPU_NODES,
-            output,
-            *flags,
-            str(SCRIPTS / script),
-            *self.arguments(*overrides),
-        ]
+        flags = ("--ntasks-per-node=2", *CPU_NODES, output, *flags)
+        command = [*flags, str(SCRIPTS / script), *self.arguments(*overrides)]
         self.ids.append(self.cluster.submit(*command, **(ENVIRONMENT | more)))
         return self.id
 
