@@ -9,17 +9,21 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_dir='' history='' log='' begin=1
+# The exit code where USR1, the sign that the time limit is near, came before a rank could listen: 128 + 10.
+unheard=138
 
 record() { # EVENT CODE STEP NODES REASON
+    local reason=${5:--}
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' \
-        "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:--}" "${4:--}" "${5:--}" >>"$history"
+        "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:--}" "${4:--}" \
+        "${reason//[$'\t\n']/ }" >>"$history"
 }
 
-exit_value() { # NAME: of the run's exit.json
-    sed -n 's/^ "'"$1"'": "\{0,1\}\(.*[^,"]\)"\{0,1\},\{0,1\}$/\1/p' "$run_dir/exit.json" 2>/dev/null || true
+exit_value() { # NAME: of the run's exit.json, a line a value
+    printf %b "$(sed -n 's/^ "'"$1"'": "\{0,1\}\(.*[^,"]\)"\{0,1\},\{0,1\}$/\1/p' "$run_dir/exit.json" 2>/dev/null)"
 }
 
-last_step() { tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p'; }
+last_step() { tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p' || true; }
 
 failed_twice() { # nodes that this job's faults name at least twice, comma-separated
     awk -F'\t' -v job="$SLURM_JOB_ID" '
@@ -36,7 +40,9 @@ alone_in_run_folder() {
         [ -n "$(squeue -h -j "$other" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null)" ]; then
         fail 2 "$run_dir: job $other trains in this folder. Wait for it (--dependency=singleton), or use another run.dir."
     fi
-    if [ -e "$run_dir/.lock" ] && ! flock -w "${MOH_LOCK_SECONDS:-600}" "$run_dir/.lock" true; then
+    local code=0
+    [ ! -e "$run_dir/.lock" ] || flock -E 75 -w "${MOH_LOCK_SECONDS:-600}" "$run_dir/.lock" true || code=$?
+    if [ "$code" = 75 ]; then # another code: a file system without locks
         fail 2 "$run_dir: another process trains in this folder. Wait for it, or use another run.dir."
     fi
 }
@@ -48,7 +54,7 @@ account_for_lost_life() {
     if [ "$event" != start ] || [ "$job" != "$SLURM_JOB_ID" ]; then return 0; fi
     started=$(date -d "$since" +%s)
     for node in ${nodes//,/ }; do
-        booted=$(scontrol show node "$node" -o | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
+        booted=$(scontrol show node "$node" -o | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p' || true)
         booted=$(date -d "$booted" +%s 2>/dev/null || echo 0)
         if [ "$booted" -gt "$started" ] || [ -n "$(sinfo -h -n "$node" -t down,drain,fail -o %n)" ]; then
             lost+=("$node")
@@ -76,7 +82,7 @@ check_grace() {
     partition=$(scontrol show partition "$SLURM_JOB_PARTITION" -o 2>/dev/null) || return 0
     case $partition in *PreemptMode=OFF*) return 0 ;; esac
     grace=$(sed -n 's/.* GraceTime=\([0-9]*\).*/\1/p' <<<"$partition")
-    kill=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+    kill=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' || true)
     if [ "${grace:-0}" -lt "$need" ]; then
         say "warning: partition $SLURM_JOB_PARTITION may preempt this job and then waits ${grace:-0} s (GraceTime) and" \
             "${kill:-30} s (KillWait) before it kills; a save is given $need s (MOH_SAVE_SECONDS). What was not saved is" \
@@ -124,10 +130,6 @@ after_fault() { # CODE STEP NODES REASON: start again, unless that is in vain
     requeue "$(failed_twice)"
 }
 
-check_run() { # FLAGS...: prints the run folder
-    "$python" "$repository/slurm/check.py" "${arguments[@]}" "$@"
-}
-
 train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
     local code=0 life reason step nodes
     prepare_environment
@@ -154,9 +156,9 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
     MASTER_PORT=$((MASTER_PORT + 1)) supervise on_all "$python" "$repository/slurm/preflight.py" "${arguments[@]}" \
         --report "$report" || code=$?
     if [ "$code" != 0 ]; then
-        reason=$(paste -s -d';' "$report" 2>/dev/null | tr '\t' ' ')
+        reason=$(paste -s -d';' "$report" 2>/dev/null | tr '\t' ' ' || true)
         reason="preflight: ${reason:-no answer from node ${MOH_NODES%% *}, exit code $code}"
-        nodes=$(cut -f1 "$report" 2>/dev/null | sort -u | paste -s -d,)
+        nodes=$(cut -f1 "$report" 2>/dev/null | sort -u | paste -s -d, || true)
         judge "$code" preflight "$nodes" "$reason"
     fi
 
@@ -177,9 +179,6 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
     fi
     judge "$code" "${step:--}" "$(blamed "$reason")" "$reason"
 }
-
-# USR1, the sign that the time limit is near, came before a rank could listen: there is nothing to save. 128 + 10.
-unheard=138
 
 judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means for the job
     local code=$1 step=$2 nodes=$3 reason=$4
@@ -220,7 +219,7 @@ submit_training() { # PIPELINE
     if "$python" -c '' 2>/dev/null; then
         local checks=(--world-size "$world")
         if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then checks+=(--no-data); fi
-        run_dir=$(check_run "${checks[@]}" | tail -n 1) || exit 2
+        run_dir=$("$python" "$repository/slurm/check.py" "${arguments[@]}" "${checks[@]}" | tail -n 1) || exit 2
         # One name for one run folder: singleton keeps its jobs apart.
         name=moh-$(basename "$run_dir")-$(cksum <<<"$run_dir" | cut -d' ' -f1)
     else

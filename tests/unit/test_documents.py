@@ -13,7 +13,14 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu_bringup.md", "docs/multi_node.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/gpu_bringup.md",
+    "docs/multi_node.md",
+    "slurm/README.md",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
