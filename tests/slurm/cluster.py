@@ -92,8 +92,8 @@ class Machine:
         return ["nsenter", "-t", str(self.init), "-n", "-u", "-m", "-p", "--", *command]
 
     def kill(self) -> None:
-        """The power is gone."""
-        self._process.kill()
+        """The power is gone. The first process of a pid namespace ends after all others in there."""
+        os.kill(self.init, signal.SIGKILL)
         self._process.wait()
 
 
@@ -157,15 +157,13 @@ class Cluster:
         for number in range(GPUS):
             run("mknod", "-m", "666", str(self.state / f"devices/gpu{number}"), "c", "1", "3")
         (self.state / "gres.conf").write_text(f"Name=gpu Type=h100 File={self.state}/devices/gpu[0-{GPUS - 1}]\n")
-        controller = self.machines["ctl"] = Machine("ctl", self.hosts)
+        self.machines["ctl"] = Machine("ctl", self.hosts)
         self._in("ctl", "ip", "link", "set", "lo", "up")
         self._in("ctl", "ip", "link", "add", "br0", "type", "bridge")
         self._in("ctl", "ip", "address", "add", f"{self.addresses['ctl']}/24", "dev", "br0")
         self._in("ctl", "ip", "link", "set", "br0", "up")
-        files = {"key": key, "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "munge.seed"}
-        options = [f"--{name}-file={self.state / file}" for name, file in files.items() if name != "socket"]
-        self._in("ctl", "munged", *options, f"--socket={self.state / files['socket']}", "--force")
-        assert controller.init
+        files = [f"--{name}-file={self.state}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self._in("ctl", "munged", f"--socket={self.state}/munge.socket", *files)
         self.start_controller()
         for name in self.nodes:
             self.boot(name)
@@ -259,12 +257,3 @@ class Cluster:
 def missing_programs() -> list[str]:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-
-
-def kill(machine: Machine, pid: int) -> None:
-    """kill -9 of a process of a machine, named as it is seen from outside."""
-    os.kill(pid, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    raise SystemExit(f"missing: {', '.join(missing_programs()) or 'nothing'}")

@@ -18,7 +18,7 @@ train() { # SECONDS: as a rank that saves when it is asked to stop
     trap 'ended 75 "received SIGUSR1: saved" 7' USR1
     local until=$((SECONDS + $1))
     echo "${SLURM_RESTART_COUNT:-0}" >>"$RUN/trains"
-    while [ $SECONDS -lt "$until" ]; do sleep 0.1; done
+    while [ "$SECONDS" -lt "$until" ]; do sleep 0.1; done
     ended 0 finished 30
 }
 # shellcheck source=/dev/null
