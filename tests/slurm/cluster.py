@@ -163,7 +163,8 @@ class Cluster:
         self._in("ctl", "ip", "address", "add", f"{self.addresses['ctl']}/24", "dev", "br0")
         self._in("ctl", "ip", "link", "set", "br0", "up")
         files = [f"--{name}-file={self.state}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-        self._in("ctl", "munged", f"--socket={self.state}/munge.socket", *files)
+        # --force: the state may lie in a folder that nobody else may enter.
+        self._in("ctl", "munged", "--force", f"--socket={self.state}/munge.socket", *files)
         self.start_controller()
         for name in self.nodes:
             self.boot(name)
