@@ -19,7 +19,7 @@ fail() { # CODE MESSAGE: the last line of the log is the reason
 
 flags=() given=() arguments=() dry_run=
 parse() {
-    while [[ ${1:-} == -* ]]; do
+    while [[ ${1:-} == -* && $1 != -- ]]; do
         case $1 in
             --dry-run) dry_run=1 ;;
             --*=* | --[a-z]*) flags+=("$1") ;;
@@ -119,6 +119,18 @@ submit() { # LINE...: print it, or do it
     fi
 }
 
+# Where this job's output goes, and where this life of it begins there: to read again what was said.
+log='' begin=1
+remember_log() {
+    log=$(readlink -f /proc/$$/fd/2)
+    begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
+}
+
+last_words() { # the last message of this life, without what srun adds
+    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' |
+        awk '/^error: / { text = substr($0, 8); next } { text = text "\n" $0 } END { print text }' || true
+}
+
 # Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
 # scancel, a requeue, the end of a grace time and of the time limit.
 stopped=
@@ -152,7 +164,7 @@ requeue() { # NODES: start this job again, away from these nodes
 
 # Submits the next job of a chain from inside this one: the same script and request, in this job's partition and account.
 submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, because this job is started again
-    local limit log name=$1 more=()
+    local limit output name=$1 more=()
     shift
     [ -z "$(squeue -h --name="$name" -o %i)" ] || return 0
     while [ "$1" != -- ]; do more+=("$1") && shift; done
@@ -163,14 +175,14 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
     [ -z "${SLURM_JOB_ACCOUNT:-}" ] || more+=(--account="$SLURM_JOB_ACCOUNT")
     [ -z "${SLURM_JOB_QOS:-}" ] || more+=(--qos="$SLURM_JOB_QOS")
     more+=(--partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
-    log=$(readlink -f /proc/$$/fd/1)
+    output=$(readlink -f /proc/$$/fd/1)
     limit=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
     (
         configuration=${SLURM_CONF:-}
         # sbatch takes this job's own variables for wishes.
         unset "${!SLURM_@}"
         [ -z "$configuration" ] || export SLURM_CONF=$configuration
-        sbatch --job-name="$name" "${more[@]}" --time="$limit" --output="${log%/*}/%x-%j.out" \
+        sbatch --job-name="$name" "${more[@]}" --time="$limit" --output="${output%/*}/%x-%j.out" \
             --kill-on-invalid-dep=yes "$script" "$@"
     )
 }
@@ -178,10 +190,12 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
 # The whole of a job that needs one process, and may be done again from its beginning.
 one_process_job() { # COMMAND...
     local code=0
+    remember_log
     prepare_environment
     prepare_srun
     supervise on_one "$@" || code=$?
-    if [ "$code" = 0 ] || [ "$code" = 2 ] || [ -n "$stopped" ]; then exit "$code"; fi
+    if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
+    [ "$code" != 2 ] || fail 2 "$(last_words)"
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
         fail 1 "failed with exit code $code after $max_restarts restarts (MAX_RESTARTS), and is not started again"
     fi

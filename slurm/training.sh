@@ -8,7 +8,7 @@
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-run_dir='' history='' log='' begin=1
+run_dir='' history=''
 # The exit code where USR1, the sign that the time limit is near, came before a rank could listen: 128 + 10.
 unheard=138
 
@@ -101,11 +101,6 @@ blamed() { # REASON
     } | sort -u | paste -s -d,
 }
 
-last_words() { # the last message of this life's log, without what srun adds
-    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' |
-        awk '/^error: / { text = substr($0, 8); next } { text = text "\n" $0 } END { print text }'
-}
-
 # The same failure on another node is the same failure.
 without_places() { sed 's/([^)]*)//g'; }
 
@@ -132,12 +127,10 @@ after_fault() { # CODE STEP NODES REASON: start again, unless that is in vain
 
 train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
     local code=0 life reason step nodes
+    remember_log
     prepare_environment
     prepare_srun
     prepare_meeting
-    # Where this job's output goes, to read again what srun says.
-    log=$(readlink -f /proc/$$/fd/2)
-    begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     run_dir=$(on_one "$python" "$repository/slurm/check.py" "${arguments[@]}" \
         --world-size "$SLURM_NTASKS" --snapshot "$life" | tail -n 1) || code=$?

@@ -43,7 +43,7 @@ def test_every_variable_has_its_line():
     read = set()
     for file in [*SCRIPTS, *FOLDER.glob("*.py")]:
         text = file.read_text(encoding="utf-8")
-        read |= set(re.findall(r"\$\{([A-Z][A-Z_]+):?-", text))
+        read |= set(re.findall(r"\$\{([A-Z][A-Z_]+):?[-+]", text))
         read |= set(re.findall(r'environ\.get\("([A-Z_]+)"', text))
     set_by_slurm_and_scripts = {"MOH_GPUS", "MOH_NODES", "PYTHONPATH"}
     needed = {name for name in read if not name.startswith("SLURM_")} - set_by_slurm_and_scripts
@@ -83,7 +83,7 @@ def test_a_dry_run_shows_what_would_happen():
 
 
 def test_a_container_by_its_name():
-    config = "configs/smoke.yaml"
+    config = "configs/pretrain/llm_s_moh75.yaml"
     sif = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/a:/a,/b:/c")
     assert "apptainer exec --nv --bind /a:/a --bind /b:/c /images/moh.sif" in sif.stdout
     pyxis = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="nvcr.io/moh", MOH_MOUNTS="/a:/a")
@@ -97,7 +97,7 @@ def test_a_container_by_its_name():
         ("pretrain_moh.sh", ["configs/smoke.yaml", "train.total_token=5"], "did you mean 'total_tokens'?"),
         ("pretrain_moh.sh", ["--ntasks-per-node=3", "configs/smoke.yaml"], "parallel.tensor"),
         ("pretrain_moh.sh", ["-N2", "configs/smoke.yaml"], "-N2: expected a flag of sbatch in its long form"),
-        ("pretrain_moh.sh", ["configs/smoke.yaml", "data.dir=nowhere"], "No prepared data at nowhere"),
+        ("pretrain_moh.sh", ["configs/pretrain/llm_s_moh75.yaml", "data.dir=nowhere"], "No prepared data at nowhere"),
         ("prepare_data.sh", [], "expected a configuration"),
         ("prepare_data.sh", ["configs/smoke.yaml", "data.input=x"], "did you mean 'inputs'?"),
         ("convert.sh", [], "expected the arguments of pipelines/convert.py"),
