@@ -30,6 +30,9 @@ parse() {
     given=("$@") arguments=("$@")
 }
 
+# A task of an array by its two numbers: the id of one of them is that of the whole array.
+this_job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
 
 requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask for; the last one counts
@@ -152,11 +155,11 @@ requeue() { # NODES: start this job again, away from these nodes
     local excluded
     # Slurm will end this shell; not before it has said which nodes to avoid.
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID" || fail 1 "Slurm refused to requeue job $SLURM_JOB_ID. Submit it again."
+    scontrol requeue "$this_job" || fail 1 "Slurm refused to requeue job $this_job. Submit it again."
     if [ -n "$1" ]; then
-        excluded=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        excluded=$(scontrol show job "$this_job" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         [ "$excluded" != "(null)" ] || excluded=
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1" ||
+        scontrol update JobId="$this_job" ExcNodeList="${excluded:+$excluded,}$1" ||
             say "warning: Slurm did not take the list of nodes to avoid, $1"
     fi
     exit 75
@@ -176,7 +179,7 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
     [ -z "${SLURM_JOB_QOS:-}" ] || more+=(--qos="$SLURM_JOB_QOS")
     more+=(--partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
     output=$(readlink -f /proc/$$/fd/1)
-    limit=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
+    limit=$(scontrol show job "$this_job" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
     (
         configuration=${SLURM_CONF:-}
         # sbatch takes this job's own variables for wishes.

@@ -13,7 +13,8 @@
 # Slurm runs a copy of this file; it knows where the original is.
 script=${BASH_SOURCE[0]}
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/prepare_data\.sh\).*/\1/p')
+    script=$(scontrol show job "$SLURM_JOB_ID" |
+        sed -n '/^ *Command=/{ s/^ *Command=\(.*\/prepare_data\.sh\).*/\1/p; q }')
 fi
 script=$(readlink -f "$script")
 # shellcheck source=common.sh

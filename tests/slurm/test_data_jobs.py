@@ -22,11 +22,13 @@ TASKS = 4
 
 @pytest.fixture(scope="module")
 def corpus(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration of eight files and a given tokenizer, dataset that one process made of them)"""
+    """(configuration of a file a task and a given tokenizer, dataset that one process made of them)"""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(1)
-    for number in range(2 * TASKS):
-        lines = (" ".join(draw.choices(["kalo", "miter", "suve", "pinda"], k=40)) for _ in range(100))
+    words = ["kalo", "miter", "suve", "pinda"]
+    for number in range(TASKS):
+        # More than the smallest part, of 4 MB.
+        lines = (" ".join(draw.choices(words, k=4000)) for _ in range(200))
         text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (folder / f"text{number}.jsonl").write_text(text, encoding="utf-8")
     values: dict[str, Any] = {**SMALL, "run": {"dir": str(folder / "run")}}

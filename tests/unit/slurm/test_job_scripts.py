@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,24 @@ def test_in_a_round_every_node_has_the_partner_that_has_it(nodes, round_number):
     links = {frozenset(neighbours(each, node, nodes)) for each in (0, 1) for node in range(nodes)}
     met = {node for link in links if len(link) > 1 for node in link}
     assert met == set(range(nodes))
+
+
+def test_a_snapshot_says_what_the_run_is_made_of_and_no_secret(tmp_path):
+    command = [sys.executable, FOLDER / "check.py", "configs/smoke.yaml", f"run.dir={tmp_path}", "--world-size", "2"]
+    done = subprocess.run(
+        [*map(str, command), "--no-data", "--snapshot", "7.0"],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "NCCL_DEBUG": "WARN", "HF_TOKEN": "s3cret", "MOH_NODES": "a b"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == str(tmp_path)
+    snapshot = tmp_path / "slurm" / "7.0"
+    job = json.loads((snapshot / "job.json").read_text(encoding="utf-8"))
+    assert job["nodes"] == ["a", "b"]
+    assert job["environment"]["NCCL_DEBUG"] == "WARN"
+    assert "s3cret" not in (snapshot / "job.json").read_text(encoding="utf-8")
+    assert job["packages"]["torch"]
+    assert f"dir: {tmp_path}" in (snapshot / "config.yaml").read_text(encoding="utf-8")
