@@ -129,9 +129,11 @@ remember_log() {
     begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
 }
 
-last_words() { # the last message of this life, without what srun adds
-    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' |
-        awk '/^error: / { text = substr($0, 8); next } { text = text "\n" $0 } END { print text }' || true
+last_words() { # the last message of this life, if there is one, without what srun adds
+    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | awk '
+        /^error: / { text = substr($0, 8); said = 1; next }
+        said { text = text "\n" $0 }
+        END { if (said) print text }' || true
 }
 
 # Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces

@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,13 +78,17 @@ def neighbours(round_number: int, node: int, nodes: int) -> tuple[int, ...]:
 
 
 class Preflight:
-    """One rank's part. Keys of the store: report/RANK, clock/RANK, go, verdict, gone."""
+    """One rank's part. Keys of the store: here/RANK, go, clock/RANK, report/RANK, verdict, gone/RANK."""
 
     def __init__(self, world: World, nodes: list[str]) -> None:
         self.world, self.nodes = world, nodes
         self.ranks_per_node = world.size // len(nodes)
         self.node = world.rank // self.ranks_per_node
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.of_nodes: list[str] = []
+        """On rank 0: what nodes say of themselves, as NODE<tab>MESSAGE."""
+        self.found: list[str] = []
+        """On rank 0: all that is wrong, the same way."""
         name, first = nodes[self.node], nodes[0]
         try:
             self.store = self._connect(world.rank == 0)
@@ -99,29 +102,31 @@ class Preflight:
         timeout = timedelta(seconds=MEETING_SECONDS)
         return TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
 
-    def meet(self) -> list[str]:
-        """Wait for everybody, compare clocks; on rank 0, what is wrong with whom, as NODE<tab>MESSAGE."""
-        self.store.set(f"here/{self.world.rank}", "")
+    def meet(self, problems: list[str]) -> bool:
+        """Wait for everybody, hear the nodes' problems, compare clocks; returns whether it is worth going on."""
+        self.store.set(f"here/{self.world.rank}", json.dumps(problems))
         if self.world.rank:
             self.store.wait(["go"], timedelta(seconds=MEETING_SECONDS + LEAVING_SECONDS))
             self.store.set(f"clock/{self.world.rank}", str(time.time()))
-            return []
+            return self.store.get("go") == b"yes"
         absent = self._wait_for("here", MEETING_SECONDS)
-        sent = time.time()
-        self.store.set("go", "")
-        found = [
-            f"{self.nodes[node]}\trank {', '.join(map(str, ranks))} did not come to the meeting in "
-            f"{MEETING_SECONDS:g} s"
-            for node, ranks in self._by_node(absent).items()
-        ]
-        late = set(self._wait_for("clock", ROUND_SECONDS, absent)) | set(absent)
+        for node, ranks in self._by_node(absent).items():
+            late = ", ".join(map(str, ranks))
+            self.found.append(f"{self.nodes[node]}\trank {late} did not come to the meeting in {MEETING_SECONDS:g} s")
+        for rank in sorted(set(range(self.world.size)) - set(absent)):
+            told = json.loads(self.store.get(f"here/{rank}"))
+            self.of_nodes += [f"{self.nodes[rank // self.ranks_per_node]}\t{each}" for each in told]
+        self.found += self.of_nodes
+        sent, going = time.time(), not self.found
+        self.store.set("go", "yes" if going else "no")
+        unheard = {*absent, *self._wait_for("clock", ROUND_SECONDS, absent)}
         for node, name in enumerate(self.nodes):
             rank = node * self.ranks_per_node
-            if rank and rank not in late:
+            if rank and rank not in unheard:
                 apart = float(self.store.get(f"clock/{rank}")) - sent
                 if abs(apart) > CLOCK_SECONDS:
-                    found.append(f"{name}\tits clock is {apart:+.1f} s from that of {self.nodes[0]}")
-        return found
+                    self.found.append(f"{name}\tits clock is {apart:+.1f} s from that of {self.nodes[0]}")
+        return going
 
     def _wait_for(self, key: str, seconds: float, without: list[int] | tuple[int, ...] = ()) -> list[int]:
         """Ranks, rank 0 and those ``without`` aside, whose key is not there after so long."""
@@ -171,42 +176,41 @@ class Preflight:
             world_size=size,
             timeout=timedelta(seconds=ROUND_SECONDS - 1),
         )
-        ones = torch.ones(ELEMENTS[backend], device=device)
-        dist.all_reduce(ones)
-        if not bool((ones == size).all()):
-            raise Fault(f"the sum of {size} ones came out as {ones.min().item():g} to {ones.max().item():g}")
-        dist.destroy_process_group()
+        try:
+            ones = torch.ones(ELEMENTS[backend], device=device)
+            dist.all_reduce(ones)
+            if not bool((ones == size).all()):
+                raise Fault(f"the sum of {size} ones came out as {ones.min().item():g} to {ones.max().item():g}")
+        finally:
+            dist.destroy_process_group()
 
-    def conclude(self, found: list[str], mine: dict[str, list[Any]]) -> tuple[int, list[str]]:
-        """Rank 0 gathers what all have found; every rank returns the same exit code, rank 0 also the findings."""
-        self.store.set(f"report/{self.world.rank}", json.dumps(mine))
+    def conclude(self, rounds: list[str | None]) -> int:
+        """Rank 0 gathers what came of the rounds; every rank returns the same exit code."""
+        self.store.set(f"report/{self.world.rank}", json.dumps(rounds))
         if self.world.rank:
             self.store.wait(["verdict"], timedelta(seconds=MEETING_SECONDS + 4 * ROUND_SECONDS))
             code = int(self.store.get("verdict"))
             self.store.set(f"gone/{self.world.rank}", "")
-            return code, []
+            return code
         absent = self._wait_for("report", ROUND_SECONDS)
-        told = [rank for rank in range(self.world.size) if rank not in absent]
-        reports = {rank: json.loads(self.store.get(f"report/{rank}")) for rank in told}
-        own = [f"{self.nodes[rank // self.ranks_per_node]}\t{each}" for rank in told for each in reports[rank]["node"]]
-        found += own
-        if not found:  # a node that is late or blind fails its rounds too
-            found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
-            found += self._faulty(reports)
+        if not self.found:
+            self.found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
+            told = [rank for rank in range(self.world.size) if rank not in absent]
+            self.found += self._faulty({rank: json.loads(self.store.get(f"report/{rank}")) for rank in told})
         # The same everywhere, and of the nodes themselves: not a node's fault, but what was asked for.
-        alike = bool(own) and len(own) == len(found) == len(self.nodes)
-        alike = alike and len({line.partition("\t")[2] for line in own}) == 1
-        code = 0 if not found else 2 if alike else 1
+        messages = {line.partition("\t")[2] for line in self.of_nodes}
+        alike = len(messages) == 1 and len(self.of_nodes) == len(self.found) == len(self.nodes)
+        code = 0 if not self.found else 2 if alike else 1
         self.store.set("verdict", str(code))
         self._wait_for("gone", LEAVING_SECONDS, absent)
-        return code, list(dict.fromkeys(found))
+        return code
 
-    def _faulty(self, reports: dict[int, dict[str, list[Any]]]) -> list[str]:
+    def _faulty(self, reports: dict[int, list[str | None]]) -> list[str]:
         """A node all of whose sums failed; else, both ends of a link."""
         failed: dict[tuple[int, ...], str] = {}
         fine: set[int] = set()
-        for rank, report in reports.items():
-            for round_number, outcome in enumerate(report["rounds"]):
+        for rank, rounds in reports.items():
+            for round_number, outcome in enumerate(rounds):
                 pair = neighbours(round_number, rank // self.ranks_per_node, len(self.nodes))
                 if outcome is not None:
                     failed.setdefault(pair, outcome)
@@ -231,11 +235,11 @@ def main() -> int:
     nodes = os.environ.get("MOH_NODES", socket.gethostname()).split()
     started = time.monotonic()
     run = Preflight(world, nodes)
-    problems = list(node_problems(config)) if world.local_rank == 0 else []
-    found = run.meet()
-    rounds = [run.add_up(number) for number in ((0, 1) if len(nodes) > 1 else (0,))] if not problems else [None]
-    code, found = run.conclude(found, {"node": problems, "rounds": rounds})
+    going = run.meet(list(node_problems(config)) if world.local_rank == 0 else [])
+    rounds = range(2 if len(nodes) > 1 else 1)
+    code = run.conclude([run.add_up(number) for number in rounds] if going else [])
     if world.rank == 0:
+        found = list(dict.fromkeys(run.found))
         arguments.report.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
         for line in found:
             print("error: preflight: node " + line.replace("\t", ": "), file=sys.stderr)

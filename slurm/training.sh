@@ -162,6 +162,7 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
 
     supervise on_all "$python" "$repository/$1" "${arguments[@]}" || code=$?
     reason=$(exit_value reason)
+    [ -n "$reason" ] || reason=$(last_words)
     reason=${reason:-srun ended with $code, and no rank said why}
     step=$(exit_value step)
     [ "${step:-null}" != null ] || step=$(last_step)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.runs import ENVIRONMENT, REPOSITORY
 
 
@@ -31,6 +32,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_and_a_full_disk(prepared, tmp_path):
     report, port = tmp_path / "report.tsv", free_port()
     own = {0: {"MOH_FREE_GIB": "1e9"}}
