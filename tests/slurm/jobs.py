@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "MOH_FREE_GIB": "0",
     "MOH_PYTHON": str(REPOSITORY / ".venv/bin/python"),
     "RESTART_PAUSE": "1",
+    "MOH_WAIT_SECONDS": "20",
 }
 
 

@@ -77,6 +77,18 @@ def test_the_controller_is_started_again(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
+def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(*APART, overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    cluster.crash("n2")
+    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
+    cluster.boot("n2")
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events().count("start") == 2
+    assert curve(job.run) == curve(undisturbed)
+
+
 def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(overrides=LONG)

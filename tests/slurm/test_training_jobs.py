@@ -61,14 +61,14 @@ def test_a_killed_rank(new_job, undisturbed):
 
 def test_a_crashed_node(cluster, new_job, undisturbed):
     job = new_job()
-    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=LONG)
+    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*LONG, "train.timeout_seconds=30"))
     job.wait_for_step(LONG_STEPS // 3)
+    # Back before Slurm misses it: only the ranks notice. What Slurm notices is in test_events.py.
     cluster.crash("n2")
-    job_state = cluster.job(job.id)["JobState"]
-    assert job_state == "RUNNING"
     cluster.boot("n2")
     assert job.wait() == "COMPLETED", job.log
-    assert job.events().count("start") == 2
+    assert job.events() == ["start", "fault", "start", "finished"]
+    assert job.history()[1][6] == "n2"
     assert curve(job.run) == curve(undisturbed)
 
 
@@ -76,11 +76,6 @@ def test_a_bad_configuration(new_job):
     job = new_job()
     job.submit(overrides=("moh.active_heads=40",))
     assert job.wait() == "FAILED"
-    last = [line for line in job.log.splitlines() if line.strip()][-2:]
-    assert "moh.active_heads" in " ".join(last), job.log
-    assert cluster_restarts(job) == "0"
+    assert "moh.active_heads" in job.log.splitlines()[-1], job.log
+    assert job.cluster.job(job.id)["Restarts"] == "0"
     assert job.events() == []
-
-
-def cluster_restarts(job) -> str:
-    return job.cluster.job(job.id)["Restarts"]
