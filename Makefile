@@ -16,7 +16,7 @@ RUN ?= runs/smoke
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup smoke smoke-gpu checks format test test-slow clean
+.PHONY: setup smoke smoke-gpu checks format test test-slow test-slurm test-slurm-all clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,10 +49,18 @@ format: $(STAMP) ## apply ruff's format and fixes
 	$(BIN)/ruff format .
 
 test: $(STAMP) ## unit, distributed and integration tests
-	$(PYTEST) -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu and not slurm'
 
 test-slow: $(STAMP) ## the long tables
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu and not slurm'
+
+test-slurm: $(STAMP) ## the job scripts on a real Slurm of two nodes, made for it; needs root
+	bash tests/slurm/install.sh
+	$(PYTEST) tests/slurm -m 'slurm and not slow'
+
+test-slurm-all: $(STAMP) ## the same, and what takes long: preemption, cut links, lost nodes
+	bash tests/slurm/install.sh
+	$(PYTEST) tests/slurm -m slurm
 
 clean: ## remove the virtual environment
 	rm -rf $(VENV)

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
-from support.runs import SMALL, Run, command, finish
+from support.runs import Run, prepare_small
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, prepared dataset): sentences of a small made-up language."""
-    folder = tmp_path_factory.mktemp("prepared")
-    draw = random.Random(0)
-    syllables = ["ka", "lo", "mi", "ter", "an", "su", "ve", "ro", "pin", "da", "the", "or"]
-    words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(300)]
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
-        for _ in range(200):
-            text = " ".join(draw.choices(words, k=draw.randint(20, 80))) + "."
-            stream.write(json.dumps({"text": text}) + "\n")
-    config = folder / "small.yaml"
-    values = {**SMALL, "run": {"dir": str(folder / "unused")}}
-    values["data"] = {**SMALL["data"], "inputs": [str(folder / "text.jsonl")]}
-    config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    done = finish(command("prepare_data.py", config, f"data.dir={folder / 'data'}"))
-    assert done.returncode == 0, done.stderr
-    return config, folder / "data"
+    """(configuration, prepared dataset)"""
+    return prepare_small(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="session")

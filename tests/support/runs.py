@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -55,6 +58,24 @@ def finish(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[
     return subprocess.run(
         arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, **options
     )
+
+
+def prepare_small(folder: Path) -> tuple[Path, Path]:
+    """(configuration, prepared dataset) below ``folder``: sentences of a small made-up language."""
+    draw = random.Random(0)
+    syllables = ["ka", "lo", "mi", "ter", "an", "su", "ve", "ro", "pin", "da", "the", "or"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(300)]
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
+        for _ in range(200):
+            text = " ".join(draw.choices(words, k=draw.randint(20, 80))) + "."
+            stream.write(json.dumps({"text": text}) + "\n")
+    config = folder / "small.yaml"
+    values = {**SMALL, "run": {"dir": str(folder / "unused")}}
+    values["data"] = {**SMALL["data"], "inputs": [str(folder / "text.jsonl")]}
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    done = finish(command("prepare_data.py", config, f"data.dir={folder / 'data'}"))
+    assert done.returncode == 0, done.stderr
+    return config, folder / "data"
 
 
 @dataclass(frozen=True)

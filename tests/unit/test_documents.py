@@ -20,6 +20,7 @@ DOCUMENTS = (
     "docs/gpu_bringup.md",
     "docs/multi_node.md",
     "docs/continue_tuning.md",
+    "slurm/README.md",
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")

@@ -58,7 +58,7 @@ LIBRARIES = {
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
 LONGEST_FILE, LONGEST_PIPELINE = 400, 100
-FOLDERS = (PACKAGE, "pipelines", "tools", "tests")
+FOLDERS = (PACKAGE, "pipelines", "slurm", "tools", "tests")
 SOURCES = [file for folder in FOLDERS for file in sorted((REPOSITORY / folder).rglob("*.py"))]
 MODULES = [file for file in SOURCES if file.is_relative_to(REPOSITORY / PACKAGE)]
 

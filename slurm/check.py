@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Check what a job is about to train, and print its run folder; the job scripts call this before anything is started.
+
+python slurm/check.py CONFIG.yaml --world-size N [section.key=value ...] [--no-data] [--snapshot NAME]
+
+With --snapshot it writes down in <run.dir>/slurm/NAME what this life of the run is made of.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+
+from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.load import dump_config
+from moh_megatron.config.paths import checkpoint_dir
+from moh_megatron.config.schema import Config
+from moh_megatron.monitor.records import write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+_TOLD = re.compile(
+    r"(SLURM|SLURMD|MOH|NCCL|TORCH_NCCL|GLOO|CUDA|OMP|MALLOC|MASTER|UCX|FI|HF_HUB_OFFLINE)(_|$)|MAX_RESTARTS"
+)
+"""The variables a snapshot keeps: an environment may hold secrets."""
+
+
+def check_resume(config: Config, world_size: int, data_hash: str) -> None:
+    """Raise UserError where the run folder's newest readable checkpoint is of another run."""
+    root = checkpoint_dir(config)
+    if not root.is_dir():
+        return
+    # Imported here: these take seconds, and a new run needs nothing of them.
+    from moh_megatron.checkpoint.native import complete_checkpoints
+    from moh_megatron.train.resume import check_same_run
+
+    for folder, _ in complete_checkpoints(root):
+        check_same_run(folder, config, world_size, data_hash, lambda message: None)
+        return
+
+
+def _git(*words: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True
+        ).stdout.rstrip("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git here, or not a clone
+
+
+def snapshot(config: Config, folder: Path) -> None:
+    """config.yaml, job.json and, where the code is not what was committed, code.patch; ``folder`` may be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    patch = _git("diff", "HEAD")
+    if patch:
+        (folder / "code.patch").write_text(patch + "\n", encoding="utf-8")
+    write_json(
+        folder / "job.json",
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(sys.argv),
+            "commit": _git("rev-parse", "HEAD"),
+            "changed": None if patch is None else bool(patch),
+            "nodes": os.environ.get("MOH_NODES", platform.node()).split(),
+            "environment": {name: value for name, value in sorted(os.environ.items()) if _TOLD.match(name)},
+            "python": platform.python_version(),
+            "packages": dict(sorted((each.name, each.version) for each in distributions())),
+        },
+    )
+
+
+def main() -> None:
+    parser = config_parser("Check what a job is about to train, and print its run folder.")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of all nodes")
+    parser.add_argument("--no-data", action="store_true", help="the prepared data is not on this machine")
+    parser.add_argument("--snapshot", metavar="NAME", help="write it down in <run.dir>/slurm/NAME")
+    arguments, config = parse_config(parser)
+    from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+    from moh_megatron.train.preflight import preflight
+
+    if arguments.world_size < 1:
+        raise UserError(f"--world-size must be at least 1. Got {arguments.world_size}.")
+    if arguments.no_data:
+        data_parallel_size(config, arguments.world_size)
+        gradient_accumulation_steps(config, arguments.world_size)
+    else:
+        check_resume(config, arguments.world_size, preflight(config, arguments.world_size).hash)
+    run_dir = Path(config.run.dir).absolute()
+    if arguments.snapshot is not None:
+        try:
+            snapshot(config, run_dir / "slurm" / arguments.snapshot)
+        except OSError as error:
+            raise Fault(
+                f"{error.filename or run_dir}: {error.strerror}. run.dir must be a folder that can be written."
+            ) from None
+    print(run_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,210 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034,SC2154  # variables that pass between this file and those that source it
+# What the job scripts of this folder share. They set `script` to their own path and source this; README.md has every
+# variable. A script that Slurm runs is a job; one that is typed checks what it can and submits itself.
+set -euo pipefail
+
+repository=$(dirname "$(dirname "$script")")
+python=${MOH_PYTHON:-$repository/.venv/bin/python}
+max_restarts=${MAX_RESTARTS:-3}
+restart_pause=${RESTART_PAUSE:-60}
+
+say() { echo "[$(date +%FT%T)] $*" >&2; }
+fail() { # CODE MESSAGE: the last line of the log is the reason
+    echo "error: ${*:2}" >&2
+    exit "$1"
+}
+
+# Arguments: sbatch's own flags and --dry-run first, then CONFIG and overrides.
+
+flags=() given=() arguments=() dry_run=
+parse() {
+    while [[ ${1:-} == -* && $1 != -- ]]; do
+        case $1 in
+            --dry-run) dry_run=1 ;;
+            --*=* | --[a-z]*) flags+=("$1") ;;
+            *) fail 2 "$1: expected a flag of sbatch in its long form, such as --nodes=2, before the configuration" ;;
+        esac
+        shift
+    done
+    given=("$@") arguments=("$@")
+}
+
+# A task of an array by its two numbers: the id of one of them is that of the whole array.
+this_job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
+
+requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask for; the last one counts
+    local found
+    found=$({
+        sed -n 's/^#SBATCH //p' "$script" | tr ' ' '\n'
+        printf '%s\n' "${flags[@]}"
+    } | sed -n "s/^--$1=//p" | tail -n 1)
+    echo "${found:-$2}"
+}
+
+# The environment of every process of a job: a job inherits the submitter's, whatever that is.
+
+prepare_environment() {
+    # shellcheck disable=SC2086
+    [ -z "${MOH_MODULES:-}" ] || module load $MOH_MODULES
+    # shellcheck disable=SC1090
+    [ -z "${MOH_SETUP:-}" ] || . "$MOH_SETUP"
+    # The code is that of this folder, whatever is installed.
+    export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    # A shell that was once a rank says things that are no longer true.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MOH_LAUNCHER_PID TORCHELASTIC_USE_AGENT_STORE
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # Megatron-core overlaps tensor-parallel communication correctly only with one queue.
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # glibc hands large freed blocks back to the system, and faults their pages in again at every step.
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-8589934592}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+    # NCCL says which peer or device failed, and nothing else.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # A progress bar writes a line a refresh into a log file.
+    export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
+    if [ "${MOH_DEVICE:-auto}" = cpu ]; then export CUDA_VISIBLE_DEVICES=''; fi
+}
+
+gpus_per_node() { # of the request: `8`, `h100:8` or nothing
+    local asked=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)}
+    if [ "${MOH_DEVICE:-auto}" = cpu ]; then echo 0; else echo "${asked##*:}"; fi
+}
+
+# How a command gets onto the nodes: srun starts every process itself, so that signals and exit codes come through.
+
+srun_line=() inside=()
+prepare_srun() {
+    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair
+    srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}")
+    # Since Slurm 22.05 srun does not take this from sbatch.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_line+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs its peers' devices in sight.
+    [ "$(gpus_per_node)" = 0 ] || srun_line+=(--gpu-bind=none)
+    case ${MOH_CONTAINER:-} in
+        '') ;;
+        *.sif)
+            inside=(apptainer exec --nv)
+            for pair in ${mounts//,/ }; do inside+=(--bind "$pair"); done
+            inside+=("$MOH_CONTAINER")
+            ;;
+        *)
+            srun_line+=(--container-image="$MOH_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD"
+                --no-container-mount-home)
+            ;;
+    esac
+}
+
+on_one() { "${srun_line[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${inside[@]}" "$@"; }
+on_all() { "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$@"; }
+
+# Ranks meet at the first node, on a port that follows from the job's id: two jobs on one node do not collide, and nobody
+# has to be asked. Below 32768, where the system takes ports for itself.
+prepare_meeting() {
+    MOH_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    MOH_NODES=${MOH_NODES% }
+    # A lone node may not know its own name.
+    if [ "$SLURM_NNODES" = 1 ]; then MASTER_ADDR=127.0.0.1; else MASTER_ADDR=${MOH_NODES%% *}; fi
+    MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
+    MOH_GPUS=$(gpus_per_node)
+    export MOH_NODES MASTER_ADDR MASTER_PORT MOH_GPUS
+}
+
+# From a typed script.
+
+submit() { # LINE...: print it, or do it
+    if [ -n "$dry_run" ]; then
+        echo "sbatch: $(printf '%q ' "$@")"
+    else
+        "$@"
+    fi
+}
+
+# Where this job's output goes, and where this life of it begins there: to read again what was said.
+log='' begin=1
+remember_log() {
+    log=$(readlink -f /proc/$$/fd/2)
+    begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
+}
+
+last_words() { # the last message of this life, if there is one, without what srun adds
+    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | awk '
+        /^error: / { text = substr($0, 8); said = 1; next }
+        said { text = text "\n" $0 }
+        END { if (said) print text }' || true
+}
+
+# Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
+# scancel, a requeue, the end of a grace time and of the time limit.
+stopped=
+supervise() {
+    local code=0 pid
+    trap 'stopped=1' TERM
+    "$@" &
+    pid=$!
+    wait "$pid" || code=$?
+    while [ -n "$stopped" ] && kill -0 "$pid" 2>/dev/null; do
+        code=0
+        wait "$pid" || code=$?
+    done
+    trap - TERM
+    return "$code"
+}
+
+requeue() { # NODES: start this job again, away from these nodes
+    local excluded
+    # Slurm will end this shell; not before it has said which nodes to avoid.
+    trap '' TERM
+    scontrol requeue "$this_job" || fail 1 "Slurm refused to requeue job $this_job. Submit it again."
+    if [ -n "$1" ]; then
+        excluded=$(scontrol show job "$this_job" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        [ "$excluded" != "(null)" ] || excluded=
+        scontrol update JobId="$this_job" ExcNodeList="${excluded:+$excluded,}$1" ||
+            say "warning: Slurm did not take the list of nodes to avoid, $1"
+    fi
+    exit 75
+}
+
+# Submits the next job of a chain from inside this one: the same script and request, in this job's partition and account.
+submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, because this job is started again
+    local limit output name=$1 more=()
+    shift
+    [ -z "$(squeue -h --name="$name" -o %i)" ] || return 0
+    while [ "$1" != -- ]; do more+=("$1") && shift; done
+    shift
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || more+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    [ -z "${SLURM_NTASKS_PER_NODE:-}" ] || more+=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE")
+    [ -z "${SLURM_GPUS_PER_NODE:-}" ] || more+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+    [ -z "${SLURM_JOB_ACCOUNT:-}" ] || more+=(--account="$SLURM_JOB_ACCOUNT")
+    [ -z "${SLURM_JOB_QOS:-}" ] || more+=(--qos="$SLURM_JOB_QOS")
+    more+=(--partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
+    output=$(readlink -f /proc/$$/fd/1)
+    limit=$(scontrol show job "$this_job" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
+    (
+        configuration=${SLURM_CONF:-}
+        # sbatch takes this job's own variables for wishes.
+        unset "${!SLURM_@}"
+        [ -z "$configuration" ] || export SLURM_CONF=$configuration
+        sbatch --job-name="$name" "${more[@]}" --time="$limit" --output="${output%/*}/%x-%j.out" \
+            --kill-on-invalid-dep=yes "$script" "$@"
+    )
+}
+
+# The whole of a job that needs one process, and may be done again from its beginning.
+one_process_job() { # COMMAND...
+    local code=0
+    remember_log
+    prepare_environment
+    prepare_srun
+    supervise on_one "$@" || code=$?
+    if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
+    [ "$code" != 2 ] || fail 2 "$(last_words)"
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
+        fail 1 "failed with exit code $code after $max_restarts restarts (MAX_RESTARTS), and is not started again"
+    fi
+    say "exit code $code; starting again in $restart_pause s"
+    sleep "$restart_pause"
+    requeue ''''
+}

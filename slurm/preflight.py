@@ -1,0 +1,254 @@
+#!/usr/bin/env python
+"""Are these nodes fit for the run? Every rank starts this, by srun, before the training: about ten seconds.
+
+python slurm/preflight.py CONFIG.yaml [section.key=value ...] --report FILE
+
+Each node looks at its GPUs, clock, disk and the prepared data; all meet at the first one; then each node adds up a
+tensor with its right neighbour in the ring of nodes, and with its left one. Rank 0 says what is wrong, with the node's
+name, and writes NODE<tab>MESSAGE to FILE. Exit codes: 0 fit; 2 the same is wrong with all nodes, which is the user's to
+mend; 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, TCPStore
+
+from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.data.prepared import load_prepared
+from moh_megatron.train.world import World
+
+MEETING_SECONDS = float(os.environ.get("MOH_MEETING_SECONDS", "120"))
+"""How long the first rank waits for the last one: starting Python from a shared disk may be slow."""
+ROUND_SECONDS = 15.0
+"""Of which there are two."""
+CLOCK_SECONDS = 5.0
+"""Clocks further apart make times of files and of logs misleading."""
+FREE_GIB = float(os.environ.get("MOH_FREE_GIB", "20"))
+ELEMENTS = {"nccl": 2**24, "gloo": 2**18}
+LEAVING_SECONDS = 5.0
+
+
+def node_problems(config: Config) -> Iterator[str]:
+    """What is wrong with this node by itself."""
+    wanted = int(os.environ.get("MOH_GPUS", "0"))
+    if (seen := torch.cuda.device_count()) < wanted:
+        yield f"sees {seen} GPUs, and {wanted} were asked for"
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            yield f"cannot write to run.dir, {run_dir}"
+        free = shutil.disk_usage(run_dir).free / 2**30
+        if free < FREE_GIB:
+            yield f"{free:.1f} GiB are free in run.dir, {run_dir}; {FREE_GIB:g} are wanted (MOH_FREE_GIB)"
+    except OSError as error:
+        yield f"cannot use run.dir, {run_dir}: {error.strerror}"
+    try:
+        load_prepared(config)
+    except (UserError, OSError) as error:
+        yield f"cannot read the data: {error}"
+
+
+def neighbours(round_number: int, node: int, nodes: int) -> tuple[int, ...]:
+    """The nodes that ``node`` adds up with in round 0 or 1, in order; itself alone where none is left."""
+    if nodes == 1:
+        return (0,)
+    first = (node - round_number) % nodes
+    first = (first - first % 2 + round_number) % nodes
+    second = (first + 1) % nodes
+    # In an odd ring one node has no partner left in each round.
+    if nodes % 2 and (node - round_number) % nodes == nodes - 1:
+        return (node,)
+    return (first, second)
+
+
+class Preflight:
+    """One rank's part. Keys of the store: here/RANK, go, clock/RANK, report/RANK, verdict, gone/RANK."""
+
+    def __init__(self, world: World, nodes: list[str]) -> None:
+        self.world, self.nodes = world, nodes
+        self.ranks_per_node = world.size // len(nodes)
+        self.node = world.rank // self.ranks_per_node
+        self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.of_nodes: list[str] = []
+        """On rank 0: what nodes say of themselves, as NODE<tab>MESSAGE."""
+        self.found: list[str] = []
+        """On rank 0: all that is wrong, the same way."""
+        name, first = nodes[self.node], nodes[0]
+        try:
+            self.store = self._connect(world.rank == 0)
+        except (DistError, OSError) as error:
+            raise Fault(
+                f"preflight: node {name}: rank {world.rank} cannot reach node {first} at {self.host}:{self.port} in "
+                f"{MEETING_SECONDS:g} s ({str(error).splitlines()[0]})"
+            ) from None
+
+    def _connect(self, host: bool) -> TCPStore:
+        timeout = timedelta(seconds=MEETING_SECONDS)
+        return TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
+
+    def meet(self, problems: list[str]) -> bool:
+        """Wait for everybody, hear the nodes' problems, compare clocks; returns whether it is worth going on."""
+        self.store.set(f"here/{self.world.rank}", json.dumps(problems))
+        if self.world.rank:
+            self.store.wait(["go"], timedelta(seconds=MEETING_SECONDS + LEAVING_SECONDS))
+            self.store.set(f"clock/{self.world.rank}", str(time.time()))
+            return self.store.get("go") == b"yes"
+        absent = self._wait_for("here", MEETING_SECONDS)
+        for node, ranks in self._by_node(absent).items():
+            late = ", ".join(map(str, ranks))
+            self.found.append(f"{self.nodes[node]}\trank {late} did not come to the meeting in {MEETING_SECONDS:g} s")
+        for rank in sorted(set(range(self.world.size)) - set(absent)):
+            told = json.loads(self.store.get(f"here/{rank}"))
+            self.of_nodes += [f"{self.nodes[rank // self.ranks_per_node]}\t{each}" for each in told]
+        self.found += self.of_nodes
+        sent, going = time.time(), not self.found
+        self.store.set("go", "yes" if going else "no")
+        unheard = {*absent, *self._wait_for("clock", ROUND_SECONDS, absent)}
+        for node, name in enumerate(self.nodes):
+            rank = node * self.ranks_per_node
+            if rank and rank not in unheard:
+                apart = float(self.store.get(f"clock/{rank}")) - sent
+                if abs(apart) > CLOCK_SECONDS:
+                    self.found.append(f"{name}\tits clock is {apart:+.1f} s from that of {self.nodes[0]}")
+        return going
+
+    def _wait_for(self, key: str, seconds: float, without: list[int] | tuple[int, ...] = ()) -> list[int]:
+        """Ranks, rank 0 and those ``without`` aside, whose key is not there after so long."""
+        missing = [rank for rank in range(1, self.world.size) if rank not in without]
+        deadline = time.monotonic() + seconds
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not self.store.check([f"{key}/{rank}"])]
+            time.sleep(0.05)
+        return missing
+
+    def _by_node(self, ranks: list[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for rank in ranks:
+            found.setdefault(rank // self.ranks_per_node, []).append(rank)
+        return found
+
+    def add_up(self, round_number: int) -> str | None:
+        """All-reduce with a neighbour, in a thread that may be given up; returns what went wrong."""
+        pair = neighbours(round_number, self.node, len(self.nodes))
+        outcome: list[str | None] = [f"did not finish in {ROUND_SECONDS:g} s"]
+
+        def work() -> None:
+            try:
+                self._all_reduce(round_number, pair)
+                outcome[0] = None
+            except Exception as error:  # whatever the network does is the finding
+                outcome[0] = f"failed: {str(error).splitlines()[0]}"
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(ROUND_SECONDS)
+        return outcome[0]
+
+    def _all_reduce(self, round_number: int, pair: tuple[int, ...]) -> None:
+        cuda = torch.cuda.is_available()
+        backend = "nccl" if cuda else "gloo"
+        device = torch.device("cuda", self.world.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        size = len(pair) * self.ranks_per_node
+        rank = pair.index(self.node) * self.ranks_per_node + self.world.rank % self.ranks_per_node
+        dist.init_process_group(
+            backend,
+            # A connection of its own: waiting blocks the other one.
+            store=PrefixStore(f"round{round_number}/{min(pair)}-{max(pair)}", self._connect(False)),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=ROUND_SECONDS - 1),
+        )
+        try:
+            ones = torch.ones(ELEMENTS[backend], device=device)
+            dist.all_reduce(ones)
+            if not bool((ones == size).all()):
+                raise Fault(f"the sum of {size} ones came out as {ones.min().item():g} to {ones.max().item():g}")
+        finally:
+            dist.destroy_process_group()
+
+    def conclude(self, rounds: list[str | None]) -> int:
+        """Rank 0 gathers what came of the rounds; every rank returns the same exit code."""
+        self.store.set(f"report/{self.world.rank}", json.dumps(rounds))
+        if self.world.rank:
+            self.store.wait(["verdict"], timedelta(seconds=MEETING_SECONDS + 4 * ROUND_SECONDS))
+            code = int(self.store.get("verdict"))
+            self.store.set(f"gone/{self.world.rank}", "")
+            return code
+        absent = self._wait_for("report", ROUND_SECONDS)
+        if not self.found:
+            self.found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
+            told = [rank for rank in range(self.world.size) if rank not in absent]
+            self.found += self._faulty({rank: json.loads(self.store.get(f"report/{rank}")) for rank in told})
+        # The same everywhere, and of the nodes themselves: not a node's fault, but what was asked for.
+        messages = {line.partition("\t")[2] for line in self.of_nodes}
+        alike = len(messages) == 1 and len(self.of_nodes) == len(self.found) == len(self.nodes)
+        code = 0 if not self.found else 2 if alike else 1
+        self.store.set("verdict", str(code))
+        self._wait_for("gone", LEAVING_SECONDS, absent)
+        return code
+
+    def _faulty(self, reports: dict[int, list[str | None]]) -> list[str]:
+        """A node all of whose sums failed; else, both ends of a link."""
+        failed: dict[tuple[int, ...], str] = {}
+        fine: set[int] = set()
+        for rank, rounds in reports.items():
+            for round_number, outcome in enumerate(rounds):
+                pair = neighbours(round_number, rank // self.ranks_per_node, len(self.nodes))
+                if outcome is not None:
+                    failed.setdefault(pair, outcome)
+        for round_number in (0, 1):
+            for node in range(len(self.nodes)):
+                pair = neighbours(round_number, node, len(self.nodes))
+                if pair not in failed and len(pair) > 1:
+                    fine.update(pair)
+        found = []
+        for pair, outcome in failed.items():
+            names = " and ".join(self.nodes[node] for node in pair)
+            to_blame = [node for node in pair if node not in fine] or list(pair)
+            found += [f"{self.nodes[node]}\tthe sum over {names} {outcome}" for node in to_blame]
+        return found
+
+
+def main() -> int:
+    parser = config_parser("Are these nodes fit for the run?")
+    parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="what is wrong, a line a finding")
+    arguments, config = parse_config(parser)
+    world = World.from_environment() or World(0, 1, 0)
+    nodes = os.environ.get("MOH_NODES", socket.gethostname()).split()
+    started = time.monotonic()
+    run = Preflight(world, nodes)
+    going = run.meet(list(node_problems(config)) if world.local_rank == 0 else [])
+    rounds = range(2 if len(nodes) > 1 else 1)
+    code = run.conclude([run.add_up(number) for number in rounds] if going else [])
+    if world.rank == 0:
+        found = list(dict.fromkeys(run.found))
+        arguments.report.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+        for line in found:
+            print("error: preflight: node " + line.replace("\t", ": "), file=sys.stderr)
+        if not found:
+            print(f"preflight: {len(nodes)} nodes, {world.size} ranks are fit, {time.monotonic() - started:.1f} s")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that was given up may still hang
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,221 @@
+"""What a long life brings a job: each time it finishes, with the losses of the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+from cluster import run, wait_for
+from jobs import ENVIRONMENT, INTERVAL, LONG, LONG_STEPS, SCRIPTS, curve
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+MIDDLE = LONG_STEPS // 3
+APART = ("--nodes=2", "--ntasks-per-node=1")
+
+
+def test_requeued_by_the_user(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    cluster.client("scontrol", "requeue", str(job.id))
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "stopped", "start", "finished"]
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_cancelled_by_the_user(cluster, new_job):
+    job = new_job()
+    job.submit(overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    cluster.client("scancel", str(job.id))
+    assert job.wait() == "CANCELLED"
+    job.wait_for_event("stopped")
+    assert json.loads((job.run.folder / "exit.json").read_text())["code"] == 75
+
+
+def test_preempted(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(*APART, "--partition=low", overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    other = cluster.submit("--nodes=2", "--exclusive", f"--output={job.run.folder}.other", "--wrap", "sleep 5")
+    assert job.wait() == "COMPLETED", job.log
+    assert cluster.job(other)["JobState"] == "COMPLETED"
+    assert int(cluster.job(job.id)["Restarts"]) >= 1
+    assert job.events() == ["start", "saved", "start", "finished"]
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_grace_time_that_is_too_short_is_announced(cluster, new_job):
+    job = new_job()
+    job.submit("--partition=low", MOH_SAVE_SECONDS="600")
+    assert job.wait() == "COMPLETED", job.log
+    assert "waits 90 s (GraceTime)" in job.log
+
+
+def test_a_cut_link(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(*APART, overrides=(*LONG, "train.timeout_seconds=20"))
+    job.wait_for_step(MIDDLE)
+    cluster.plug("n2", "down")
+    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
+    cluster.plug("n2", "up")
+    assert job.wait() == "COMPLETED", job.log
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_the_controller_is_started_again(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(*APART, overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    cluster.kill_controller()
+    time.sleep(3)
+    cluster.start_controller()
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "finished"]
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(*APART, overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    cluster.crash("n2")
+    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
+    cluster.boot("n2")
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events().count("start") == 2
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit(overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    (node,) = [line[6] for line in job.history()]
+    cluster.crash(node)
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "lost", "start", "finished"]
+    assert job.history()[1][6] == node
+    assert job.history()[2][6] != node
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
+    job = new_job()
+    job.submit("--nodes=1-2", overrides=LONG)
+    job.wait_for_step(MIDDLE)
+    assert cluster.job(job.id)["NumNodes"] == "2"
+    cluster.crash("n2")
+    time.sleep(1)
+    shutil.copy(job.run.folder / "metrics.jsonl", job.run.folder / "before.jsonl")
+    assert job.wait() == "COMPLETED", job.log
+    assert cluster.job(job.id)["NumNodes"] == "1"
+    resumed = int(job.log.split("resumed after step ")[1].split()[0].rstrip(","))
+    assert resumed % INTERVAL == 0
+    before = [json.loads(line) for line in (job.run.folder / "before.jsonl").read_text().splitlines()]
+    assert len(before) > resumed
+    assert job.run.records()[resumed]["loss"] == pytest.approx(before[resumed]["loss"], rel=1e-5)
+
+
+def test_the_same_failure_twice_ends_the_job(new_job):
+    job = new_job()
+    job.submit(overrides=("optimizer.learning_rate=1e20", "optimizer.warmup_steps=0", "train.max_bad_steps=0"))
+    assert job.wait() == "FAILED"
+    assert job.events() == ["start", "fault", "start", "fault"]
+    assert job.log.splitlines()[-1].startswith("error: the run failed twice in the same way at step ")
+
+
+def test_at_most_so_many_restarts(cluster, new_job):
+    job = new_job()
+    job.submit(*APART, overrides=(*LONG, "train.timeout_seconds=30"), MAX_RESTARTS="0")
+    job.wait_for_step(MIDDLE)
+    job.kill_rank(1)
+    assert job.wait() == "FAILED"
+    assert job.events() == ["start", "fault"]
+    assert "MAX_RESTARTS=0" in job.log.splitlines()[-1]
+
+
+def test_two_jobs_on_one_run_folder_exclude_each_other(cluster, new_job, undisturbed):
+    job = new_job()
+    first = job.submit(overrides=LONG)
+    job.wait_for_step(1)
+    second = job.submit(overrides=LONG)
+    assert job.wait() == "FAILED"
+    assert f"job {first} trains in this folder" in job.log.splitlines()[-1]
+    assert cluster.wait(first, 400)["JobState"] == "COMPLETED"
+    assert second != first
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_typed_twice_the_second_job_waits(cluster, new_job):
+    job = new_job()
+    flags = ["--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={job.run.folder}.%j.log"]
+    typed = [str(SCRIPTS / "pretrain_moh.sh"), *flags, *job.arguments()]
+    job.ids += [int(cluster.client(*typed, **ENVIRONMENT).split()[-1]) for _ in range(2)]
+    assert cluster.job(job.id)["Reason"] == "Dependency"
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "finished"] * 2
+    shown = cluster.client(str(SCRIPTS / "status.sh"), str(job.run.folder))
+    assert "30, 7680 of" in shown
+    assert "step_00000030" in shown
+
+
+def test_gpus_as_asked_for_by_the_script(cluster, new_job):
+    job = new_job()
+    output = f"--output={job.run.folder}.%j.log"
+    script = str(SCRIPTS / "pretrain_moh.sh")
+    wide = ["model.num_query_groups=8", "parallel.tensor=8"]
+    job.ids.append(cluster.submit(output, script, *job.arguments(*wide), **ENVIRONMENT, MOH_DEVICE="cpu"))
+    wait_for(f"the preflight: {job.log}", lambda: "1 nodes, 8 ranks are fit" in job.log, 200)
+    assert cluster.job(job.id)["TresPerNode"] == "gres:gpu:8"
+
+
+def test_fewer_gpus_than_asked_for(cluster, new_job):
+    job = new_job()
+    output = f"--output={job.run.folder}.%j.log"
+    script = str(SCRIPTS / "pretrain_moh.sh")
+    # More than any node has: refused before the queue.
+    refused = cluster.user("sbatch", "--gpus-per-node=9", script, *job.arguments())
+    assert refused.returncode != 0
+    assert "Requested node configuration is not available" in refused.stderr
+    # Slurm believes in GPUs that are not there.
+    flags = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", output)
+    job.ids.append(cluster.submit(*flags, script, *job.arguments(), **ENVIRONMENT))
+    assert job.wait() == "FAILED"
+    assert "sees 0 GPUs, and 2 were asked for" in job.log.splitlines()[-1]
+    assert job.events() == ["start", "refused"]
+
+
+def test_a_node_that_cannot_see_the_data(cluster, new_job):
+    job = new_job()
+    machine = cluster.machines["n2"]
+    run(*machine.inside("mount", "-t", "tmpfs", "none", str(job.run.data)))
+    try:
+        job.submit(*APART, MAX_RESTARTS="0")
+        assert job.wait() == "FAILED"
+    finally:
+        run(*machine.inside("umount", str(job.run.data)))
+    last = job.log.splitlines()[-1]
+    assert "n2 cannot read the data: No prepared data" in last
+    assert "n1" not in last
+
+
+def test_corrupt_data(new_job):
+    job = new_job()
+    damaged = job.run.folder.with_name("damaged")
+    shutil.copytree(job.run.data, damaged)
+    (damaged / "train.bin").write_bytes((damaged / "train.bin").read_bytes()[:-2])
+    job.submit(overrides=(f"data.dir={damaged}",))
+    assert job.wait() == "FAILED"
+    assert "train.bin: expected" in job.log.splitlines()[-1]
+
+
+def test_a_run_folder_of_another_configuration(new_job):
+    job = new_job()
+    job.submit()
+    assert job.wait() == "COMPLETED", job.log
+    job.submit(overrides=("run.seed=5",))
+    assert job.wait() == "FAILED"
+    assert any("run.seed: 1234 there, 5 here" in line for line in job.log.splitlines()[-4:])

@@ -1,0 +1,194 @@
+"""What a job does with the way its ranks end; they are stood in for, so that only the job's own rules are at work."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, wait_for
+from jobs import CPU_NODES, SCRIPTS
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
+STAND_IN = Path(__file__).with_name("stand_in.sh")
+
+
+class Play:
+    """One job whose ranks act as told."""
+
+    def __init__(self, cluster: Cluster, folder: Path, acts: dict[str, str], *flags: str, **variables: str) -> None:
+        self.cluster, self.run = cluster, folder / "run"
+        self.acts = folder / "acts"
+        self.acts.mkdir()
+        for name, act in acts.items():
+            (self.acts / name).write_text(act + "\n")
+        self._log = folder / "log"
+        told = {"RUN": str(self.run), "ACTS": str(self.acts), "RESTART_PAUSE": "0", "MOH_PYTHON": str(STAND_IN)}
+        flags = ("--ntasks-per-node=2", *CPU_NODES, f"--output={self._log}", *flags)
+        self.id = cluster.submit(*flags, str(SCRIPTS / "pretrain_moh.sh"), "CONFIG", **(told | variables))
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    @property
+    def history(self) -> list[list[str]]:
+        path = self.run / "slurm/history.tsv"
+        return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def events(self) -> list[str]:
+        return [line[3] for line in self.history]
+
+    def trains(self, ranks: int = 2) -> None:
+        """Wait until all ranks of the first life can be asked to stop."""
+        path = self.run / "trains"
+        wait_for(f"ranks: {self.log}", lambda: path.exists() and path.read_text().count("0\n") == ranks, 60)
+
+    def state(self) -> str:
+        return self.cluster.wait(self.id, 120)["JobState"]
+
+
+@pytest.fixture
+def play(cluster: Cluster, tmp_path: Path) -> Callable[..., Play]:
+    cluster.wait_until_idle()
+    return lambda acts, *flags, **variables: Play(cluster, tmp_path, acts, *flags, **variables)
+
+
+def test_finished(play):
+    job = play({"pretrain.py.0": "train 0"})
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "finished"]
+
+
+def test_saved_before_the_time_limit(play):
+    job = play({"pretrain.py.0": "train 60", "pretrain.py.1": "train 0"})
+    job.trains()
+    # What --signal does, without its delay.
+    job.cluster.client("scancel", "--signal=USR1", str(job.id))
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "saved", "start", "finished"]
+    assert job.history[1][4:6] == ["75", "7"]
+
+
+def test_a_signal_that_no_rank_could_hear_yet(play):
+    job = play({"preflight.py.0": "kill -USR1 $$", "pretrain.py.1": "kill -USR1 $$"})
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "saved", "start", "saved", "start", "finished"]
+
+
+@pytest.mark.parametrize("what", ["requeue", "cancel"])
+def test_what_the_user_wants_is_not_undone(play, what):
+    job = play({"pretrain.py.0": "train 60"})
+    job.trains()
+    if what == "requeue":
+        job.cluster.client("scontrol", "requeue", str(job.id))
+        assert job.state() == "COMPLETED", job.log
+        assert job.events == ["start", "stopped", "start", "finished"]
+    else:
+        job.cluster.client("scancel", str(job.id))
+        assert job.state() == "CANCELLED", job.log
+        wait_for("the end", lambda: job.events == ["start", "stopped"], 30)
+
+
+def test_preempted(play):
+    job = play({"pretrain.py.0": "train 60"}, "--nodes=2", "--partition=low")
+    job.trains(4)
+    other = job.cluster.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    assert job.state() == "COMPLETED", job.log
+    assert job.cluster.job(other)["JobState"] == "COMPLETED"
+    assert job.events == ["start", "saved", "start", "finished"]
+
+
+def test_a_mistake_is_not_repeated(play):
+    job = play({"pretrain.py.0": "ended 2 'moh.active_heads must be 3' null"})
+    assert job.state() == "FAILED"
+    assert job.events == ["start", "refused"]
+    assert job.log.splitlines()[-1] == "error: moh.active_heads must be 3"
+
+
+def test_the_same_failure_at_the_same_step(play):
+    acts = {f"pretrain.py.{life}": "ended 1 'rank 1 (n7, after step 9, train) burns' 9" for life in range(3)}
+    acts["pretrain.py.0"] = "ended 1 'rank 1 (n3, after step 9, train) burns' 9"
+    job = play(acts)
+    assert job.state() == "FAILED"
+    assert job.events == ["start", "fault"] * 2
+    assert job.log.splitlines()[-1].startswith("error: the run failed twice in the same way at step 9")
+
+
+def test_at_most_so_many_restarts(play):
+    job = play({f"pretrain.py.{life}": f"ended 1 burns {life}" for life in range(5)}, MAX_RESTARTS="2")
+    assert job.state() == "FAILED"
+    assert job.events == ["start", "fault"] * 3
+    assert "MAX_RESTARTS=2" in job.log.splitlines()[-1]
+
+
+def test_ranks_that_disagree_about_the_end(play):
+    disagree = 'if [ "$SLURM_PROCID" = 0 ]; then ended 1 "a disk is full" 4; else exit 75; fi'
+    job = play({"pretrain.py.0": disagree, "pretrain.py.1": "train 0"})
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "fault", "start", "finished"]
+
+
+def test_a_node_that_fails_twice_is_avoided(play):
+    missing = 'ended 1 "rank 1 ($SLURMD_NODENAME, after step {0}, train) is missing" {0}'
+    kill = '[ "$SLURM_PROCID" != 1 ] || kill -9 $$; sleep 1; ' + missing
+    job = play({f"pretrain.py.{life}": kill.format(life) for life in range(2)}, "--nodes=1")
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "fault", "start", "fault", "start", "finished"]
+    starts = [line[6] for line in job.history if line[3] == "start"]
+    assert starts[0] == starts[1] != starts[2]
+    assert job.cluster.job(job.id)["ExcNodeList"] == starts[0]
+
+
+def test_a_preflight_that_names_a_node(play):
+    fails = '[ "$SLURM_PROCID" != 0 ] || printf "%s\\tsmells of fire\\n" "$SLURMD_NODENAME" >"${@: -1}"; exit 1'
+    job = play({f"preflight.py.{life}": fails for life in range(2)}, "--nodes=1")
+    assert job.state() == "COMPLETED", job.log
+    assert job.events == ["start", "fault", "start", "fault", "start", "finished"]
+    nodes = [line[6] for line in job.history if line[3] == "fault"]
+    assert job.history[-2][6] not in nodes
+    assert "smells of fire" in job.history[1][7]
+
+
+def test_a_crashed_node(play, cluster):
+    job = play({"pretrain.py.0": "train 60"}, "--nodes=1")
+    job.trains()
+    (node,) = [line[6] for line in job.history]
+    cluster.crash(node)
+    try:
+        assert job.state() == "COMPLETED", job.log
+    finally:
+        cluster.boot(node)
+    assert job.events == ["start", "lost", "start", "finished"]
+    assert job.history[1][6] == node
+
+
+def test_two_jobs_of_one_run_folder(play, cluster, tmp_path):
+    job = play({"pretrain.py.0": "train 5"})
+    job.trains()
+    second = tmp_path / "second"
+    second.mkdir()
+    other = Play(cluster, second, {}, RUN=str(job.run))
+    assert other.state() == "FAILED"
+    assert other.log.splitlines()[-1].startswith(f"error: {job.run}: job {job.id} trains in this folder")
+    assert job.state() == "COMPLETED"
+
+
+def test_a_lock_is_waited_for(play, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    with subprocess.Popen(["flock", str(run / ".lock"), "sleep", "4"]) as holder:
+        job = play({"pretrain.py.0": "train 0"})
+        assert job.state() == "COMPLETED", job.log
+        assert holder.poll() is not None
+
+
+def test_the_interface_is_the_one_that_leads_to_the_first_node(play):
+    tell = 'echo "$SLURMD_NODENAME $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $MASTER_ADDR" >>"$RUN/told"; exit 0'
+    job = play({"pretrain.py.0": tell}, "--nodes=2")
+    assert job.state() == "COMPLETED", job.log
+    told = sorted((job.run / "told").read_text().splitlines())
+    assert told == [f"{node} eth0 =eth0 n1" for node in ("n1", "n1", "n2", "n2")]

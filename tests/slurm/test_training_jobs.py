@@ -1,0 +1,81 @@
+"""sbatch slurm/pretrain_moh.sh gives what the same command gives without Slurm, and survives what may happen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jobs import INTERVAL, LONG, LONG_STEPS, curve
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def test_one_node(new_job, undisturbed):
+    job = new_job()
+    job.submit(overrides=LONG)
+    assert job.wait() == "COMPLETED", job.log
+    assert curve(job.run) == curve(undisturbed)
+    assert job.events() == ["start", "finished"]
+    snapshot = json.loads((job.run.folder / f"slurm/{job.id}.0/job.json").read_text())
+    assert snapshot["nodes"] == ["n1"]
+    assert snapshot["environment"]["MASTER_ADDR"] == "127.0.0.1"
+    assert snapshot["packages"]["torch"]
+
+
+def test_two_nodes(new_job, four_ranks):
+    job = new_job()
+    job.submit("--nodes=2")
+    assert job.wait() == "COMPLETED", job.log
+    assert curve(job.run) == curve(four_ranks)
+    assert "2 nodes, 4 ranks are fit" in job.log
+
+
+def test_a_signal_before_the_time_limit(new_job, undisturbed):
+    job = new_job()
+    # Slurm looks every half a minute, and sends the signal up to a minute early.
+    job.submit("--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@60", overrides=LONG)
+    job.wait_for_event("saved")
+    # One signal is enough.
+    job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
+    assert job.wait() == "COMPLETED", job.log
+    assert set(job.events()) == {"start", "saved", "finished"}
+    assert "USR1" in next(line for line in job.history() if line[3] == "saved")[7]
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_killed_rank(new_job, undisturbed):
+    job = new_job()
+    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*LONG, "train.timeout_seconds=30"))
+    job.wait_for_step(LONG_STEPS // 3)
+    job.kill_rank(1)
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "fault", "start", "finished"]
+    fault = job.history()[1]
+    assert fault[6] == "n2"
+    assert "rank 1 (n2" in fault[7]
+    resumed = int(job.log.split("resumed after step ")[1].split()[0].rstrip(","))
+    assert resumed % INTERVAL == 0
+    assert int(fault[5]) - resumed <= 2 * INTERVAL  # one interval, and the steps while the last save was written
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_crashed_node(cluster, new_job, undisturbed):
+    job = new_job()
+    job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*LONG, "train.timeout_seconds=30"))
+    job.wait_for_step(LONG_STEPS // 3)
+    # Back before Slurm misses it: only the ranks notice. What Slurm notices is in test_events.py.
+    cluster.crash("n2")
+    cluster.boot("n2")
+    assert job.wait() == "COMPLETED", job.log
+    assert job.events() == ["start", "fault", "start", "finished"]
+    assert job.history()[1][6] == "n2"
+    assert curve(job.run) == curve(undisturbed)
+
+
+def test_a_bad_configuration(new_job):
+    job = new_job()
+    job.submit(overrides=("moh.active_heads=40",))
+    assert job.wait() == "FAILED"
+    assert "moh.active_heads" in job.log.splitlines()[-1], job.log
+    assert job.cluster.job(job.id)["Restarts"] == "0"
+    assert job.events() == []
