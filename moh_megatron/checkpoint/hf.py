@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
@@ -234,6 +234,17 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "
             "Export the model again."
         )
+
+
+def open_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of an exported, or any other, folder, for evaluation. Raises UserError where it does not load."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(
+            f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"
+        ) from error
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ ARROWS = {
     "moh": {"config", "parallel"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "parallel"},
+    "evaluate": {"checkpoint", "config", "data", "model", "monitor"},
     "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
 }
