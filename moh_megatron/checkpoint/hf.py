@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
@@ -236,7 +236,7 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def open_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of an exported, or any other, folder, for evaluation. Raises UserError where it does not load."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)

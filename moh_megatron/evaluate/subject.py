@@ -86,8 +86,7 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Su
 
 def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
     check_tokenizer(path)
-    model: nn.Module = open_causal_lm(path, dtype)
-    model.to(device)
+    model = open_causal_lm(path, dtype).to(device)
     marker = json.loads((path / MARKER).read_text(encoding="utf-8")) if (path / MARKER).is_file() else {}
 
     @torch.inference_mode()

@@ -41,7 +41,7 @@ LIBRARIES = {
     },
     "sentencepiece": {"data/sentencepiece_bpe.py", "data/sentencepiece_json.py"},
     "safetensors": {"checkpoint"},
-    "tensorboard": {"monitor/board.py"},
+    "tensorboard": {"monitor/tensorboard.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
     "pyarrow": {"data/lines.py", "data/tables.py"},
