@@ -17,7 +17,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
@@ -245,6 +252,13 @@ def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
             f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"
         ) from error
     return model.eval()
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Transformers' tokenizer of an exported, or any other, folder, or of a checkpoint."""
+    if (folder / "config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,7 @@ from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
+from moh_megatron.train.evaluation import BackgroundEvaluation
 from moh_megatron.train.health import Health, earlier_losses
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
@@ -87,6 +89,10 @@ class _Training:
             self._open_run_folder()
         self.telemetry = Telemetry(session, self.layers, self.control_group, self._tell)
         self.metrics, self.timer, self.board = self.telemetry.metrics, self.telemetry.timer, self.telemetry.board
+        self.evaluation: BackgroundEvaluation | None = None
+        if self.board and config.evaluate.suite is not None:
+            script = Path(sys.argv[0]).with_name("evaluate.py")
+            self.evaluation = BackgroundEvaluation(config, script, self._tell, self.board.evaluation)
         self.health = Health(
             config,
             session.train_dataset,
@@ -145,11 +151,16 @@ class _Training:
                     self._tell(str(self.clock))
                 stopping = self._stop_agreed()
                 validating = _due(self.step, train.eval_interval) and self.step < self.steps
-                saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping
+                evaluating = self.config.evaluate.suite is not None and _due(self.step, self.config.evaluate.interval)
+                saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping or evaluating
                 if _due(self.step, self.config.monitor.log_interval) or validating or saving:
                     self._log(bar)
                 if saving:
                     self._save(wait=stopping)
+                if self.evaluation and evaluating:
+                    self.evaluation.request(self.step)
+                if self.evaluation:
+                    self.evaluation.advance()
                 if stopping:
                     return Outcome(EXIT_STOPPED, f"{self.stop.reason or 'a signal to another rank'}: saved", self.step)
                 if validating:
@@ -284,9 +295,13 @@ class _Training:
             applied = [metrics.lm_loss for metrics in self.last.steps if not metrics.skipped] if self.last else []
             last = applied[-1] if applied else None
             summarise(self.session, self.step, self.seconds, self.clock, last, val_loss, text)
+            if self.evaluation:
+                self.evaluation.finish(self.watchdog.timeout / 2)
             self.telemetry.finish({"final/validation_loss": val_loss, "final/train_loss": last})
 
     def close(self) -> None:
+        if self.evaluation:
+            self.evaluation.stop()
         self.telemetry.close()
         for writer in (self.records, self.validations, self.skips):
             if writer is not None:

@@ -22,8 +22,8 @@ ARROWS = {
     "moh": {"config", "parallel"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "parallel"},
-    "evaluate": {"checkpoint", "config", "data", "model", "monitor"},
-    "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
+    "evaluate": {"checkpoint", "config", "data", "model", "moh", "monitor"},
+    "train": {"checkpoint", "cli", "config", "data", "evaluate", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
 }
 
@@ -42,10 +42,11 @@ LIBRARIES = {
     "sentencepiece": {"data/sentencepiece_bpe.py", "data/sentencepiece_json.py"},
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/tensorboard.py"},
+    "lm_eval": {"evaluate/harness.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
     "pyarrow": {"data/lines.py", "data/tables.py"},
-    "pydantic": {"config", "data/manifest.py", "train/deepspeed_config.py"},
+    "pydantic": {"config", "data/manifest.py", "evaluate/suite.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}

@@ -79,8 +79,10 @@ def test_the_slowest_rank_is_named():
 
 
 def test_null_turns_an_alarm_off():
-    off = {f"alarm_{name}": None for name in ("dead_heads", "entropy", "balance", "mfu_drop", "slow_rank")}
-    alarms = Alarms(MonitorConfig(**off))
+    off = MonitorConfig(
+        alarm_dead_heads=None, alarm_entropy=None, alarm_balance=None, alarm_mfu_drop=None, alarm_slow_rank=None
+    )
+    alarms = Alarms(off)
     dead = figures(EVEN, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     bad = signs(heads=dead, observed={"entropy": [0.0, 0.0]}, balance_excess=1.0, busy=[1.0, 9.0, 1.0])
     assert [alarms.check(bad) for _ in range(20)] == [[]] * 20
