@@ -41,7 +41,7 @@ LIBRARIES = {
     },
     "sentencepiece": {"data/sentencepiece_bpe.py", "data/sentencepiece_json.py"},
     "safetensors": {"checkpoint"},
-    "tensorboard": {"monitor/tensorboard.py"},
+    "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
     "lm_eval": {"evaluate/harness.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
