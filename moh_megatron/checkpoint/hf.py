@@ -17,14 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
@@ -241,24 +234,6 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "
             "Export the model again."
         )
-
-
-def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of an exported, or any other, folder, for evaluation. Raises UserError where it does not load."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(
-            f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"
-        ) from error
-    return model.eval()
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Transformers' tokenizer of an exported, or any other, folder, or of a checkpoint."""
-    if (folder / "config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @torch.inference_mode()

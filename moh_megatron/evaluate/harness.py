@@ -5,8 +5,11 @@ An exported folder is judged by lm-eval's own class for Transformers, a checkpoi
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moh_megatron.checkpoint.hf import open_tokenizer
+from moh_megatron.checkpoint.pretrained import open_tokenizer
 from moh_megatron.config.errors import UserError
 from moh_megatron.data.tokenizer import load_tokenizer
 from moh_megatron.evaluate.subject import Subject
@@ -93,20 +96,18 @@ def run_task(model: LM, suite: Suite, task: Task, limit: int | None) -> tuple[Sc
 
     Raises UserError where its data cannot be reached or it has no such metric.
     """
-    settings: dict[str, Any] = {"task": task.task, **task.settings}
-    folder = suite.data_folder(task)
-    if folder is not None:
-        settings |= _data_settings(folder)
+    manager = TaskManager()
     try:
-        results: Any = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[settings if folder is not None or task.settings else task.task],
-            num_fewshot=task.shots,
-            limit=limit,
-            bootstrap_iters=0,
-            task_manager=TaskManager(),
-            log_samples=True,
-        )
+        with _specification(suite, task, manager) as specification:
+            results: Any = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[specification],
+                num_fewshot=task.shots,
+                limit=limit,
+                bootstrap_iters=0,
+                task_manager=manager,
+                log_samples=True,
+            )
     except (OSError, ValueError) as error:  # ConnectionError and datasets' own are among them
         raise UserError(f"{task.task}: its evaluation set cannot be reached or read: {_first_line(error)}") from error
     of_task = (results.get("groups") or {}).get(task.task) or results["results"][task.task]
@@ -114,6 +115,21 @@ def run_task(model: LM, suite: Suite, task: Task, limit: int | None) -> tuple[Sc
         raise UserError(f"{task.task}: has no metric {task.metric}. It has {', '.join(_metrics(of_task))}.")
     questions = list(_questions(results["samples"], task))
     return _score(task, of_task[task.column], questions), questions
+
+
+@contextmanager
+def _specification(suite: Suite, task: Task, manager: TaskManager) -> Iterator[str]:
+    """What lm-eval is asked for: the name, or a file that includes its own and lays the suite's settings over it."""
+    folder = suite.data_folder(task)
+    settings = {**task.settings, **(_data_settings(folder) if folder is not None else {})}
+    if not settings:
+        yield task.task
+        return
+    own = manager.task_index[task.task].yaml_path
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / f"{task.task}.yaml"
+        file.write_text(json.dumps({"include": str(own), "task": task.task, **settings}), encoding="utf-8")
+        yield str(file)
 
 
 def _metrics(of_task: dict[str, Any]) -> list[str]:

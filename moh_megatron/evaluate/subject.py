@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moh_megatron.checkpoint import native
-from moh_megatron.checkpoint.hf import MARKER, check_tokenizer, open_causal_lm
+from moh_megatron.checkpoint.hf import MARKER, check_tokenizer
+from moh_megatron.checkpoint.pretrained import open_causal_lm
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config

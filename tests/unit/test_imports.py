@@ -31,7 +31,12 @@ ARROWS = {
 LIBRARIES = {
     "deepspeed": {"train/engine.py"},
     "megatron": {"moh/attention.py", "model", "parallel", "data/blend.py", "data/dataset.py"},
-    "transformers": {"checkpoint/hf.py", "checkpoint/text.py", "checkpoint/hf_model"},
+    "transformers": {
+        "checkpoint/hf.py",
+        "checkpoint/hf_model",
+        "checkpoint/pretrained.py",
+        "checkpoint/text.py",
+    },
     "tokenizers": {
         "checkpoint/hf.py",
         "data/byte_level_bpe.py",
