@@ -29,7 +29,7 @@ $(STAMP): setup.py pyproject.toml constraints/cpu.txt constraints/cuda.txt
 		{ echo "error: Python 3.11 or newer is needed; $(PYTHON) is older. Name one: make setup PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install -c $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev,eval]'
 	@touch $@
 
 smoke: $(STAMP) ## raw text -> tokenizer -> training on two processes -> Hugging Face folder -> text

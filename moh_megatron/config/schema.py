@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from moh_megatron.config.schema_monitor import EvaluateConfig, MonitorConfig
 from moh_megatron.config.types import (
     Bool,
     Float,
@@ -360,15 +361,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
-class MonitorConfig:
-    log_interval: PositiveInt = 10
-    """Steps between transfers of the metrics from the device; metrics.jsonl still has a line for each step."""
-    tensorboard: Bool = True
-    profile: Bool = False
-    """Write a torch profiler trace of a few steps of rank 0 to <run.dir>/tensorboard; --profile does the same."""
-
-
-@dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class GenerateConfig:
     load: PathText | None = None
     """An exported folder or a checkpoint; null means <run.dir>/hf, else the newest checkpoint of the run."""
@@ -394,6 +386,7 @@ class Config:
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys of DeepSpeed's own configuration, added to what is derived from the other sections. They may tune

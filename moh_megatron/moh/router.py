@@ -65,6 +65,10 @@ class Router(nn.Module, abc.ABC):
             self.bias_steps += (load.sum() - load * load.numel()).sign().to(torch.int64)
 
     @abc.abstractmethod
+    def logits(self, x: Tensor, q: Tensor) -> Logits:
+        """What the softmaxes of the gates and of the balance loss are taken of, without bias; arguments as below."""
+
+    @abc.abstractmethod
     def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
         """[..., E]: what the routed heads are chosen by, the bias included; None where there are none."""
 
@@ -113,6 +117,10 @@ class LearnedRouter(Router):
     def _logits(self, x: Tensor) -> Logits:
         return router_logits(x, self._weight(self.w_shared), self._weight(self.w_routed), self._weight(self.w_alpha))
 
+    def logits(self, x: Tensor, q: Tensor) -> Logits:
+        """See ``Router``; x [..., D]."""
+        return self._logits(x)
+
     def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; x [..., D]."""
         scores = self._logits(x).routed
@@ -155,6 +163,10 @@ class QueryNormRouter(Router):
         """[S, B, n, H] -> [S, B, N], heads in logical order."""
         norms = gather_last_dimension(query_norms(q), self.group)
         return norms.index_select(-1, self.physical_of_logical)
+
+    def logits(self, x: Tensor, q: Tensor) -> Logits:
+        """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have any."""
+        return Logits(None, norm_scores(self._norms(q)[..., list(self.heads.routed)]), None)
 
     def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; q [S, B, n, H], before RoPE."""

@@ -44,16 +44,24 @@ class Interval:
     steps: list[StepMetrics]
     head_load: Tensor | None
     """[L, N] share of tokens that used each head (logical order), None in a dense model."""
+    observed: Tensor | None = None
+    """[L, M] what was told of each layer, averaged; None where nothing was."""
+    seconds_per_step: float = 0.0
 
 
 @dataclass
 class MetricsAccumulator:
-    """Collects steps; ``flush`` reduces them over the data-parallel ranks (every rank calls it at the same step)."""
+    """Collects steps; ``flush`` reduces them over the data-parallel ranks (every rank calls it at the same step).
+
+    ``sequence_group``: the ranks of which each observes its part of the sequence, under sequence parallelism.
+    """
 
     group: dist.ProcessGroup
     tokens_per_step: int
+    sequence_group: dist.ProcessGroup | None = None
     _pending: list[_Pending] = field(default_factory=list)
     _counts: Tensor | None = None
+    _observed: Tensor | None = None
     _since: float = field(default_factory=time.monotonic)
 
     def restart_clock(self) -> None:
@@ -82,20 +90,31 @@ class MetricsAccumulator:
             counts = routers[:, :-1]
             self._counts = counts if self._counts is None else self._counts + counts
 
+    def observe(self, observed: Tensor | None) -> None:
+        """[L, M] means of this rank's tokens, of the last step that was added; they replace those before."""
+        self._observed = observed
+
     def flush(self) -> Interval:
         """Everything since the last flush, on the host."""
         if not self._pending:
             return Interval([], None)
-        pending, counts = self._pending, self._counts
-        self._pending, self._counts = [], None
-        flat = [torch.cat([entry.values for entry in pending])] + ([counts.flatten()] if counts is not None else [])
+        pending, counts, observed = self._pending, self._counts, self._observed
+        self._pending, self._counts, self._observed = [], None, None
+        flat = [torch.cat([entry.values for entry in pending])]
+        flat += [each.flatten() for each in (counts, observed) if each is not None]
         together = torch.cat(flat)
         dist.all_reduce(together, group=self.group)
         together /= self.group.size()
+        if observed is not None:
+            observed = together[-observed.numel() :].view_as(observed)
+            if self.sequence_group is not None:
+                dist.all_reduce(observed, group=self.sequence_group)
+                observed /= self.sequence_group.size()
         norms = torch.stack([entry.grad_norm.to(together.device) for entry in pending]).tolist()
         losses = together[: 2 * len(pending)].view(-1, 2).tolist()
         now = time.monotonic()
-        rate = len(pending) * self.tokens_per_step / max(now - self._since, 1e-9)
+        seconds = max(now - self._since, 1e-9) / len(pending)
+        rate = self.tokens_per_step / seconds
         self._since = now
         steps = [
             StepMetrics(
@@ -114,5 +133,6 @@ class MetricsAccumulator:
         if counts is not None:
             applied = sum(not entry.skipped for entry in pending)
             local_tokens = applied * self.tokens_per_step / self.group.size()
-            load = (together[2 * len(pending) :].view_as(counts) / local_tokens).cpu()
-        return Interval(steps, load)
+            start = 2 * len(pending)
+            load = (together[start : start + counts.numel()].view_as(counts) / local_tokens).cpu()
+        return Interval(steps, load, None if observed is None else observed.cpu(), seconds)

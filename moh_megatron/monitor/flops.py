@@ -1,7 +1,8 @@
 """Floating-point operations of a token, forward and backward, under three counts that are never mixed.
 
 Counted are matrix products, two operations to a multiply-add; norms, activations, softmax and the loss are left out.
-Attention is causal: a query meets (S + 1) / 2 keys on average. Borders of documents are not known here; with
+Attention is causal: a query meets (S + 1) / 2 keys on average; with ``causal=False`` it is counted as if it met all S,
+as torch's own counter and many quoted figures do. Borders of documents are not known here; with
 data.document_mask the attention part is an upper bound.
 """
 
@@ -52,10 +53,10 @@ def skips_heads(backend: str) -> bool:
     return not backend.startswith("dense")
 
 
-def flops_per_token(config: Config, backend: str) -> FlopsPerToken:
+def flops_per_token(config: Config, backend: str, *, causal: bool = True) -> FlopsPerToken:
     """``backend``: what computes attention, as ``model.build.attention_backend`` says."""
     head = _MULTIPLY_ADD * _WEIGHT * float(config.model.hidden_size * config.model.vocab_size)
-    layers = [*_layers(config, skips_heads(backend))]
+    layers = [*_layers(config, skips_heads(backend), causal)]
     return FlopsPerToken(
         dense_equivalent=Flops(sum(each.dense for each in layers), head),
         active_heads=Flops(sum(each.active for each in layers), head),
@@ -70,11 +71,12 @@ class _Layer:
     executed: float
 
 
-def _layers(config: Config, skips: bool) -> Iterator[_Layer]:
+def _layers(config: Config, skips: bool, causal: bool) -> Iterator[_Layer]:
     model, moh, recompute = config.model, config.moh, config.train.recompute
     head = model.hidden_size * model.head_dim
     shared_work = 2 * model.query_groups * head + 3 * model.hidden_size * model.ffn_hidden_size
-    core = model.head_dim * (config.train.sequence_length + 1) / 2
+    length = config.train.sequence_length
+    core = model.head_dim * ((length + 1) / 2 if causal else length)
     for heads in layer_heads(model, moh):
         router = model.hidden_size * sum(router_weight_rows(moh, heads).values())
         queries = heads.count if moh.enabled and moh.router == "query_norm" else heads.active

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ import deepspeed.ops
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -195,6 +196,36 @@ class Engine:
         ]
         total = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(total, group=group)
+        return total.sqrt()
+
+    def router_gradient_norm(self) -> Tensor | None:
+        """Of the routers alone, between the last ``backward`` of a step and ``step``; None where none is trained.
+
+        All ranks call it: stages 1 to 3 gather each router's gradient, which every tensor-parallel rank holds whole.
+        """
+        routers = [parameter for name, parameter in self._trained() if ".router." in name]
+        if not routers:
+            return None
+        gradients = [p.grad if self._stage == 0 else safe_get_full_grad(p) for p in routers]
+        return torch.nn.utils.get_total_norm([each.float() for each in gradients if each is not None])
+
+    def parameter_norm(self) -> Tensor:
+        """Of all weights, replicated ones counted once; all ranks call it."""
+        group, replicas = groups.tensor_group(), groups.data_group()
+        held: list[Tensor] = []
+        for parameter in cast(Iterator[Any], self._module.parameters()):
+            if group.rank() != 0 and not getattr(parameter, "tensor_model_parallel", False):
+                continue
+            if self._stage < 3:
+                held.append(parameter.detach())
+            else:
+                # The last rank's part is padded with whatever lay there.
+                part = parameter.ds_tensor.detach().flatten()
+                held.append(part[: max(0, min(part.numel(), parameter.ds_numel - replicas.rank() * part.numel()))])
+        total = torch.nn.utils.get_total_norm([each for each in held if each.numel()]).float().square()
+        dist.all_reduce(total, group=group)
+        if self._stage == 3:
+            dist.all_reduce(total, group=replicas)
         return total.sqrt()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,12 +25,12 @@ from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
 from moh_megatron.model.divergence import distilled_losses
 from moh_megatron.moh.balancing import follow_schedule, update_biases
-from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
-from moh_megatron.monitor.board import Board
+from moh_megatron.monitor.accumulator import Interval
 from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
+from moh_megatron.train.evaluation import BackgroundEvaluation
 from moh_megatron.train.health import Health, earlier_losses
 from moh_megatron.train.run_lock import RunLock
 from moh_megatron.train.schedule import learning_rate
@@ -37,6 +38,7 @@ from moh_megatron.train.setup import Session, prepare_session
 from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.summary import summarise
+from moh_megatron.train.telemetry import Telemetry
 from moh_megatron.train.validation import sample_text, validation_loss
 from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
@@ -86,16 +88,20 @@ class _Training:
         self.seconds = 0.0
         self.layers = moh_layers(session.engine.module)
         follow_schedule(self.layers, self.step)
-        self.metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
         self.control_group = groups.control_group(timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
         self.saver = Saver(checkpoint_dir(config), self.control_group)
         self.last: Interval | None = None
         self.records: StepRecords | None = None
         self.validations: StepRecords | None = None
         self.skips: StepRecords | None = None
-        self.board: Board | None = None
         if session.first:
             self._open_run_folder()
+        self.telemetry = Telemetry(session, self.layers, self.control_group, self._tell)
+        self.metrics, self.timer, self.board = self.telemetry.metrics, self.telemetry.timer, self.telemetry.board
+        self.evaluation: BackgroundEvaluation | None = None
+        if self.board and config.evaluate.suite is not None:
+            script = Path(sys.argv[0]).with_name("evaluate.py")
+            self.evaluation = BackgroundEvaluation(config, script, self._tell, self.board.evaluation)
         self.health = Health(
             config,
             session.train_dataset,
@@ -114,8 +120,6 @@ class _Training:
         # The checkpoint of a step is saved before its validation: what was cut short is done again.
         self.validations = StepRecords(self.run_dir / "validation.jsonl", start - 1)
         self.skips = StepRecords(self.run_dir / "skipped.jsonl", start)
-        if self.config.monitor.tensorboard:
-            self.board = Board(self.run_dir / "tensorboard", start)
 
     def run(self) -> Outcome:
         train, checkpoint = self.config.train, self.config.checkpoint
@@ -144,22 +148,28 @@ class _Training:
             if self.step and _due(self.step, train.eval_interval) and self.step < self.steps:
                 self._validate()
                 self.metrics.restart_clock()
-            for micro_batches in batches:
+            for micro_batches in self.timer.each("data", batches):
                 self._train_step(micro_batches)
                 self.step += 1
                 bar.update()
-                self.saver.advance()
+                with self.timer.part("save"):
+                    self.saver.advance()
                 profile_step()
                 if self.step == self.session.start_step + 1:
                     self.clock.mark("first step")
                     self._tell(str(self.clock))
                 stopping = self._stop_agreed()
                 validating = _due(self.step, train.eval_interval) and self.step < self.steps
-                saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping
+                evaluating = self.config.evaluate.suite is not None and _due(self.step, self.config.evaluate.interval)
+                saving = _due(self.step, checkpoint.interval) or self.step == self.steps or stopping or evaluating
                 if _due(self.step, self.config.monitor.log_interval) or validating or saving:
                     self._log(bar)
                 if saving:
                     self._save(wait=stopping)
+                if self.evaluation and evaluating:
+                    self.evaluation.request(self.step)
+                if self.evaluation:
+                    self.evaluation.advance()
                 if stopping:
                     return Outcome(EXIT_STOPPED, f"{self.stop.reason or 'a signal to another rank'}: saved", self.step)
                 if validating:
@@ -173,23 +183,28 @@ class _Training:
 
     def _train_step(self, micro_batches: list[torch.Tensor]) -> None:
         engine, losses = self.session.engine, []
+        self.telemetry.begin_step(self.step + 1)
         for tokens in micro_batches:
-            loss, added = self._losses(tokens.to(self.session.device))
+            with self.timer.part("forward"):
+                loss, added = self._losses(tokens.to(self.session.device))
             losses.append(loss.detach())
             loss = loss + added
             if len(losses) == len(micro_batches) and self.health.gives_up(losses):
                 loss = loss * math.nan
-            engine.backward(loss)
+            with self.timer.part("backward"):
+                engine.backward(loss)
             self.watchdog.progress(self.step)
+        self.telemetry.before_update()
         lr = learning_rate(self.config.optimizer, self.step, self.steps)
-        grad_norm = engine.step(lr)
+        with self.timer.part("optimizer"):
+            grad_norm = engine.step(lr)
         routers = None
         if self.layers:
             routers = torch.stack([layer.statistics.drain(self.session.device) for layer in self.layers])
             if engine.applied:
                 update_biases(self.layers, routers[:, :-1], groups.data_group())
             follow_schedule(self.layers, self.step + 1)
-        self.metrics.add(self.step + 1, lr, losses, grad_norm, routers, skipped=not engine.applied)
+        self.telemetry.end_step(self.step + 1, lr, losses, grad_norm, routers, skipped=not engine.applied)
         if engine.applied:
             self.health.applied()
         else:
@@ -218,25 +233,21 @@ class _Training:
         return bool(asked)
 
     def _log(self, bar: tqdm) -> None:
-        interval = self.metrics.flush()
+        interval = self.telemetry.log(self.step)
         for metrics in interval.steps:
             self.health.observe(metrics)
             loss = metrics.lm_loss + self.config.moh.balance_weight * metrics.balance_loss
             if self.records:
                 self.records.write([{**dataclasses.asdict(metrics), "loss": loss}])
-            if self.board:
-                self.board.step(metrics, loss)
         if interval.steps:
             self.last = interval
             newest = interval.steps[-1]
             bar.set_postfix(loss=f"{newest.lm_loss:.3f}", tok_s=f"{newest.tokens_per_second:,.0f}", refresh=False)
-        if self.board and interval.head_load is not None:
-            self.board.head_load(interval.head_load, self.step)
 
     def _save(self, *, wait: bool) -> None:
         """Save this step, unless it is saved; ``wait`` until it is on the disk."""
         session = self.session
-        with self.watchdog.phase("save"):
+        with self.watchdog.phase("save"), self.timer.part("save"):
             self.saver.finish()  # two copies of the state need not fit into host memory
             if self.saved_step != self.step:
                 data, tokenizer, engine = session.data.hash, session.tokenizer, session.engine
@@ -280,7 +291,7 @@ class _Training:
             sources = {"sources": losses} if len(losses) > 1 else {}
             self.validations.write([{"step": self.step, "loss": loss, **sources, "sample": text}])
         if self.board:
-            self.board.validation(loss, text, self.step)
+            self.board.validation(loss, text, self.step, losses if len(losses) > 1 else None)
         return loss, text
 
     def _announce(self) -> None:
@@ -306,9 +317,15 @@ class _Training:
             applied = [metrics.lm_loss for metrics in self.last.steps if not metrics.skipped] if self.last else []
             last = applied[-1] if applied else None
             summarise(self.session, self.step, self.seconds, self.clock, last, val_loss, text)
+            if self.evaluation:
+                self.evaluation.finish(self.watchdog.timeout / 2)
+            self.telemetry.finish({"final/validation_loss": val_loss, "final/train_loss": last})
 
     def close(self) -> None:
-        for writer in (self.records, self.validations, self.skips, self.board):
+        if self.evaluation:
+            self.evaluation.stop()
+        self.telemetry.close()
+        for writer in (self.records, self.validations, self.skips):
             if writer is not None:
                 writer.close()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.data.prepared import PreparedData, load_prepared
+from moh_megatron.evaluate.suite import load_suite
 
 
 def preflight(config: Config, world_size: int) -> PreparedData:
@@ -16,6 +19,8 @@ def preflight(config: Config, world_size: int) -> PreparedData:
         from moh_megatron.train.engine import check_deepspeed_section
 
         check_deepspeed_section(config, world_size)
+    if config.evaluate.suite is not None:
+        load_suite(Path(config.evaluate.suite))
     data = load_prepared(config)
     data.check_fits(config)
     data.tokenizer()

@@ -23,7 +23,8 @@ ARROWS = {
     "hf": {"checkpoint"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "parallel"},
-    "train": {"checkpoint", "cli", "config", "data", "model", "moh", "monitor", "parallel"},
+    "evaluate": {"checkpoint", "config", "data", "model", "moh", "monitor"},
+    "train": {"checkpoint", "cli", "config", "data", "evaluate", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
     "upcycle": {"checkpoint", "config", "data", "model", "monitor", "parallel", "train"},
 }
@@ -36,6 +37,7 @@ LIBRARIES = {
         "checkpoint/hf.py",
         "checkpoint/hf_config.py",
         "checkpoint/hf_model",
+        "checkpoint/pretrained.py",
         "checkpoint/text.py",
         "checkpoint/verify.py",
         "hf.py",
@@ -49,11 +51,12 @@ LIBRARIES = {
     },
     "sentencepiece": {"data/sentencepiece_bpe.py", "data/sentencepiece_json.py"},
     "safetensors": {"checkpoint"},
-    "tensorboard": {"monitor/board.py"},
+    "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
+    "lm_eval": {"evaluate/harness.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
     "pyarrow": {"data/lines.py"},
-    "pydantic": {"config", "data/manifest.py", "train/deepspeed_config.py"},
+    "pydantic": {"config", "data/manifest.py", "evaluate/suite.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}

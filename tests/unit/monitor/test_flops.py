@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.model import core_attention
+from moh_megatron.model.build import build_model, moh_layers, token_losses
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token, skips_heads
 
 Tiny = Callable[..., Config]
@@ -33,6 +34,47 @@ def test_weights_as_torch_counts_them(tiny: Tiny, recompute: str, changes: dict[
         token_losses(model, tokens).mean().backward()
     attention = 2 * 8 * HEAD_CORE * (9 if recompute == "full" else 7)
     assert counter.get_total_flops() == 2 * 16 * (flops_per_token(config, "dense").executed.total - attention)
+
+
+def attention_of_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H], in matrix products over the full S x S."""
+    width = q.shape[2] // k.shape[2]
+    q_BNSH, k_BNSH, v_BNSH = (
+        each.permute(1, 2, 0, 3) for each in (q, k.repeat_interleave(width, 2), v.repeat_interleave(width, 2))
+    )
+    scores = q_BNSH @ k_BNSH.transpose(-1, -2) / q.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v_BNSH).permute(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"moh.enabled": False}, {"moh.router": "query_norm"}], ids=str)
+def test_attention_as_torch_counts_it(tiny: Tiny, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention written as products torch's counter sees the full S x S, and no scores computed again."""
+    config = tiny({"moh.backend": "dense", **changes})
+    model, tokens = build_model(config).train(), torch.randint(0, 96, (2, 17))
+    for layer in moh_layers(model):
+        monkeypatch.setattr(layer, "attend", lambda ends, q, k, v, active: attention_of_products(q, k, v))
+    monkeypatch.setattr(core_attention, "causal_attention", lambda q, k, v, **unused: attention_of_products(q, k, v))
+    with FlopCounterMode(display=False) as counter:
+        token_losses(model, tokens).mean().backward()
+    full = flops_per_token(config, "dense", causal=False)
+    expected = full.dense_equivalent.total + (0 if changes else ROUTER)
+    assert counter.get_total_flops() == pytest.approx(2 * 16 * expected, rel=0.01)
+    # The scores, which fused attention computes once more.
+    again = 2 * 8 * 2 * 4 * 16
+    assert full.executed.total == pytest.approx(expected + again)
+    assert full.executed.total > flops_per_token(config, "dense").executed.total
+
+
+def test_what_is_executed_falls_with_the_active_heads_only_where_they_are_skipped(tiny: Tiny) -> None:
+    def executed(backend: str) -> list[float]:
+        return [three(tiny({"moh.active_heads": active}), backend)[2] for active in (8, 6, 4, 3)]
+
+    dense, sparse = executed("dense"), executed("cpu")
+    assert len(set(dense)) == 1
+    assert sparse == sorted(sparse, reverse=True)
+    assert sparse[0] == dense[0]
+    assert len(set(sparse)) == 4
 
 
 def three(config: Config, backend: str) -> tuple[float, float, float]:

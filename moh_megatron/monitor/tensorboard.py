@@ -1,0 +1,60 @@
+"""Event files for TensorBoard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from moh_megatron.monitor.records import naming
+from moh_megatron.monitor.writer import Scalar
+
+
+class TensorBoard:
+    """One run's event files; a resumed run's steps after ``start_step`` replace those of its earlier life."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._folder = str(folder)
+        # TensorBoard writes in a thread of its own, and raises again in the next call what went wrong there.
+        original = threading.excepthook
+        threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else original(args)
+        with naming(self._folder):
+            self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        with naming(self._folder):
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        with naming(self._folder):
+            self._writer.add_text(tag, text, step)
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        with naming(self._folder):
+            self._writer.add_image(tag, pixels, step, dataformats="HWC")
+
+    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
+        with naming(self._folder):
+            self._writer.add_histogram(tag, np.asarray(values), step)
+
+    def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
+        with naming(self._folder):
+            # add_hparams would write to a folder of its own, which TensorBoard shows as another run.
+            file_writer = self._writer._get_file_writer()
+            for summary in hparams(dict(settings), dict(results)):
+                file_writer.add_summary(summary)
+            for tag, value in results.items():
+                self._writer.add_scalar(tag, value)
+
+    def flush(self) -> None:
+        with naming(self._folder):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()

@@ -1,0 +1,203 @@
+"""What the training loop tells about itself: it is handed steps, and reduces, writes and warns once an interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.load import dump_config
+from moh_megatron.model.build import attention_backend
+from moh_megatron.moh.attention import MoHSelfAttention
+from moh_megatron.moh.observation import OBSERVED, RoutingObserver
+from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
+from moh_megatron.monitor.alarms import Alarms, Signs
+from moh_megatron.monitor.board import Board, Vitals
+from moh_megatron.monitor.device import memory_bytes, peak_tflops
+from moh_megatron.monitor.flops import flops_per_token
+from moh_megatron.monitor.heads import HeadFigures, balance_excess, head_figures
+from moh_megatron.monitor.lives import begin_life, code_version
+from moh_megatron.monitor.prometheus import PrometheusFile
+from moh_megatron.monitor.records import read_records
+from moh_megatron.monitor.tensorboard import TensorBoard
+from moh_megatron.monitor.timer import StepTimer
+from moh_megatron.monitor.wandb import WeightsAndBiases
+from moh_megatron.monitor.writer import Scalar, Writer, Writers
+from moh_megatron.parallel import groups
+from moh_megatron.train.setup import Session
+
+
+class Telemetry:
+    """Every rank has one; the first one writes.
+
+    ``control``: a group of all ranks whose tensors lie on the host. ``tell`` prints once.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        layers: Sequence[MoHSelfAttention],
+        control: dist.ProcessGroup,
+        tell: Callable[[str], None],
+    ) -> None:
+        config = session.config
+        self._session, self._config, self._layers = session, config, layers
+        self._control, self._tell = control, tell
+        self.timer = StepTimer(session.device)
+        self.metrics = MetricsAccumulator(
+            groups.data_group(),
+            config.train.tokens_per_step,
+            groups.tensor_group() if config.parallel.sequence else None,
+        )
+        self._observer = RoutingObserver(layers)
+        self._alarms = Alarms(config.monitor)
+        self._router_norm: Tensor | None = None
+        self._bad_steps, self._restarts = 0, 0
+        layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
+        tensor = config.parallel.tensor
+        self._local_heads = [layout.local_heads(rank, tensor) for rank in range(tensor)]
+        self.board: Board | None = None
+        if session.first:
+            self.board = self._open()
+
+    def _open(self) -> Board:
+        session, config, monitor = self._session, self._config, self._config.monitor
+        run_dir, start = Path(config.run.dir), session.start_step
+        self._bad_steps = sum(record.get("skipped", False) for record in read_records(run_dir / "metrics.jsonl"))
+        parallel = config.parallel
+        with suppress(OSError):  # what counts lives may not cost one
+            self._restarts = begin_life(
+                run_dir / "lives.jsonl",
+                start,
+                ranks=session.world.size,
+                tensor=parallel.tensor,
+                zero_stage=parallel.zero_stage,
+                device=session.device.type,
+            )
+        makers: dict[str, Callable[[], Writer]] = {}
+        if monitor.tensorboard:
+            makers["TensorBoard"] = lambda: TensorBoard(run_dir / "tensorboard", start)
+        if monitor.wandb_project is not None:
+            project = monitor.wandb_project
+            makers["Weights & Biases"] = lambda: WeightsAndBiases(project, run_dir)
+        if monitor.prometheus is not None:
+            file = Path(monitor.prometheus)
+            makers["the file for Prometheus"] = lambda: PrometheusFile(file, run_dir.name)
+        board = Board(
+            Writers(makers, self._tell),
+            flops_per_token(config, attention_backend(config, session.device)),
+            session.world.size,
+            monitor.peak_tflops or peak_tflops(session.device, config.train.precision),
+        )
+        board.describe({"config": f"```yaml\n{dump_config(config)}```", "version": code_version()}, start)
+        return board
+
+    def begin_step(self, step: int) -> None:
+        """Step number ``step`` starts."""
+        self._observer.on = step % self._config.monitor.log_interval == 0
+
+    def before_update(self) -> None:
+        """The gradients of the step are complete."""
+        if self._observer.on:
+            self._router_norm = self._session.engine.router_gradient_norm()
+
+    def end_step(
+        self, step: int, lr: float, losses: list[Tensor], grad_norm: Tensor, routers: Tensor | None, *, skipped: bool
+    ) -> None:
+        """As ``MetricsAccumulator.add``."""
+        self.metrics.add(step, lr, losses, grad_norm, routers, skipped=skipped)
+        self._bad_steps += skipped
+        if self._observer.on:
+            observed = self._observer.drain()
+            self.metrics.observe(None if skipped else observed)
+            self._observer.on = False
+
+    def log(self, step: int) -> Interval:
+        """All since the last call, reduced; shown and held against the alarms. Every rank calls it."""
+        interval = self.metrics.flush()
+        if not interval.steps:
+            return interval
+        steps = len(interval.steps)
+        seconds = {part: spent / steps for part, spent in self.timer.drain().items()}
+        busy, memory = self._of_each_rank(seconds)
+        router_norm, self._router_norm = self._router_norm, None
+        vitals = Vitals(
+            seconds={**seconds, "step": interval.seconds_per_step},
+            memory=memory,
+            busy=busy,
+            parameter_norm=float(self._session.engine.parameter_norm()),
+            router_grad_norm=None if router_norm is None else float(router_norm),
+            bad_steps=self._bad_steps,
+            restarts=self._restarts,
+        )
+        if self.board:
+            self._show(self.board, interval, vitals, step)
+        return interval
+
+    def _of_each_rank(self, seconds: Mapping[str, float]) -> tuple[list[float], list[int]]:
+        own = [seconds.get("data", 0.0) + seconds.get("forward", 0.0), float(memory_bytes(self._session.device))]
+        mine = torch.tensor(own, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self._control.size())]
+        dist.all_gather(everyone, mine, group=self._control)
+        return [float(each[0]) for each in everyone], [int(each[1]) for each in everyone]
+
+    def _show(self, board: Board, interval: Interval, vitals: Vitals, step: int) -> None:
+        for metrics in interval.steps:
+            board.step(metrics, metrics.lm_loss + self._config.moh.balance_weight * metrics.balance_loss)
+        newest = interval.steps[-1]
+        board.interval(newest.tokens_per_second, vitals, step)
+        observed: dict[str, list[float]] = {}
+        if interval.observed is not None:
+            observed = dict(zip(OBSERVED, interval.observed.t().tolist(), strict=True))
+        figures = None
+        if interval.head_load is not None:
+            figures = self._figures(interval.head_load)
+            board.heads(figures, observed, step)
+            every = self._config.monitor.image_interval
+            if every and any(metrics.step % every == 0 for metrics in interval.steps):
+                board.head_maps(figures, step)
+        excess = None
+        applied = [metrics.balance_loss for metrics in interval.steps if not metrics.skipped]
+        if figures is not None and applied:
+            excess = balance_excess(
+                math.fsum(applied) / len(applied), self._heads, self._top_k, self._config.moh.balance_loss
+            )
+        # Ranks of one tensor-parallel group wait for each other in every layer: one of each is looked at.
+        busy = vitals.busy[:: self._config.parallel.tensor]
+        messages = self._alarms.check(Signs(newest.tokens_per_second, figures, observed, excess, busy))
+        for message in messages:
+            self._tell(f"warning: step {step}: {message}")
+        if messages:
+            board.alarm(messages, step)
+
+    @property
+    def _heads(self) -> list:
+        return [layer.router.heads for layer in self._layers]
+
+    @property
+    def _top_k(self) -> list[int]:
+        return [layer.router.top_k for layer in self._layers]
+
+    def _figures(self, load: Tensor) -> HeadFigures:
+        return head_figures(load, self._heads, self._top_k, self._local_heads)
+
+    def finish(self, results: Mapping[str, float | None]) -> None:
+        """The run has ended with these results."""
+        if self.board:
+            settings: dict[str, Scalar] = {}
+            for section, values in dataclasses.asdict(self._config).items():
+                for key, value in values.items():
+                    if isinstance(value, float | int | str | bool):
+                        settings[f"{section}.{key}"] = value
+            self.board.finish(settings, {name: value for name, value in results.items() if value is not None})
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()

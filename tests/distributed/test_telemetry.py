@@ -1,0 +1,88 @@
+"""Figures of a step against counts made by hand, in the event files and for each layout of two ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
+
+LAYOUTS = ("tp1", "tp2", "tp2_sp")
+RECOMPUTE = ("none", "selective", "full")
+TOKENS = 4 * 32
+
+
+@pytest.fixture(scope="module")
+def told(spawn: Callable[[str, int], list[Any]]) -> list[dict[Any, Any]]:
+    return spawn("telemetry", 2)
+
+
+def by_hand(told: list[dict[Any, Any]], layout: str, case: str) -> torch.Tensor:
+    """[L, N] tokens of the whole batch that used each head: replicas saw different rows, tensor-parallel ranks all."""
+    counts = [torch.tensor(rank[layout, case]["by_hand"], dtype=torch.float64) for rank in told]
+    if layout == "tp1":
+        return counts[0] + counts[1]
+    assert torch.equal(counts[0], counts[1])
+    return counts[0]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loads_in_the_event_file_are_those_counted_by_hand(told: Any, layout: str, recompute: str) -> None:
+    counts = by_hand(told, layout, recompute)
+    assert counts.sum() == TOKENS * 5 * 2, "5 of 8 heads in two layers"
+    for rank in told:
+        assert torch.equal(rank[layout, recompute]["load"], counts / TOKENS)
+    events = EventAccumulator(str(Path(told[0]["folder"]) / f"{layout}_{recompute}"))
+    events.Reload()
+    for layer, heads in enumerate(counts.tolist()):
+        for head, count in enumerate(heads):
+            (event,) = events.Scalars(f"head_load/layer_{layer:02d}/head_{head:02d}")
+            assert event.value == pytest.approx(count / TOKENS, rel=1e-7)
+
+
+def test_every_layout_tells_the_same(told: Any) -> None:
+    reference = told[0]["tp1", "none"]
+    for layout in LAYOUTS:
+        for recompute in RECOMPUTE:
+            found = told[0][layout, recompute]
+            assert torch.equal(found["load"], reference["load"])
+            assert_close(found["observed"], reference["observed"], rtol=1e-5, atol=1e-6)
+            assert_close(told[1][layout, recompute]["observed"], found["observed"], rtol=0, atol=0)
+    z, entropy, shared, routed = reference["observed"].unbind(1)
+    assert ((z > 0) & (entropy > 0.3) & (entropy < 1)).all()
+    assert_close(shared + routed, torch.full_like(shared, 2.0))
+
+
+def test_norms_route_without_alpha_or_z_loss(told: Any) -> None:
+    for layout in LAYOUTS:
+        z, entropy, shared, routed = told[0][layout, "query_norm"]["observed"].unbind(1)
+        assert torch.isnan(torch.stack([z, shared, routed])).all()
+        assert_close(entropy, told[0]["tp1", "query_norm"]["observed"][:, 1], rtol=1e-5, atol=1e-6)
+        assert ((entropy > 0) & (entropy < 1)).all()
+        assert told[0][layout, "query_norm"]["router_norm"] is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_was_made_dead_raises_the_alarm_in_its_interval(told: Any, layout: str) -> None:
+    (message,) = told[0][layout, "dead"]["alarms"]
+    assert message.startswith("dead heads: layer 0 head 5, layer 1 head 5 with less than 0.1 of the fair load")
+    assert "monitor.alarm_dead_heads" in message
+    assert told[0][layout, "dead"]["load"][:, 5].tolist() == [0.0, 0.0]
+    events = EventAccumulator(str(Path(told[0]["folder"]) / f"{layout}_dead"))
+    events.Reload()
+    assert events.Scalars("routing_dead_heads/layer_00")[0].value == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_are_those_of_one_process(told: Any, layout: str, stage: int) -> None:
+    for rank in told:
+        found = rank[layout, stage]
+        for name in ("router_norm", "parameter_norm"):
+            assert math.isclose(found[name], told[0]["bare"][name], rel_tol=1e-5), name

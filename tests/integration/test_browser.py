@@ -1,0 +1,159 @@
+"""TensorBoard's page and the run report in a real browser: Debian's chromium, which CI installs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from support.runs import ENVIRONMENT, REPOSITORY, Run
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("chromium") is None or shutil.which("chromedriver") is None,
+    reason="needs chromium and chromium-driver: apt-get install chromium chromium-driver",
+)
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for option in OPTIONS:
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    driver.set_page_load_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def runs(new_run: Callable[[], Run]) -> tuple[Run, Run]:
+    """Two short runs that differ in one value; the first is stopped and goes on."""
+    first, second = new_run(), new_run()
+    settings = ["monitor.image_interval=10", "train.eval_interval=10"]
+    for run, overrides, code in (
+        (first, [*settings, "train.max_seconds=0.001"], 75),
+        (first, settings, 0),
+        (second, [*settings, "optimizer.learning_rate=1e-3"], 0),
+    ):
+        done = run.finish(*overrides)
+        assert done.returncode == code, done.stdout + done.stderr
+    first.folder.rename(first.folder.with_name("one"))
+    second.folder.rename(second.folder.with_name("other"))
+    return (
+        Run(first.config, first.data, first.folder.with_name("one")),
+        Run(second.config, second.data, second.folder.with_name("other")),
+    )
+
+
+def pixels(browser: webdriver.Chrome) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L"))
+
+
+def resize(browser: webdriver.Chrome, width: int, height: int) -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def shown(browser: webdriver.Chrome, *words: str) -> str:
+    """The page's text, shadow roots included, once it has all ``words``."""
+    script = """
+        const text = node => [...node.childNodes].map(each =>
+            each.nodeType === 3 ? each.nodeValue : ['STYLE', 'SCRIPT'].includes(each.nodeName) ? '' :
+            text(each) + (each.shadowRoot ? text(each.shadowRoot) : '')).join(' ');
+        return text(document.body);"""
+    deadline = time.monotonic() + 90
+    while True:
+        found = browser.execute_script(script)
+        missing = [word for word in words if word not in found]
+        if not missing:
+            return found
+        assert time.monotonic() < deadline, f"{missing} not in: {found[:3000]}"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def tensorboard(runs: tuple[Run, Run]) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs[0].folder), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--load_fast", "false"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if json.load(urllib.request.urlopen(f"{url}/data/runs", timeout=5)):
+                    break
+            except OSError:
+                assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_tensorboard_serves_what_a_run_shows(browser: webdriver.Chrome, tensorboard: str, tmp_path: Path) -> None:
+    for plugin, tag in (
+        ("scalars", "throughput/tflops_executed"),
+        ("images", "head_load/layers_by_heads"),
+        ("histograms", "head_load/over_fair_load"),
+        ("text", "config/text_summary"),
+    ):
+        tags = json.load(urllib.request.urlopen(f"{tensorboard}/data/plugin/{plugin}/tags", timeout=60))
+        assert any(tag in of_run for of_run in tags.values()), (plugin, tags)
+    resize(browser, *DESKTOP)
+    browser.get(f"{tensorboard}/?darkMode=false#timeseries")
+    shown(browser, "loss", "throughput", "head_load", "routing_entropy")
+    assert pixels(browser).std() > 5
+    browser.get(f"{tensorboard}/?darkMode=false#text")
+    shown(browser, "config", "version", "num_attention_heads")
+
+
+def test_the_report_looks_right(browser: webdriver.Chrome, runs: tuple[Run, Run], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    command = [sys.executable, str(REPOSITORY / "tools" / "report.py"), *(str(run.folder) for run in runs)]
+    subprocess.run([*command, "--out", str(page)], env=ENVIRONMENT, check=True)
+    assert "http" not in page.read_text(encoding="utf-8").replace("https://", "http"), "it needs nothing beside it"
+    for width, height in (DESKTOP, PHONE):
+        resize(browser, width, height)
+        browser.get_log("browser")
+        browser.get(page.as_uri())
+        text = shown(browser, "training loss", "validation loss", "head load, one", "tokens a second", "Samples")
+        assert "optimizer.learning_rate" in text
+        assert browser.get_log("browser") == []
+        assert pixels(browser).std() > 5
+        overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 0, "nothing is wider than the window"
+        charts = browser.find_elements(By.CSS_SELECTOR, "svg.chart")
+        assert len(charts) >= 8
+        for chart in charts:
+            assert 0 < chart.rect["width"] <= width
+        lines = browser.find_elements(By.CSS_SELECTOR, "figure:first-of-type polyline")[:2]
+        dashes = {line.get_attribute("stroke-dasharray") for line in lines}
+        assert len(dashes) == 2, "the runs differ without colour"
+    rows = browser.execute_script("return [...document.querySelectorAll('tr')].map(row => row.innerText)")
+    assert any(row.startswith("one") and "\t1\tfinished" in row for row in rows), "one restart"

@@ -1,0 +1,109 @@
+"""Writers that fail are left out, and say so once; Prometheus' and Weights & Biases' files and calls."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moh_megatron.monitor.prometheus import PrometheusFile
+from moh_megatron.monitor.tensorboard import TensorBoard
+from moh_megatron.monitor.wandb import WeightsAndBiases
+from moh_megatron.monitor.writer import Writers
+
+
+def use(writers):
+    writers.scalars({"loss/lm": 2.5}, 1)
+    writers.text("note", "words", 1)
+    writers.image("map", np.zeros((2, 2, 1), np.uint8), 1)
+    writers.histogram("load", [0.5, 1.0], 1)
+    writers.hyperparameters({"a": 1}, {"b": 2.0})
+    writers.flush()
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_the_others_are_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    makers = {
+        "TensorBoard": lambda: TensorBoard(tmp_path / "file" / "tensorboard", 0),
+        "the file for Prometheus": lambda: PrometheusFile(tmp_path / "metrics.prom", "run"),
+    }
+    writers = Writers(makers, said.append)
+    use(writers)
+    writers.close()
+    (warning,) = said
+    assert warning.startswith("warning: TensorBoard: ")
+    assert str(tmp_path / "file") in warning
+    assert warning.endswith("Training goes on without it.")
+    assert 'moh_loss_lm{run="run"} 2.5' in (tmp_path / "metrics.prom").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_told_once(tmp_path):
+    said = []
+    writers = Writers({"TensorBoard": lambda: TensorBoard(tmp_path, 0)}, said.append)
+    (file,) = tmp_path.iterdir()  # which TensorBoard opens anew for every write
+    file.unlink()
+    file.symlink_to("/dev/full")
+    for _ in range(3):
+        use(writers)
+    writers.close()
+    (warning,) = said
+    assert "No space left on device" in warning
+    assert str(tmp_path) in warning
+
+
+def test_prometheus_format(tmp_path):
+    path = tmp_path / "new" / "run.prom"
+    writer = PrometheusFile(path, 'my "run"')
+    writer.scalars({"head_load/layer_00/head_01": 0.5, "loss/lm": float("nan")}, 7)
+    writer.scalars({"optimizer/lr": float("inf")}, 8)
+    assert path.read_text() == (
+        '# TYPE moh_head_load_layer_00_head_01 gauge\nmoh_head_load_layer_00_head_01{run="my \\"run\\""} 0.5\n'
+        '# TYPE moh_loss_lm gauge\nmoh_loss_lm{run="my \\"run\\""} NaN\n'
+        '# TYPE moh_optimizer_lr gauge\nmoh_optimizer_lr{run="my \\"run\\""} +Inf\n'
+        '# TYPE moh_step gauge\nmoh_step{run="my \\"run\\""} 8.0\n'
+    )
+    use(writer)
+    assert [each.name for each in path.parent.iterdir()] == ["run.prom"]
+
+
+def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append((values, step)),
+        config=SimpleNamespace(update=lambda settings, allow_val_change: logged.append(("config", settings))),
+        summary=SimpleNamespace(update=lambda results: logged.append(("summary", results))),
+        finish=lambda: logged.append("finished"),
+    )
+    made = []
+    library = SimpleNamespace(
+        init=lambda **options: made.append(options) or run,
+        Table=lambda columns, data: ("table", data),
+        Image=lambda pixels: ("image", pixels.shape),
+        Histogram=lambda values: ("histogram", values),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    writer = WeightsAndBiases("moh", tmp_path / "run")
+    use(writer)
+    writer.close()
+    assert (made[0]["project"], made[0]["name"], made[0]["resume"]) == ("moh", "run", "allow")
+    assert logged == [
+        ({"loss/lm": 2.5}, 1),
+        ({"note": ("table", [[1, "words"]])}, 1),
+        ({"map": ("image", (2, 2))}, 1),
+        ({"load": ("histogram", [0.5, 1.0])}, 1),
+        ("config", {"a": 1}),
+        ("summary", {"b": 2.0}),
+        "finished",
+    ]
+
+
+def test_a_library_that_is_not_there_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = []
+    writers = Writers({"Weights & Biases": lambda: WeightsAndBiases("moh", tmp_path)}, said.append)
+    use(writers)
+    assert len(said) == 1
+    assert "wandb" in said[0]

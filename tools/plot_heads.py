@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Head load by layer and kind of text, and how alike the heads' outputs are, as pictures and tables.
+
+python tools/plot_heads.py RUN_OR_MODEL --texts novels=configs/data/austen.jsonl.gz code=FILE [--out DIR]
+
+RUN_OR_MODEL is an exported folder, a checkpoint, a folder of checkpoints or a run folder. A text is anything that
+prepare_data reads. Written are head_load.png and .csv (every layer; the paper shows the last), and
+head_similarity.png and .csv: the mean cosine of two heads' outputs, over the tokens that used both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from moh_megatron.cli import exit_code
+from moh_megatron.config.errors import UserError
+from moh_megatron.evaluate.heads import HeadStudy, read_text, study
+from moh_megatron.evaluate.run import default_folder
+from moh_megatron.evaluate.subject import find_model, open_subject
+
+_CHARACTERS_A_TOKEN = 16
+"""Read at most; a tokenizer needs fewer."""
+_COLUMNS = 6
+
+
+def named_texts(arguments: Sequence[str]) -> dict[str, str]:
+    """{name: path} of NAME=PATH. Raises UserError."""
+    texts = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--texts: '{argument}': must have the form NAME=FILE.")
+        if name in texts:
+            raise UserError(f"--texts: '{name}' stands twice. Give each text a name of its own.")
+        texts[name] = path
+    return texts
+
+
+def draw_load(studies: dict[str, HeadStudy], title: str, path: Path) -> None:
+    """One map a text: layers down, heads across; black is every token."""
+    layers, heads = next(iter(studies.values())).load.shape
+    columns = min(len(studies), 3)
+    rows = math.ceil(len(studies) / columns)
+    size = (max(3.5, 0.28 * heads + 1.2) * columns, max(2.2, 0.24 * layers + 1.2) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    image = None
+    for axis, (name, each) in zip(axes.flat, studies.items(), strict=False):
+        image = axis.imshow(each.load, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set(title=f"{name}, {each.tokens:,} tokens", xlabel="head", ylabel="layer")
+        axis.set_xticks(range(0, heads, max(1, heads // 8)))
+        axis.set_yticks(range(0, layers, max(1, layers // 8)))
+    for axis in axes.flat[len(studies) :]:
+        axis.axis("off")
+    assert image is not None
+    figure.colorbar(image, ax=axes, label="share of tokens that used the head")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_similarity(mean: torch.Tensor, title: str, path: Path) -> None:
+    """``mean`` [L, N, N]: one square a layer."""
+    columns = min(_COLUMNS, len(mean))
+    rows = math.ceil(len(mean) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.1 * columns + 1, 2.2 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    image = None
+    for layer, axis in enumerate(axes.flat):
+        if layer >= len(mean):
+            axis.axis("off")
+            continue
+        image = axis.imshow(mean[layer], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_title(f"layer {layer}", fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    assert image is not None
+    figure.colorbar(image, ax=axes, label="cosine of outputs")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(head)
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def write_tables(studies: dict[str, HeadStudy], folder: Path) -> None:
+    """head_load.csv and head_similarity.csv."""
+    write_csv(
+        folder / "head_load.csv",
+        ("text", "layer", "head", "load"),
+        (
+            (name, layer, head, f"{load:.6f}")
+            for name, each in studies.items()
+            for layer, loads in enumerate(each.load.tolist())
+            for head, load in enumerate(loads)
+        ),
+    )
+    write_csv(
+        folder / "head_similarity.csv",
+        ("text", "layer", "head", "other", "cosine"),
+        (
+            (name, layer, head, other, "" if math.isnan(cosine) else f"{cosine:.6f}")
+            for name, each in studies.items()
+            for layer, square in enumerate(each.similarity.tolist())
+            for head, row in enumerate(square)
+            for other, cosine in enumerate(row)
+            if other > head
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Head load by layer and text, similarity of head outputs.")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_MODEL")
+    parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model")
+    parser.add_argument("--length", type=int, default=256, metavar="S", help="tokens of a sequence, default 256")
+    parser.add_argument("--sequences", type=int, default=16, metavar="N", help="of each text, default 16")
+    arguments = parser.parse_args()
+    texts = named_texts(arguments.texts)
+    for name in ("length", "sequences"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1. Got {getattr(arguments, name)}.")
+    path = find_model(arguments.model)
+    read = {
+        name: read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
+        for name, file in texts.items()
+    }
+    subject = open_subject(path, torch.device("cpu"))
+    studies: dict[str, HeadStudy] = {}
+    for name, text in tqdm(read.items(), desc="texts", unit="text"):
+        try:
+            studies[name] = study(subject, text, arguments.length, arguments.sequences)
+        except UserError as error:
+            raise UserError(f"{texts[name]}: {error}") from None
+    folder = arguments.out or default_folder(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_load(studies, f"head load, {path}", folder / "head_load.png")
+    mean = torch.stack([each.similarity for each in studies.values()]).nanmean(0)
+    draw_similarity(mean, f"similarity of head outputs, {path}", folder / "head_similarity.png")
+    write_tables(studies, folder)
+    for name in ("head_load.png", "head_load.csv", "head_similarity.png", "head_similarity.csv"):
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
