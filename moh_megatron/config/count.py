@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moh_megatron.config.heads import LayerHeads, layer_heads
-from moh_megatron.config.schema import ModelConfig, MoHConfig
+from moh_megatron.config.schema import Config, ModelConfig, MoHConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
         dense=embeddings + model.num_layers * layer + model.hidden_size,
         router=model.hidden_size * router_rows,
     )
+
+
+def rank_parameters(config: Config) -> int:
+    """Parameters one tensor-parallel rank holds: its share, and whole what all of them have, routers and norms."""
+    model, count = config.model, parameter_count(config.model, config.moh)
+    whole = count.router + model.hidden_size * (2 * model.num_layers + 1)
+    return (count.total - whole) // config.parallel.tensor + whole
 
 
 def router_weight_rows(moh: MoHConfig, heads: LayerHeads) -> dict[str, int]:

@@ -119,6 +119,7 @@ class _Account:
     def _gradients(self, share: int) -> tuple[int, int]:
         """Bytes on the device and on the host."""
         whole, partition = _FP32 * total_size(self.trained), _FP32 * share
+        bucket = _FP32 * int(self.settings["reduce_bucket_size"])
         match self.stage, self.bf16, self.offload:
             case 1, True, False:  # DeepSpeed's BF16_Optimizer: the bf16 gradients, and their fp32 sum
                 return self.element * total_size(self.trained) + _FP32 * sum(self._padded()), 0
@@ -128,10 +129,12 @@ class _Account:
                 return _FP32 * max(self._touched()), 0
             case _, _, False:
                 return partition, 0
-            case 1, True, True:
-                return whole + (partition if self.replicas > 1 else 0), partition
+            case 1, True, True:  # summed whole, then left in the bucket they are reduced in
+                if self.replicas == 1:
+                    return whole, partition
+                return max(whole if self.steps > 1 else 0, bucket) + partition, partition
             case 1, False, True:
-                return whole, partition
+                return whole if self.steps > 1 else 0, partition
             case 2, True, True:
                 return partition, partition
             case 2, False, True:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from moh_megatron.config.count import parameter_count
+from moh_megatron.config.count import rank_parameters
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import nearest
 from moh_megatron.config.nesting import leaves, nested, within
@@ -86,7 +86,8 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
 
 def _tuning(config: Config, cuda: bool) -> dict[str, Any]:
     """What the user may set otherwise."""
-    bucket = min(_BUCKET_ELEMENTS, parameter_count(config.model, config.moh).total)
+    # Gradients may stay in the bucket they were reduced in: no larger than they are.
+    bucket = min(_BUCKET_ELEMENTS, rank_parameters(config))
     return {
         "steps_per_print": _NEVER,
         # bf16 would round each rank's fp32 gradient before the sum over data parallelism.

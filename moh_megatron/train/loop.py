@@ -63,10 +63,11 @@ def train(config: Config, world: World, stop: StopRequest) -> Outcome:
 
     watchdog = Watchdog(world, config.train.timeout_seconds, ended)
     with watchdog.watching():
+        together = watchdog.everybody_came(lambda: stop.reason is not None)
         if world.rank == 0:
-            RunLock(run_dir)  # until this process ends
+            RunLock(run_dir)  # until this process ends; now that the others can be told if another run has it
             (run_dir / "exit.json").unlink(missing_ok=True)
-        if not watchdog.everybody_came(lambda: stop.reason is not None):
+        if not together:
             reason = f"{stop.reason or 'a signal to another rank'}: nothing to save before the ranks have met"
             return Outcome(EXIT_STOPPED, reason, last_step(run_dir / "metrics.jsonl"))
         training = _Training(prepare_session(config, world, watchdog, clock), stop, watchdog, clock)

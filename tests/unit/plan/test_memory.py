@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moh_megatron.config.count import parameter_count
+from moh_megatron.config.count import parameter_count, rank_parameters
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.plan.memory import model_states
@@ -27,7 +27,8 @@ def test_the_weights_of_one_rank_are_all_parameters(tiny: Tiny) -> None:
 
 def test_tensor_parallelism_cuts_all_but_norms_and_routers(tiny: Tiny) -> None:
     router, norms = parameter_count(tiny().model, tiny().moh).router, 5 * 32
-    assert total_size(weights(tiny({"parallel.tensor": 2}))) == (N - router - norms) // 2 + router + norms
+    half = tiny({"parallel.tensor": 2})
+    assert total_size(weights(half)) == (N - router - norms) // 2 + router + norms == rank_parameters(half)
 
 
 @pytest.mark.parametrize(
