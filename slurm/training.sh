@@ -194,6 +194,7 @@ judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means fo
 end_stopped() { # CODE: Slurm, or the user, wants this job to end, and knows what comes next
     record stopped "$1" "$(last_step)" '' "$(exit_value reason)"
     say "stopped: $(exit_value reason)"
+    may_take_fewer_nodes
     exit "$1"
 }
 

@@ -165,6 +165,17 @@ def test_a_crashed_node(play, cluster):
     assert job.history[1][6] == node
 
 
+def test_a_job_of_one_or_two_nodes_goes_on_with_one(play, cluster):
+    job = play({"pretrain.py.0": "train 60"}, "--nodes=1-2")
+    job.trains(4)
+    cluster.crash("n2")
+    try:
+        assert job.state() == "COMPLETED", job.log
+    finally:
+        cluster.boot("n2")
+    assert [line[6] for line in job.history if line[3] == "start"] == ["n1,n2", "n1"]
+
+
 def test_two_jobs_of_one_run_folder(play, cluster, tmp_path):
     job = play({"pretrain.py.0": "train 5"})
     job.trains()
