@@ -13,19 +13,12 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "docs/gpu_bringup.md",
-    "docs/monitoring.md",
-    "docs/multi_node.md",
-)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu_bringup.md", "docs/multi_node.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
-KEY = re.compile(rf"\b(?!tokenizer\.json)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])")
+KEY = re.compile(rf"\b(?!tokenizer\.json|\w+\.py)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])")
 NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/")
 
 
@@ -71,7 +64,7 @@ def test_paths_exist(document):
     paths = {path for path in paths if not path.startswith(NOT_IN_THE_REPOSITORY)}
     assert paths or document == "CHANGELOG.md"
     # What a run folder holds is written as a lone `name/`.
-    lone = {"data/", "tensorboard/", "checkpoints/", "hf/"}
+    lone = {"data/", "eval/", "tensorboard/", "checkpoints/", "hf/"}
     assert sorted(path for path in paths - lone if existing(path) is None) == []
 
 
