@@ -36,6 +36,8 @@ setup(
         "hf": ["accelerate>=1.0"],
         "eval": ["lm-eval>=0.4.9"],
         "dev": [
+            "accelerate>=1.0",
+            "gguf>=0.10",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "psutil>=5.9",

@@ -7,6 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TAGS = {
+    "scalars": ("loss/lm", "loss/z", "time/forward", "throughput/tflops_executed", "routing_entropy/layer_03"),
+    "images": ("head_load/layers_by_heads",),
+    "histograms": ("head_load/over_fair_load",),
+    "tensors": ("config/text_summary", "version/text_summary", "sample/text_summary"),
+}
+"""What TensorBoard shows of the run, among other things."""
 MARGIN_NATS = 1.2
 LOGIT_LIMIT = 1e-4
 TOKENS = 1_000_000
@@ -32,6 +41,11 @@ def failures(run: Path) -> list[str]:
         "hf/ must hold safetensors": any((run / "hf").glob("*.safetensors")),
         "tensorboard/ must hold event files": any((run / "tensorboard").glob("events.*")),
     }
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for kind, tags in TAGS.items():
+        shown = events.Tags()[kind]
+        promises |= {f"TensorBoard must show {tag} among its {kind}": tag in shown for tag in tags}
     return [promise for promise, held in promises.items() if not held]
 
 

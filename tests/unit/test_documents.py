@@ -26,7 +26,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
-KEY = re.compile(rf"\b(?!tokenizer\.json)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])")
+KEY = re.compile(rf"\b(?!tokenizer\.json|\w+\.py)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])")
 NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/")
 
 
@@ -72,7 +72,7 @@ def test_paths_exist(document):
     paths = {path for path in paths if not path.startswith(NOT_IN_THE_REPOSITORY)}
     assert paths or document == "CHANGELOG.md"
     # What a run folder holds is written as a lone `name/`.
-    lone = {"data/", "tensorboard/", "checkpoints/", "hf/"}
+    lone = {"data/", "eval/", "tensorboard/", "checkpoints/", "hf/"}
     assert sorted(path for path in paths - lone if existing(path) is None) == []
 
 
@@ -101,7 +101,7 @@ def test_a_command_fits_its_script(words):
     script, arguments = words[place], words[place + 1 :]
     source = text_of(script) + text_of("moh_megatron/cli.py")
     assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
-    if script != "pipelines/convert.py":
+    if script not in ("pipelines/convert.py", "pipelines/evaluate.py"):
         load_config(REPOSITORY / arguments[0], [word for word in arguments if re.match(r"\w+\.\w+=", word)])
 
 
