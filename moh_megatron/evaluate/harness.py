@@ -80,9 +80,9 @@ def check_tasks(suite: Suite, manager: TaskManager | None = None) -> None:
 def language_model(subject: Subject, batch_size: int) -> LM:
     """``subject`` as lm-eval wants it."""
     if subject.kind == "folder":
-        model: Any = subject.model
-        return HFLM(
-            pretrained=model,
+        open_model: Any = HFLM  # its decorators hide its arguments from type checkers
+        return open_model(
+            pretrained=subject.model,
             tokenizer=open_tokenizer(subject.tokenizer_dir),
             batch_size=batch_size,
             device=str(subject.device),
@@ -99,7 +99,8 @@ def run_task(model: LM, suite: Suite, task: Task, limit: int | None) -> tuple[Sc
     manager = TaskManager()
     try:
         with _specification(suite, task, manager) as specification:
-            results: Any = lm_eval.simple_evaluate(
+            evaluate: Any = lm_eval.simple_evaluate
+            results = evaluate(
                 model=model,
                 tasks=[specification],
                 num_fewshot=task.shots,

@@ -45,13 +45,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(original: Path) -> dict[tuple[str, int], tuple[str, float]]:
     """(task, question) -> (answer, score), by lm-eval's own class, which opens the folder by itself."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     from moh_megatron.evaluate.harness import run_task
     from moh_megatron.evaluate.suite import load_suite
 
     suite = load_suite(SUITE)
-    model = HFLM(pretrained=str(original), device="cpu", dtype=torch.float32, batch_size=8)
+    open_model: Any = huggingface.HFLM
+    model = open_model(pretrained=str(original), device="cpu", dtype=torch.float32, batch_size=8)
     found = {}
     for task in suite.tasks:
         _, questions = run_task(model, suite, task, QUESTIONS)

@@ -67,6 +67,7 @@ def one_step(config: Config, folder: Path | None, *, kill: bool = False) -> dict
     layers = moh_layers(model)
     if kill:
         for layer in layers:
+            assert layer.router.bias_steps is not None
             layer.router.bias_steps[DEAD_HEAD - 2] = -(10**6)
     engine = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
     observer = RoutingObserver(layers)
