@@ -18,7 +18,8 @@ def _file(checkpoint: Path) -> Path:
 
 def write(checkpoint: Path, states: dict[str, Any]) -> Path:
     """Save what ``parallel.random_states.capture`` gave on this rank; returns the file."""
-    torch.save(states, _file(checkpoint))
+    with open(_file(checkpoint), "wb") as file:  # given the path, torch would tell a missing folder without its errno
+        torch.save(states, file)
     return _file(checkpoint)
 
 

@@ -26,7 +26,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
-KEY = re.compile(rf"\b(?!tokenizer\.json|\w+\.py)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])")
+KEY = re.compile(
+    rf"\b(?!tokenizer\.json|\w+\.(?:py|sh)\b)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])"
+)
 NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/")
 
 

@@ -9,7 +9,7 @@ from moh_megatron.config.load import config_from_mapping, dump_config, load_conf
 from moh_megatron.config.validate import gradient_accumulation_steps
 
 _CONFIGS = Path(__file__).parents[3] / "configs"
-_FILES = sorted(_CONFIGS.rglob("*.yaml"))
+_FILES = sorted(file for file in _CONFIGS.rglob("*.yaml") if file.parent.name != "eval")
 _PRETRAIN = _CONFIGS / "pretrain"
 
 

@@ -10,7 +10,9 @@ import pytest
 from moh_megatron.config.load import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-CONFIGURATIONS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGURATIONS = sorted(
+    path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name != "eval"
+)
 
 
 def test_there_are_configurations() -> None:
