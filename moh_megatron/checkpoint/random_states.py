@@ -19,7 +19,8 @@ def _file(checkpoint: Path) -> Path:
 
 def write(checkpoint: Path, states: dict[str, Any]) -> Path:
     """Save what ``parallel.random_states.capture`` gave on this rank; returns the file."""
-    torch.save(states, _file(checkpoint))
+    with _file(checkpoint).open("wb") as stream:  # torch's own way to open a file hides why it cannot
+        torch.save(states, stream)
     return _file(checkpoint)
 
 
