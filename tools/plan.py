@@ -23,7 +23,7 @@ from moh_megatron.plan.report import GIB, Fit, as_mapping, as_text
 def ranks(text: str) -> int:
     """A number of ranks."""
     if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a number of ranks, at least 1. Got {text}")
+        raise argparse.ArgumentTypeError(f"The number of processes must be a whole number of at least 1. Got {text}")
     return int(text)
 
 
@@ -34,7 +34,7 @@ def gigabytes(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, such as 80. Got {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, such as 80. Got {text}")
     return number
 
 

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moh_megatron.checkpoint.native import RANDOM_STATES
 from moh_megatron.parallel import random_states
+
+FOLDER = "rng"
 
 
 def _file(checkpoint: Path) -> Path:
-    return checkpoint / RANDOM_STATES / f"rank_{dist.get_rank():05d}.pt"
+    return checkpoint / FOLDER / f"rank_{dist.get_rank():05d}.pt"
 
 
 def write(checkpoint: Path, states: dict[str, Any]) -> Path:
     """Save what ``parallel.random_states.capture`` gave on this rank; returns the file."""
-    with open(_file(checkpoint), "wb") as file:  # given the path, torch would tell a missing folder without its errno
-        torch.save(states, file)
+    with _file(checkpoint).open("wb") as stream:  # torch's own way to open a file hides why it cannot
+        torch.save(states, stream)
     return _file(checkpoint)
 
 

@@ -120,9 +120,10 @@ class Saver:
 
     def _cannot_write(self, step: int, reason: str, number: int | None) -> str:
         newest = next((path.name for path, _ in complete_checkpoints(self._root)), "none")
+        hint = remedy(number) or "set run.dir to another disk"
         return (
             f"the checkpoint of step {step} cannot be written to {self._root}: {reason.strip()} "
-            f"To go on, {remedy(number) or 'set run.dir to another disk'}. Newest complete checkpoint: {newest}."
+            f"{hint[0].upper()}{hint[1:]}. Newest complete checkpoint: {newest}."
         )
 
 

@@ -29,9 +29,14 @@ def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An OSError of a stream does not say which file it was; here it does."""
+    """An OSError of a stream does not say which file it was; here it does. Fault where the file is there no more."""
     try:
         yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise Fault(
+            f"{path} was deleted, moved or replaced while the run wrote to it. Put the run folder back, or set run.dir "
+            f"to another one."
+        ) from None
     except OSError as error:
         error.filename = path
         raise
@@ -54,19 +59,10 @@ class StepRecords:
         OSError names the file; a file that was deleted or moved, to which one can write for ever, is a Fault.
         """
         with naming(self._stream.name):
-            if not self._in_place():
-                raise Fault(
-                    f"{self._stream.name} was deleted, moved or replaced while the run wrote to it. Put the run folder "
-                    f"back, or set run.dir to another one."
-                )
+            if not os.path.samestat(os.stat(self._stream.name), os.fstat(self._stream.fileno())):
+                raise FileNotFoundError
             self._stream.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
             self._stream.flush()
-
-    def _in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._stream.name), os.fstat(self._stream.fileno()))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
 
     def close(self) -> None:
         with naming(self._stream.name):

@@ -29,8 +29,7 @@ class ModelStates:
 
     parameters: int
     gradients: int
-    """The most at the end of any backward pass of a step. Roughly, with ZeRO-Offload: stage 1 in bf16 was seen to hold
-    half as much again."""
+    """The most at the end of any backward pass of a step."""
     optimizer: int
     """Adam's two moments, and from stage 1 on the fp32 master weights."""
     buffers: int
@@ -123,16 +122,16 @@ class _Account:
         match self.stage, self.bf16, self.offload:
             case 1, True, False:  # DeepSpeed's BF16_Optimizer: the bf16 gradients, and their fp32 sum
                 return self.element * total_size(self.trained) + _FP32 * sum(self._padded()), 0
-            case 1, _, False:
+            case 1, _, False if self.steps > 1:
                 return whole, 0
-            case 2, False, False:  # a weight on the border of two partitions is kept whole by both ranks
+            case ((1 | 2), False, False):  # a weight on the border of two partitions is kept whole by both ranks
                 return _FP32 * max(self._touched()), 0
             case _, _, False:
                 return partition, 0
             case 1, True, True:  # summed whole, then left in the bucket they are reduced in
                 if self.replicas == 1:
                     return whole, partition
-                return max(whole if self.steps > 1 else 0, bucket) + partition, partition
+                return max(whole if self.steps > 1 else 0, bucket + partition), partition
             case 1, False, True:
                 return whole if self.steps > 1 else 0, partition
             case 2, True, True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -18,6 +19,7 @@ from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.blend import shares_until
 from moh_megatron.config.count import parameter_count
+from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -72,9 +74,13 @@ def train(config: Config, world: World, stop: StopRequest) -> Outcome:
             return Outcome(EXIT_STOPPED, reason, last_step(run_dir / "metrics.jsonl"))
         training = _Training(prepare_session(config, world, watchdog, clock), stop, watchdog, clock)
         try:
-            return training.run()
-        finally:
-            training.close()
+            outcome = training.run()
+        except BaseException:
+            with contextlib.suppress(OSError, Fault):  # what went wrong first is what is told
+                training.close()
+            raise
+        training.close()
+        return outcome
 
 
 class _Training:

@@ -18,6 +18,9 @@ TOLERANCE = 0.02
 CASES = ["fp32_zero0"] + [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
 SPECIAL = ["persistent", "frozen", "tied"]
 OFFLOAD = [f"offload_{case}" for case in CASES[1:]]
+ONE = [f"{precision}_zero{stage}_one_micro_batch" for precision in ("fp32", "bf16") for stage in (1, 2)]
+OFFLOAD += [f"offload_{precision}_zero1_one_micro_batch" for precision in ("fp32", "bf16")]
+OFFLOAD.append("offload_bf16_zero1_small_buckets")
 TRAFFIC = ["tp", "sp", "query_norm", "sp_query_norm", "recompute", "sp_recompute", "dense"]
 PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
@@ -27,13 +30,19 @@ def results(spawn: Any) -> list[dict[Any, Any]]:
     return spawn("held_memory", WORLD)
 
 
+@pytest.fixture(scope="module")
+def wide_results(spawn: Any) -> list[dict[Any, Any]]:
+    """TP 2 x DP 2."""
+    return spawn("held_memory", 2 * WORLD)
+
+
 def _busiest(results: list[dict[Any, Any]], case: str, tensor: int) -> tuple[Config, dict[str, int]]:
     held = [rank[case, tensor][1] for rank in results]
     return results[0][case, tensor][0], {kind: max(each[kind] for each in held) for kind in held[0]}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("case", CASES + SPECIAL)
+@pytest.mark.parametrize("case", CASES + SPECIAL + ONE)
 def test_bytes_are_those_of_a_real_run(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
     config, held = _busiest(results, case, tensor)
     states = model_states(config, WORLD)
@@ -41,6 +50,15 @@ def test_bytes_are_those_of_a_real_run(results: list[dict[Any, Any]], case: str,
     assert states.gradients == pytest.approx(held["gradients"], rel=TOLERANCE)
     assert states.optimizer == pytest.approx(held["optimizer"], rel=TOLERANCE)
     assert (states.host_gradients, states.host_optimizer) == (0, 0)
+
+
+@pytest.mark.parametrize("case", CASES + SPECIAL + OFFLOAD)
+def test_bytes_where_a_share_is_cut_twice(wide_results: list[dict[Any, Any]], case: str) -> None:
+    config, held = _busiest(wide_results, case, 2)
+    states = model_states(config, 2 * WORLD)
+    assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
+    assert states.gradients + states.host_gradients == pytest.approx(held["gradients"], rel=TOLERANCE)
+    assert states.optimizer + states.host_optimizer == pytest.approx(held["optimizer"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -42,6 +42,14 @@ CASES |= {
     for precision in ("fp32", "bf16")
     for stage in (1, 2, 3)
 }
+CASES |= {
+    f"{name}_one_micro_batch": {**CASES[name], "train": {**CASES[name]["train"], "global_batch_size": 2}}
+    for name in ("fp32_zero1", "fp32_zero2", "bf16_zero1", "bf16_zero2", "offload_fp32_zero1", "offload_bf16_zero1")
+}
+CASES["offload_bf16_zero1_small_buckets"] = {
+    **CASES["offload_bf16_zero1"],
+    "deepspeed": {"zero_optimization": {"reduce_bucket_size": 20_000}},
+}
 TRAFFIC: dict[str, dict[str, dict[str, Any]]] = {
     "tp": {"parallel": {}},
     "sp": {"parallel": {"sequence": True}},
@@ -55,7 +63,7 @@ TRAFFIC: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def case_config(sections: dict[str, dict[str, Any]], tensor: int) -> Config:
-    """The configuration of a case, two micro-batches or more to a step."""
+    """The configuration of a case, two micro-batches or more to a step unless it says otherwise."""
     return tiny.tiny_config(
         model={**SHAPE, **sections.get("model", {})},
         moh=sections.get("moh", {}),
@@ -134,7 +142,6 @@ def most_held(config: Config) -> tuple[dict[str, int], dict[str, list[int]]]:
     """The most of each kind at the end of any backward pass of the second step, and what that step sends."""
     world = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, world), data_parallel_size(config, world)
-    assert accumulation > 1
     model = tiny.fresh_model(config, accumulation)
     running = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
     moments, listener = [], Listener()
@@ -161,13 +168,13 @@ if __name__ == "__main__":
     engine.joined()
     results: dict[Any, Any] = {}
     for tensor in (1, 2):
-        if dist.get_world_size() % tensor == 0:
+        if dist.get_world_size() // tensor in (1, 2):
             for case, sections in CASES.items():
                 config = case_config(sections, tensor)
                 results[case, tensor] = config, *most_held(config)
             model = tiny.fresh_model(config)
             results["weights", tensor] = config, [(name, p.numel()) for name, p in model.named_parameters()]
-    for case, sections in TRAFFIC.items():
+    for case, sections in TRAFFIC.items() if dist.get_world_size() == 2 else ():
         config = case_config(sections, 2)
         results["traffic", case] = config, heard(config)
     torch.save(results, sys.argv[1])

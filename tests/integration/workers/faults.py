@@ -43,6 +43,7 @@ class Case:
     event: Callable[[Path, dict[int, int]], Any] | None = None
     """Called with the case's folder and the ranks' process ids."""
     after_step: int = 6
+    """From step 11 on the checkpoint of step 10 is awaited, too."""
     stopped: int | None = None
     """A rank that only the system can end."""
     longest: float = 60.0
@@ -246,7 +247,8 @@ def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
     begun = last = time.time()
     deadline = begun + case.longest
     while time.time() < deadline and set(range(RANKS)) - codes.keys() - {case.stopped}:
-        if event and metrics.exists() and metrics.read_bytes().count(b"\n") >= case.after_step:
+        saved = case.after_step <= 10 or (folder / "run" / "checkpoints" / "step_00000010").exists()
+        if event and saved and metrics.exists() and metrics.read_bytes().count(b"\n") >= case.after_step:
             event(folder, ranks)
             event, begun = None, time.time()
         for rank in ranks.keys() - codes.keys():

@@ -145,9 +145,9 @@ def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, p
     ("number", "what", "remedy"),
     [
         (errno.EFBIG, "File too large", "ulimit -f"),
-        (errno.EIO, "Input/output error", "the disk or the way to it is failing"),
-        (errno.ESTALE, "Stale file handle", "the file server lost or replaced it"),
-        (errno.ENOTDIR, "Not a directory", "it was deleted, moved or replaced"),
+        (errno.EIO, "Input/output error", "The disk or the way to it is failing"),
+        (errno.ESTALE, "Stale file handle", "The file server lost or replaced it"),
+        (errno.ENOTDIR, "Not a directory", "It was deleted, moved or replaced"),
     ],
 )
 def test_what_the_file_system_refuses_is_told_with_its_path(saver, root, tiny, monkeypatch, number, what, remedy):
@@ -164,10 +164,10 @@ def test_a_folder_that_was_deleted_is_not_made_anew(saver, root, tiny, held_back
     saver.begin(snapshot(tiny(), 5))
     shutil.rmtree(root)
     held_back.set()
-    with pytest.raises(Fault, match=r"No such file or directory.*it was deleted, moved or replaced"):
+    with pytest.raises(Fault, match=r"No such file or directory.*It was deleted, moved or replaced"):
         saver.finish()
     root.parent.rename(root.parent.with_name("elsewhere"))
-    with pytest.raises(Fault, match=r"No such file or directory.*it was deleted, moved or replaced"):
+    with pytest.raises(Fault, match=r"No such file or directory.*It was deleted, moved or replaced"):
         saver.begin(snapshot(tiny(), 10))
     assert not root.parent.exists()
 
