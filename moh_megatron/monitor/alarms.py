@@ -12,6 +12,8 @@ from moh_megatron.config.schema import MonitorConfig
 from moh_megatron.monitor.board import slowest_over_median
 from moh_megatron.monitor.heads import HeadFigures
 
+OVER = "over: "
+"""How a message about an alarm that has ended starts."""
 _NAMED = 6
 _RATES, _RECENT = 50, 5
 """Intervals that the usual rate is the median of, and those that are held against it."""
@@ -37,13 +39,14 @@ class Alarms:
         self._config = config
         self._active: dict[str, tuple[object, str]] = {}
         self._rates: deque[float] = deque(maxlen=_RATES)
+        self._busy: deque[Sequence[float]] = deque(maxlen=_RECENT)
 
     def check(self, signs: Signs) -> list[str]:
         """What has begun, changed or ended with this interval; nothing about what goes on as it was."""
         now = {kind: (where, message) for kind, where, message in self._found(signs)}
         before, self._active = self._active, now
         messages = [message for kind, (where, message) in now.items() if kind not in before or before[kind][0] != where]
-        return messages + [f"over: {message}" for kind, (_, message) in before.items() if kind not in now]
+        return messages + [f"{OVER}{message}" for kind, (_, message) in before.items() if kind not in now]
 
     def _found(self, signs: Signs) -> Iterator[tuple[str, object, str]]:
         """(kind, where, message) of all that is wrong."""
@@ -93,15 +96,16 @@ class Alarms:
                     f"more than {config.alarm_mfu_drop:.0%} less (monitor.alarm_mfu_drop). Look at time/ in "
                     "TensorBoard for the part that grew.",
                 )
-        if config.alarm_slow_rank is not None and len(signs.busy) > 1 and max(signs.busy) > 0:
-            rank, ratio = slowest_over_median(signs.busy)
+        self._busy.append(signs.busy)
+        if config.alarm_slow_rank is not None and len(signs.busy) > 1 and len(self._busy) == _RECENT:
+            rank, ratio = slowest_over_median([statistics.median(each) for each in zip(*self._busy, strict=True)])
             if math.isfinite(ratio) and ratio > config.alarm_slow_rank:
                 yield (
                     "slow",
                     rank,
-                    f"slowest rank: rank {rank} takes {ratio:.2f} times the median's time for data and forward pass, "
-                    f"more than {config.alarm_slow_rank:g} (monitor.alarm_slow_rank). Look at its node's disk, "
-                    "clocks and temperature.",
+                    f"slowest rank: rank {rank} takes {ratio:.2f} times the median's time for data and forward pass in "
+                    f"the last {_RECENT} intervals, more than {config.alarm_slow_rank:g} (monitor.alarm_slow_rank). "
+                    "Look at its node's disk, clocks and temperature.",
                 )
 
 

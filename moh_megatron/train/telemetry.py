@@ -18,7 +18,7 @@ from moh_megatron.model.build import attention_backend
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED, RoutingObserver
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
-from moh_megatron.monitor.alarms import Alarms, Signs
+from moh_megatron.monitor.alarms import OVER, Alarms, Signs
 from moh_megatron.monitor.board import Board, Vitals
 from moh_megatron.monitor.device import memory_bytes, peak_tflops
 from moh_megatron.monitor.flops import flops_per_token
@@ -169,11 +169,9 @@ class Telemetry:
             excess = balance_excess(
                 math.fsum(applied) / len(applied), self._heads, self._top_k, self._config.moh.balance_loss
             )
-        # Ranks of one tensor-parallel group wait for each other in every layer: one of each is looked at.
-        busy = vitals.busy[:: self._config.parallel.tensor]
-        messages = self._alarms.check(Signs(newest.tokens_per_second, figures, observed, excess, busy))
+        messages = self._alarms.check(Signs(newest.tokens_per_second, figures, observed, excess, vitals.busy))
         for message in messages:
-            self._tell(f"warning: step {step}: {message}")
+            self._tell(f"{'' if message.startswith(OVER) else 'warning: '}step {step}: {message}")
         if messages:
             board.alarm(messages, step)
 

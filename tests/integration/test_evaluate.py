@@ -48,7 +48,9 @@ def test_a_run_s_validation_loss_is_measured_again(uninterrupted: Run, exported:
     [
         (["nowhere"], "nowhere: no such folder"),
         (["{exported}"], "no training configuration lies in or beside it"),
-        (["{broken}", "--no-validation"], "It does not load"),
+        (["{broken}", "--config", "{run}/config.yaml"], "It does not load"),
+        (["{run}", "--no-validation"], "leaves nothing to measure"),
+        (["{run}", "--against", "{exported}"], "needs --suite"),
         (["{run}", "data.dir=nowhere"], "nowhere"),
         (["{run}", "--device", "tpu"], "--device must be"),
     ],

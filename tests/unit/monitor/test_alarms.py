@@ -73,9 +73,12 @@ def test_one_slow_interval_is_no_drop():
     assert [alarms.check(signs(tokens_per_second=rate)) for rate in rates] == [[]] * len(rates)
 
 
-def test_the_slowest_rank_is_named():
-    (message,) = Alarms(MonitorConfig()).check(signs(busy=[1.0, 1.0, 1.8, 1.0]))
+def test_the_slowest_rank_is_named_when_it_stays_slow():
+    alarms, slow = Alarms(MonitorConfig()), signs(busy=[1.0, 1.0, 1.8, 1.0])
+    assert [alarms.check(each) for each in (slow, slow, signs(busy=[1.0] * 4), signs(busy=[9.0, 1, 1, 1]))] == [[]] * 4
+    (message,) = alarms.check(slow)
     assert message.startswith("slowest rank: rank 2 takes 1.80 times the median's time")
+    assert "monitor.alarm_slow_rank" in message
 
 
 def test_null_turns_an_alarm_off():
