@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
-from moh_megatron.data.inspect import differences, draw_lengths, lengths, problems, sample
+from moh_megatron.data.inspect import differences, draw_lengths, lengths, problems, sample, unverified
 from moh_megatron.data.manifest import SPLITS, load_manifest
 
 
@@ -48,7 +48,10 @@ def samples(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     found = problems(args.dataset)
-    print("\n".join(found) if found else f"{args.dataset}: every file is as its manifest says")
+    for line in (*unverified(load_manifest(args.dataset)), *found):
+        print(line)
+    if not found:
+        print(f"{args.dataset}: every file is as its manifest says")
     return 2 if found else 0
 
 

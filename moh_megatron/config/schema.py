@@ -232,8 +232,9 @@ class DataConfig:
     dir: PathText | None = None
     """Folder of the prepared dataset; null means <run.dir>/data."""
     inputs: tuple[str, ...] = ()
-    """What prepare_data reads: .jsonl and .txt (plain, .gz, .zst), .parquet, save_to_disk folders, folders of such
-    files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging Face hub."""
+    """What prepare_data reads: .jsonl (or .json, one record a line too) and .txt (plain, .gz, .zst), .parquet,
+    save_to_disk folders, folders of such files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging
+    Face hub."""
     text_key: str = "text"
     """The field of a record that holds the text."""
     sources: Annotated[tuple[SourceConfig, ...], "list of sources, below"] = ()
@@ -252,7 +253,7 @@ class DataConfig:
     max_document_bytes: Annotated[Int, Field(ge=16)] = 4_000_000
     """Longer documents are encoded in pieces of at most 1 MiB, and stored as one document."""
     max_record_bytes: PositiveInt = 32_000_000
-    """A longer line of a .jsonl file is rejected: it would have to be held in memory."""
+    """A longer line of a .jsonl (.json) file is rejected: it would have to be held in memory."""
     max_reject_fraction: Fraction = 0.001
     """Largest share of the records that may be rejected; above it there is no dataset."""
     normalization: Literal["none", "nfc", "nfkc"] = "none"

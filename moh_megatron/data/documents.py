@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moh_megatron.config.schema import DataConfig
 from moh_megatron.data import tables
-from moh_megatron.data.inputs import Input, Segment
+from moh_megatron.data.inputs import JSON_LINES, Input, Segment
 from moh_megatron.data.lines import Advance, Lines, opened
 from moh_megatron.data.pieces import Piece, streamed, whole
 from moh_megatron.data.template import Template, text_template
@@ -62,7 +63,7 @@ def read_segment(source: Input, segment: Segment, data: DataConfig, advance: Adv
 
 
 def _text_events(name: str, lines: Lines, segment: Segment, data: DataConfig) -> Iterator[Piece | Reject]:
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if name.endswith(JSON_LINES):
         return _records(lines, segment.stop, data)
     match data.text_unit:
         case "file":
@@ -86,8 +87,11 @@ def _records(lines: Lines, stop: int | None, data: DataConfig) -> Iterator[Piece
             record = json.loads(text) if text.strip() else None
         except UnicodeDecodeError as error:
             yield Reject(line, _not_utf8(lines, error))
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             yield Reject(line, f"not JSON ({error}); each line must be one JSON record")
+        except ValueError:  # JSON knows no limit, Python does
+            digits = sys.get_int_max_str_digits()
+            yield Reject(line, f"an integer of more than {digits:,} digits, the most Python reads; write it as text")
         else:
             if text.strip():
                 yield from _record(line, record, template, data)
@@ -112,10 +116,14 @@ def _rows(source: Input, segment: Segment, data: DataConfig, advance: Advance) -
     elif source.kind == "saved":
         rows = tables.saved_row_range(source.name, segment.start, segment.stop, template.fields)
     else:
-        rows = tables.hub_rows(source.name, segment.start, segment.stop)
+        rows = tables.hub_rows(source.name, source.revision, segment.start, segment.stop)
     line = 0
     for line, row in enumerate(rows, start=1):
-        yield from _record(line, row, template, data)
+        if isinstance(row, tables.BadRow):
+            value = f"value 0x{row.error.object[row.error.start]:02x} at byte {row.error.start + 1}"
+            yield Reject(line, f"field {row.field!r} is not UTF-8 ({value}); mend the record")
+        else:
+            yield from _record(line, row, template, data)
     if not line and segment.whole:
         yield Reject(1, "the table has no rows; remove it from data.inputs or fill it")
     advance(segment.bytes)

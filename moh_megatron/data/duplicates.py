@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ def mark_duplicates(records: Iterable[NDArray[Any]], documents: int, scratch: Pa
 
     ``records`` are stretches of ``part.RECORD``, ``documents`` their number. Hashes go to files in ``scratch`` by their
     first bits, and one file is sorted at a time. The result is a mapped file there.
+
+    Raises OSError where the disk fails.
     """
-    marks = np.memmap(scratch / "duplicates", dtype=np.uint8, mode="w+", shape=max(documents, 1))
+    with open(scratch / "duplicates", "wb") as file:  # all of it at once: a sparse file on a full disk is a bus error
+        os.posix_fallocate(file.fileno(), 0, max(documents, 1))
+    marks = np.memmap(scratch / "duplicates", dtype=np.uint8, mode="r+")
     buckets = min(MOST_BUCKETS, max(1, -(-documents * _ENTRY.itemsize // MEMORY)))
     paths = [scratch / f"hashes.{bucket}" for bucket in range(buckets)]
     files = [open(path, "wb") for path in paths]  # noqa: SIM115

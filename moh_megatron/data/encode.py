@@ -24,12 +24,15 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import DataConfig
 from moh_megatron.data.documents import Reject, Seen, read_segment
 from moh_megatron.data.inputs import Input, Part
+from moh_megatron.data.memory import return_freed
 from moh_megatron.data.part import LONG, SHORT, PartFiles, PartWriter
 from moh_megatron.data.tokenizer import Tokenizer
 
 BATCH = 1 << 18
 """Bytes of text encoded at once, or one larger piece."""
 IN_FLIGHT = 1 << 22
+RETURNED = 1 << 24
+"""Bytes of text after which freed memory is given back: what encoding takes for a moment is many times the text."""
 
 
 class Progress(NamedTuple):
@@ -98,6 +101,7 @@ def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part
     dtype = np.dtype(job.dtype)
     numbered = list(parts)
     numbers = iter(number for number, _ in numbered)
+    held = 0
     try:
         with _ahead(_batches(job, [part for _, part in numbered])) as batches:
             for batch, encoded in _encoded(tokenizer, dtype, batches, job.threads):
@@ -105,6 +109,10 @@ def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part
                     writer = PartWriter(PartFiles(job.folder, next(numbers)), dtype)
                 before = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
                 _write(writer, batch, encoded, tokenizer.eod)
+                held += batch.size
+                if held >= RETURNED:
+                    return_freed()
+                    held = 0
                 after = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
                 finished = batch.lines is not None
                 if batch.lines is not None:

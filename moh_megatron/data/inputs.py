@@ -1,12 +1,13 @@
 """data.inputs -> inputs -> parts: what there is to read, cut into work that does not depend on who does it.
 
-Text: ``.jsonl`` and ``.txt``, plain, ``.gz`` or ``.zst``. Tables: ``.parquet``, folders written by ``save_to_disk``,
-and ``hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]]`` for the Hugging Face hub.
+Text: ``.jsonl`` (or ``.json``, one record a line too) and ``.txt``, plain, ``.gz`` or ``.zst``. Tables: ``.parquet``,
+folders written by ``save_to_disk``, and ``hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]]`` for the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import DataConfig
 from moh_megatron.data import tables
 from moh_megatron.data.tables import HUB
+from moh_megatron.data.template import text_template
 
-TEXT = tuple(f".{kind}{compression}" for kind in ("jsonl", "txt") for compression in ("", ".gz", ".zst"))
-SUFFIXES = (*TEXT, ".parquet")
+JSON_LINES = tuple(f".{kind}{compression}" for kind in ("jsonl", "json") for compression in ("", ".gz", ".zst"))
+"""Many corpora name JSON Lines ``.json``."""
+PLAIN_JSON = (".jsonl", ".json")
+SUFFIXES = (*JSON_LINES, ".txt", ".txt.gz", ".txt.zst", ".parquet")
 SMALLEST_PART, LARGEST_PART, PARTS = 4_000_000, 256_000_000, 64
 """A part is at most 1/PARTS of the corpus, in bytes on disk, but not smaller or larger than these."""
 
@@ -40,6 +45,8 @@ class Input:
     kind: Kind
     files: tuple[File, ...]
     """What it is made of; none for a hub dataset."""
+    revision: str | None = None
+    """The commit of a hub dataset, where the hub could be asked."""
 
     @property
     def bytes(self) -> int:
@@ -73,7 +80,7 @@ def find_inputs(patterns: Iterable[str]) -> list[Input]:
     found: dict[str, Input] = {}
     for pattern in patterns:
         if pattern.startswith(HUB):
-            found[pattern] = Input(pattern, "hub", ())
+            found[pattern] = Input(pattern, "hub", (), tables.hub_revision(pattern))
             continue
         for path in _expand(os.path.expanduser(pattern)):
             found[str(path)] = _input(path)
@@ -85,8 +92,8 @@ def find_inputs(patterns: Iterable[str]) -> list[Input]:
 def plan_parts(inputs: list[Input], text_unit: str) -> list[Part]:
     """All of the inputs, in order, as parts; a function of the inputs and data.text_unit alone.
 
-    Large .jsonl, parquet files and saved datasets are cut, and .txt where a document is a line; the rest is not.
-    Small ones go together.
+    Large .jsonl (.json) and parquet files and saved datasets are cut, and .txt where a document is a line; the rest is
+    not. Small ones go together.
     """
     target = min(LARGEST_PART, max(SMALLEST_PART, sum(each.bytes for each in inputs) // PARTS))
     parts: list[Part] = []
@@ -109,17 +116,33 @@ def _segments(inputs: list[Input], target: int, text_unit: str) -> Iterator[Segm
     for number, each in enumerate(inputs):
         count = -(-each.bytes // target)
         match each.kind:
-            case "text" if each.name.endswith(".jsonl") or (each.name.endswith(".txt") and text_unit == "line"):
+            case "text" if each.name.endswith(PLAIN_JSON) or (each.name.endswith(".txt") and text_unit == "line"):
                 yield from _cut(number, each.bytes, count, each.bytes)
             case "parquet" if count > 1:
                 yield from _cut(number, tables.row_groups(each.name), count, each.bytes)
             case "saved" if count > 1:
                 yield from _cut(number, tables.saved_rows(each.name), count, each.bytes)
             case "hub":
-                files = tables.hub_files(each.name)
+                files = tables.hub_files(each.name, each.revision)
                 yield from _cut(number, files, files, 0)
             case _:
                 yield Segment(number, 0, None, each.bytes)
+
+
+def most_documents(inputs: list[Input], part: Part, data: DataConfig) -> float:
+    """No fewer than the documents of a part, from its size alone; infinite where the size says nothing (compressed)."""
+    return sum(_most(inputs[segment.input], segment, data) for segment in part)
+
+
+def _most(source: Input, segment: Segment, data: DataConfig) -> float:
+    if source.name.endswith(PLAIN_JSON):
+        least = len(text_template(data).shortest_record) + 1
+    elif source.name.endswith(".txt"):
+        least = 2  # a character and a line end
+    else:
+        return math.inf
+    stop = source.bytes if segment.stop is None else segment.stop
+    return (stop - segment.start) // least + 1  # what begins before ``stop`` may end behind it
 
 
 def _cut(number: int, length: int, count: int, size: int) -> Iterator[Segment]:
@@ -132,7 +155,7 @@ def _cut(number: int, length: int, count: int, size: int) -> Iterator[Segment]:
 
 def _expand(pattern: str) -> list[Path]:
     if os.path.isdir(pattern) and not tables.is_saved(pattern):
-        inside = sorted(path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+        inside = sorted(path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES) and _is_data(path))
         if not inside:
             raise UserError(f"data.inputs: {pattern} is a folder without a file of a known kind: {_known()}.")
         return inside
@@ -144,6 +167,11 @@ def _expand(pattern: str) -> list[Path]:
     if not matches:
         raise UserError(f"data.inputs: no file matches {pattern} (working directory: {os.getcwd()}).")
     return [path for match in matches for path in ([Path(match)] if not os.path.isdir(match) else _expand(match))]
+
+
+def _is_data(path: Path) -> bool:
+    """Whether this is a file, and not one of those in which save_to_disk describes a dataset."""
+    return path.is_file() and not (path.suffix == ".json" and tables.is_saved(path.parent))
 
 
 def _input(path: Path) -> Input:

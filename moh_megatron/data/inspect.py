@@ -29,13 +29,25 @@ def draw_lengths(folder: Path, picture: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for split in SPLITS:
-        values = Index(folder / split).lengths
+        index = Index(folder / split)
+        values = index.lengths
         if len(values):
             edges = np.unique(np.geomspace(1, max(int(values.max()), 2) + 1, 60).astype(int))
-            axes.hist(values, bins=list(edges), histtype="step", label=f"{split}: {len(values):,} documents")
+            empty = len(index.documents) - 1 - len(values)
+            label = f"{split}: {len(values):,} documents" + (f", and {empty:,} empty, not drawn" if empty else "")
+            axes.hist(values, bins=list(edges), histtype="step", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents", title=str(folder))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_label)
+        axis.set_minor_formatter(_label)
+    axes.tick_params(which="both", labelsize="small")
     axes.legend()
     figure.savefig(picture)
+
+
+def _label(value: float, _: float) -> str:
+    """Of a place on a logarithmic axis: 1, 2, 5, 10, 20, ..."""
+    return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in "125" else ""
 
 
 def sample(folder: Path, split: str, position: int, most: int) -> tuple[int, int, str]:
@@ -58,13 +70,12 @@ def sample(folder: Path, split: str, position: int, most: int) -> tuple[int, int
 
 
 def problems(folder: Path) -> list[str]:
-    """What is not as the manifest says: hashes of the dataset and of the inputs that are there, tokenizer, index."""
+    """What is not as the manifest says: every file of the dataset, the inputs that are there, tokenizer, index."""
     manifest = load_manifest(folder)
     found: list[str] = []
     for split in SPLITS:
         for record in manifest.split(split).files:
-            if (digest := hash_file(folder / record.path)) != record.sha256:
-                found.append(f"{folder / record.path}: expected sha256 {record.sha256}. Got {digest}.")
+            found += _changes(folder / record.path, record.bytes, record.sha256)
         index, tokens = Index(folder / split), manifest.split(split).tokens
         if int(index.lengths.sum(dtype=np.int64)) != tokens:
             found.append(f"{folder / split}.idx: expected {tokens:,} tokens. Got {int(index.lengths.sum()):,}.")
@@ -74,11 +85,33 @@ def problems(folder: Path) -> list[str]:
         load_dataset_tokenizer(folder, manifest)
     except UserError as error:
         found.append(str(error))
+    for record in manifest.others:
+        found += _changes(folder / record.path, record.bytes, record.sha256)
     for record in manifest.inputs:
-        path = Path(record.path)
-        if record.sha256 is not None and path.is_file() and hash_file(path) != record.sha256:
-            found.append(f"{path}: the input has changed since: expected sha256 {record.sha256}.")
+        if record.sha256 is not None and Path(record.path).is_file():
+            changes = _changes(Path(record.path), record.bytes, record.sha256)
+            found += [f"the input has changed since: {change}" for change in changes]
     return found
+
+
+def unverified(manifest: Manifest) -> list[str]:
+    """What ``problems`` cannot look at: inputs that are not there, and what an older manifest has no hash of."""
+    gone = [each.path for each in manifest.inputs if each.sha256 is not None and not Path(each.path).is_file()]
+    lines = [f"{path}: the input is not there (working directory: {Path.cwd()}), not compared" for path in gone]
+    lines += [f"{each.path}: a hub dataset, not compared" for each in manifest.inputs if each.sha256 is None]
+    if not manifest.others:
+        lines.append("rejects.jsonl and the files of tokenizer/: the manifest is older than their hashes, not compared")
+    return lines
+
+
+def _changes(path: Path, size: int | None, sha256: str) -> list[str]:
+    try:
+        digest = hash_file(path)
+    except UserError as error:
+        return [str(error)]
+    if digest == sha256:
+        return []
+    return [f"{path}: expected sha256 {sha256} ({size:,} bytes). Got {digest} ({path.stat().st_size:,} bytes)."]
 
 
 def _largest(folder: Path, split: str) -> int:

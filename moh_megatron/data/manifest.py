@@ -30,11 +30,13 @@ class FileRecord:
 @dataclass(frozen=True)
 class InputRecord:
     path: str
-    """Of a file; a hub dataset has its name here, and nothing else is known of it."""
+    """Of a file; a hub dataset has its name here, and of the rest only the revision."""
     bytes: int | None
     sha256: str | None
     modified_ns: int | None
     """When the file was last changed: one that has not been since need not be hashed again."""
+    revision: str | None = None
+    """The commit of a hub dataset, where the hub could be asked."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Manifest:
     baselines: dict[str, float] | None
     versions: dict[str, str]
     command: str
+    others: tuple[FileRecord, ...] = ()
+    """The files of tokenizer/, and rejects.jsonl; none in a manifest of before they were recorded."""
 
     def split(self, name: str) -> SplitRecord:
         return {"train": self.train, "validation": self.validation}[name]

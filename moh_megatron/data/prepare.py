@@ -26,9 +26,11 @@ from moh_megatron.data.manifest import (
     FORMAT,
     MANIFEST,
     SPLITS,
+    FileRecord,
     InputRecord,
     Manifest,
     TokenizerRecord,
+    hash_file,
     load_manifest,
 )
 from moh_megatron.data.merge import merge_parts, write_rejects
@@ -54,6 +56,7 @@ def prepare(config: Config) -> Manifest:
     folder = data_dir(config)
     work = Work(config, find_inputs(config.data.inputs), given_tokenizer(config))
     if (ready := _existing(folder, work)) is not None:
+        _check_share(folder, ready, config.data.max_reject_fraction)
         ready.check_fits(config)
         print(f"{folder}: already prepared from the same text with the same settings")
         return ready
@@ -118,6 +121,17 @@ def _existing(folder: Path, work: Work) -> Manifest | None:
     return manifest if manifest.settings == work.settings and work.same_inputs(manifest.inputs) else None
 
 
+def _check_share(folder: Path, ready: Manifest, limit: float) -> None:
+    """Raise UserError where a dataset that is there was made with a larger share of rejects than is allowed now."""
+    counts = ready.counts
+    if counts.rejects > limit * counts.records:
+        raise UserError(
+            f"{folder}: {counts.rejects:,} of {counts.records:,} records were rejected when it was made, more than "
+            f"data.max_reject_fraction ({limit:g}); {folder / REJECTS} lists them. Mend the input, or raise "
+            "data.max_reject_fraction."
+        )
+
+
 def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> Manifest:
     """Fill ``partial``. Raises UserError where too much was rejected or the dataset cannot feed the model."""
     data = config.data
@@ -141,7 +155,7 @@ def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> M
             for each in work.inputs
             for file in each.files
         )
-        + tuple(InputRecord(each.name, None, None, None) for each in work.inputs if each.kind == "hub"),
+        + tuple(InputRecord(each.name, None, None, None, each.revision) for each in work.inputs if each.kind == "hub"),
         settings=work.settings,
         tokenizer=TokenizerRecord(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod),
         dtype=dtype.__name__,
@@ -151,6 +165,10 @@ def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> M
         baselines=None,
         versions=_versions(),
         command=shlex.join(sys.argv),
+        others=tuple(
+            FileRecord(str(path.relative_to(partial)), path.stat().st_size, hash_file(path))
+            for path in (*sorted((partial / "tokenizer").iterdir()), partial / REJECTS)
+        ),
     )
     try:
         manifest.check_fits(config)

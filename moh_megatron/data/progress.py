@@ -15,9 +15,9 @@ def progress_bar(what: str, total: int, unit: str = "B") -> tqdm:
 
 
 class Reporter:
-    """Feeds the progress bar: bytes on disk, and what they gave."""
+    """Feeds the progress bar: bytes on disk, and what they gave. ``check`` hears of it whenever a part is finished."""
 
-    def __init__(self, bar: tqdm, check: Callable[[Progress, float], None]) -> None:
+    def __init__(self, bar: tqdm, check: Callable[[Progress], None]) -> None:
         self._bar, self._check = bar, check
         self._done = Progress()
         self._started = time.monotonic()
@@ -31,4 +31,4 @@ class Reporter:
         )
         self._bar.update(new.read)
         if new.parts and done.rejects:
-            self._check(done, min(1.0, done.read / self._bar.total) if self._bar.total else 0.0)
+            self._check(done)

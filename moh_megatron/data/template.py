@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -18,6 +19,12 @@ class Template:
     described: str
     key: str
     """The configuration key to change where records do not fit."""
+
+    @property
+    def shortest_record(self) -> bytes:
+        """JSON of a record than which none that fits is shorter."""
+        record = dict.fromkeys(self.fields, "")
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
     def fill(self, record: Any) -> str:
         """Raises ValueError, saying why, for a record that lacks a field or has another type there."""

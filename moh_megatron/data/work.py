@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data import encode, workers
 from moh_megatron.data.indexed import token_dtype
-from moh_megatron.data.inputs import File, Input, plan_parts
+from moh_megatron.data.inputs import File, Input, most_documents, plan_parts
 from moh_megatron.data.make_tokenizer import tokenizer_settings, train_on_inputs
 from moh_megatron.data.manifest import InputRecord, hash_file
 from moh_megatron.data.merge import all_rejects, write_rejects
@@ -30,12 +30,13 @@ from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 REJECTS = "rejects.jsonl"
 PART_FORMAT = 1
+HASH = ".sha256"
 
 
 class Work:
     """One plan: inputs, as they are now, and every setting that decides a part. Another plan has another folder.
 
-    As a context it removes its folder on the way out when nothing in it is finished.
+    As a context it removes its folder on the way out when nothing in it is finished and nobody else is at work there.
     """
 
     def __init__(self, config: Config, inputs: list[Input], given: Tokenizer | None) -> None:
@@ -77,8 +78,11 @@ class Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        finished = [path for path in self._root.glob("*/*") if not path.name.startswith(".")]
-        if not finished:
+        wanted = (
+            path.suffix == ".json" or path.name == "tokenizer" or (path.name.startswith(".") and path.suffix != HASH)
+            for path in self._root.glob("*/*")
+        )
+        if not any(wanted):
             self.remove()
 
     def remove(self) -> None:
@@ -96,7 +100,7 @@ class Work:
     def make_parts(self, tokenizer: Tokenizer, shard: int, shards: int) -> None:
         """Encode what is missing of the parts of this shard, the first being 1, and hash the files that begin in them.
 
-        Raises UserError as soon as the rejects are too many whatever may follow, if it goes on like this.
+        Raises UserError as soon as the rejects are too many whatever may follow.
         """
         data = self.config.data
         mine = list(range(len(self.plan)))[shard - 1 :: shards]
@@ -115,15 +119,26 @@ class Work:
                     threads=data.workers or len(os.sched_getaffinity(0)),
                 )
                 with progress_bar("encode", self._bytes(missing)) as bar:
-                    report = Reporter(bar, self._stop_early)
+                    report = Reporter(bar, self._stops_early())
                     workers.encode(job, tokenizer, [(number, self.plan[number]) for number in missing], report)
             hashed.result()
+        self._check_unchanged()
 
-    def _stop_early(self, done: encode.Progress, share: float) -> None:
-        """Raise once this share of the work alone has more rejects than the whole may have, if the rest is like it."""
-        records = done.documents + done.rejects
-        if share and done.rejects > self.config.data.max_reject_fraction * records / share:
-            self.check_rejects()
+    def _stops_early(self) -> Callable[[encode.Progress], None]:
+        """Raises where the rejects so far are too many even if all that is not finished now were documents."""
+        data, limit, rejects, most = self.config.data, self.config.data.max_reject_fraction, 0, 0.0
+        for part, segments in zip(self.parts, self.plan, strict=True):
+            if (summary := part.summary()) is None:
+                most += most_documents(self.inputs, segments, data)
+            else:
+                rejects, most = rejects + summary.rejects, most + summary.documents
+
+        def check(done: encode.Progress) -> None:
+            found = rejects + done.rejects
+            if found > (limit and limit * (found + most)):
+                self.check_rejects()
+
+        return check
 
     def check_rejects(self) -> None:
         """Raise UserError, with the first rejects, where the finished parts have too many."""
@@ -145,16 +160,37 @@ class Work:
             + f"{more}Mend the input, or raise data.max_reject_fraction and run the same command again."
         )
 
+    def _check_unchanged(self) -> None:
+        """Raise UserError, and drop the parts, where an input is no longer the file that was planned with."""
+        for file in (file for each in self.inputs for file in each.files):
+            try:
+                status = os.stat(file.path)
+            except OSError as error:
+                raise UserError(
+                    f"{file.path}: cannot be read any more ({error.strerror}). Bring the file back and run the same "
+                    "command again."
+                ) from None
+            if (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified_ns):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise UserError(
+                    f"{file.path}: changed while it was read: {file.bytes:,} bytes when the run began, "
+                    f"{status.st_size:,} now. Run the same command again when nothing writes to the file any more."
+                )
+
     def rejects(self) -> Iterator[dict[str, Any]]:
         return all_rejects(self.parts, self.plan, self.inputs)
 
     def same_inputs(self, recorded: Sequence[InputRecord]) -> bool:
         """Whether the inputs are those of a manifest; only a file that has been touched since is hashed."""
         files = [file for each in self.inputs for file in each.files]
-        hubs = [each.name for each in self.inputs if each.kind == "hub"]
+        hubs = [each for each in self.inputs if each.kind == "hub"]
         known = [record for record in recorded if record.sha256 is not None]
-        if hubs != [record.path for record in recorded if record.sha256 is None] or len(files) != len(known):
+        known_hubs = [record for record in recorded if record.sha256 is None]
+        if len(hubs) != len(known_hubs) or len(files) != len(known):
             return False
+        for record, hub in zip(known_hubs, hubs, strict=True):
+            if record.path != hub.name or hub.revision not in (None, record.revision):
+                return False
         return all(
             record.bytes == file.bytes
             and (
@@ -170,13 +206,13 @@ class Work:
         with suppress(FileNotFoundError):
             return path.read_text()
         digest = hash_file(Path(file.path))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         temporary.write_text(digest)
         os.replace(temporary, path)
         return digest
 
     def _hash_path(self, file: File) -> Path:
-        return self.folder / f"{hashlib.sha256(file.path.encode()).hexdigest()[:24]}.sha256"
+        return self.folder / f"{hashlib.sha256(file.path.encode()).hexdigest()[:24]}{HASH}"
 
     def _hash_files(self, numbers: Sequence[int]) -> None:
         for number in numbers:

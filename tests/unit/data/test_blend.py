@@ -15,6 +15,7 @@ from moh_megatron.config.schema import Config, SourceConfig, WeightChange
 from moh_megatron.config.validate import violations
 from moh_megatron.data.blend import draw
 from moh_megatron.data.dataset import build_train_dataset, build_validation_datasets
+from moh_megatron.data.inputs import find_inputs
 from moh_megatron.data.manifest import SPLITS
 from moh_megatron.data.prepare import prepare, prepare_tokenizer
 from moh_megatron.data.prepared import load_prepared
@@ -35,6 +36,24 @@ def with_sources(
     )
     steps = tuple(WeightChange(step=step, weights=new) for step, new in (changes or {}).items())
     return replace(config, data=replace(config.data, inputs=(), sources=sources, weight_changes=steps))
+
+
+def test_the_papers_mixture_finds_what_its_commands_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloaded = {
+        "books": "corpus/books/data/train-00000-of-00023.parquet",
+        "wikipedia": "corpus/wikipedia/wiki.jsonl",
+        "arxiv": "corpus/arxiv/arxiv_023827cd-7ee8-42e6-aa7b-661731f4c70f.jsonl",
+        "stackexchange": "corpus/stackexchange/stackexchange.jsonl",
+        "c4": "corpus/c4/en/c4-train.00000-of-01024.json.gz",
+        "dolma": "corpus/dolma/dolma-v1_7/books/books-0000.json.gz",
+        "pile": "corpus/pile/train/00.jsonl.zst",
+    }
+    monkeypatch.chdir(tmp_path)
+    for name in downloaded.values():
+        Path(name).parent.mkdir(parents=True)
+        Path(name).touch()
+    for source in load_config(MIXTURE).data.sources:
+        assert [each.name for each in find_inputs(source.inputs)] == [downloaded[source.name]]
 
 
 def test_the_papers_mixture_is_drawn_by_its_weights(make_config: MakeConfig) -> None:

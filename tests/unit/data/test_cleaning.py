@@ -75,6 +75,7 @@ def test_duplicates_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         yield from np.array_split(records, 11)
 
     marks = duplicates.mark_duplicates(stretches(), len(records), tmp_path)
+    assert (tmp_path / "duplicates").stat().st_blocks * 512 >= len(records), "sparse: a full disk would be a bus error"
     assert marks.astype(bool).tolist() == expected
     assert 0 < sum(expected) < 3000
 
@@ -143,6 +144,44 @@ def test_a_corpus_of_rejects_ends_early(
     listed = (tmp_path / "dataset.parts" / "rejects.jsonl").read_text().splitlines()
     assert 400 < len(listed) < 10_000
     assert json.loads(listed[-1])["line"] == len(listed)
+
+
+def test_a_large_reject_before_many_short_records_ends_nothing(
+    make_config: MakeConfig, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moh_megatron.data import inputs
+
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 1000)
+    path = write(tmp_path / "a.jsonl", ["x" * 200_000, *paragraphs, *map(str, range(2000))])
+    manifest = prepare(make_config([path], data={"max_record_bytes": 100_000}))
+    assert (manifest.counts.rejects, manifest.counts.records) == (1, 2041)
+
+
+def test_the_bound_of_documents_holds_for_the_shortest_records(tmp_path: Path) -> None:
+    from moh_megatron.config.schema import DataConfig
+    from moh_megatron.data.inputs import find_inputs, most_documents, plan_parts
+
+    for name, content, data in (
+        ("a.jsonl", b'{"text":""}\n' * 100, DataConfig()),
+        ("a.json", '{"é":"","b":""}\n'.encode() * 100, DataConfig(template="{b}{é}{b}")),
+        ("a.txt", b"x\n" * 100, DataConfig(text_unit="line")),
+    ):
+        (tmp_path / name).write_bytes(content.removesuffix(b"\n"))
+        found = find_inputs([str(tmp_path / name)])
+        (part,) = plan_parts(found, data.text_unit)
+        assert 100 <= most_documents(found, part, data) <= 101
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    assert most_documents(find_inputs([str(tmp_path / "a.jsonl.gz")]), part, DataConfig()) == float("inf")
+
+
+def test_a_ready_dataset_is_held_to_the_share_of_rejects(
+    make_config: MakeConfig, paragraphs: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", paragraphs)
+    path.write_bytes(path.read_bytes() + b"no record\n")
+    prepare(make_config([path], data={"max_reject_fraction": 0.9}))
+    with pytest.raises(UserError, match=r"1 of 41 records were rejected when it was made, .*rejects\.jsonl lists them"):
+        prepare(make_config([path]))
 
 
 def test_a_truncated_file_leaves_nothing(make_config: MakeConfig, paragraphs: list[str], tmp_path: Path) -> None:

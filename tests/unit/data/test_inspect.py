@@ -1,14 +1,16 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
-from moh_megatron.data.inspect import differences, problems, sample
+from moh_megatron.data.inspect import differences, draw_lengths, problems, sample, unverified
 from moh_megatron.data.manifest import load_manifest
 from moh_megatron.data.prepare import prepare
 
@@ -54,11 +56,50 @@ def test_every_damage_is_found(folder: Path, corpus: Path) -> None:
         (folder / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
         if name.endswith(".json"):
             (folder / name).write_bytes(content + b" ")
-        (found, *_) = problems(folder)
+        found = problems(folder)[0]
         assert expected in found
         (folder / name).write_bytes(content)
+    for name in ("tokenizer/tokenizer_config.json", "rejects.jsonl"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b"\n")
+        (found,) = problems(folder)
+        assert re.search(rf"{name}: expected sha256 \w+ \({len(content):,} bytes\)\. Got \w+ \(", found)
+        (folder / name).unlink()
+        (found,) = problems(folder)
+        assert re.search(rf"{name}: cannot be read \(No such file", found)
+        (folder / name).write_bytes(content)
+    assert unverified(load_manifest(folder)) == []
     corpus.write_text("other")
-    assert "the input has changed since" in problems(folder)[0]
+    (found,) = problems(folder)
+    assert "the input has changed since" in found
+    assert "Got" in found
+    corpus.unlink()
+    assert problems(folder) == []
+    (told,) = unverified(load_manifest(folder))
+    assert told.startswith(f"{corpus}: the input is not there")
+
+
+def test_a_manifest_without_the_later_hashes_is_read(folder: Path) -> None:
+    record = json.loads((folder / "manifest.json").read_text())
+    del record["others"], record["inputs"][0]["revision"]
+    (folder / "manifest.json").write_text(json.dumps(record))
+    assert problems(folder) == []
+    assert any("older than their hashes" in line for line in unverified(load_manifest(folder)))
+
+
+def test_the_histogram_says_what_it_leaves_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (savefig(self, path), figures.append(self)))
+    draw_lengths(folder, tmp_path / "lengths.png")
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert sum(text.get_text().endswith(" documents, and 1 empty, not drawn") for text in legend.get_texts()) == 1
+    for axis in (axes.xaxis, axes.yaxis):
+        labels = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
+        assert labels
+        assert all(re.fullmatch(r"[\d,]+", label) for label in labels)
 
 
 def test_the_difference_of_two_manifests(folder: Path, make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
@@ -91,6 +132,7 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     assert run("verify", folder) == (0, f"{folder}: every file is as its manifest says\n")
     assert run("diff", folder, folder) == (0, "no difference\n")
     (folder / "rejects.jsonl").unlink()
+    assert run("verify", folder)[0] == 2
     code, message = run("verify", tmp_path)
     assert code == 2
     assert "No prepared data at" in message

@@ -1,4 +1,5 @@
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -11,8 +12,11 @@ import pytest
 
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.data import tables, workers
+from moh_megatron.data.inputs import find_inputs
 from moh_megatron.data.manifest import load_dataset_tokenizer, load_manifest
 from moh_megatron.data.prepare import prepare
+from moh_megatron.data.work import Work
 
 MakeConfig = Callable[..., Config]
 
@@ -130,6 +134,54 @@ def test_a_full_disk_leaves_the_earlier_dataset(make_config: MakeConfig, corpus:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path / "dataset") == content
     assert {path.name for path in tmp_path.iterdir()} == {corpus.name, "dataset"}
+
+
+def test_an_input_that_grows_meanwhile_is_refused(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, size = workers.encode, corpus.stat().st_size
+
+    def encode_while_another_writes(*arguments: Any) -> None:
+        encode(*arguments)
+        with open(corpus, "a") as file:
+            file.write('{"text": "more"}\n')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "encode", encode_while_another_writes)
+        with pytest.raises(UserError, match=rf"changed while it was read: {size:,} bytes when .*, {size + 17:,} now"):
+            prepare(make_config([corpus]))
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+    assert prepare(make_config([corpus])).inputs[0].bytes == size + 17
+
+
+def test_a_failure_before_anything_is_finished_leaves_nothing(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path
+) -> None:
+    prepare(make_config([corpus]))
+    (tmp_path / "dataset").rename(tmp_path / "other")
+    broken = tmp_path / "corpus.jsonl.gz"
+    broken.write_bytes(gzip.compress(corpus.read_bytes())[:-100])
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="cut off"):
+        prepare(make_config([corpus, broken], tokenizer={"path": str(tmp_path / "other" / "tokenizer")}))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_hub_dataset_is_prepared_anew_when_its_revision_changes(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    corpus.rename(tmp_path / "repository" / "train.jsonl")
+    config = make_config([f"hf:{tmp_path / 'repository'}"])
+    folders = set()
+    for revision in ("1", "2"):
+        monkeypatch.setattr(tables, "hub_revision", lambda name, revision=revision: revision)
+        with Work(config, find_inputs(config.data.inputs), None) as work:
+            folders.add(work.folder)
+        manifest = prepare(config)
+        assert manifest.inputs[0].revision == revision
+        assert prepare(config) == manifest
+    assert len(folders) == 2
 
 
 def test_leftovers_of_dead_runs_are_cleared_and_strange_folders_kept(

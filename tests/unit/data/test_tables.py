@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -74,6 +75,31 @@ def test_null_is_rejected_alone(tmp_path: Path) -> None:
     first, second, *_ = read(str(tmp_path / "a.parquet"))
     assert first == Reject(1, "field 'text' must be a string. Got NoneType")
     assert isinstance(second, Piece)
+
+
+def test_bytes_that_are_not_utf8_are_rejected_alone(tmp_path: Path) -> None:
+    rows = [text.encode() for text in TEXTS]
+    rows[300] = b"ab\xff"
+    column = pyarrow.array(rows, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=100)
+    found = read(str(tmp_path / "a.parquet"))
+    assert found[300] == Reject(301, "field 'text' is not UTF-8 (value 0xff at byte 3); mend the record")
+    assert found[:300] + found[301:] == [Piece(text, text.encode(), True) for text in TEXTS[:300] + TEXTS[301:]]
+
+
+def test_the_revision_of_a_hub_dataset_is_that_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def dataset_info(_: object, name: str, *, revision: str | None, timeout: float) -> object:
+        asked.append((name, revision))
+        if name == "team/away":
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha="0123abc")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    names = ["hf:team/text", "hf:team/text@v2:en", "hf:team/away"]
+    assert [each.revision for each in find_inputs(names)] == ["0123abc", "0123abc", None]
+    assert asked == [("team/text", None), ("team/text", "v2"), ("team/away", None)]
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:

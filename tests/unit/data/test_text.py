@@ -35,7 +35,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst"])
 def test_jsonl_gives_the_field_of_each_record(tmp_path: Path, name: str) -> None:
     records = [{"text": "one"}, {"text": ""}, {"text": "two\nlines é 😀", "other": 1}]
     content = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
@@ -65,6 +65,13 @@ def test_globs_are_sorted_and_a_file_is_read_once(tmp_path: Path) -> None:
     assert [Path(each.name).name for each in find_inputs([str(tmp_path)])] == ["a.txt", "b.txt", "c.jsonl"]
 
 
+def test_a_folder_gives_its_json_but_not_what_describes_a_saved_dataset(tmp_path: Path) -> None:
+    for name in ("a.json.gz", "saved/state.json", "saved/dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [Path(each.name).name for each in find_inputs([str(tmp_path)])] == ["a.json.gz"]
+
+
 def test_advance_is_told_every_byte_on_disk(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", b"".join(b'{"text": "%d"}\n' % number for number in range(5000)))
     told: list[int] = []
@@ -81,7 +88,7 @@ def test_advance_is_told_every_byte_on_disk(tmp_path: Path) -> None:
         ("a.txt", b"good\nb\xc3\xa9 \xff", 2, "not UTF-8 (value 0xff at byte 5 of the line, offset 9 of the text)"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', 2, "not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x"\n', 2, "not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "an integer of more than 4,300 digits"),
         ("a.jsonl", b"[" * 100_000, 1, "not JSON"),
         ("a.jsonl", b'["x"]\n', 1, "expected a JSON object with field 'text'. Got list"),
         ("a.jsonl", b'{"body": "x"}\n', 1, "no field 'text'; the record has 'body'. Set data.text_key"),
