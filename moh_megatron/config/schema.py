@@ -114,15 +114,15 @@ class MoHConfig:
     """Which heads are shared where moh.shared_heads is a number: the first ones of each layer, as in the paper; the
     same number in each KV group, which balances every tensor-parallel size; or, in continue-tuning, those of each layer
     whose removal from the dense model raises its loss on training text most."""
-    calibration_sequences: PositiveInt = 4
-    """How many training sequences that is measured on, with shared_placement: calibrated; it takes a pass over them
-    for every head *(ours)*."""
     active_heads: HeadBudget = None
     """All heads a token uses, the shared ones included: one number, a list with one for each layer, or a percentage
     of model.num_attention_heads."""
     activation_schedule_steps: NonNegativeInt = 0
     """Steps in which the heads a token uses go down evenly from all of them to active_heads; 0: active_heads from the
     start *(ours)*."""
+    calibration_sequences: PositiveInt = 4
+    """How many training sequences shared_placement: calibrated measures on; it takes a pass over them for every head
+    *(ours)*."""
     router: Literal["learned", "query_norm"] = "learned"
     """learned: eq. 5-6; query_norm: parameter-free, by the norm of each head's query (continue-tuning)."""
     gating: Literal["normalized", "paper"] = "normalized"

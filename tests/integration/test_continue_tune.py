@@ -93,7 +93,7 @@ def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[],
         native.read_weights(native.resolve_checkpoint(dense.folder)),
         native.read_weights(run.folder / "start"),
     )
-    pieces = new_pieces(load_tokenizer(old), load_tokenizer(run.data))
+    pieces = new_pieces(load_tokenizer(old), load_tokenizer(run.data / "tokenizer"))
     assert len(pieces) == 26
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert here[name].shape == (416, 64)
