@@ -33,10 +33,11 @@ class Signs:
 
 
 class Alarms:
-    """Holds each interval against the thresholds."""
+    """Holds each interval against the thresholds; ``balance_key`` is what the user raises for a more even load."""
 
-    def __init__(self, config: MonitorConfig) -> None:
+    def __init__(self, config: MonitorConfig, balance_key: str = "moh.balance_coefficient") -> None:
         self._config = config
+        self._balance_key = balance_key
         self._active: dict[str, tuple[object, str]] = {}
         self._rates: deque[float] = deque(maxlen=_RATES)
         self._busy: deque[Sequence[float]] = deque(maxlen=_RECENT)
@@ -58,7 +59,7 @@ class Alarms:
                     "dead",
                     dead,
                     f"dead heads: {_places(dead)} with less than {config.alarm_dead_heads:g} of the fair load "
-                    "(monitor.alarm_dead_heads). Raise moh.balance_coefficient, or lower optimizer.learning_rate.",
+                    f"(monitor.alarm_dead_heads). Raise {self._balance_key}, or lower optimizer.learning_rate.",
                 )
         if config.alarm_entropy is not None:
             entropies = list(enumerate(signs.observed.get("entropy", ())))
@@ -69,7 +70,7 @@ class Alarms:
                     low,
                     f"entropy collapse: the routers of {_layers(low)} are surer than {config.alarm_entropy:g} of an "
                     "even choice's entropy (monitor.alarm_entropy). Raise moh.z_loss_coefficient or "
-                    "moh.balance_coefficient.",
+                    f"{self._balance_key}.",
                 )
         excess = signs.balance_excess
         if config.alarm_balance is not None and excess is not None and not abs(excess) <= config.alarm_balance:
@@ -78,7 +79,7 @@ class Alarms:
                 None,
                 f"balance loss out of range: it is {excess:.2f} of the way from an even load to the same heads for "
                 f"every token, not within {config.alarm_balance:g} (monitor.alarm_balance). Raise "
-                "moh.balance_coefficient.",
+                f"{self._balance_key}.",
             )
         yield from self._slow(signs)
 

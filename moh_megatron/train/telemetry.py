@@ -57,7 +57,8 @@ class Telemetry:
             groups.tensor_group() if config.parallel.sequence else None,
         )
         self._observer = RoutingObserver(layers)
-        self._alarms = Alarms(config.monitor)
+        evened_by = "bias_update_rate" if config.moh.balancing == "bias" else "balance_coefficient"
+        self._alarms = Alarms(config.monitor, balance_key=f"moh.{evened_by}")
         self._router_norm: Tensor | None = None
         self._bad_steps, self._restarts = 0, 0
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)

@@ -81,6 +81,11 @@ def test_the_slowest_rank_is_named_when_it_stays_slow():
     assert "monitor.alarm_slow_rank" in message
 
 
+def test_the_remedy_is_the_key_in_use():
+    (message,) = Alarms(MonitorConfig(), balance_key="moh.bias_update_rate").check(signs(balance_excess=0.9))
+    assert message.endswith("Raise moh.bias_update_rate.")
+
+
 def test_null_turns_an_alarm_off():
     off = MonitorConfig(
         alarm_dead_heads=None, alarm_entropy=None, alarm_balance=None, alarm_mfu_drop=None, alarm_slow_rank=None
