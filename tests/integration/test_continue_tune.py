@@ -66,6 +66,7 @@ def test_training_starts_from_the_dense_weights_with_the_measured_heads(tuned: t
     assert run.records()[0]["lm_loss"] < dense.records()[-1]["lm_loss"] + 0.3
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tuned: tuple[Run, str], dense: Run) -> None:
     whole, _ = tuned
     run = replace(whole, folder=whole.folder.with_name("stopped"))
@@ -123,6 +124,7 @@ def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp
     assert "| first | 4 (50 %) | 2 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_recovered(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
     run, _ = tuned
     control = replace(run, folder=run.folder.with_name("control"))

@@ -86,7 +86,7 @@ def test_the_last_override_holds():
         ("train.learning_rate=3", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
         (
             "moh.a.b=3",
-            "moh.a.b: unknown key; moh has the keys enabled, shared_heads, shared_placement, calibration_sequences, ",
+            "moh.a.b: unknown key; moh has the keys enabled, shared_heads, shared_placement, active_heads, ",
         ),
         ("mho.router=learned", "mho: unknown section; did you mean 'moh'?"),
         ("zzz.router=learned", "zzz: unknown section; the sections are run, model, moh, train, "),
