@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.runs import ENVIRONMENT
 
+from moh_megatron.checkpoint.native import problem_with
 from moh_megatron.config.load import load_config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared
@@ -73,6 +74,8 @@ def more_cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         "nan_again_and_again",
         "spike_skipped",
         "spike_told",
+        "signalled",
+        "own_folder",
         "another_weight",
         "data_shortened",
         "killed",
@@ -174,6 +177,26 @@ def test_spikes(more_cases: Cases) -> None:
     assert "samples 112 to 119 of" in told.logs[0]
     both = (found.records("metrics.jsonl")[:14] for found in (skipped, told))
     assert len({tuple(record["loss"] for record in records) for records in both}) == 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_another_rank_than_the_first_stops_and_saves_all(more_cases: Cases) -> None:
+    found = more_cases("signalled")
+    assert found.codes == [75, 75]
+    assert found.ended() == {"code": 75, "reason": "a signal to another rank: saved", "step": found.ended()["step"]}
+    assert found.checkpoints()[-1] == f"step_{found.ended()['step']:08d}"
+    assert problem_with(found.run / "checkpoints" / found.checkpoints()[-1]) is None
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_not_all_nodes_share(more_cases: Cases) -> None:
+    found = more_cases("own_folder")
+    assert found.codes == [2, 2]
+    first, second = found.logs
+    assert "what rank 0 wrote to run: seen on rank 0; not seen on rank 1" in first
+    assert "run.dir must be on a disk that all nodes share" in first
+    assert "error: " not in second, "what all refuse is told once"
+    assert [path.name for path in (found.run.parent / "node0" / "run").glob(".seen*")] == []
 
 
 @pytest.mark.slow

@@ -108,6 +108,14 @@ def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
     return ()
 
 
+def own_folder(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """One name, another disk on each node."""
+    node = Path(os.environ["CASE_FOLDER"], f"node{rank}")
+    node.mkdir()
+    os.chdir(node)
+    return ("run.dir=run",)
+
+
 def own_copy(rank: int, stop: StopRequest) -> tuple[str, ...]:
     return (f"data.dir={os.environ['CASE_FOLDER']}/data",)
 
@@ -184,6 +192,7 @@ CASES: dict[str, Case] = {
     "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), losses_times(30.0, range(15, 16), (0,))),
     "spike_told": Case(SPIKE, losses_times(30.0, range(15, 16), (0,))),
     "another_seed": Case((), another_seed),
+    "own_folder": Case((), own_folder),
     "another_weight": Case((REPLICAS,), another_weight),
     "data_shortened": Case((ENDLESS,), own_copy, shorten, after_step=12),
     "data_vanished": Case((ENDLESS,), own_copy, vanish, after_step=12),
