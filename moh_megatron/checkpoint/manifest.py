@@ -107,7 +107,8 @@ def read_manifest(folder: Path) -> Manifest:
             )
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
         manifest = Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
-        if manifest.format_version > 1 and (folder / _SEAL).read_bytes() != _seal_of(folder).encode():
+        sealed = manifest.format_version > 1 or (folder / _SEAL).exists()  # version 1 had no seal
+        if sealed and (folder / _SEAL).read_bytes() != _seal_of(folder).encode():
             raise ValueError(f"its {MANIFEST} does not have the content that {_SEAL} says")
         return manifest
     except FileNotFoundError as error:
@@ -120,11 +121,11 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
     """What differs between a checkpoint's files and its manifest, or None. ``names`` limits the check to a share."""
     for name in manifest.files if names is None else names:
         path, expected = folder / name, manifest.files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected.bytes:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected.bytes}"
         try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != expected.bytes:
+                return f"{name} has {size} bytes, expected {expected.bytes}"
             found = hash_file(path)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

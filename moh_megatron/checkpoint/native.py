@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moh_megatron.checkpoint import optimizer_state, weights
 from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
@@ -50,13 +50,18 @@ def step_folders(root: Path) -> list[Path]:
     return sorted(root.glob(_STEP_PATTERN), reverse=True) if root.is_dir() else []
 
 
-def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Checkpoints with a readable manifest, newest first."""
+def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple[Path, Manifest]]:
+    """Checkpoints with a readable manifest, newest first; of steps up to ``up_to``, if that is given.
+
+    What lies after the step a run has come to was passed over as damaged when it went on.
+    """
     for folder in step_folders(root):
         try:
-            yield folder, read_manifest(folder)
+            manifest = read_manifest(folder)
         except ValueError:
             continue
+        if up_to is None or manifest.step <= up_to:
+            yield folder, manifest
 
 
 def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda message: None) -> Path:
@@ -98,8 +103,11 @@ def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
 
 
 def read_state(checkpoint: Path) -> Manifest:
-    """Step, tokens, topology and versions of a complete checkpoint."""
-    return read_manifest(checkpoint)
+    """Step, tokens, topology and versions of a complete checkpoint. Raises Fault where it is none any more."""
+    try:
+        return read_manifest(checkpoint)
+    except ValueError as error:
+        raise Fault(f"{checkpoint} cannot be used: {error}. It was found complete before: start again.") from None
 
 
 def read_config(checkpoint: Path) -> Config:

@@ -41,14 +41,13 @@ def deal(tensors: Iterable[tuple[str, Tensor]], rank: int, size: int) -> dict[st
 
 
 def write_share(folder: Path, tensors: Mapping[str, Tensor], updates: int, place: tuple[int, int, int, int]) -> Path:
-    """Write one rank's share; returns the file. Called for every rank.
+    """Write one rank's share into the folder ``FOLDER`` of ``folder``; returns the file. Called for every rank.
 
     Args:
         updates: how many times the optimizer has updated the weights.
         place: tensor-parallel rank and size, data-parallel rank and size.
     """
     path = folder / FOLDER / "tp_rank_{:02d}_of_{:02d}.dp_rank_{:04d}_of_{:04d}.safetensors".format(*place)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path, {_UPDATES: str(updates)})
     return path
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,8 +129,13 @@ def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
     return {path.relative_to(folder).as_posix(): hash_file(path, flush=True) for path in written}
 
 
-def publish(root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_size: int) -> None:
-    """Make a checkpoint complete and visible once every rank has written its part; the first rank's task."""
+def publish(
+    root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_size: int, in_use: Container[int]
+) -> None:
+    """Make a checkpoint complete and visible once every rank has written its part; the first rank's task.
+
+    Then older ones are deleted, but none of the steps ``in_use``.
+    """
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
     final = root / checkpoint_name(snapshot.step)
     topology = topology_of(config, world_size)
@@ -146,19 +151,24 @@ def publish(root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_s
     temporary.replace(root / LATEST)
     flush_names(root)
     shutil.rmtree(replaced, ignore_errors=True)
-    prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every, snapshot.step)
+    prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every, snapshot.step, in_use)
 
 
-def prune(root: Path, keep_last: int | None, keep_every: int | None, step: int) -> None:
+def prune(
+    root: Path, keep_last: int | None, keep_every: int | None, step: int, in_use: Container[int] = frozenset()
+) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints up to ``step``, and those of every so many steps.
 
-    Each disappears from view at once. What lies after ``step`` was passed over as damaged when this run went on: it
-    must not push a good one out.
+    Each disappears from view at once. A damaged one after ``step`` must not push a good one out. What a file server
+    does not let go of, because somebody reads it, ``make_room`` clears away later.
+
+    Args:
+        in_use: steps of checkpoints that stay whatever their age.
     """
-    up_to_now = [each for each in complete_checkpoints(root) if each[1].step <= step]
+    up_to_now = list(complete_checkpoints(root, up_to=step))
     for checkpoint, manifest in up_to_now[keep_last:] if keep_last is not None else []:
-        if keep_every is not None and manifest.step % keep_every == 0:
+        if manifest.step in in_use or (keep_every is not None and manifest.step % keep_every == 0):
             continue
         doomed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
         checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

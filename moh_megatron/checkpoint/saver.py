@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class _InFlight:
     """A save that is not complete: every rank writes its part, then the first one publishes the whole."""
 
     snapshot: Snapshot
+    in_use: Container[int]
     job: Future[Any]
     publishing: bool = False
 
@@ -52,11 +54,14 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._now: _InFlight | None = None
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Start to write ``snapshot``; first waits for the save before it."""
+    def begin(self, snapshot: Snapshot, in_use: Container[int] = frozenset()) -> None:
+        """Start to write ``snapshot``; first waits for the save before it.
+
+        The first rank's ``in_use``: steps whose checkpoints retention leaves alone this time.
+        """
         self.finish()
         self._make_room(snapshot)
-        self._now = _InFlight(snapshot, self._thread.submit(save.write_part, self._root, snapshot))
+        self._now = _InFlight(snapshot, in_use, self._thread.submit(save.write_part, self._root, snapshot))
 
     def finish(self) -> None:
         """Wait until nothing is in flight."""
@@ -81,7 +86,9 @@ class Saver:
             files = [entry for part in self._gather(now.job.result()) for entry in part.items()]
             now.publishing = True
             if dist.get_rank() == 0:
-                now.job = self._thread.submit(save.publish, self._root, now.snapshot, dict(files), self._group.size())
+                now.job = self._thread.submit(
+                    save.publish, self._root, now.snapshot, dict(files), self._group.size(), now.in_use
+                )
 
     def _make_room(self, snapshot: Snapshot) -> None:
         """Prepare the folder; ends on every rank alike before anything is written where the disk cannot hold it."""
@@ -119,7 +126,7 @@ class Saver:
         return parts
 
     def _cannot_write(self, step: int, reason: str, number: int | None) -> str:
-        newest = next((path.name for path, _ in complete_checkpoints(self._root)), "none")
+        newest = next((path.name for path, _ in complete_checkpoints(self._root, up_to=step - 1)), "none")
         hint = remedy(number) or "set run.dir to another disk"
         return (
             f"the checkpoint of step {step} cannot be written to {self._root}: {reason.strip()} "

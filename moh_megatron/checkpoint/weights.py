@@ -29,9 +29,9 @@ def shard_file(folder: Path, rank: int, size: int) -> Path:
 
 
 def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> Path:
-    """Write one tensor-parallel rank's tensors, under Megatron-core's names; returns the file."""
+    """Write one tensor-parallel rank's tensors, under Megatron-core's names, into the folder ``FOLDER`` of ``folder``;
+    returns the file."""
     path = shard_file(folder, rank, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path)
     return path
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +25,10 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared import PreparedData
 
-_PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
+_PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "tokenizers", "transformers")
 _SHOWN = 10
+_PATIENCE_SECONDS = 15.0
+"""How long a rank looks for what another one wrote: clients of a file server remember folders for some seconds."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def configuration(config: Config) -> Claim:
 
 
 def software() -> Claim:
-    """Versions of Python and of the packages that decide about a result."""
+    """Versions of Python and of the packages that compute, read or write what a run is made of."""
     versions = {package: version(package) for package in _PACKAGES}
     return Claim(versions | {"python": platform.python_version()}, "Install the same versions on every node.")
 
@@ -89,6 +94,29 @@ def weights(model: torch.nn.Module, whole: Iterable[tuple[str, Tensor]], tensor_
         f"the weights of tensor-parallel rank {tensor_rank}": Claim(found, remedy),
         "the replicated weights": Claim({name: found[name] for name in found.keys() - sharded}, remedy),
     }
+
+
+def run_folder(mark: Path, patience: float = _PATIENCE_SECONDS) -> Claim:
+    """Whether this rank sees ``mark``, which the first one left in the run folder."""
+    deadline = time.monotonic() + patience
+    while not (there := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    seen = "seen" if there else "not seen"
+    return Claim({f"what rank 0 wrote to {mark.parent}": seen}, "run.dir must be on a disk that all nodes share.")
+
+
+def require_shared(folder: Path) -> None:
+    """Every rank calls it. Raises UserError on all of them where one has another ``folder`` of that name."""
+    mark = [folder / f".seen_by_all_{secrets.token_hex(8)}"]
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark[0].touch()
+    dist.broadcast_object_list(mark, src=0)
+    try:
+        require_agreement({"the run folder": run_folder(mark[0])})
+    finally:
+        if dist.get_rank() == 0:
+            mark[0].unlink(missing_ok=True)
 
 
 def require_agreement(claims: dict[str, Claim], group: dist.ProcessGroup | None = None) -> None:

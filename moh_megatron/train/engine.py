@@ -44,9 +44,13 @@ _MASTER = "master"
 
 
 def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
-    """Join the process group of this run: NCCL on GPUs, gloo elsewhere. Its collectives wait for ``timeout``."""
+    """Join the process group of this run: NCCL on GPUs, gloo elsewhere. Its collectives wait for ``timeout``.
+
+    Raises UserError where this rank finds no GPU of its own.
+    """
     deepspeed.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
+        world.require_gpu(torch.cuda.device_count())
         torch.cuda.set_device(world.local_rank)
     else:
         # Otherwise DeepSpeed compiles a shared-memory extension for minutes, under a lock a killed run leaves behind.

@@ -36,6 +36,12 @@ class BackgroundEvaluation:
         self._waiting: int | None = None
         self._running: tuple[int, subprocess.Popen[bytes]] | None = None
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Steps whose checkpoints are read, or are going to be."""
+        running = None if self._running is None else self._running[0]
+        return frozenset(step for step in (running, self._waiting) if step is not None)
+
     def request(self, step: int) -> None:
         """Evaluate the checkpoint of ``step`` once it is complete."""
         self._waiting = step

@@ -123,7 +123,7 @@ class Health:
         )
         if self._in_a_row > self._train.max_bad_steps:
             root = checkpoint_dir(self._config)
-            good = next((str(path) for path, _ in complete_checkpoints(root)), f"none in {root}")
+            good = next((str(path) for path, _ in complete_checkpoints(root, up_to=step - 1)), f"none in {root}")
             raise Fault(
                 f"step {step}: {reason}. {self._in_a_row} steps in a row were skipped, more than train.max_bad_steps "
                 f"({self._train.max_bad_steps}). Last good checkpoint: {good}. Lower optimizer.learning_rate or raise "

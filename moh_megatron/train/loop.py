@@ -258,7 +258,8 @@ class _Training:
             self.saver.finish()  # two copies of the state need not fit into host memory
             if self.saved_step != self.step:
                 data, tokenizer, engine = session.data.hash, session.tokenizer, session.engine
-                self.saver.begin(Snapshot.take(self.config, self.step, data, tokenizer, engine))
+                in_use = self.evaluation.in_use if self.evaluation else frozenset[int]()
+                self.saver.begin(Snapshot.take(self.config, self.step, data, tokenizer, engine), in_use)
                 self.saved_step = self.step
             if wait or not self.config.checkpoint.async_:
                 self.saver.finish()

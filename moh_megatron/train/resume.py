@@ -31,7 +31,6 @@ _SAME_RUN = (
     "run.seed",
     "train.sequence_length",
     "train.global_batch_size",
-    "train.micro_batch_size",
     "train.total_tokens",
     "train.precision",
 )
@@ -47,6 +46,13 @@ _SAME_TO_ROUNDING = (
     "deepspeed",
 )
 """What computes the same by another way, beside what a topology tells."""
+
+_TOLD = (
+    (("optimizer",), ""),
+    (_SAME_TO_ROUNDING, "; losses agree to rounding, not bit for bit"),
+    (("train.micro_batch_size",), "; the data stay the same, the balance loss is that of other micro-batches"),
+)
+"""What may change, and what that means for the loss curve."""
 
 _SAME_WEIGHTS = (
     *(
@@ -127,8 +133,8 @@ def check_same_run(
 ) -> Manifest:
     """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``.
 
-    The optimizer's settings may change; ``report`` is told, because the loss curve then is another one. So may the
-    parallelism: then the losses agree to rounding, not bit for bit.
+    The optimizer's settings and the micro-batches may change; ``report`` is told, because the loss curve then is
+    another one. So may the parallelism: then the losses agree to rounding, not bit for bit.
     """
     manifest = read_state(checkpoint)
     if manifest.format_version != FORMAT_VERSION:
@@ -151,7 +157,7 @@ def check_same_run(
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
-    for keys, note in ((["optimizer"], ""), (_SAME_TO_ROUNDING, "; losses agree to rounding, not bit for bit")):
+    for keys, note in _TOLD:
         before, now = _values(written_by, keys), _values(config, keys)
         for key in sorted(before.keys() | now):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")

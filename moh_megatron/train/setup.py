@@ -96,6 +96,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
             "the data": agreement.dataset(data),
         }
     )
+    agreement.require_shared(Path(config.run.dir))
     groups.initialize(config.parallel.tensor, config.run.seed, timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
     device = groups.device(world.local_rank)
     check_backend(config, device)

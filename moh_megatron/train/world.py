@@ -43,3 +43,13 @@ class World:
                 if names == _LAUNCHERS[0] or world.size > 1:
                     return world
         return None
+
+    def require_gpu(self, gpus: int) -> None:
+        """Raise UserError where the ``gpus`` this rank sees leave none for it: ranks of a node take them in turn."""
+        if self.local_rank >= gpus:
+            raise UserError(
+                f"rank {self.rank} is number {self.local_rank + 1} on its node and sees {gpus} "
+                f"{'GPU' if gpus == 1 else 'GPUs'}. Start at most {gpus} ranks a node (--nproc-per-node, "
+                "--ntasks-per-node), or let each rank see all GPUs of its node (CUDA_VISIBLE_DEVICES; in Slurm "
+                "--gpus-per-node, not --gpus-per-task)."
+            )

@@ -25,6 +25,9 @@ def test_the_loss_goes_on(spawn: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         ranks = spawn("reshard", world_size)
         losses = [[loss for loss, _ in rank["curve"]] for rank in ranks]
         assert all(each == pytest.approx(losses[0], rel=1e-6) for each in losses)
+        for rank in ranks:
+            assert len(rank["same"]) == len(places)
+            assert all(straight == resumed for straight, resumed in rank["same"]), "the same place goes on bit for bit"
         curve += ranks[0]["curve"]
         whole = whole or ranks[0]["whole"]
     assert len(curve) == len(whole) == steps

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import ENVIRONMENT
+from support.runs import ENVIRONMENT, Run
 
+from moh_megatron.checkpoint.native import problem_with
 from moh_megatron.config.load import load_config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared
@@ -73,6 +74,9 @@ def more_cases(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         "nan_again_and_again",
         "spike_skipped",
         "spike_told",
+        "signalled",
+        "insisted",
+        "own_folder",
         "another_weight",
         "data_shortened",
         "killed",
@@ -89,6 +93,14 @@ def test_the_time_limit_of_one_rank_stops_and_saves_all(cases: Cases) -> None:
     assert found.codes == [75, 75]
     assert found.ended()["code"] == 75
     assert found.checkpoints()[-1] == f"step_{found.ended()['step']:08d}"
+
+
+def test_collectives_wait_as_long_as_the_configuration_says(cases: Cases) -> None:
+    """15 s more than the watchdog, which waits half an hour for a start."""
+    found = cases("over_time")
+    of_a_step = dict.fromkeys(("tensor parallelism", "data parallelism", "control"), 77 + 15)
+    for rank in range(2):
+        assert json.loads((found.run.parent / f"timeouts_{rank}.json").read_text()) == {"all ranks": 1815, **of_a_step}
 
 
 def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases) -> None:
@@ -174,6 +186,43 @@ def test_spikes(more_cases: Cases) -> None:
     assert "samples 112 to 119 of" in told.logs[0]
     both = (found.records("metrics.jsonl")[:14] for found in (skipped, told))
     assert len({tuple(record["loss"] for record in records) for records in both}) == 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_another_rank_than_the_first_stops_and_saves_all(more_cases: Cases) -> None:
+    found = more_cases("signalled")
+    assert found.codes == [75, 75]
+    assert found.ended() == {"code": 75, "reason": "a signal to another rank: saved", "step": found.ended()["step"]}
+    assert found.checkpoints()[-1] == f"step_{found.ended()['step']:08d}"
+    assert problem_with(found.run / "checkpoints" / found.checkpoints()[-1]) is None
+
+
+@pytest.mark.slow
+def test_a_second_signal_in_a_save_ends_at_once_and_nothing_is_lost(more_cases: Cases, uninterrupted: Run) -> None:
+    found = more_cases("insisted")
+    folder = found.run.parent
+    assert found.codes == [128 + signal.SIGUSR1] * 2
+    assert float((folder / "ended").read_text()) - float((folder / "signalled").read_text()) < 2
+    partial, *complete = json.loads((folder / "left.json").read_text())
+    assert partial.startswith(".partial_step_")
+    assert complete == ["latest", "step_00000010"]
+    assert json.loads((folder / "another.json").read_text()) == [0, 0]
+    assert "resumed after step 10" in folder.with_name("insisted_another_0.log").read_text()
+    keys = ("step", "loss", "grad_norm")
+    curves = (found.records("metrics.jsonl"), uninterrupted.records())
+    here, there = ([[record[key] for key in keys] for record in curve] for curve in curves)
+    assert here == there
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_not_all_nodes_share(more_cases: Cases) -> None:
+    found = more_cases("own_folder")
+    assert found.codes == [2, 2]
+    first, second = found.logs
+    assert "what rank 0 wrote to run: seen on rank 0; not seen on rank 1" in first
+    assert "run.dir must be on a disk that all nodes share" in first
+    assert "error: " not in second, "what all refuse is told once"
+    assert [path.name for path in (found.run.parent / "node0" / "run").glob(".seen*")] == []
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from moh_megatron.monitor.flops import flops_per_token
 
@@ -38,3 +40,39 @@ def test_ratios_are_of_one_turn(bench_step: ModuleType) -> None:
     assert [set(turn) for turn in turns] == [{"a", "b"}] * 3
     assert bench_step.ratios([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}], "a", "b") == [0.5, 0.75]
     assert bench_step.median_and_range([0.5, 0.75, 0.6]) == "0.60 (0.50-0.75)"
+
+
+@pytest.mark.usefixtures("bench_step", "one_rank")
+def test_the_engine_is_timed_in_the_steps_of_the_training_loop(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    import bench_engine  # pyright: ignore[reportMissingImports]
+
+    from moh_megatron.train import loop
+
+    bench_engine.initialize_distributed(bench_engine.World(0, 1, 0))
+    passed: list[str] = []
+    for owner, verbs in {
+        loop.Telemetry: ("begin_step", "before_update", "end_step"),
+        loop.Watchdog: ("progress",),
+        loop.Health: ("applied",),
+        loop.Saver: ("advance",),
+        loop._Training: ("_stop_agreed",),
+    }.items():
+        for verb in verbs:
+            monkeypatch.setattr(owner, verb, noted(passed, verb, getattr(owner, verb)))
+    sizes = {"train.global_batch_size": 1, "train.micro_batch_size": 1, "parallel.zero_stage": 0}
+    inside = bench_engine.Stopwatch()
+    step = bench_engine.engine_step(tiny({"run.dir": str(tmp_path)} | sizes), torch.arange(34).view(2, 17), inside)
+    step()
+    assert passed == ["begin_step", "progress", "before_update", "end_step", "applied", "advance", "_stop_agreed"]
+    assert inside.turns[0] > 0
+
+
+def noted(passed: list[str], name: str, function: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        passed.append(name)
+        return function(*arguments, **options)
+
+    return call

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_zero3": {"zero_stage": 3},
     "dp2_zero1_offload": {"zero_stage": 1, "offload_optimizer": True},
     "dp2_zero2_offload": {"zero_stage": 2, "offload_optimizer": True},
+    "dp2_zero3_offload": {"zero_stage": 3, "offload_optimizer": True},
+    "tp2_zero2": {"tensor": 2, "zero_stage": 2},
     "tp2_zero3": {"tensor": 2, "zero_stage": 3},
 }
 KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
@@ -101,7 +103,7 @@ if __name__ == "__main__":
     cases = [(name, parallel, "fp32") for name, parallel in LAYOUTS.items()]
     cases += [
         (f"dp2_zero{stage}_bf16", LAYOUTS[f"dp2_zero{stage}"], "bf16")
-        for stage in ("1", "2", "3", "1_offload", "2_offload")
+        for stage in ("1", "2", "3", "1_offload", "2_offload", "3_offload")
     ]
     for name, parallel, precision in sorted(cases, key=lambda case: "tensor" in case[1]):
         good = run(parallel, precision, None)

@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from moh_megatron.checkpoint.native import checkpoint_name
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.native import checkpoint_name, read_config, read_weights
+from moh_megatron.checkpoint.optimizer_state import StoredState
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import token_losses
+from moh_megatron.model.build import moh_layers, token_losses
+from moh_megatron.moh.balancing import update_biases
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
 from moh_megatron.train.restore import build_engine
@@ -27,8 +30,11 @@ class NoTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def config_of(tensor: int, stage: int, precision: str = "fp32", **sections: dict[str, Any]) -> Config:
-    parallel = {"tensor": tensor, "zero_stage": stage}
+def config_of(
+    tensor: int, stage: int, precision: str = "fp32", parallel: dict[str, Any] | None = None, **sections: dict[str, Any]
+) -> Config:
+    """``parallel``: what else stands in that section."""
+    parallel = {"tensor": tensor, "zero_stage": stage} | (parallel or {})
     return tiny.tiny_config(parallel=parallel, train={"precision": precision, "micro_batch_size": 1}, **sections)
 
 
@@ -46,6 +52,7 @@ def start_engine(config: Config, source: Path | None = None) -> Engine:
 def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the steps [first, last), the loss in fp64 over the whole batch."""
     replicas, rank = groups.data_group().size(), groups.data_group().rank()
+    layers = moh_layers(engine.module)
     curve = []
     for step in range(first, last):
         total = torch.zeros((), dtype=torch.float64)
@@ -54,6 +61,8 @@ def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[f
             engine.backward(loss)
             total += loss.detach().double() / 4
         norm = float(engine.step(learning_rate(config.optimizer, step, config.train.steps)))
+        counts = torch.stack([layer.statistics.drain(total.device) for layer in layers])[:, :-1]
+        update_biases(layers, counts, groups.data_group())
         dist.all_reduce(total, group=groups.data_group())
         curve.append((float(total), norm))
     return curve
@@ -67,3 +76,24 @@ def save(engine: Engine, config: Config, root: Path, step: int) -> Path:
     saver.finish()
     dist.destroy_process_group(group)
     return root / checkpoint_name(step)
+
+
+def differing(folder: Path, other: Path) -> list[str]:
+    """What two checkpoints do not hold alike, bit for bit, whatever parallelism wrote each."""
+    one, another = _whole(folder), _whole(other)
+    names = sorted(one.keys() | another.keys())
+    return [name for name in names if not torch.equal(one.get(name, _NONE), another.get(name, _NONE))]
+
+
+_NONE = torch.empty(0)
+
+
+def _whole(folder: Path) -> dict[str, torch.Tensor]:
+    config = read_config(folder)
+    slots = ("exp_avg", "exp_avg_sq", "master")[: 2 if config.train.precision == "fp32" else 3]
+    tensors = read_weights(folder)
+    with StoredState(folder, config, 0, 1) as stored:
+        tensors["updates"] = torch.tensor(stored.updates)
+        for parameter in (rule.megatron for rule in rules(config) if rule.dtype is None):
+            tensors |= {f"{slot}/{parameter}": stored.read(slot, parameter) for slot in slots}
+    return tensors

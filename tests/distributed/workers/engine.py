@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.model.build import moh_layers, token_losses
+from moh_megatron.model.tensors import model_tensors
 from moh_megatron.train.engine import Engine, adamw, initialize_distributed
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.world import World
@@ -35,11 +36,11 @@ MakeOptimizer = Callable[[torch.nn.Module, Config], torch.optim.Optimizer]
 
 
 def micro_batches(config: Config, step: int) -> tuple[torch.Tensor, ...]:
-    """[2, S + 1] each, over all data-parallel ranks."""
-    return tiny.tokens(config.train.global_batch_size, seed=100 + step).split(MICRO_BATCH)
+    """[2, S + 1] each, over all data-parallel ranks; every other step the same, so that there is something to learn."""
+    return tiny.tokens(config.train.global_batch_size, seed=100 + step % 2).split(MICRO_BATCH)
 
 
-def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, list[float]]:
+def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
     """No engine, no attached losses: the total loss written out, whole batch gradients, torch's own clipping."""
     model = tiny.fresh_model(config)
     routed: list[torch.Tensor] = []
@@ -62,7 +63,7 @@ def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(step_losses) / len(step_losses))
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "weights": dict(model_tensors(model))}
 
 
 def engine_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def engine_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: in
     return {
         "losses": losses,
         "norms": norms,
+        "weights": {name: weight.clone() for name, weight in engine.weights()},
         "elements": elements,
         "resting_elements": sum(p.numel() for p in model.parameters()),
         "state_bytes": engine.optimizer_state_bytes,

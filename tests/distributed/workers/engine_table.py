@@ -9,10 +9,21 @@ import engine
 import tiny
 import torch
 import torch.distributed as dist
-from support.engine_table import CASES, LAYOUTS, STEPS, VARIANTS, reference, sections
+from support.engine_table import CASES, LAYOUTS, REFERENCES, STEPS, VARIANTS, reference, sections
 
+from moh_megatron.checkpoint.mapping import rules, split_shard
 from moh_megatron.config.schema import Config
+from moh_megatron.parallel import groups
 from moh_megatron.train.engine import adamw
+
+
+def weight_errors(config: Config, here: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far each weight of this tensor-parallel rank lies from the reference's, as a share of the latter's norm."""
+    group, errors = groups.tensor_group(), dict[str, float]()
+    for rule in rules(config):
+        expected = split_shard(whole[rule.megatron], rule.dim, rule.stride, group.rank(), group.size()).float()
+        errors[rule.megatron] = float((here[rule.megatron] - expected).norm() / expected.norm())
+    return errors
 
 
 def sgd(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -23,14 +34,16 @@ if __name__ == "__main__":
     world = engine.joined()
     results: dict[Any, Any] = {}
     for layout, of_layout in LAYOUTS[world.size].items():
-        for variant in ("adam", "sgd", "tied"):
+        for variant in REFERENCES:
             if (key := reference(layout, variant)) not in results:
                 config = tiny.tiny_config(**VARIANTS[variant], train=of_layout["train"])
                 results[key] = engine.bare_loop(config, sgd if variant == "sgd" else adamw, STEPS)
     for size, layout, stage, variant in CASES:
         if size == world.size:
             config = tiny.tiny_config(**sections(size, layout, stage, variant))
-            make_optimizer = sgd if variant == "sgd" else adamw
-            results[layout, stage, variant] = engine.engine_loop(config, make_optimizer, STEPS)
+            found = engine.engine_loop(config, sgd if variant.startswith("sgd") else adamw, STEPS)
+            whole = results[reference(layout, variant)]["weights"]
+            found["weight_errors"] = weight_errors(config, found.pop("weights"), whole)
+            results[layout, stage, variant] = found
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

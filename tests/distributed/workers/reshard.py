@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,16 +25,19 @@ if __name__ == "__main__":
     initialize_distributed(world)
     folder, places = Path(os.environ["RESHARD_FOLDER"]), json.loads(os.environ["RESHARD_PLACES"])
     curve: list[tuple[float, float]] = []
+    same: list[tuple[Any, Any]] = []  # the step after a place, and that of an engine made anew
     for tensor, stage in places:
         config = config_of(tensor, stage)
         newest = next(iter(step_folders(folder)), None)
         first = 0 if newest is None else int(newest.name.removeprefix("step_"))
         engine = start_engine(config, newest)
         curve += train(engine, config, first, first + STEPS)
-        save(engine, config, folder, first + STEPS)
+        saved = save(engine, config, folder, first + STEPS)
+        there = train(engine, config, first + STEPS, first + STEPS + 1)
+        same.append((there, train(start_engine(config, saved), config, first + STEPS, first + STEPS + 1)))
     whole: list[tuple[float, float]] = []
     if length := int(os.environ.get("RESHARD_WHOLE", "0")):
         config = config_of(*places[0])
         whole = train(start_engine(config), config, 0, length)
-    torch.save({"curve": curve, "whole": whole}, sys.argv[1])
+    torch.save({"curve": curve, "same": same, "whole": whole}, sys.argv[1])
     dist.destroy_process_group()

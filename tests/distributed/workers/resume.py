@@ -9,10 +9,11 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
-from checkpoints import config_of, save, start_engine, train
+from checkpoints import config_of, differing, save, start_engine, train
 
 from moh_megatron.checkpoint import save as save_module
 from moh_megatron.config.errors import Fault
+from moh_megatron.config.schema import Config
 from moh_megatron.train.engine import initialize_distributed
 from moh_megatron.train.world import World
 
@@ -22,33 +23,50 @@ SAME = [
     for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3)))
     for stage in stages
 ]
-CHAIN = [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)]
+OFFLOAD = {"parallel": {"offload_optimizer": True}}
+SAME_WITH: dict[str, Config] = {
+    **{f"offload_zero{stage}": config_of(1, stage, **OFFLOAD) for stage in (1, 2, 3)},
+    **{f"offload_zero{stage}_bf16": config_of(1, stage, "bf16", **OFFLOAD) for stage in (1, 2, 3)},
+    "bias": config_of(1, 1, moh={"balancing": "bias", "bias_update_rate": 0.05}),
+    "sequence": config_of(2, 1, parallel={"sequence": True}),
+    "sequence_zero3_bf16": config_of(2, 3, "bf16", parallel={"sequence": True}),
+}
+CHAINS = {
+    "fp32": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)],
+    "bf16": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 1), (2, 2)],
+}
 
 
-def same_topology(root: Path) -> dict[tuple[int, int, str], Any]:
+def same_topology(root: Path) -> dict[Any, Any]:
     """Steps 2 to 4 of a run that went on without a stop, and of one that was made anew from a checkpoint."""
     curves = {}
-    for case in SAME:
-        config = config_of(*case)
+    for case, config in ({case: config_of(*case) for case in SAME} | SAME_WITH).items():
         engine = start_engine(config)
         train(engine, config, 0, 2)
-        folder = save(engine, config, root / "_".join(map(str, case)), 2)
+        folder = save(engine, config, root / str(case), 2)
         there = train(engine, config, 2, 5)
         curves[case] = there, train(start_engine(config, folder), config, 2, 5)
     return curves
 
 
-def chain(root: Path) -> dict[str, list[tuple[float, float]]]:
-    """Two steps at each of ``CHAIN``, one checkpoint handed on; and the whole way without a change."""
-    config = config_of(*CHAIN[0])
-    straight = train(start_engine(config), config, 0, 2 * len(CHAIN))
-    changing, folder = [], None
-    for index, place in enumerate(CHAIN):
-        config = config_of(*place)
+def chain(root: Path, precision: str) -> dict[str, list[Any]]:
+    """Two steps at each of ``CHAINS``, one checkpoint handed on; and the whole way without a change.
+
+    "lost" names what a checkpoint that is loaded and saved again, at another place, does not hold as it did.
+    """
+    places = CHAINS[precision]
+    config = config_of(*places[0], precision)
+    straight = train(start_engine(config), config, 0, 2 * len(places))
+    changing, lost, folder = [], [], None
+    for index, place in enumerate(places):
+        config = config_of(*place, precision)
         engine = start_engine(config, folder)
+        if folder is not None:
+            again = save(engine, config, root / f"again_{precision}_{index}", 2 * index)
+            lost += [f"{place}: {name}" for name in differing(folder, again)]
         changing += train(engine, config, 2 * index, 2 * index + 2)
-        folder = save(engine, config, root / "chain", 2 * index + 2)
-    return {"straight": straight, "changing": changing}
+        folder = save(engine, config, root / f"chain_{precision}", 2 * index + 2)
+    return {"straight": straight, "changing": changing, "lost": lost}
 
 
 OTHER_WAYS: dict[str, dict[str, Any]] = {
@@ -102,7 +120,7 @@ if __name__ == "__main__":
     result = Path(sys.argv[1])
     results = {
         "same": same_topology(result.parent),
-        "chain": chain(result.parent),
+        "chain": {precision: chain(result.parent, precision) for precision in CHAINS},
         "ways": other_ways(result.parent),
         "fault": one_rank_fails(result.parent),
     }

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from moh_megatron.checkpoint import save
 from moh_megatron.config.load import load_config
+from moh_megatron.parallel import groups
 from moh_megatron.train import loop, setup
 from moh_megatron.train.rank import run_rank
 from moh_megatron.train.signals import StopRequest
@@ -88,8 +90,27 @@ def optimizer_state(engine: Any) -> list[torch.Tensor]:
 
 
 def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Over the time limit on rank 1; the time-outs of the process groups are written down, in seconds."""
     stop._started -= 1000 * rank
+    original = loop._Training.run
+
+    def run(self: Any) -> loop.Outcome:
+        every = {
+            "all ranks": torch.distributed.group.WORLD,
+            "tensor parallelism": groups.tensor_group(),
+            "data parallelism": groups.data_group(),
+            "control": self.control_group,
+        }
+        found = {name: timeout_seconds(group) for name, group in every.items()}
+        Path(os.environ["CASE_FOLDER"], f"timeouts_{rank}.json").write_text(json.dumps(found))
+        return original(self)
+
+    loop._Training.run = run
     return ()
+
+
+def timeout_seconds(group: Any) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def another_seed(rank: int, stop: StopRequest) -> tuple[str, ...]:
@@ -106,6 +127,14 @@ def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
 
     setup.Engine.__init__ = initialise
     return ()
+
+
+def own_folder(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """One name, another disk on each node."""
+    node = Path(os.environ["CASE_FOLDER"], f"node{rank}")
+    node.mkdir()
+    os.chdir(node)
+    return ("run.dir=run",)
 
 
 def own_copy(rank: int, stop: StopRequest) -> tuple[str, ...]:
@@ -149,8 +178,8 @@ def delete_run(folder: Path, ranks: dict[int, int]) -> None:
     shutil.rmtree(folder / "run", ignore_errors=True)
 
 
-def start_another(folder: Path, ranks: dict[int, int]) -> None:
-    """A second job on the same run folder; when it has ended, the first is asked to stop."""
+def run_another(folder: Path) -> None:
+    """A second job on the same run folder, to its end."""
     port, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], str(free_port())
     another: list[int] = []
     for rank in range(RANKS):
@@ -160,7 +189,42 @@ def start_another(folder: Path, ranks: dict[int, int]) -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in another]
     (folder / "another.json").write_text(json.dumps(codes))
     os.environ["MASTER_PORT"] = port
+
+
+def start_another(folder: Path, ranks: dict[int, int]) -> None:
+    """When the second job has ended, the first is asked to stop."""
+    run_another(folder)
     os.kill(ranks[0], signal.SIGTERM)
+
+
+def saves_take_long(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Those after step 10, in the first job."""
+    write_part, first = save.write_part, not Path(os.environ["CASE_FOLDER"], "signalled").exists()
+
+    def write_slowly(root: Path, snapshot: save.Snapshot) -> Any:
+        written = write_part(root, snapshot)
+        time.sleep(600 if first and snapshot.step > 10 else 0)
+        return written
+
+    save.write_part = write_slowly
+    return ()
+
+
+def insist(folder: Path, ranks: dict[int, int]) -> None:
+    """Two signals to all ranks, as Slurm sends them, the second in the middle of a save; then the job runs again."""
+    for rank in ranks.values():
+        os.kill(rank, signal.SIGUSR1)
+    while not list((folder / "run" / "checkpoints").glob(".partial_*/optimizer/*")):
+        time.sleep(0.02)
+    time.sleep(2.5)  # a request may arrive by several ways for two seconds
+    (folder / "signalled").write_text(str(time.time()))
+    for rank in ranks.values():
+        os.kill(rank, signal.SIGUSR1)
+    for rank in ranks.values():
+        os.waitid(os.P_PID, rank, os.WEXITED | os.WNOWAIT)
+    (folder / "ended").write_text(str(time.time()))
+    (folder / "left.json").write_text(json.dumps(sorted(os.listdir(folder / "run" / "checkpoints"))))
+    run_another(folder)
 
 
 def lock(folder: Path, ranks: dict[int, int]) -> None:
@@ -177,13 +241,14 @@ SPIKE = ("train.spike_window=8", REPLICAS)
 MOUNTED = ("full", "full_log", "read_only")
 """Cases whose folder is a small disk of its own."""
 CASES: dict[str, Case] = {
-    "over_time": Case((ENDLESS, "train.max_seconds=500"), ran_longer),
+    "over_time": Case((ENDLESS, "train.max_seconds=500", "train.timeout_seconds=77"), ran_longer),
     "signalled": Case((ENDLESS,), event=send(1, signal.SIGUSR1)),
     "nan": Case((REPLICAS, "monitor.profile=true"), losses_nan),
     "nan_again_and_again": Case((REPLICAS, "train.max_bad_steps=3"), losses_times(math.nan, range(13, 99), (1,))),
     "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), losses_times(30.0, range(15, 16), (0,))),
     "spike_told": Case(SPIKE, losses_times(30.0, range(15, 16), (0,))),
     "another_seed": Case((), another_seed),
+    "own_folder": Case((), own_folder),
     "another_weight": Case((REPLICAS,), another_weight),
     "data_shortened": Case((ENDLESS,), own_copy, shorten, after_step=12),
     "data_vanished": Case((ENDLESS,), own_copy, vanish, after_step=12),
@@ -202,6 +267,7 @@ CASES: dict[str, Case] = {
         weighed,
         longest=500.0,
     ),
+    "insisted": Case((), saves_take_long, event=insist, after_step=12),
     "occupied": Case((ENDLESS,), event=start_another),
     "run_deleted": Case((ENDLESS,), event=delete_run, after_step=12),
     "full": Case((ENDLESS,), event=fill, after_step=12),

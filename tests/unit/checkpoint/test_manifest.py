@@ -1,6 +1,7 @@
 """Manifests: every way in which a checkpoint's files may differ from what was saved."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
@@ -101,6 +102,16 @@ def test_a_file_the_disk_does_not_give_back(checkpoint, monkeypatch):
     assert found == "config.yaml cannot be read (Input/output error)"
 
 
+@pytest.mark.parametrize("question", ["is_file", "stat"])
+def test_a_file_the_server_does_not_know_any_more(checkpoint, monkeypatch, question):
+    def refuse(path, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    manifest = read_manifest(checkpoint)
+    monkeypatch.setattr(f"pathlib.Path.{question}", refuse)
+    assert damage(checkpoint, manifest) == "config.yaml cannot be read (Stale file handle)"
+
+
 def test_a_share_of_the_files_can_be_checked(checkpoint):
     (checkpoint / "engine/state.pt").unlink()
     manifest = read_manifest(checkpoint)
@@ -138,9 +149,11 @@ def test_any_other_byte_in_the_manifest_or_its_hash(checkpoint):
     for name in ("manifest.json", "manifest.sha256"):
         whole = (checkpoint / name).read_bytes()
         for position in range(len(whole)):
-            (checkpoint / name).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-            with pytest.raises(ValueError, match=r"^its manifest\.json |^it has format version "):
-                read_manifest(checkpoint)
+            others = range(256) if whole[:position].endswith(b'"format_version": ') else (whole[position] ^ 1,)
+            for other in set(others) - {whole[position]}:
+                (checkpoint / name).write_bytes(whole[:position] + bytes([other]) + whole[position + 1 :])
+                with pytest.raises(ValueError, match=r"^its manifest\.json |^it has format version "):
+                    read_manifest(checkpoint)
         for shorter in (b"", whole[:-1]):
             (checkpoint / name).write_bytes(shorter)
             with pytest.raises(ValueError, match=r"^its manifest\.json "):

@@ -129,6 +129,11 @@ def test_complete_checkpoints_skips_unreadable_manifests(run):
     assert list(complete_checkpoints(run / "absent")) == []
 
 
+def test_complete_checkpoints_up_to_a_step(run):
+    found = complete_checkpoints(run / "checkpoints", up_to=10)
+    assert [manifest.step for _, manifest in found] == [10, 5]
+
+
 def test_problem_with_a_good_one_is_none_and_its_config_comes_back(run, tiny):
     folder = run / "checkpoints" / "step_00000010"
     assert problem_with(folder) is None

@@ -190,6 +190,21 @@ def test_a_bug_is_no_disk_failure(saver, tiny, monkeypatch):
         saver.finish()
 
 
+def test_a_later_one_that_was_passed_over_is_not_called_the_newest(saver, root, tiny, fake_checkpoint, monkeypatch):
+    for step in (5, 10, 15):
+        fake_checkpoint(root / f"step_{step:08d}", tiny(), step=step)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(Fault, match=r"Newest complete checkpoint: step_00000005\.$"):
+        saver.begin(snapshot(tiny(), 10))
+
+
+def test_what_is_in_use_outlives_retention(saver, root, tiny):
+    for step, in_use in ((4, set()), (5, {4}), (6, {4}), (7, set())):
+        saver.begin(snapshot(tiny({"checkpoint.keep_last": 1}), step), in_use)
+        saver.finish()
+        assert names(root) == ["latest", *(f"step_{each:08d}" for each in sorted({*in_use, step}))]
+
+
 def test_a_damaged_one_of_the_same_step_is_replaced(saver, root, tiny):
     for _ in range(2):
         saver.begin(snapshot(tiny(), 5))

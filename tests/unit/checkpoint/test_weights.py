@@ -50,6 +50,13 @@ def shard(whole, table, rank, size):
     }
 
 
+@pytest.fixture(autouse=True)
+def folders(tmp_path):
+    """What the first rank makes before any rank writes."""
+    for name in (weights.FOLDER, optimizer_state.FOLDER):
+        (tmp_path / name).mkdir()
+
+
 @pytest.mark.parametrize("there", [1, 2, 4])
 @pytest.mark.parametrize("here", [1, 2, 4])
 def test_weights_of_any_size_load_at_any_size(tiny, tmp_path, table, whole, there, here):

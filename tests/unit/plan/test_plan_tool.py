@@ -114,8 +114,8 @@ def test_uneven_heads_are_warned_of(llama: str) -> None:
     [
         (["--world-size", "3", "parallel.tensor=2"], "must be divisible by parallel.tensor (2)"),
         (["--world-size", "3"], "train.global_batch_size must be divisible"),
-        (["--world-size", "0"], "must be a number of ranks, at least 1"),
-        (["--world-size", "8", "--gpu-memory", "-1"], "must be a number of GiB above 0"),
+        (["--world-size", "0"], "must be a whole number of at least 1"),
+        (["--world-size", "8", "--gpu-memory", "-1"], "must be above 0 and finite"),
         (["--world-size", "8", "moh.active_head=3"], "did you mean 'active_heads'"),
         ([], "--world-size"),
     ],

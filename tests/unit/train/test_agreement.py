@@ -1,9 +1,11 @@
 """Checksums and how differences between ranks are told; the gathering itself is tested with real processes."""
 
+from threading import Timer
+
 import pytest
 import torch
 
-from moh_megatron.train.agreement import _differences, checksums, configuration
+from moh_megatron.train.agreement import _differences, checksums, configuration, run_folder, software
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,6 +35,30 @@ def test_many_differences_are_cut():
     held = {rank: {f"w{number:02d}": str(rank) for number in range(25)} for rank in range(2)}
     assert len(_differences(held)) == 11
     assert _differences(held)[-1] == "and 15 more"
+
+
+def test_the_versions_that_count():
+    packages = {"torch", "megatron-core", "deepspeed", "numpy", "safetensors", "tokenizers", "transformers"}
+    assert software().parts.keys() == packages | {"python"}
+
+
+def test_a_folder_that_a_rank_does_not_share(tmp_path):
+    mark = tmp_path / "mark"
+    elsewhere = run_folder(mark, patience=0)
+    mark.touch()
+    here = run_folder(mark, patience=0)
+    held = {0: here.parts, 1: elsewhere.parts}
+    assert _differences(held) == [f"what rank 0 wrote to {tmp_path}: seen on rank 0; not seen on rank 1"]
+    assert "run.dir must be on a disk that all nodes share" in here.remedy
+
+
+def test_a_mark_that_shows_late(tmp_path):
+    mark = tmp_path / "mark"
+    later = Timer(0.3, mark.touch)
+    later.start()
+    late = run_folder(mark, patience=30)
+    later.join()
+    assert late == run_folder(mark)
 
 
 def test_every_key_of_the_configuration_counts(tiny):

@@ -74,11 +74,14 @@ def test_one_at_a_time_and_none_that_outlives_the_training(watched: Watched) -> 
     for step in (10, 20):
         watched.evaluation.request(step)
         start = time.monotonic()
+        assert watched.evaluation.in_use == {10, step}
         watched.evaluation.advance()
         assert time.monotonic() - start < 5
+    assert watched.evaluation.in_use == {10}
     assert watched.said == ["evaluation of step 20 is left out: that of step 10 still runs"]
     watched.evaluation.finish(seconds=0.3)
     assert watched.said[1:] == ["evaluation of step 10 was ended before it was finished"]
+    assert not watched.evaluation.in_use
     assert watched.shown == []
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.validate import gradient_accumulation_steps
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer import load_tokenizer
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
@@ -97,7 +98,6 @@ def test_the_same_run_goes_on(config, checkpoint):
         ("run.seed", 1234, 1),
         ("train.sequence_length", 16, 32),
         ("train.global_batch_size", 4, 8),
-        ("train.micro_batch_size", 1, 2),
         ("train.total_tokens", 6400, 12800),
     ],
 )
@@ -150,10 +150,30 @@ def test_another_way_to_compute_the_same_is_told(config, checkpoint, changes, to
     assert f"warning: {told} up to step_00000005; losses agree to rounding, not bit for bit" in reports
 
 
+def test_other_micro_batches_are_told(config, checkpoint):
+    reports = []
+    assert check_same_run(checkpoint(5), config({"train.micro_batch_size": 2}), 1, DATA, reports.append).step == 5
+    assert reports == [
+        "warning: train.micro_batch_size is 2 from here on; it was 1 up to step_00000005; the data stay the same, "
+        "the balance loss is that of other micro-batches"
+    ]
+
+
+def test_what_the_refusal_of_a_batch_advises_goes_on(config, checkpoint):
+    batch = {"train.global_batch_size": 8, "train.micro_batch_size": 4}
+    folder = checkpoint(5, batch)
+    with pytest.raises(UserError, match=r"; or set train\.micro_batch_size to 2\.$"):
+        gradient_accumulation_steps(config(batch), 4)
+    advised = config(batch | {"train.micro_batch_size": 2})
+    assert gradient_accumulation_steps(advised, 4) == 1
+    assert check_same_run(folder, advised, 4, DATA, print).step == 5
+
+
 def test_an_older_format_is_refused_by_name_and_its_weights_are_taken(config, checkpoint, tmp_path):
     folder = checkpoint(5)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    (folder / "manifest.sha256").unlink()  # that format had none
     assert newest_good(config(), silent) == folder
     message = rf"^{folder} has format version 1, .* it needs version 2\. .*train\.init_from={folder}\.$"
     with pytest.raises(UserError, match=message):
