@@ -137,6 +137,10 @@ class Board:
     def alarm(self, messages: Sequence[str], step: int) -> None:
         self._writer.text("alarms", "\n\n".join(messages), step)
 
+    def flush(self) -> None:
+        """Show what was written."""
+        self._writer.flush()
+
     def describe(self, texts: Mapping[str, str], step: int) -> None:
         """What the run is, in words: configuration, version."""
         for tag, text in texts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -175,6 +176,7 @@ class Telemetry:
             self._tell(f"{'' if message.startswith(OVER) else 'warning: '}step {step}: {message}")
         if messages:
             board.alarm(messages, step)
+        board.flush()
 
     @property
     def _heads(self) -> list:
@@ -193,8 +195,7 @@ class Telemetry:
             settings: dict[str, Scalar] = {}
             for section, values in dataclasses.asdict(self._config).items():
                 for key, value in values.items():
-                    if isinstance(value, float | int | str | bool):
-                        settings[f"{section}.{key}"] = value
+                    settings[f"{section}.{key}"] = value if isinstance(value, Scalar) else json.dumps(value)
             self.board.finish(settings, {name: value for name, value in results.items() if value is not None})
 
     def close(self) -> None:
