@@ -34,7 +34,8 @@ setup(
     extras_require={
         "gpu": ["triton>=3.2"],
         "hf": ["accelerate>=1.0"],
-        "eval": ["lm-eval>=0.4.9", "matplotlib>=3.8", "scipy>=1.11"],
+        # lm-eval's class for Transformers imports accelerate.
+        "eval": ["accelerate>=1.0", "lm-eval>=0.4.9", "matplotlib>=3.8", "scipy>=1.11"],
         "dev": [
             "accelerate>=1.0",
             "gguf>=0.10",

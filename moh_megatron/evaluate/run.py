@@ -30,7 +30,7 @@ def evaluate(arguments: Namespace) -> None:
     path = find_model(arguments.model)
     config = _training_config(arguments, path)
     _check(arguments)
-    checked = _checked_suite(arguments.suite) if arguments.suite is not None else None
+    checked = checked_suite(arguments.suite) if arguments.suite is not None else None
     other = read_questions(arguments.against) if arguments.against is not None else None
     subject = open_subject(path, _device(arguments.device), arguments.dtype)
     folder = arguments.out or default_folder(path)
@@ -86,8 +86,8 @@ def _check(arguments: Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
 
 
-def _checked_suite(path: Path) -> tuple[Suite, Any]:
-    """The suite, and lm-eval's manager of tasks, which knows all of them."""
+def checked_suite(path: Path) -> tuple[Suite, Any]:
+    """The suite, and lm-eval's manager of tasks, which knows all of them. Raises UserError where it does not."""
     suite = load_suite(path)
     try:
         from moh_megatron.evaluate.harness import find_tasks
