@@ -34,12 +34,12 @@ setup(
     extras_require={
         "gpu": ["triton>=3.2"],
         "hf": ["accelerate>=1.0"],
-        "eval": ["lm-eval>=0.4.9"],
+        # lm-eval's class for Transformers imports accelerate.
+        "eval": ["accelerate>=1.0", "lm-eval>=0.4.9", "matplotlib>=3.8", "scipy>=1.11"],
         "dev": [
             "accelerate>=1.0",
             "gguf>=0.10",
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "psutil>=5.9",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import attention_backend, build_model, token_losses
+from moh_megatron.model.build import attention_backend, attention_backends, build_model, token_losses
 from moh_megatron.model.single import be_alone
 from moh_megatron.monitor.flops import Flops, flops_per_token
 
@@ -84,7 +84,10 @@ def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -
     configs, all_layers = twins(path, length, layers), load_config(path).model.num_layers
     backend = attention_backend(configs["moh"], torch.device("cpu"))
     # Of the dense twin too what is executed: its attention computes the scores again, as ours does.
-    work = {name: flops_per_token(config, backend).executed for name, config in configs.items()}
+    work = {
+        name: flops_per_token(config, attention_backends(config, torch.device("cpu"))).executed
+        for name, config in configs.items()
+    }
     models = {name: build_model(config).train() for name, config in configs.items()}
     size = configs["dense"].model
     stack = take_turns({name: stack_pass(model, length, size.hidden_size) for name, model in models.items()}, turns)

@@ -18,7 +18,17 @@ from pathlib import Path
 
 from moh_megatron.cli import exit_code
 from moh_megatron.config.errors import UserError
-from moh_megatron.evaluate.results import MEASURED, NOT_RUN, averages, percent
+from moh_megatron.evaluate.results import (
+    AVERAGE_COLUMNS,
+    COMPARISON_COLUMNS,
+    NOTHING_HELD_OUT,
+    TASK_COLUMNS,
+    VALIDATION_COLUMNS,
+    averages,
+    compared_rows,
+    task_rows,
+    validation_rows,
+)
 from moh_megatron.monitor.charts import Series, curves, head_map
 from moh_megatron.monitor.run_folder import RunFolder, open_run
 
@@ -58,9 +68,7 @@ def section(title: str, *parts: str) -> str:
 
 def over_tokens(runs: Sequence[RunFolder], key: str) -> list[Series]:
     """A column of metrics.jsonl."""
-    return [
-        (run.name, [(each["tokens"], each[key]) for each in run.steps if each.get(key) is not None]) for run in runs
-    ]
+    return [(run.name, [(each["tokens"], each.get(key)) for each in run.steps]) for run in runs]
 
 
 def tagged(runs: Sequence[RunFolder], tag: str) -> list[Series]:
@@ -79,7 +87,7 @@ def validation(runs: Sequence[RunFolder]) -> list[Series]:
         found.append((run.name, [(each["step"] * tokens, each["loss"]) for each in run.validations]))
         sources = {name for each in run.validations for name in each.get("sources", {})}
         for name in sorted(sources):
-            points = [(each["step"] * tokens, each["sources"][name]) for each in run.validations if "sources" in each]
+            points = [(each["step"] * tokens, each.get("sources", {}).get(name)) for each in run.validations]
             found.append((f"{run.name}: {name}", points))
     return found
 
@@ -116,7 +124,8 @@ def overview(runs: Sequence[RunFolder]) -> str:
     rows = []
     for run in runs:
         last = run.steps[-1] if run.steps else {"step": 0, "tokens": 0}
-        loss = f"{run.validations[-1]['loss']:.4f}" if run.validations else ""
+        losses = [each["loss"] for each in run.validations if each["loss"] is not None]
+        loss = f"{losses[-1]:.4f}" if losses else ""
         bad = sum(bool(each.get("skipped")) for each in run.steps)
         ending = run.ending.get("reason", "still running, or killed")
         restarts = max(len(run.lives) - 1, 0)
@@ -156,20 +165,18 @@ def evaluations(runs: Sequence[RunFolder]) -> str:
     parts = []
     for run in runs:
         for name, found in run.evaluations.items():
-            if "suite" not in found:
-                continue
-            rows = [(each["task"], each["shots"], each["metric"], *_cell(each)) for each in found["suite"]["tasks"]]
-            suite = found["suite"]["name"]
-            parts.append(f"<h3>{escape(f'{run.name}, {name}: {suite}')}</h3>")
-            parts.append(table(("task", "shots", "metric", "questions", "score, %", "what it is"), rows))
-            parts.append(table(("model", "average, %", "what it is"), averages(found["suite"])))
+            title = f"{run.name}, {name}" + (f": {found['suite']['name']}" if "suite" in found else "")
+            parts.append(f"<h3>{escape(title)}</h3>")
+            if "validation" in found:
+                rows = validation_rows(found["validation"])
+                parts.append(table(VALIDATION_COLUMNS, rows) or f"<p>{NOTHING_HELD_OUT}</p>")
+            if "suite" in found:
+                parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
+                parts.append(table(AVERAGE_COLUMNS, averages(found["suite"])))
+            if "comparison" in found:
+                parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
+                parts.append(table(COMPARISON_COLUMNS, compared_rows(found["comparison"]["tasks"])))
     return "".join(parts)
-
-
-def _cell(task: dict) -> tuple[object, str, str]:
-    if "not_run" in task:
-        return "", "", f"{NOT_RUN}: {task['not_run']}"
-    return task["questions"], percent(task["value"], task["standard_error"]), MEASURED
 
 
 def for_each(runs: Sequence[RunFolder], part: Callable[[RunFolder], str]) -> str:
@@ -216,6 +223,7 @@ def main() -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"Run folders must differ in their names. Got {', '.join(sorted(twice))} twice.")
     out = arguments.out or arguments.runs[0] / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}")
     temporary.write_text(page(runs), encoding="utf-8")
     temporary.replace(out)

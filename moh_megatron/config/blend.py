@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moh_megatron.config.schema import Config
@@ -45,6 +45,16 @@ def shares_until(config: Config, step: int) -> list[tuple[int, dict[str, float]]
         if phase.start < step and (not found or found[-1][1] != phase.shares):
             found.append((phase.start, phase.shares))
     return found
+
+
+def mean_by_shares(config: Config, step: int, losses: Mapping[str, float]) -> float | None:
+    """Mean of the sources' ``losses`` by their shares after ``step`` steps; None where no source with a share has one.
+
+    A source that holds no text out is left out.
+    """
+    shares = shares_until(config, max(step, 1))[-1][1]
+    share = sum(shares[name] for name in losses)
+    return sum(shares[name] * each for name, each in losses.items()) / share if share else None
 
 
 def blend_violations(config: Config) -> Iterator[Violation]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -37,6 +37,10 @@ class LayerHeads:
         """Routed heads a token uses."""
         return self.active - len(self.shared)
 
+    def at(self, step: int, schedule_steps: int) -> LayerHeads:
+        """These heads after ``step`` steps of a schedule as in ``top_k_at``."""
+        return replace(self, active=len(self.shared) + self.top_k_at(step, schedule_steps))
+
     def top_k_at(self, step: int, schedule_steps: int) -> int:
         """Routed heads a token uses after ``step`` steps of a schedule that goes from all of them down to ``top_k``."""
         if step >= schedule_steps:
@@ -61,6 +65,14 @@ def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
         LayerHeads(heads, shared, count)
         for shared, count in zip(_shared(model, moh, moh.shared_heads), active, strict=True)
     )
+
+
+def heads_after(model: ModelConfig, moh: MoHConfig, step: int | None) -> tuple[LayerHeads, ...]:
+    """As ``layer_heads``, with the heads a token uses after ``step`` steps; None: when the schedule has run out."""
+    layers = layer_heads(model, moh)
+    if step is None or not moh.enabled:
+        return layers
+    return tuple(heads.at(step, moh.activation_schedule_steps) for heads in layers)
 
 
 def active_counts(active: int | Sequence[int] | str, heads: int, layers: int) -> Sequence[int]:

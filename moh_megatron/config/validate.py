@@ -27,6 +27,7 @@ def violations(config: Config) -> list[Violation]:
         *_batch(config),
         *_optimizer(config),
         *_data(config),
+        *_evaluate(config),
     ]
 
 
@@ -223,6 +224,20 @@ def _data(config: Config) -> Iterator[Violation]:
             "data.validation_fraction",
             "data.validation_fraction must be greater than 0 with data.ngram_baselines, which measures held-out text. "
             "Got 0.",
+        )
+
+
+def _evaluate(config: Config) -> Iterator[Violation]:
+    suite, interval = config.evaluate.suite, config.evaluate.interval
+    if suite is not None and not interval:
+        yield Violation(
+            "evaluate.interval",
+            "evaluate.interval must be the steps between evaluations with evaluate.suite. Got 0, which is never.",
+        )
+    if suite is None and interval:
+        yield Violation(
+            "evaluate.suite",
+            f"evaluate.suite must name a file as in configs/eval with evaluate.interval ({interval}). Got null.",
         )
 
 

@@ -30,8 +30,8 @@ class Comparison:
     better: int
     """Questions on which the first model scores higher."""
     worse: int
-    p_value: float
-    """Two-sided: how often chance alone makes a difference as large."""
+    p_value: float | None
+    """Two-sided: how often chance alone makes a difference as large. None for a single question."""
 
 
 def read_questions(folder: Path) -> dict[Key, float]:
@@ -69,17 +69,22 @@ def _compared(task: str, keys: Sequence[Key], first: Mapping[Key, float], second
     better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
     mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    if all(each in (-1.0, 0.0, 1.0) for each in differences):
-        p_value = mcnemar(better, worse)
-    elif not error:
-        p_value = 1.0 if mean == 0 else 0.0
-    else:
-        p_value = 2 * statistics.NormalDist().cdf(-abs(mean) / error)
+    p_value = _p_value(differences, better, worse) if len(differences) > 1 else None
     return Comparison(task, len(keys), mean, error, better, worse, p_value)
+
+
+def _p_value(differences: Sequence[float], better: int, worse: int) -> float:
+    """McNemar's exact test of scores that are right or wrong, else a paired t-test; without a spread to hold a
+    difference against, signs alone."""
+    if all(each in (-1.0, 0.0, 1.0) for each in differences) or len(set(differences)) == 1:
+        return mcnemar(better, worse)
+    from scipy import stats  # comes with lm-eval, whose results these are; reports do without
+
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def mcnemar(better: int, worse: int) -> float:
     """Exact two-sided p-value of so many discordant pairs under an even chance for either side."""
-    discordant = better + worse
-    tail = sum(math.comb(discordant, each) for each in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    from scipy import stats
+
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0

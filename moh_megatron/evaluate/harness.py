@@ -5,10 +5,11 @@ An exported folder is judged by lm-eval's own class for Transformers, a checkpoi
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +32,8 @@ from moh_megatron.evaluate.subject import Subject
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.model.generation import continue_text
 
+_LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
+"""By what a metric divides a choice's log-likelihood; all others by nothing."""
 _STRIDE = 16
 """Tokens that are generated between looks for a text to stop at."""
 
@@ -66,15 +69,17 @@ def harness_version() -> str:
     return version("lm-eval")
 
 
-def check_tasks(suite: Suite, manager: TaskManager | None = None) -> None:
-    """Raise UserError for a task that lm-eval does not know, and for data that are not installed."""
-    known = set((manager or TaskManager()).all_tasks)
+def find_tasks(suite: Suite) -> TaskManager:
+    """What lm-eval knows. Raises UserError for a task that it does not, and for data that are not installed."""
+    manager = TaskManager()
+    known = set(manager.all_tasks)
     for task in suite.tasks:
         if task.task not in known:
-            near = sorted(name for name in known if task.task.split("_")[0] in name)[:5]
+            near = difflib.get_close_matches(task.task, sorted(known), n=5)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise UserError(f"{suite.name}: {task.task}: lm-eval {harness_version()} knows no such task{hint}.")
         suite.data_folder(task)
+    return manager
 
 
 def language_model(subject: Subject, batch_size: int) -> LM:
@@ -91,31 +96,46 @@ def language_model(subject: Subject, batch_size: int) -> LM:
     return CheckpointLM(subject, batch_size)
 
 
-def run_task(model: LM, suite: Suite, task: Task, limit: int | None) -> tuple[Score, list[Question]]:
+def run_task(
+    model: LM, suite: Suite, task: Task, limit: int | None, manager: TaskManager
+) -> tuple[Score, list[Question]]:
     """One task, ``limit`` questions of it (of each member of a group), all where None.
 
     Raises UserError where its data cannot be reached or it has no such metric.
     """
-    manager = TaskManager()
-    try:
-        with _specification(suite, task, manager) as specification:
-            evaluate: Any = lm_eval.simple_evaluate
-            results = evaluate(
-                model=model,
-                tasks=[specification],
-                num_fewshot=task.shots,
-                limit=limit,
-                bootstrap_iters=0,
-                task_manager=manager,
-                log_samples=True,
-            )
-    except (OSError, ValueError) as error:  # ConnectionError and datasets' own are among them
-        raise UserError(f"{task.task}: its evaluation set cannot be reached or read: {_first_line(error)}") from error
+    loaded = _loaded(suite, task, manager)
+    groups, members = loaded["groups"], loaded["tasks"]
+    evaluate: Any = lm_eval.simple_evaluate
+    results = evaluate(
+        model=model,
+        tasks=[groups[task.task]] if task.task in groups else [*members.values()],
+        num_fewshot=task.shots,
+        limit=limit,
+        bootstrap_iters=0,
+        task_manager=manager,
+        log_samples=True,
+    )
     of_task = (results.get("groups") or {}).get(task.task) or results["results"][task.task]
     if task.column not in of_task:
         raise UserError(f"{task.task}: has no metric {task.metric}. It has {', '.join(_metrics(of_task))}.")
-    questions = list(_questions(results["samples"], task))
+    questions = list(_questions(results["samples"], task, members))
     return _score(task, of_task[task.column], questions), questions
+
+
+def _loaded(suite: Suite, task: Task, manager: TaskManager) -> Any:
+    """The task with its data, of a group all of them."""
+    try:
+        with _specification(suite, task, manager) as specification:
+            return manager.load([specification])
+    except UserError:
+        raise
+    except Exception as error:  # datasets and the hub raise all kinds: for one task there is no reason to lose the rest
+        hint = ""
+        if "scripts are no longer supported" in str(error):
+            hint = " Name a copy without one as settings: {dataset_path: COPY} in the suite."
+        raise UserError(
+            f"{task.task}: its evaluation set cannot be reached or read: {_first_line(error)}{hint}"
+        ) from error
 
 
 @contextmanager
@@ -161,8 +181,11 @@ def _data_settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def _questions(samples: dict[str, list[dict[str, Any]]], task: Task) -> Iterator[Question]:
+def _questions(
+    samples: Mapping[str, list[dict[str, Any]]], task: Task, members: Mapping[str, Any]
+) -> Iterator[Question]:
     metric, _, chosen_filter = task.column.partition(",")
+    length = _LENGTHS.get(metric, lambda choice: 1)
     for member, questions in samples.items():
         for sample in questions:
             if sample.get("filter", "none") == chosen_filter and metric in sample:
@@ -170,16 +193,21 @@ def _questions(samples: dict[str, list[dict[str, Any]]], task: Task) -> Iterator
                     member,
                     sample["doc_id"],
                     sample["doc_hash"],
-                    _answer(sample["filtered_resps"]),
+                    _answer(sample, members[member], length),
                     float(sample[metric]),
                 )
 
 
-def _answer(responses: list[Any]) -> str:
-    if all(isinstance(each, list | tuple) and len(each) == 2 for each in responses):
-        likelihoods = [float(each[0]) for each in responses]
-        return str(likelihoods.index(max(likelihoods))) if len(likelihoods) > 1 else str(responses[0][1])
-    return str(responses[0])
+def _answer(sample: Mapping[str, Any], task: Any, length: Callable[[str], int]) -> str:
+    """The number of the choice with the greatest log-likelihood over its length, or what was written."""
+    responses: list[Any] = sample["filtered_resps"]
+    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in responses):
+        return str(responses[0])
+    if len(responses) == 1:
+        return str(responses[0][1])
+    lengths = map(length, task.doc_to_choice(sample["doc"]))
+    scores = [float(each[0]) / each_length for each, each_length in zip(responses, lengths, strict=True)]
+    return str(scores.index(max(scores)))
 
 
 def _first_line(error: Exception) -> str:
@@ -199,8 +227,17 @@ class CheckpointLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self._end
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it: as in lm-eval's class for Transformers."""
+        begin = self._tokenizer.bos_token_id
+        return self._end if begin is None else begin
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """As lm-eval's class for Transformers: with the special tokens the tokenizer adds by itself."""
+        """As lm-eval's class for Transformers: with the special tokens the tokenizer adds by itself, unless the text
+        begins with one."""
+        if add_special_tokens is None and string.startswith(self._tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self._tokenizer.encode(string, **options)
 
@@ -250,8 +287,10 @@ class CheckpointLM(TemplateLM):
             raise UserError(f"{self._subject.path}: a checkpoint generates greedily only; evaluate an exported folder.")
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
-        longest = int(options.get("max_gen_toks", 256))
-        prompt = self.tok_encode(context)[-(self._subject.context - longest) :]
+        longest, room = int(options.get("max_gen_toks", 256)), self._subject.context
+        if longest >= room:
+            longest = max(1, room // 2)
+        prompt = self.tok_encode(context)[-max(1, room - longest) :]
         tokens: list[int] = []
         while len(tokens) < longest:
             new = continue_text(

@@ -14,6 +14,11 @@ from moh_megatron.monitor.records import write_json
 RESULTS, TABLE = "results.json", "results.md"
 MEASURED, PUBLISHED, NOT_RUN = "measured here", "published", "not run"
 """What a number is."""
+NOTHING_HELD_OUT = "No text is held out: data.validation_fraction is 0."
+VALIDATION_COLUMNS = ("validation source", "nats a token", "perplexity", "sequences")
+TASK_COLUMNS = ("task", "shots", "metric", "questions", "this model, %", "what it is")
+AVERAGE_COLUMNS = ("model", "average, %", "what it is")
+COMPARISON_COLUMNS = ("task", "questions", "difference, %", "better / worse", "p")
 
 
 def write_results(folder: Path, found: dict[str, Any], questions: Sequence[dict[str, Any]]) -> str:
@@ -38,26 +43,31 @@ def markdown(found: dict[str, Any]) -> str:
     trained = f", step {model['step']:,}, {model['tokens']:,} tokens" if model["step"] is not None else ""
     parts = [f"# {model['path']}\n\n{model['kind']}{trained}, computed in {found['dtype']}\n"]
     if "validation" in found:
-        rows = [
-            (name, with_error(each["loss"], each["standard_error"], 4), f"{each['perplexity']:.2f}", each["sequences"])
-            for name, each in found["validation"]["sources"].items()
-        ]
-        parts.append(table(("validation source", "nats a token", "perplexity", "sequences"), rows))
+        rows = validation_rows(found["validation"])
+        parts.append(table(VALIDATION_COLUMNS, rows) if rows else f"{NOTHING_HELD_OUT}\n")
     if "suite" in found:
         suite = found["suite"]
         limit = f"; the first {suite['limit']} questions of each" if suite["limit"] else ""
         parts.append(f"## {suite['name']}: {suite['description']}{limit}\n")
-        parts.append(table(("task", "shots", "metric", "questions", "this model, %", "what it is"), _tasks(suite)))
-        parts.append(table(("model", "average, %", "what it is"), averages(suite)))
+        parts.append(table(TASK_COLUMNS, task_rows(suite)))
+        parts.append(table(AVERAGE_COLUMNS, averages(suite)))
     if "comparison" in found:
         comparison = found["comparison"]
         parts.append(f"## Against {comparison['against']}, question by question\n")
-        head = ("task", "questions", "difference, %", "better / worse", "p")
-        parts.append(table(head, _compared(comparison["tasks"])))
+        parts.append(table(COMPARISON_COLUMNS, compared_rows(comparison["tasks"])))
     return "\n".join(parts)
 
 
-def _tasks(suite: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+def validation_rows(validation: dict[str, Any]) -> list[tuple[object, ...]]:
+    """A row a source, with ``VALIDATION_COLUMNS``."""
+    return [
+        (name, with_error(each["loss"], each["standard_error"], 4), f"{each['perplexity']:.2f}", each["sequences"])
+        for name, each in validation["sources"].items()
+    ]
+
+
+def task_rows(suite: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    """A row a task, with ``TASK_COLUMNS``."""
     for each in suite["tasks"]:
         what = (each["task"], each["shots"], each["metric"])
         if "not_run" in each:
@@ -77,7 +87,7 @@ def average(suite: dict[str, Any]) -> tuple[float, float | None] | None:
 
 
 def averages(suite: dict[str, Any]) -> Iterator[tuple[object, ...]]:
-    """This model's average, then the published ones."""
+    """This model's average, then the published ones, with ``AVERAGE_COLUMNS``."""
     own = average(suite)
     if own is None:
         run = sum("not_run" not in each for each in suite["tasks"])
@@ -88,7 +98,8 @@ def averages(suite: dict[str, Any]) -> Iterator[tuple[object, ...]]:
         yield each["model"], f"{each['average']:.1f}", f"{PUBLISHED}: {each['source']}"
 
 
-def _compared(tasks: Iterable[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+def compared_rows(tasks: Iterable[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """A row a task, with ``COMPARISON_COLUMNS``."""
     for each in tasks:
         difference = ("+" if each["difference"] > 0 else "") + percent(each["difference"], each["standard_error"])
         yield (
@@ -96,7 +107,7 @@ def _compared(tasks: Iterable[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
             each["questions"],
             difference,
             f"{each['better']} / {each['worse']}",
-            f"{each['p_value']:.3g}",
+            "" if each["p_value"] is None else f"{each['p_value']:.3g}",
         )
 
 

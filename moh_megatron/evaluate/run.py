@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,36 +17,47 @@ from moh_megatron.config.schema import Config
 from moh_megatron.evaluate.compare import compare, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, write_results
 from moh_megatron.evaluate.subject import Subject, find_model, open_subject, training_config
-from moh_megatron.evaluate.suite import Suite, load_suite
+from moh_megatron.evaluate.suite import Suite, Task, load_suite
 from moh_megatron.evaluate.validation import validation_loss
 
 
 def evaluate(arguments: Namespace) -> None:
     """What ``pipelines/evaluate.py`` does with its arguments.
 
-    Raises UserError, before anything is measured; Fault at the end, where a task could not be run.
+    What is measured is written at once, task by task. Raises UserError, before anything is measured; Fault at the end,
+    where a task could not be run or nothing is left to compare.
     """
     path = find_model(arguments.model)
     config = _training_config(arguments, path)
-    suite = _checked_suite(arguments)
+    _check(arguments)
+    checked = checked_suite(arguments.suite) if arguments.suite is not None else None
     other = read_questions(arguments.against) if arguments.against is not None else None
     subject = open_subject(path, _device(arguments.device), arguments.dtype)
+    folder = arguments.out or default_folder(path)
     found: dict[str, Any] = {"model": subject.described(), "dtype": arguments.dtype, "software": _software()}
+    questions: list[dict[str, Any]] = []
     if config is not None:
         found["validation"] = validation_loss(subject, config)
-    questions: list[dict[str, Any]] = []
-    if suite is not None:
-        found["suite"], questions = _run_suite(subject, suite, arguments.limit, arguments.batch_size)
+        write_results(folder, found, questions)
+    complaints: list[str] = []
+    if checked is not None:
+        found["suite"] = section = _section(checked[0], arguments.limit)
+        for number, (task, answered) in enumerate(_tasks(subject, *checked, arguments.limit, arguments.batch_size)):
+            section["tasks"][number] = task
+            questions += answered
+            complaints += [f"not run: {task['not_run']}"] if "not_run" in task else []
+            write_results(folder, found, questions)
     if other is not None:
         own = {key_of(each): each["score"] for each in questions}
-        comparisons = [asdict(each) for each in compare(own, other)]
-        found["comparison"] = {"against": str(arguments.against), "tasks": comparisons}
-    folder = arguments.out or default_folder(path)
+        try:
+            comparisons = [asdict(each) for each in compare(own, other)]
+            found["comparison"] = {"against": str(arguments.against), "tasks": comparisons}
+        except UserError as error:
+            complaints.append(str(error))
     print(write_results(folder, found, questions))
     print(f"results: {folder / RESULTS}")
-    missing = [each for each in found.get("suite", {}).get("tasks", ()) if "not_run" in each]
-    if missing:
-        raise Fault("\n".join(f"not run: {each['not_run']}" for each in missing))
+    if complaints:
+        raise Fault("\n".join(complaints))
 
 
 def default_folder(path: Path) -> Path:
@@ -65,49 +77,54 @@ def _training_config(arguments: Namespace, path: Path) -> Config | None:
     return None
 
 
-def _checked_suite(arguments: Namespace) -> Suite | None:
-    if arguments.suite is None:
-        if arguments.against is not None:
-            raise UserError("--against compares answers to tasks, and needs --suite.")
-        return None
+def _check(arguments: Namespace) -> None:
+    if arguments.suite is None and arguments.against is not None:
+        raise UserError("--against compares answers to tasks, and needs --suite.")
     for name in ("limit", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
-    suite = load_suite(arguments.suite)
+
+
+def checked_suite(path: Path) -> tuple[Suite, Any]:
+    """The suite, and lm-eval's manager of tasks, which knows all of them. Raises UserError where it does not."""
+    suite = load_suite(path)
     try:
-        from moh_megatron.evaluate.harness import check_tasks
+        from moh_megatron.evaluate.harness import find_tasks
     except ModuleNotFoundError as error:
         raise UserError(f"--suite needs {error.name}. Run: pip install '.[eval]'") from None
-    check_tasks(suite)
-    return suite
+    return suite, find_tasks(suite)
 
 
-def _run_suite(
-    subject: Subject, suite: Suite, limit: int | None, batch_size: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The section ``suite`` of results.json, and every question."""
-    from moh_megatron.evaluate.harness import language_model, run_task
-
-    model = language_model(subject, batch_size)
-    tasks: list[dict[str, Any]] = []
-    questions: list[dict[str, Any]] = []
-    for task in suite.tasks:
-        try:
-            score, answered = run_task(model, suite, task, limit)
-        except UserError as error:
-            tasks.append({"task": task.task, "shots": task.shots, "metric": task.metric, "not_run": str(error)})
-            continue
-        tasks.append(asdict(score))
-        questions += [{"of": task.task, **asdict(each)} for each in answered]
-    section = {
+def _section(suite: Suite, limit: int | None) -> dict[str, Any]:
+    """``suite`` of results.json, before any task."""
+    return {
         "name": suite.name,
         "description": suite.description,
         "limit": limit,
-        "tasks": tasks,
+        "tasks": [_not_run(task, "its turn has not come") for task in suite.tasks],
         "published": [asdict(each) for each in suite.published],
     }
-    return section, questions
+
+
+def _not_run(task: Task, why: str) -> dict[str, Any]:
+    return {"task": task.task, "shots": task.shots, "metric": task.metric, "not_run": why}
+
+
+def _tasks(
+    subject: Subject, suite: Suite, manager: Any, limit: int | None, batch_size: int
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Of each task what stands in results.json, and its questions."""
+    from moh_megatron.evaluate.harness import language_model, run_task
+
+    model = language_model(subject, batch_size)
+    for task in suite.tasks:
+        try:
+            score, answered = run_task(model, suite, task, limit, manager)
+        except UserError as error:
+            yield _not_run(task, str(error)), []
+        else:
+            yield asdict(score), [{"of": task.task, **asdict(each)} for each in answered]
 
 
 def _device(name: str) -> torch.device:

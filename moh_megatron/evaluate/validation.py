@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moh_megatron.config.blend import shares_until
+from moh_megatron.config.blend import mean_by_shares
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import validation_batches
@@ -34,7 +34,8 @@ class SourceLoss:
 
 
 def validation_loss(subject: Subject, config: Config) -> dict[str, Any]:
-    """``loss``: the sources' losses by their shares of the last step; ``sources``: each of them, with its error.
+    """``loss``: the sources' losses by their shares at the model's step, None where no text is held out; ``sources``:
+    each of them, with its error.
 
     The data are those ``config`` names, train.eval_samples sequences of each source.
     Raises UserError where they cannot be read or another tokenizer encoded them.
@@ -51,8 +52,8 @@ def validation_loss(subject: Subject, config: Config) -> dict[str, Any]:
     end_of_document = tokenizer.eod if config.data.document_mask else None
     datasets = build_validation_datasets(config, data, tokenizer)
     losses = {name: _of_source(subject, dataset, config, name, end_of_document) for name, dataset in datasets.items()}
-    shares = shares_until(config, config.train.steps)[-1][1]
-    loss = sum(shares[name] * each.loss for name, each in losses.items())
+    step = config.train.steps if subject.step is None else subject.step
+    loss = mean_by_shares(config, step, {name: each.loss for name, each in losses.items()})
     return {"loss": loss, "sources": {name: asdict(each) for name, each in losses.items()}}
 
 

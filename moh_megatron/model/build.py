@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.heads import heads_after, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.dtypes import DTYPES
@@ -113,23 +113,34 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     return built
 
 
+def attention_backends(config: Config, device: torch.device, step: int | None = None) -> list[list[str]]:
+    """Of each layer, what computes attention on each tensor-parallel rank, of one document as long as a sequence.
+
+    ``auto`` as it resolves for the shares that are expected after ``step`` steps of the activation schedule (None: of
+    the finished one).
+    """
+    model, moh, tensor = config.model, config.moh, config.parallel.tensor
+    if moh.fixed_backend is not None:
+        return [[moh.fixed_backend] * tensor] * model.num_layers
+    layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
+    length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
+    return [
+        [
+            choose_backend(length=length, share=load * tensor / heads.count, dtype=dtype, device=device)
+            for load in layout.expected_load(heads.shared, heads.active, tensor)
+        ]
+        for heads in heads_after(model, moh, step)
+    ]
+
+
 def attention_backend(config: Config, device: torch.device) -> str:
-    """The backend that computes attention in training; ``auto`` as it resolves for the shares that are expected.
+    """The backend that computes attention in training, when the activation schedule has run out.
 
     Layers and tensor-parallel ranks whose shares differ may take different ones: all are named then.
     """
-    moh = config.moh
-    if moh.fixed_backend is not None:
-        return moh.fixed_backend
-    model, tensor = config.model, config.parallel.tensor
-    layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
-    shares = {
-        load * tensor / heads.count
-        for heads in layer_heads(model, moh)
-        for load in layout.expected_load(heads.shared, heads.active, tensor)
-    }
-    length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
-    backends = sorted({choose_backend(length=length, share=each, dtype=dtype, device=device) for each in shares})
+    if config.moh.fixed_backend is not None:
+        return config.moh.fixed_backend
+    backends = sorted({each for layer in attention_backends(config, device) for each in layer})
     named = " or ".join(backends) + (", by the heads of a layer and rank" if len(backends) > 1 else "")
     return f"{named}, dense where documents are short" if config.data.document_mask and named != "dense" else named
 

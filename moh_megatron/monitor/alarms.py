@@ -32,82 +32,107 @@ class Signs:
     """As ``Vitals.busy``."""
 
 
+@dataclass(frozen=True)
+class _Alarm:
+    where: object
+    """Whose: another means the alarm has changed."""
+    message: str
+
+
 class Alarms:
-    """Holds each interval against the thresholds; ``balance_key`` is what the user raises for a more even load."""
+    """Holds each interval against the thresholds; ``balance_key`` is what the user raises for a more even load.
+
+    A kind about which an interval tells nothing stays as it was.
+    """
 
     def __init__(self, config: MonitorConfig, balance_key: str = "moh.balance_coefficient") -> None:
         self._config = config
         self._balance_key = balance_key
-        self._active: dict[str, tuple[object, str]] = {}
+        self._active: dict[str, _Alarm] = {}
         self._rates: deque[float] = deque(maxlen=_RATES)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._busy: deque[Sequence[float]] = deque(maxlen=_RECENT)
 
     def check(self, signs: Signs) -> list[str]:
         """What has begun, changed or ended with this interval; nothing about what goes on as it was."""
-        now = {kind: (where, message) for kind, where, message in self._found(signs)}
-        before, self._active = self._active, now
-        messages = [message for kind, (where, message) in now.items() if kind not in before or before[kind][0] != where]
-        return messages + [f"{OVER}{message}" for kind, (_, message) in before.items() if kind not in now]
+        begun, ended = [], []
+        for kind, alarm in self._judged(signs):
+            before = self._active.pop(kind, None)
+            if alarm is not None:
+                self._active[kind] = alarm
+                if before is None or before.where != alarm.where:
+                    begun.append(alarm.message)
+            elif before is not None:
+                ended.append(f"{OVER}{before.message}")
+        return begun + ended
 
-    def _found(self, signs: Signs) -> Iterator[tuple[str, object, str]]:
-        """(kind, where, message) of all that is wrong."""
+    def _judged(self, signs: Signs) -> Iterator[tuple[str, _Alarm | None]]:
+        """Each kind that is watched and that ``signs`` tell about: what is wrong, None where nothing is."""
         config = self._config
         if config.alarm_dead_heads is not None and signs.heads is not None:
-            dead = signs.heads.below(config.alarm_dead_heads)
-            if dead:
-                yield (
-                    "dead",
-                    dead,
-                    f"dead heads: {_places(dead)} with less than {config.alarm_dead_heads:g} of the fair load "
-                    f"(monitor.alarm_dead_heads). Raise {self._balance_key}, or lower optimizer.learning_rate.",
-                )
-        if config.alarm_entropy is not None:
-            entropies = list(enumerate(signs.observed.get("entropy", ())))
-            low = [layer for layer, entropy in entropies if entropy < config.alarm_entropy]
-            if low:
-                yield (
-                    "entropy",
-                    low,
-                    f"entropy collapse: the routers of {_layers(low)} are surer than {config.alarm_entropy:g} of an "
-                    "even choice's entropy (monitor.alarm_entropy). Raise moh.z_loss_coefficient or "
-                    f"{self._balance_key}.",
-                )
-        excess = signs.balance_excess
-        if config.alarm_balance is not None and excess is not None and not abs(excess) <= config.alarm_balance:
-            yield (
-                "balance",
-                None,
-                f"balance loss out of range: it is {excess:.2f} of the way from an even load to the same heads for "
-                f"every token, not within {config.alarm_balance:g} (monitor.alarm_balance). Raise "
-                f"{self._balance_key}.",
-            )
-        yield from self._slow(signs)
-
-    def _slow(self, signs: Signs) -> Iterator[tuple[str, object, str]]:
-        config = self._config
-        self._rates.append(signs.tokens_per_second)
+            yield "dead", self._dead(signs.heads, config.alarm_dead_heads)
+        if config.alarm_entropy is not None and "entropy" in signs.observed:
+            yield "entropy", self._sure(signs.observed["entropy"], config.alarm_entropy)
+        if config.alarm_balance is not None and signs.balance_excess is not None:
+            yield "balance", self._uneven(signs.balance_excess, config.alarm_balance)
+        self._recent.append(signs.tokens_per_second)
+        if "mfu" not in self._active:  # or what is slow would become usual, and the alarm end by itself
+            self._rates.append(signs.tokens_per_second)
         if config.alarm_mfu_drop is not None and len(self._rates) >= 2 * _RECENT:
-            rates = list(self._rates)
-            usual, recent = statistics.median(rates), statistics.median(rates[-_RECENT:])
-            if recent < (1 - config.alarm_mfu_drop) * usual:
-                yield (
-                    "mfu",
-                    None,
-                    f"MFU drop: {recent:,.0f} tokens a second in the last {_RECENT} intervals, usually {usual:,.0f}; "
-                    f"more than {config.alarm_mfu_drop:.0%} less (monitor.alarm_mfu_drop). Look at time/ in "
-                    "TensorBoard for the part that grew.",
-                )
+            yield "mfu", self._slow(config.alarm_mfu_drop)
         self._busy.append(signs.busy)
         if config.alarm_slow_rank is not None and len(signs.busy) > 1 and len(self._busy) == _RECENT:
-            rank, ratio = slowest_over_median([statistics.median(each) for each in zip(*self._busy, strict=True)])
-            if math.isfinite(ratio) and ratio > config.alarm_slow_rank:
-                yield (
-                    "slow",
-                    rank,
-                    f"slowest rank: rank {rank} takes {ratio:.2f} times the median's time for data and forward pass in "
-                    f"the last {_RECENT} intervals, more than {config.alarm_slow_rank:g} (monitor.alarm_slow_rank). "
-                    "Look at its node's disk, clocks and temperature.",
-                )
+            yield "slow", self._slowest(config.alarm_slow_rank)
+
+    def _dead(self, heads: HeadFigures, threshold: float) -> _Alarm | None:
+        dead = heads.below(threshold)
+        if not dead:
+            return None
+        return _Alarm(
+            dead,
+            f"dead heads: {_places(dead)} with less than {threshold:g} of the fair load (monitor.alarm_dead_heads). "
+            f"Raise {self._balance_key}, or lower optimizer.learning_rate.",
+        )
+
+    def _sure(self, entropies: Sequence[float], threshold: float) -> _Alarm | None:
+        low = [layer for layer, entropy in enumerate(entropies) if entropy < threshold]
+        if not low:
+            return None
+        return _Alarm(
+            low,
+            f"entropy collapse: the routers of {_layers(low)} are surer than {threshold:g} of an even choice's entropy "
+            f"(monitor.alarm_entropy). Raise moh.z_loss_coefficient or {self._balance_key}.",
+        )
+
+    def _uneven(self, excess: float, threshold: float) -> _Alarm | None:
+        if abs(excess) <= threshold:
+            return None
+        return _Alarm(
+            None,
+            f"balance loss out of range: it is {excess:.2f} of the way from an even load to the same heads for every "
+            f"token, not within {threshold:g} (monitor.alarm_balance). Raise {self._balance_key}.",
+        )
+
+    def _slow(self, drop: float) -> _Alarm | None:
+        usual, recent = statistics.median(self._rates), statistics.median(self._recent)
+        if recent >= (1 - drop) * usual:
+            return None
+        return _Alarm(
+            None,
+            f"MFU drop: {recent:,.0f} tokens a second in the last {_RECENT} intervals, usually {usual:,.0f}; more than "
+            f"{drop:.0%} less (monitor.alarm_mfu_drop). Look at time/ in TensorBoard for the part that grew.",
+        )
+
+    def _slowest(self, threshold: float) -> _Alarm | None:
+        rank, ratio = slowest_over_median([statistics.median(each) for each in zip(*self._busy, strict=True)])
+        if not (math.isfinite(ratio) and ratio > threshold):
+            return None
+        return _Alarm(
+            rank,
+            f"slowest rank: rank {rank} takes {ratio:.2f} times the median's time for data and forward pass in the "
+            f"last {_RECENT} intervals, more than {threshold:g} (monitor.alarm_slow_rank). Look at its node's disk, "
+            "clocks and temperature.",
+        )
 
 
 def _places(dead: Sequence[tuple[int, int]]) -> str:

@@ -29,6 +29,8 @@ class Vitals:
     """Seconds of data and forward pass, of each rank."""
     parameter_norm: float | None = None
     router_grad_norm: float | None = None
+    flops: FlopsPerToken | None = None
+    """Operations of a token."""
     bad_steps: int = 0
     """Of the run so far."""
     restarts: int = 0
@@ -38,15 +40,12 @@ class Board:
     """Names figures and hands them to a writer.
 
     Args:
-        flops: operations of a token.
         devices: that share the work.
         peak_tflops: of one of them; None leaves MFU out.
     """
 
-    def __init__(
-        self, writer: Writer, flops: FlopsPerToken | None = None, devices: int = 1, peak_tflops: float | None = None
-    ) -> None:
-        self._writer, self._flops, self._devices, self._peak = writer, flops, devices, peak_tflops
+    def __init__(self, writer: Writer, devices: int = 1, peak_tflops: float | None = None) -> None:
+        self._writer, self._devices, self._peak = writer, devices, peak_tflops
 
     def step(self, metrics: StepMetrics, loss: float) -> None:
         """Scalars of one step; ``loss`` is the total."""
@@ -74,10 +73,10 @@ class Board:
             values["optimizer/parameter_norm"] = vitals.parameter_norm
         if vitals.router_grad_norm is not None:
             values["optimizer/router_grad_norm"] = vitals.router_grad_norm
-        if self._flops is not None:
+        if vitals.flops is not None:
             rate = tokens_per_second / self._devices / 1e12
             for count in COUNTS:
-                tflops = getattr(self._flops, count).total * rate
+                tflops = getattr(vitals.flops, count).total * rate
                 values[f"throughput/tflops_{count}"] = tflops
                 if self._peak is not None:
                     values[f"throughput/mfu_{count}"] = tflops / self._peak
@@ -136,6 +135,10 @@ class Board:
 
     def alarm(self, messages: Sequence[str], step: int) -> None:
         self._writer.text("alarms", "\n\n".join(messages), step)
+
+    def flush(self) -> None:
+        """Show what was written."""
+        self._writer.flush()
 
     def describe(self, texts: Mapping[str, str], step: int) -> None:
         """What the run is, in words: configuration, version."""

@@ -6,23 +6,26 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-Series = tuple[str, list[tuple[float, float]]]
-"""A name, and (x, y) in order."""
+Series = tuple[str, list[tuple[float, float | None]]]
+"""A name, and (x, y) in order; None where nothing was measured."""
 
 _WIDTH, _HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
 _DASHES = ("", "7 4", "2 4", "10 3 2 3", "1 2", "12 5")
-_SHADES = ("#000000", "#0b5394", "#a61c00", "#38761d", "#674ea7", "#7f6000")
-_POINTS = 400
+_SHADES = ("#000000", "#0b5394", "#a61c00", "#38761d", "#674ea7")
+_MARKS = ("", "●", "■", "▲", "◆")
+"""From one round of dashes to the next; shades go round faster."""
+_POINTS, _MARKED = 400, 8
+"""Of a line, points at most, and marks."""
 
 
 def curves(title: str, unit: str, series: Sequence[Series]) -> str:
     """One chart of all ``series`` that hold two finite points or more; nothing where none does.
 
-    Lines differ in their dashes as well as in colour.
+    Lines differ in their dashes and marks, and in colour as well.
     """
-    shown = [(name, _thinned([(x, y) for x, y in points if math.isfinite(y)])) for name, points in series]
-    shown = [(name, points) for name, points in shown if len(points) > 1]
+    finite = [(name, [(x, y) for x, y in points if y is not None and math.isfinite(y)]) for name, points in series]
+    shown = [(name, _thinned(points)) for name, points in finite if len(points) > 1]
     if not shown:
         return ""
     xs, ys = ([point[axis] for _, points in shown for point in points] for axis in (0, 1))
@@ -46,12 +49,19 @@ def curves(title: str, unit: str, series: Sequence[Series]) -> str:
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">tokens</text>')
     keys = []
     for number, (name, points) in enumerate(shown):
-        style = f'stroke="{_SHADES[number % len(_SHADES)]}" stroke-dasharray="{_DASHES[number % len(_DASHES)]}"'
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        shade, mark = _SHADES[number % len(_SHADES)], _MARKS[number // len(_DASHES) % len(_MARKS)]
+        style = f'stroke="{shade}" stroke-dasharray="{_DASHES[number % len(_DASHES)]}"'
+        places = [place(*point) for point in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="curve" {style} points="{line}"/>')
+        if mark:
+            every = math.ceil(len(places) / _MARKED)
+            parts += [
+                f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{mark}</text>' for x, y in places[::every]
+            ]
         keys.append(
             f'<span class="key"><svg width="34" height="10"><line x1="0" x2="34" y1="5" y2="5" stroke-width="2" '
-            f"{style}/></svg>{escape(name)}</span>"
+            f"{style}/></svg>{mark} {escape(name)}</span>"
         )
     return (
         f'<figure><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 def known_peak(name: str) -> float | None:
     """bf16 TFLOP/s of the GPU that calls itself ``name``."""
-    return next((peak for known, peak in _PEAKS.items() if known in name), None)
+    return next((peak for known, peak in _PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -8,11 +8,12 @@ data.document_mask the attention part is an upper bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moh_megatron.config.count import router_weight_rows
-from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.heads import LayerHeads, heads_after
 from moh_megatron.config.schema import Config
 
 _MULTIPLY_ADD = 2
@@ -37,7 +38,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """All with the finished activation schedule's heads."""
+    """Of the heads a token uses at one step."""
 
     dense_equivalent: Flops
     """Of the dense twin: every head, no router. Model FLOPs as they are usually quoted."""
@@ -50,13 +51,20 @@ class FlopsPerToken:
 
 def skips_heads(backend: str) -> bool:
     """Whether an attention backend leaves inactive heads out rather than masking them."""
-    return not backend.startswith("dense")
+    return backend != "dense"
 
 
-def flops_per_token(config: Config, backend: str, *, causal: bool = True) -> FlopsPerToken:
-    """``backend``: what computes attention, as ``model.build.attention_backend`` says."""
+Backends = str | Sequence[Sequence[str]]
+"""What computes attention: everywhere, or of each layer on each tensor-parallel rank, as
+``model.build.attention_backends`` says."""
+
+
+def flops_per_token(
+    config: Config, backends: Backends, *, step: int | None = None, causal: bool = True
+) -> FlopsPerToken:
+    """After ``step`` steps of the activation schedule; None: when it has run out."""
     head = _MULTIPLY_ADD * _WEIGHT * float(config.model.hidden_size * config.model.vocab_size)
-    layers = [*_layers(config, skips_heads(backend), causal)]
+    layers = [*_layers(config, backends, step, causal)]
     return FlopsPerToken(
         dense_equivalent=Flops(sum(each.dense for each in layers), head),
         active_heads=Flops(sum(each.active for each in layers), head),
@@ -71,16 +79,38 @@ class _Layer:
     executed: float
 
 
-def _layers(config: Config, skips: bool, causal: bool) -> Iterator[_Layer]:
+def computed_heads(config: Config, backends: Backends, step: int | None = None) -> list[float]:
+    """Of each layer, for how many heads a token's attention is computed, over all tensor-parallel ranks.
+
+    With data.document_mask auto masks short documents' heads, and their lengths are not known here: none counts as
+    skipped.
+    """
+    model, moh, tensor = config.model, config.moh, config.parallel.tensor
+    if isinstance(backends, str):
+        backends = [[backends] * tensor] * model.num_layers
+    unknown = config.data.document_mask and moh.fixed_backend is None
+    layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
+
+    def computed(heads: LayerHeads, of_layer: Sequence[str]) -> float:
+        skips = [skips_heads(backend) and not unknown for backend in of_layer]
+        if all(skips):
+            return heads.active
+        loads = layout.expected_load(heads.shared, heads.active, tensor)
+        return sum(load if skip else heads.count / tensor for load, skip in zip(loads, skips, strict=True))
+
+    return [computed(*each) for each in zip(heads_after(model, moh, step), backends, strict=True)]
+
+
+def _layers(config: Config, backends: Backends, step: int | None, causal: bool) -> Iterator[_Layer]:
     model, moh, recompute = config.model, config.moh, config.train.recompute
     head = model.hidden_size * model.head_dim
     shared_work = 2 * model.query_groups * head + 3 * model.hidden_size * model.ffn_hidden_size
     length = config.train.sequence_length
     core = model.head_dim * ((length + 1) / 2 if causal else length)
-    for heads in layer_heads(model, moh):
+    layers = heads_after(model, moh, step)
+    for heads, computed in zip(layers, computed_heads(config, backends, step), strict=True):
         router = model.hidden_size * sum(router_weight_rows(moh, heads).values())
         queries = heads.count if moh.enabled and moh.router == "query_norm" else heads.active
-        computed = heads.active if skips else heads.count
         # Fused attention computes the scores once more in its backward pass.
         weights, attention = _WEIGHT, _FORWARD + _BACKWARD + 1
         if recompute != "none":

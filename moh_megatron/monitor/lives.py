@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,10 @@ def begin_life(path: Path, start_step: int, **facts: Any) -> int:
     """Add a line; returns how many there were before. Raises OSError."""
     earlier = len(read_records(path))
     life = {"step": start_step, "time": time.time(), "code": code_version(), **facts}
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(life) + "\n")
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":  # a life was cut short while it wrote
+                stream.write(b"\n")
+        stream.write(json.dumps(life).encode() + b"\n")
     return earlier

@@ -15,14 +15,19 @@ _SKIPPED, _WARMING, _RECORDED = 2, 1, 3
 
 @contextlib.contextmanager
 def profiled(folder: Path | None, report: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """What is yielded is called after each step; the trace appears in ``folder`` (None: no profiling)."""
+    """What is yielded is called after each step; the trace appears in ``folder`` (None: no profiling). A
+    folder that cannot be written is a warning."""
     if folder is None:
         yield lambda: None
         return
     write = tensorboard_trace_handler(str(folder), worker_name="rank0")
 
     def ready(profiler: profile) -> None:
-        write(profiler)
+        try:
+            write(profiler)
+        except Exception as error:  # of any library: nothing that only shows a run may end it
+            report(f"warning: profile: {error}. Training goes on without it.")
+            return
         report(f"profile of {_RECORDED} steps: {folder}; see it with: tensorboard --logdir {folder}")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])

@@ -14,28 +14,25 @@ from moh_megatron.monitor.writer import Scalar
 
 
 class PrometheusFile:
-    """``path`` is replaced whole at each ``scalars``; what is no scalar has no place in it."""
+    """``path`` is replaced whole at each ``flush``; what is no scalar has no place in it."""
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
         self._label = run.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         self._values: dict[str, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
+        self.flush()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._values.update(values)
         self._values["step"] = step
-        self._write()
 
-    def _write(self) -> None:
+    def flush(self) -> None:
+        """Replace the file."""
         lines = []
         for tag, value in sorted(self._values.items()):
             name = "moh_" + re.sub(r"[^a-zA-Z0-9_]", "_", tag)
-            shown = (
-                repr(float(value)) if math.isfinite(value) else {"nan": "NaN", "inf": "+Inf"}.get(str(value), "-Inf")
-            )
-            lines += [f"# TYPE {name} gauge", f'{name}{{run="{self._label}"}} {shown}']
+            lines += [f"# TYPE {name} gauge", f'{name}{{run="{self._label}"}} {_shown(value)}']
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -52,11 +49,9 @@ class PrometheusFile:
     def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def flush(self) -> None:
-        """Nothing: the file is always whole."""
-
     def close(self) -> None:
-        """Nothing: the last values stay."""
+        """The last values stay."""
+        self.flush()
 
 
 def _shown(value: float) -> str:

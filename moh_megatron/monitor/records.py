@@ -13,18 +13,24 @@ from typing import Any
 from moh_megatron.config.errors import Fault, UserError
 
 
-def _complete_lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line and its record; None where it is broken."""
     with path.open("rb") as stream:
         for line in stream:
-            if not line.endswith(b"\n"):
-                return
             try:
-                record = json.loads(line)
+                record = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
-                return
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                return
-            yield line, record
+                record = None
+            whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+            yield line, record if whole else None
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Those before the first broken one: what a crash left may be out of order."""
+    for line, record in _lines(path):
+        if record is None:
+            return
+        yield line, record
 
 
 @contextlib.contextmanager
@@ -70,12 +76,14 @@ class StepRecords:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a file; none where there is no file."""
-    return [record for _, record in _complete_lines(path)] if path.exists() else []
+    """Every whole record of a file, broken lines left out; none where there is no file."""
+    return [record for _, record in _lines(path) if record is not None] if path.exists() else []
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_step(path: Path) -> int | None:

@@ -72,7 +72,8 @@ class RunFolder:
 
     @cached_property
     def _events(self) -> EventAccumulator:
-        events = EventAccumulator(str(self.path / "tensorboard"), size_guidance={"scalars": 2000, "images": 1})
+        sizes = {"scalars": 2000, "images": 1, "tensors": 0}  # 0 is all: no alarm may be missing
+        events = EventAccumulator(str(self.path / "tensorboard"), size_guidance=sizes)
         if (self.path / "tensorboard").is_dir():
             events.Reload()
         return events

@@ -19,11 +19,23 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._folder = str(folder)
-        # TensorBoard writes in a thread of its own, and raises again in the next call what went wrong there.
-        original = threading.excepthook
-        threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else original(args)
-        with naming(self._folder):
-            self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+        self._told_before, threading.excepthook = threading.excepthook, self._tell
+        try:
+            with naming(self._folder):
+                self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+        except BaseException:
+            self._tell_as_before()
+            raise
+
+    def _tell(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, and raises again in the next call what went wrong there."""
+        of_writer = type(args.thread).__module__.partition(".")[0] == "tensorboard"
+        if not (of_writer and issubclass(args.exc_type, OSError)):
+            self._told_before(args)
+
+    def _tell_as_before(self) -> None:
+        if threading.excepthook == self._tell:
+            threading.excepthook = self._told_before
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         with naming(self._folder):
@@ -56,5 +68,8 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        with naming(self._folder):
-            self._writer.close()
+        try:
+            with naming(self._folder):
+                self._writer.close()
+        finally:
+            self._tell_as_before()

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,23 +25,30 @@ class WeightsAndBiases:
             dir=str(run_dir),
             resume="allow",
         )
+        # W&B drops what is logged for a step below its newest, and an evaluation is of an earlier one: the step is a
+        # figure like others.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._log(dict(values), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         table = self._wandb.Table(columns=["step", "text"], data=[[step, text]])
-        self._run.log({tag: table}, step=step)
+        self._log({tag: table}, step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        self._run.log({tag: self._wandb.Image(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)}, step=step)
+        self._log({tag: self._wandb.Image(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)}, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        self._run.log({tag: self._wandb.Histogram(list(values))}, step=step)
+        self._log({tag: self._wandb.Histogram(list(values))}, step)
 
     def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
         self._run.config.update(dict(settings), allow_val_change=True)
         self._run.summary.update(dict(results))
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        self._run.log({**values, "step": step})
 
     def flush(self) -> None:
         """Nothing: it sends by itself."""

@@ -24,7 +24,7 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.heartbeat import Verdict, Verdicts
-from moh_megatron.train.preflight import preflight
+from moh_megatron.train.preflight import check_suite, preflight
 from moh_megatron.train.run_lock import RunLock
 from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
 from moh_megatron.train.world import PARENT_VARIABLE
@@ -151,6 +151,7 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
         if ranks < 1:
             raise UserError(f"--nproc-per-node must be at least 1. Got {ranks}.")
         preflight(config, ranks)
+        check_suite(config)
     except UserError as error:
         write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.checkpoint.saver import Saver
-from moh_megatron.config.blend import shares_until
+from moh_megatron.config.blend import mean_by_shares
 from moh_megatron.config.count import parameter_count
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
@@ -285,9 +285,7 @@ class _Training:
                 data_parallel_size=groups.data_group().size(),
             )
             losses[name] = validation_loss(module, batches, session.device, session.end_of_document)
-        shares = shares_until(self.config, max(self.step, 1))[-1][1]
-        share = sum(shares[name] for name in losses)
-        loss = sum(shares[name] * each for name, each in losses.items()) / share if share else None
+        loss = mean_by_shares(self.config, self.step, losses)
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
             if loss is not None:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.data.prepared import PreparedData, load_prepared
 from moh_megatron.evaluate.suite import load_suite
+
+_CHECK_SUITE = """
+import sys
+from pathlib import Path
+from moh_megatron.cli import exit_code
+from moh_megatron.evaluate.run import checked_suite
+sys.exit(exit_code(lambda: checked_suite(Path(sys.argv[1]))))
+"""
+
+
+def check_suite(config: Config) -> None:
+    """Raise UserError where lm-eval is missing or does not know a task of evaluate.suite, or data are not installed.
+
+    In a process of its own: lm-eval imports much that the launcher would then hold for as long as the run.
+    """
+    suite = config.evaluate.suite
+    if suite is None:
+        return
+    done = subprocess.run([sys.executable, "-c", _CHECK_SUITE, suite], capture_output=True, text=True, check=False)
+    if done.returncode:
+        (*_, last) = done.stderr.strip().splitlines() or ["it cannot be checked"]
+        raise UserError(f"evaluate.suite: {last.removeprefix('error: ')}")
 
 
 def preflight(config: Config, world_size: int) -> PreparedData:

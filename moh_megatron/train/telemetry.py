@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.load import dump_config
-from moh_megatron.model.build import attention_backend
+from moh_megatron.model.build import attention_backends
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED, RoutingObserver
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.alarms import OVER, Alarms, Signs
 from moh_megatron.monitor.board import Board, Vitals
 from moh_megatron.monitor.device import memory_bytes, peak_tflops
-from moh_megatron.monitor.flops import flops_per_token
+from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token
 from moh_megatron.monitor.heads import HeadFigures, balance_excess, head_figures
 from moh_megatron.monitor.lives import begin_life, code_version
 from moh_megatron.monitor.prometheus import PrometheusFile
@@ -93,7 +94,6 @@ class Telemetry:
             makers["the file for Prometheus"] = lambda: PrometheusFile(file, run_dir.name)
         board = Board(
             Writers(makers, self._tell),
-            flops_per_token(config, attention_backend(config, session.device)),
             session.world.size,
             monitor.peak_tflops or peak_tflops(session.device, config.train.precision),
         )
@@ -137,10 +137,15 @@ class Telemetry:
             router_grad_norm=None if router_norm is None else float(router_norm),
             bad_steps=self._bad_steps,
             restarts=self._restarts,
+            flops=self._flops(interval.steps[-1].step - 1),
         )
         if self.board:
             self._show(self.board, interval, vitals, step)
         return interval
+
+    def _flops(self, step: int) -> FlopsPerToken:
+        """Of a token, with the heads it used in the step after ``step``."""
+        return flops_per_token(self._config, attention_backends(self._config, self._session.device, step), step=step)
 
     def _of_each_rank(self, seconds: Mapping[str, float]) -> tuple[list[float], list[int]]:
         own = [seconds.get("data", 0.0) + seconds.get("forward", 0.0), float(memory_bytes(self._session.device))]
@@ -175,6 +180,7 @@ class Telemetry:
             self._tell(f"{'' if message.startswith(OVER) else 'warning: '}step {step}: {message}")
         if messages:
             board.alarm(messages, step)
+        board.flush()
 
     @property
     def _heads(self) -> list:
@@ -193,8 +199,7 @@ class Telemetry:
             settings: dict[str, Scalar] = {}
             for section, values in dataclasses.asdict(self._config).items():
                 for key, value in values.items():
-                    if isinstance(value, float | int | str | bool):
-                        settings[f"{section}.{key}"] = value
+                    settings[f"{section}.{key}"] = value if isinstance(value, Scalar) else json.dumps(value)
             self.board.finish(settings, {name: value for name, value in results.items() if value is not None})
 
     def close(self) -> None:

@@ -22,6 +22,13 @@ def told(spawn: Callable[[str, int], list[Any]]) -> list[dict[Any, Any]]:
     return spawn("telemetry", 2)
 
 
+def shown(told: list[dict[Any, Any]], case: str) -> EventAccumulator:
+    """What TensorBoard shows of a case."""
+    events = EventAccumulator(str(Path(told[0]["folder"]) / case / "tensorboard"))
+    events.Reload()
+    return events
+
+
 def by_hand(told: list[dict[Any, Any]], layout: str, case: str) -> torch.Tensor:
     """[L, N] tokens of the whole batch that used each head: replicas saw different rows, tensor-parallel ranks all."""
     counts = [torch.tensor(rank[layout, case]["by_hand"], dtype=torch.float64) for rank in told]
@@ -38,8 +45,7 @@ def test_loads_in_the_event_file_are_those_counted_by_hand(told: Any, layout: st
     assert counts.sum() == TOKENS * 5 * 2, "5 of 8 heads in two layers"
     for rank in told:
         assert torch.equal(rank[layout, recompute]["load"], counts / TOKENS)
-    events = EventAccumulator(str(Path(told[0]["folder"]) / f"{layout}_{recompute}"))
-    events.Reload()
+    events = shown(told, f"{layout}_{recompute}")
     for layer, heads in enumerate(counts.tolist()):
         for head, count in enumerate(heads):
             (event,) = events.Scalars(f"head_load/layer_{layer:02d}/head_{head:02d}")
@@ -70,12 +76,14 @@ def test_norms_route_without_alpha_or_z_loss(told: Any) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_head_that_was_made_dead_raises_the_alarm_in_its_interval(told: Any, layout: str) -> None:
-    (message,) = told[0][layout, "dead"]["alarms"]
-    assert message.startswith("dead heads: layer 0 head 5, layer 1 head 5 with less than 0.1 of the fair load")
-    assert "monitor.alarm_dead_heads" in message
+    (message,) = told[0][layout, "dead"]["told"]
+    found = "dead heads: layer 0 head 5, layer 1 head 5 with less than 0.1 of the fair load (monitor.alarm_dead_heads)"
+    assert message.startswith(f"warning: step 1: {found}")
+    assert told[1][layout, "dead"]["told"] == [], "told once"
     assert told[0][layout, "dead"]["load"][:, 5].tolist() == [0.0, 0.0]
-    events = EventAccumulator(str(Path(told[0]["folder"]) / f"{layout}_dead"))
-    events.Reload()
+    events = shown(told, f"{layout}_dead")
+    (alarm,) = events.Tensors("alarms/text_summary")
+    assert (alarm.step, alarm.tensor_proto.string_val[0].decode()[: len(found)]) == (1, found)
     assert events.Scalars("routing_dead_heads/layer_00")[0].value == pytest.approx(1 / 6)
 
 

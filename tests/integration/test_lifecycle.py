@@ -58,10 +58,16 @@ def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
 
 
 def test_two_replicas_are_one_run(uninterrupted: Run, new_run: NewRun) -> None:
-    """The same model and data at TP 1 x DP 2: every replica's data counts, in training and in validation."""
+    """The same model and data at TP 1 x DP 2: every replica's data counts, in training and in validation. That nothing
+    can be shown does not end it."""
     run = new_run()
+    run.folder.mkdir()
+    (run.folder / "tensorboard").write_text("a file where the folder should be")
     done = run.finish("parallel.tensor=1")
     assert done.returncode == 0, done.stdout + done.stderr
+    (warning,) = [line for line in (done.stdout + done.stderr).splitlines() if "warning: TensorBoard" in line]
+    assert str(run.folder / "tensorboard") in warning
+    assert warning.endswith("Training goes on without it.")
     losses, expected = ([record["lm_loss"] for record in each.records()] for each in (run, uninterrupted))
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)
     assert losses == pytest.approx(expected, rel=5e-3)

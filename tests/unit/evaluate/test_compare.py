@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.evaluate.compare import compare, mcnemar, read_questions
@@ -34,8 +36,19 @@ def test_two_models_question_by_question():
     assert of_a.p_value == 0.5
     assert of_a.standard_error == pytest.approx(math.sqrt(1 / 3) / 2)
     assert of_b.difference == pytest.approx(-1.6 / 3)
-    assert of_b.p_value < 1e-6
+    assert of_b.p_value == pytest.approx(stats.ttest_rel([0.5, 1.5, 2.5], [1.0, 2.0, 3.1]).pvalue)
     assert (both.task, both.questions) == ("all", 7)
+
+
+def test_too_few_questions_or_no_spread_prove_nothing():
+    (one,) = compare(scores("a", [0.5]), scores("a", [0.1]))
+    assert (one.p_value, one.standard_error) == (None, None)
+    (alike,) = compare(scores("a", [0.5, 0.5]), scores("a", [0.1, 0.1]))
+    assert alike.p_value == mcnemar(2, 0) == 0.5
+    (same,) = compare(scores("a", [0.5, 0.7]), scores("a", [0.5, 0.7]))
+    assert same.p_value == 1.0
+    found = {**result(), "comparison": {"against": "other", "tasks": [asdict(one)]}}
+    assert "| a | 1 | +40.0 | 1 / 0 |  |" in markdown(found)
 
 
 def test_only_shared_questions_count():
@@ -75,6 +88,11 @@ def test_what_was_not_run_is_no_number():
     text = markdown(found)
     assert "| b | 5 | acc |  |  | not run: b: cannot be reached |" in text
     assert "| this model |  | not run: 1 of 2 tasks were |" in text
+
+
+def test_no_text_held_out_is_said():
+    found = {"model": {"path": "m", "kind": "folder", "step": None}, "dtype": "fp32"}
+    assert "No text is held out" in markdown({**found, "validation": {"loss": None, "sources": {}}})
 
 
 def test_questions_that_are_not_there(tmp_path):

@@ -67,6 +67,25 @@ def test_the_rate_drops_and_comes_back():
     assert [message.split(":")[0] for message in found] == ["over"]
 
 
+def test_a_drop_that_lasts_does_not_end_by_itself():
+    alarms = Alarms(MonitorConfig())
+    rates = [100.0] * 20 + [50.0] * 200
+    assert len([message for rate in rates for message in alarms.check(signs(tokens_per_second=rate))]) == 1
+    found = [message for _ in range(5) for message in alarms.check(signs())]
+    assert [message.split(":")[0] for message in found] == ["over"]
+
+
+def test_an_interval_that_tells_nothing_about_a_kind_leaves_it_as_it_was():
+    alarms = Alarms(MonitorConfig())
+    dead = figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0])
+    bad = signs(heads=dead, observed={"entropy": [0.9, 0.01]}, balance_excess=0.9)
+    assert len(alarms.check(bad)) == 3
+    assert alarms.check(Signs(100.0)) == [], "a save between two intervals, or skipped steps"
+    assert alarms.check(bad) == []
+    ended = alarms.check(signs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.0))
+    assert [message.split(":")[0] for message in ended] == ["over"] * 3
+
+
 def test_one_slow_interval_is_no_drop():
     alarms = Alarms(MonitorConfig())
     rates = [100.0] * 20 + [1.0] + [100.0] * 5

@@ -72,7 +72,7 @@ def test_scalars_of_a_step(tmp_path):
 
 def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_path):
     flops = FlopsPerToken(Flops(4e9, 0.0), Flops(3e9, 0.0), Flops(5e9, 0.0))
-    board = board_in(tmp_path, flops=flops, devices=2, peak_tflops=100.0)
+    board = board_in(tmp_path, devices=2, peak_tflops=100.0)
     vitals = Vitals(
         seconds={"forward": 0.25, "step": 0.5},
         memory=[2**30, 2**31],
@@ -81,6 +81,7 @@ def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_p
         router_grad_norm=0.5,
         bad_steps=3,
         restarts=1,
+        flops=flops,
     )
     board.interval(tokens_per_second=2000.0, vitals=vitals, step=10)
     board.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model import core_attention
-from moh_megatron.model.build import build_model, moh_layers, token_losses
-from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token, skips_heads
+from moh_megatron.model.build import attention_backends, build_model, moh_layers, token_losses
+from moh_megatron.moh.balancing import follow_schedule
+from moh_megatron.monitor.flops import FlopsPerToken, computed_heads, flops_per_token, skips_heads
 
 Tiny = Callable[..., Config]
 HEAD = 6 * 32 * 96
@@ -116,8 +118,41 @@ def test_every_layer_counts_its_own_heads(tiny: Tiny) -> None:
 
 
 def test_names_of_backends() -> None:
-    assert [skips_heads(name) for name in ("dense", "cpu", "gathered, dense where documents are short")] == [
-        False,
-        True,
-        True,
-    ]
+    assert [skips_heads(name) for name in ("dense", "cpu", "gathered")] == [False, True, True]
+
+
+def test_what_counts_as_computed_is_what_a_running_model_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose shares differ take different backends, and the schedule's heads are not the final ones."""
+    computed: list[int] = []
+
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor, **unused: Any) -> torch.Tensor:
+        computed.append(active.numel())
+        return dense(q, k, v, active, **unused)
+
+    def skipping(kernel: Any, q: Any, k: Any, v: Any, active: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.append(int(active.sum()))
+        return ragged(kernel, q, k, v, active, *rest)
+
+    sparse_attention = import_module("moh_megatron.moh.sparse_attention")  # the package has a function of that name
+    dense, ragged = sparse_attention.dense_attention, sparse_attention.ragged_attention
+    monkeypatch.setattr(sparse_attention, "dense_attention", masked)
+    monkeypatch.setattr(sparse_attention, "ragged_attention", skipping)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    long = {"train.sequence_length": 512, "moh.active_heads": [3, 7], "moh.activation_schedule_steps": 4}
+    config, device, tokens = tiny(long), torch.device("cpu"), torch.randint(0, 96, (1, 513))
+    model = build_model(config).eval()
+    found = []
+    for step in (0, 2, 4):
+        computed.clear()
+        follow_schedule(moh_layers(model), step)
+        token_losses(model, tokens)
+        found.append([each / 512 for each in computed])
+        assert computed_heads(config, attention_backends(config, device, step), step) == found[-1]
+    assert found == [[8, 8], [6, 8], [3, 7]]
+    assert computed_heads(config, attention_backends(config, device)) == found[-1]
+    assert computed_heads(tiny({**long, "data.document_mask": True}), "cpu") == [8, 8], "short documents are masked"
+
+
+def test_a_rank_that_masks_its_heads_computes_all_of_them(tiny: Tiny) -> None:
+    config = tiny({"parallel.tensor": 2, "moh.shared_placement": "first"})  # 2 + 2 * 2 / 6 and 4 * 2 / 6 of 4 heads
+    assert computed_heads(config, [["cpu", "cpu"], ["dense", "cpu"]]) == pytest.approx([4, 4 + 4 / 3])

@@ -132,9 +132,10 @@ def test_write_exit_never_hides_the_error_it_reports(tmp_path):
 
 def test_what_json_has_no_number_for_becomes_null(tmp_path):
     records = StepRecords(tmp_path / "metrics.jsonl", 0)
-    records.write([{"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1}])
+    records.write([{"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "sources": {"a": math.nan}}])
     records.close()
-    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.1}]
+    read_back = {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "sources": {"a": None}}
+    assert read_records(tmp_path / "metrics.jsonl") == [read_back]
     assert read_records(tmp_path / "nothing.jsonl") == []
 
 

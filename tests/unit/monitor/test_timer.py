@@ -7,6 +7,8 @@ import torch
 
 from moh_megatron.monitor.device import known_peak, memory_bytes, peak_tflops
 from moh_megatron.monitor.lives import begin_life, code_version
+from moh_megatron.monitor.profile import profiled
+from moh_megatron.monitor.records import read_records
 from moh_megatron.monitor.timer import StepTimer
 
 
@@ -38,7 +40,10 @@ def test_gpus_that_are_known():
     assert known_peak("NVIDIA H100 80GB HBM3") == 989.0
     assert known_peak("NVIDIA H100 PCIe") == 756.0
     assert known_peak("NVIDIA A100-SXM4-40GB") == 312.0
+    assert known_peak("NVIDIA GH200 480GB") == 989.0
     assert known_peak("something else") is None
+    for longer in ("NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A10G", "NVIDIA A1000"):
+        assert known_peak(longer) is None, longer
     assert peak_tflops(torch.device("cpu"), "bf16") is None
     assert memory_bytes(torch.device("cpu")) > 2**20
 
@@ -49,3 +54,25 @@ def test_lives_are_counted(tmp_path):
     assert begin_life(path, 30, ranks=4) == 1
     assert [line.count('"step"') for line in path.read_text().splitlines()] == [1, 1]
     assert code_version()
+
+
+def test_a_life_that_was_cut_short_while_it_wrote_hides_no_later_one(tmp_path):
+    path = tmp_path / "lives.jsonl"
+    begin_life(path, 0)
+    with path.open("a") as stream:
+        stream.write('{"step": 10, "ti')
+    assert begin_life(path, 20) == 1
+    assert begin_life(path, 30) == 2
+    assert [life["step"] for life in read_records(path)] == [0, 20, 30]
+
+
+def test_a_profile_that_cannot_be_written_is_one_warning(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file")
+    said = []
+    with profiled(tmp_path / "tensorboard", said.append) as step:
+        for _ in range(8):
+            torch.ones(1).add(1)
+            step()
+    (warning,) = said
+    assert warning.startswith("warning: profile: ")
+    assert warning.endswith("Training goes on without it.")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,11 +55,34 @@ def test_a_full_disk_is_told_once(tmp_path):
     assert str(tmp_path) in warning
 
 
+def test_only_the_writer_s_own_thread_is_silenced_and_only_while_it_is_open(tmp_path, monkeypatch):
+    told = []
+    hook = told.append
+    monkeypatch.setattr(threading, "excepthook", hook)
+
+    def fail():
+        raise OSError("of somebody else")
+
+    writer = TensorBoard(tmp_path, 0)
+    other = threading.Thread(target=fail)
+    other.start()
+    other.join()
+    assert [str(each.exc_value) for each in told] == ["of somebody else"]
+    writer.close()
+    assert threading.excepthook is hook
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        TensorBoard(tmp_path / "file" / "tensorboard", 0)
+    assert threading.excepthook is hook
+
+
 def test_prometheus_format(tmp_path):
     path = tmp_path / "new" / "run.prom"
     writer = PrometheusFile(path, 'my "run"')
     writer.scalars({"head_load/layer_00/head_01": 0.5, "loss/lm": float("nan")}, 7)
     writer.scalars({"optimizer/lr": float("inf")}, 8)
+    assert path.read_text() == "", "nothing is shown before it is asked for"
+    writer.flush()
     assert path.read_text() == (
         '# TYPE moh_head_load_layer_00_head_01 gauge\nmoh_head_load_layer_00_head_01{run="my \\"run\\""} 0.5\n'
         '# TYPE moh_loss_lm gauge\nmoh_loss_lm{run="my \\"run\\""} NaN\n'
@@ -70,9 +94,10 @@ def test_prometheus_format(tmp_path):
 
 
 def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
-    logged = []
+    logged, defined = [], []
     run = SimpleNamespace(
-        log=lambda values, step: logged.append((values, step)),
+        define_metric=lambda name, **options: defined.append((name, options)),
+        log=logged.append,
         config=SimpleNamespace(update=lambda settings, allow_val_change: logged.append(("config", settings))),
         summary=SimpleNamespace(update=lambda results: logged.append(("summary", results))),
         finish=lambda: logged.append("finished"),
@@ -89,11 +114,12 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
     use(writer)
     writer.close()
     assert (made[0]["project"], made[0]["name"], made[0]["resume"]) == ("moh", "run", "allow")
+    assert defined == [("step", {}), ("*", {"step_metric": "step"})], "or figures of an earlier step would be dropped"
     assert logged == [
-        ({"loss/lm": 2.5}, 1),
-        ({"note": ("table", [[1, "words"]])}, 1),
-        ({"map": ("image", (2, 2))}, 1),
-        ({"load": ("histogram", [0.5, 1.0])}, 1),
+        {"loss/lm": 2.5, "step": 1},
+        {"note": ("table", [[1, "words"]]), "step": 1},
+        {"map": ("image", (2, 2)), "step": 1},
+        {"load": ("histogram", [0.5, 1.0]), "step": 1},
         ("config", {"a": 1}),
         ("summary", {"b": 2.0}),
         "finished",

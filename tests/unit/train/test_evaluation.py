@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from moh_megatron.checkpoint.native import checkpoint_name
+from moh_megatron.config.errors import UserError
 from moh_megatron.train.evaluation import BackgroundEvaluation
+from moh_megatron.train.preflight import check_suite
 
 SCRIPT = """
 import json, os, sys, time
@@ -41,7 +43,8 @@ def watched(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("RANK", "0")
     script = tmp_path / "evaluate.py"
     script.write_text(SCRIPT)
-    config = tiny({"run.dir": str(tmp_path / "run"), "evaluate.suite": "suite.yaml", "evaluate.limit": 7})
+    settings = {"evaluate.suite": "suite.yaml", "evaluate.interval": 10, "evaluate.limit": 7}
+    config = tiny({"run.dir": str(tmp_path / "run"), **settings})
     said: list[str] = []
     shown: list[Any] = []
     evaluation = BackgroundEvaluation(config, script, said.append, lambda scores, step: shown.append((scores, step)))
@@ -93,3 +96,22 @@ def test_a_folder_that_cannot_be_written_is_a_warning(watched: Watched) -> None:
     (warning,) = watched.said
     assert warning.startswith("warning: evaluation of step 10 cannot be started:")
     assert warning.endswith("Training goes on without it.")
+
+
+@pytest.mark.parametrize(
+    ("task", "package", "expected"),
+    [
+        ("arc_eazy", "null", "evaluate.suite: s: arc_eazy: lm-eval .* knows no such task; near it: arc_easy"),
+        ("arc_easy", "no_such_package", "evaluate.suite: arc_easy: its data are in the package no_such_package"),
+    ],
+)
+def test_a_suite_that_cannot_be_run_is_refused_before_the_training(
+    tiny: Callable[..., Any], tmp_path: Path, task: str, package: str, expected: str
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    data = "" if package == "null" else ", data: x"
+    tasks = f"tasks: [{{task: {task}, shots: 0, metric: acc{data}}}]"
+    suite.write_text(f"name: s\ndescription: d\npackage: {package}\n{tasks}")
+    with pytest.raises(UserError, match=expected):
+        check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))
+    check_suite(tiny())
