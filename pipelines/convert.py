@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
     for command in (to_hf, official, from_hf):
         command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
-    for command in (to_hf, from_hf):
+    for command in (to_hf, official, from_hf):
         command.add_argument("--verify", action="store_true", help="open both sides, print how far apart they are")
     for command in (to_hf, official):
         command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as the weights are")
@@ -52,8 +52,10 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
         read_summary(arguments.summary)
     if arguments.dry_run:
         hf.check_replaceable(arguments.hf_dir)
+        config = native.read_config(checkpoint)
+        hf.check_form(config, arguments.format)
         print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
-        print(dump_config(native.read_config(checkpoint)), end="")
+        print(dump_config(config), end="")
         return {}
     chosen = {"form": arguments.format, "verify": arguments.verify, "report": report}
     difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen)
@@ -81,8 +83,9 @@ def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
 def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
     from moh_megatron.checkpoint import convert
 
-    convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, allow_pickle=arguments.allow_pickle)
-    return {"hf_dir": str(arguments.hf_dir)}
+    chosen = {"allow_pickle": arguments.allow_pickle, "verify": arguments.verify, "report": report}
+    difference = convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, **chosen)
+    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
     python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
 
 The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
-the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once.
+the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once. The bounds
+below are those of the full size on one disk; each is printed as held or missed, and a missed one ends with 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from timing import markdown, median_and_range
@@ -55,6 +57,8 @@ LAYER = {
 }
 LAYERS_A_SHARD = 9
 BLOCK = 1 << 25
+SLOWEST, MOST_MEMORY, MOST_DISK = 3.0, 4e9, 45e9
+"""Times cp, the median of pairs; bytes of a process; bytes on the disk at once."""
 
 Step = tuple[float, int]
 """Seconds, and the largest resident memory in bytes."""
@@ -131,6 +135,18 @@ def copied(source: Path, target: Path) -> Step:
     return taken
 
 
+def lying(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def judged(what: str, value: float, bound: float, unit: str) -> bool:
+    """Say whether a value is at most its bound."""
+    held = value <= bound
+    print(f"{what}: {value:.2f} {unit}, at most {bound:.2f}: {'held' if held else 'MISSED'}")
+    return held
+
+
 def row(name: str, steps: Sequence[Step], copies: Sequence[Step]) -> list[str]:
     over = [taken / copy for (taken, _), (copy, _) in zip(steps, copies, strict=True)]
     peak = max(memory for _, memory in steps) / 1e9
@@ -138,7 +154,7 @@ def row(name: str, steps: Sequence[Step], copies: Sequence[Step]) -> list[str]:
     return [name, seconds, median_and_range([copy for copy, _ in copies], 1), median_and_range(over), f"{peak:.2f}"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Conversion of LLaMA3-8B's shapes there and back, against cp.")
     parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32)
@@ -146,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     convert = (sys.executable, SCRIPT)
-    there, back, copies = [], [], []
+    there, back, copies, disk = [], [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         source, native, returned = (Path(name) / each for each in ("source", "native", "returned"))
         expected = make_folder(source, arguments.layers)
@@ -154,17 +170,27 @@ def main() -> None:
         for turn in range(arguments.pairs):
             copies.append(copied(source, Path(name) / "copy"))
             there.append(step(*convert, "hf-to-megatron", "--hf-dir", source, "--save-dir", native))
+            disk = max(disk, lying(Path(name)))
             if turn == arguments.pairs - 1:
                 shutil.rmtree(source)
             back.append(step(*convert, "megatron-to-hf", "--load-dir", native, "--hf-dir", returned))
+            disk = max(disk, lying(Path(name)))
             shutil.rmtree(native)
             if hashes_of(returned) != expected:
                 raise SystemExit("tensors came back changed")
             shutil.rmtree(returned)
     print(f"{nbytes / 1e9:.1f} GB, {arguments.pairs} pair(s), every tensor came back bit for bit\n")
     head = ["direction", "seconds", "cp", "over cp", "peak memory, GB"]
-    print(markdown(head, [row("hf-to-megatron", there, copies), row("megatron-to-hf", back, copies)]))
+    ways = {"hf-to-megatron": there, "megatron-to-hf": back}
+    print(markdown(head, [row(way, steps, copies) for way, steps in ways.items()]))
+    print()
+    held = [judged("on the disk at once", disk / 1e9, MOST_DISK / 1e9, "GB")]
+    for way, steps in ways.items():
+        over = median([taken / copy for (taken, _), (copy, _) in zip(steps, copies, strict=True)])
+        held.append(judged(f"{way}, time over cp", over, SLOWEST, "times"))
+        held.append(judged(f"{way}, peak memory", max(memory for _, memory in steps) / 1e9, MOST_MEMORY / 1e9, "GB"))
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

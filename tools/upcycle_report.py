@@ -40,22 +40,30 @@ def main() -> None:
     from moh_megatron.train.resume import check_same_tokenizer
     from moh_megatron.upcycle.documents import held_out
     from moh_megatron.upcycle.report import as_mapping, as_markdown, compare_choices
-    from moh_megatron.upcycle.start import calibration_of
+    from moh_megatron.upcycle.start import calibration_of, check_source
 
     if config.train.init_from is None:
         raise UserError("train.init_from must name the dense checkpoint. Got null.")
     documents = held_out(config, arguments.documents)
-    source = native.resolve_checkpoint(config.train.init_from)
+    source = native.resolve_checkpoint(config.train.init_from, print)
     there = native.read_config(source)
     if there.moh.enabled:
         raise UserError(f"train.init_from must name a dense checkpoint. Got {source}, with moh.enabled: true.")
-    tokenizer = load_prepared(config).tokenizer()
+    check_source(source, there, config, print)
+    if there.model.tokens != config.model.tokens:
+        raise UserError(
+            f"model.vocab_size must be the {there.model.tokens} of {source}: what new rows do shows after training. "
+            f"Got {config.model.tokens}."
+        )
+    data = load_prepared(config)
+    data.check_fits(config)
+    tokenizer = data.tokenizer()
     check_same_tokenizer(source, tokenizer)
     dense = build_single_process(there, native.read_weights(source)).to(groups.device(0))
     arguments.out.mkdir(parents=True, exist_ok=True)
     calibration = None
     if "calibrated" in arguments.choices:
-        calibration = calibration_of(config, there, dense, tokenizer, arguments.out / "calibration.json")
+        calibration = calibration_of(config, source, there, dense, tokenizer, arguments.out / "calibration.json")
     loss, rows = compare_choices(config, dense, documents, arguments.choices, calibration)
     write_json(arguments.out / "report.json", {"documents": len(documents), **as_mapping(loss, rows)})
     text = f"{source}, {len(documents)} documents; ± is the standard error over them.\n\n{as_markdown(loss, rows)}\n"

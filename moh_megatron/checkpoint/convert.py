@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from moh_megatron.checkpoint import hf, hf_import, native
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import open_weights
+from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.official import official_moh
 from moh_megatron.checkpoint.sources import HFSource, open_checkpoint
-from moh_megatron.config.count import parameter_count
+from moh_megatron.checkpoint.unasked import is_small
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.model.dtypes import DTYPES
-
-LARGEST_UNASKED = 100_000_000
-"""Parameters up to which a model is verified whether asked or not: it takes the memory of the model in fp32."""
 
 Report = Callable[[str], None]
 
@@ -45,51 +47,82 @@ def megatron_to_hf(
     """
     config, progress = native.read_config(checkpoint), native.read_state(checkpoint)
     precision = None if dtype is None else DTYPES[dtype]
-    tokenizer = native.tokenizer_folder(checkpoint)
     with hf.replacing(hf_dir) as folder:
         with open_checkpoint(checkpoint, config) as source:
             hf.write_folder(
                 folder,
                 config,
                 source,
-                tokenizer if tokenizer.is_dir() else None,
+                native.tokenizer_folder(checkpoint),
                 precision,
                 step=progress.step,
                 tokens=progress.tokens,
                 form=form,
             )
-        if not (verify or _small(config)):
+        if not (verify or is_small(config)):
             return None
-        # Imported here: Megatron-core takes longer to load than many a model to convert.
-        from moh_megatron.checkpoint import verify as proof
-
         weights = native.read_weights(checkpoint)
-        if precision is not None:
-            weights = {name: each.to(precision) if each.is_floating_point() else each for name, each in weights.items()}
-        reopen = proof.open_export if form != "official" else lambda folder: proof.open_foreign(folder, config)
-        comparison = proof.compare_forms(config, weights, lambda: reopen(folder))
-        report(str(comparison))
-        proof.require_agreement(comparison, f"{hf_dir}: the exported model's logits differ from the checkpoint's")
-    return comparison.logits.largest
+        return _proved(config, weights, precision, hf_dir, folder, form, report)
 
 
-def official_to_hf(official_dir: Path, hf_dir: Path, dtype: str | None = None, *, allow_pickle: bool = False) -> None:
+def official_to_hf(
+    official_dir: Path,
+    hf_dir: Path,
+    dtype: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    verify: bool = False,
+    report: Report = lambda message: None,
+) -> float | None:
     """Write a model in SkyworkAI's published form as a folder that says itself how its heads are routed.
+
+    Args:
+        verify: open the folder in fp32, and compare it layer by layer with this project's own model of the same
+            weights; see ``megatron_to_hf``, also for what is returned.
 
     Raises:
         UserError: the folder is broken, or of another model than it says, or ``hf_dir`` holds something else.
-        Fault: the disk is full or refuses.
+        Fault: the two differ by ``TOLERANCE`` or more, or the disk is full or refuses.
     """
     precision = None if dtype is None else DTYPES[dtype]
     with open_weights(official_dir, allow_pickle=allow_pickle) as weights:
-        heads = HFSettings(official_dir).sections()["model"]["num_attention_heads"]
+        settings = HFSettings(official_dir)
+        if settings.moh:
+            raise UserError(
+                f"{settings.path}: must be of the official form, whose model_type is llama. Got moh_llama, a folder "
+                "of this project, which says itself how its heads are routed; use hf-to-megatron."
+            )
+        heads = settings.sections()["model"]["num_attention_heads"]
         stated = [f"moh.{key}={str(value).lower()}" for key, value in official_moh(heads).items()]
         config = hf_import.import_config(official_dir, hf_dir, None, stated, weights.dtypes)
         hf_import.check_weights(weights, {}, config)
-        tokenizer = official_dir if hf_import.has_tokenizer(official_dir) else None
+        hf_import.find_tokenizer(official_dir, config, report)
+        source = HFSource(weights, {})
         with hf.replacing(hf_dir) as folder:
-            hf.write_folder(folder, config, HFSource(weights, {}), tokenizer, precision, step=0, tokens=0)
+            hf.write_folder(folder, config, source, official_dir, precision, step=0, tokens=0)
+            if not (verify or is_small(config)):
+                return None
+            state = {rule.megatron: source.whole(rule).clone() for rule in rules(config)}
+            return _proved(config, state, precision, hf_dir, folder, "moh", report)
 
 
-def _small(config: Config) -> bool:
-    return parameter_count(config.model, config.moh).total <= LARGEST_UNASKED
+def _proved(
+    config: Config,
+    weights: Mapping[str, Tensor],
+    precision: torch.dtype | None,
+    hf_dir: Path,
+    folder: Path,
+    form: hf.Form,
+    report: Report,
+) -> float:
+    """The largest difference of the logits between ``weights``, rounded, and ``folder``, which becomes ``hf_dir``."""
+    # Imported here: Megatron-core takes longer to load than many a model to convert.
+    from moh_megatron.checkpoint import verify as proof
+
+    if precision is not None:
+        weights = {name: each.to(precision) if each.is_floating_point() else each for name, each in weights.items()}
+    reopen = proof.open_export if form != "official" else lambda folder: proof.open_foreign(folder, config)
+    comparison = proof.compare_forms(config, weights, lambda: reopen(folder))
+    report(str(comparison))
+    proof.require_agreement(comparison, f"{hf_dir}: the exported model's logits differ from the checkpoint's")
+    return comparison.logits.largest

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer as Encoder
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from moh_megatron.checkpoint.hf_config import CODE, Ends, hf_config
+from moh_megatron.checkpoint.companions import GENERATION, Ends, carried_by, stated_ends
+from moh_megatron.checkpoint.hf_config import CODE, hf_config
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf_source import CONFIG
 from moh_megatron.checkpoint.hf_weights import write_weights
@@ -25,7 +26,7 @@ from moh_megatron.checkpoint.sources import WeightSource
 from moh_megatron.checkpoint.whole import whole_folder
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
 
 MARKER = "moh_megatron.json"
 """Names the files of an export, so that a later one may replace them and nothing else."""
@@ -87,11 +88,25 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
+def _settings(config: Config, dtype: torch.dtype, ends: Ends, form: Form) -> PretrainedConfig | dict[str, Any]:
+    if form == "llama" and config.moh.enabled:
+        raise UserError(
+            "--format llama needs a dense model: LlamaForCausalLM has no routers, and would use every head. "
+            "Got moh.enabled: true; use --format moh."
+        )
+    return official_config(config, dtype, ends) if form == "official" else hf_config(config, dtype, ends)
+
+
+def check_form(config: Config, form: Form) -> None:
+    """Raise UserError where ``form`` cannot express the model."""
+    _settings(config, torch.float32, Ends(), form)
+
+
 def write_folder(
     folder: Path,
     config: Config,
     source: WeightSource,
-    tokenizer_dir: Path | None,
+    tokenizer_dir: Path,
     dtype: torch.dtype | None,
     *,
     step: int,
@@ -101,7 +116,8 @@ def write_folder(
     """Fill an empty ``folder`` with what AutoModelForCausalLM and AutoTokenizer open; ``replacing`` puts it in place.
 
     Args:
-        tokenizer_dir: holds the tokenizer's files; None for a model that came without one.
+        tokenizer_dir: holds the tokenizer's files, where there is one, and its ``companions``, which go before what
+            the tokenizer says.
         dtype: precision of the written weights; None leaves each tensor its own.
         step, tokens: training so far, for the model card.
         form: moh, with the code of MoH where the model has it; llama, for a dense model; official, LLaMA's names and
@@ -110,26 +126,27 @@ def write_folder(
     Raises:
         UserError: weights, tokenizer and configuration do not fit, or the form cannot express the model.
     """
-    if form == "llama" and config.moh.enabled:
-        raise UserError(
-            "--format llama needs a dense model: LlamaForCausalLM has no routers, and would use every head. "
-            "Got moh.enabled: true; use --format moh."
-        )
-    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.tokens:
         raise UserError(
             f"{tokenizer_dir}: the tokenizer must have at most model.vocab_size ({config.model.tokens}) entries. "
             f"Got {tokenizer.vocab_size}: it is another model's."
         )
-    ends = Ends() if tokenizer is None else Ends.of(tokenizer)
+    carried = carried_by(tokenizer_dir)
+    stated = stated_ends(carried)
+    ends = stated or (Ends() if tokenizer is None else Ends.of(tokenizer))
     precision = dtype or source.dtype(rules(config)[0])
-    if form == "official":
-        settings = official_config(config, precision, ends)
+    settings = _settings(config, precision, ends, form)
+    if isinstance(settings, dict):
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
-        hf_config(config, precision, ends).save_pretrained(folder)
+        settings.save_pretrained(folder)
     write_weights(folder, config, source, dtype, MAX_SHARD_SIZE)
-    GenerationConfig(bos_token_id=ends.bos, eos_token_id=ends.eos, pad_token_id=ends.pad).save_pretrained(folder)
+    if GENERATION in carried:
+        (folder / GENERATION).write_bytes(carried[GENERATION])
+    else:
+        pad = ends.pad if tokenizer is None or stated else tokenizer.pad
+        GenerationConfig(bos_token_id=ends.bos, eos_token_id=ends.eos, pad_token_id=pad).save_pretrained(folder)
     if config.moh.enabled and form == "moh":
         for name in CODE:
             shutil.copyfile(Path(configuration_moh.__file__).with_name(name), folder / name)

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
+from moh_megatron.checkpoint.companions import Ends
 from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
-from moh_megatron.data.tokenizer import Tokenizer
 
 CODE = ("configuration_moh.py", "modeling_moh.py")
 AUTO_MAP = {"AutoConfig": "configuration_moh.MoHConfig", "AutoModelForCausalLM": "modeling_moh.MoHForCausalLM"}
-
-
-class Ends(NamedTuple):
-    """Ids of the tokens that begin and end a text, and fill up a batch; all None where there is no tokenizer."""
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Ends:
-        """A document starts behind the token that ended the one before it."""
-        return cls(tokenizer.eod, tokenizer.eod, tokenizer.pad)
 
 
 def hf_config(config: Config, dtype: torch.dtype, ends: Ends) -> LlamaConfig:
@@ -54,8 +41,7 @@ def hf_config(config: Config, dtype: torch.dtype, ends: Ends) -> LlamaConfig:
         "tie_word_embeddings": model.tie_word_embeddings,
         "bos_token_id": ends.bos,
         "eos_token_id": ends.eos,
-        # Transformers never trains the embedding of the padding token, so the end token must not be it.
-        "pad_token_id": None if ends.pad == ends.eos else ends.pad,
+        "pad_token_id": ends.pad,
         "dtype": dtype,
     }
     if moh.enabled:

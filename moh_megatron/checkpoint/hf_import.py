@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moh_megatron.checkpoint.companions import Companions, carried_by
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import HFWeights, open_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
@@ -18,11 +19,13 @@ from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import Scratch
 from moh_megatron.checkpoint.sources import HFSource, pieces
+from moh_megatron.checkpoint.unasked import is_small
 from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import completed_config
-from moh_megatron.config.schema import Config, MoHConfig
-from moh_megatron.data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
+from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer import TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
 
 NewTensors = Callable[[Config], Iterable[tuple[str, Tensor]]]
 """What a MoH model holds beside its dense twin, under Hugging Face's names."""
@@ -30,9 +33,11 @@ NewTensors = Callable[[Config], Iterable[tuple[str, Tensor]]]
 _CONTEXT = 2048
 """The longest training sequence that an import writes down on its own."""
 _LEARNING_RATE = 1e-5
+_USUAL_PADDING = 1024
+"""So many rows beyond the tokenizer's entries are common, for round numbers and tokens to come."""
 _UNUSED = ".rotary_emb.inv_freq"
 """Old LLaMA-2 folders store RoPE's frequencies."""
-_FREE = ("max_position_embeddings", "init_method_std", "scaled_residual_init")
+_FREE = ("max_position_embeddings", "init_method_std", "scaled_residual_init", "vocab_padding")
 """Keys of the model section that say nothing about its weights or what it computes from them."""
 
 
@@ -48,6 +53,14 @@ def import_config(
         UserError: config.json is of no LLaMA, or the configuration is wrong, or it disagrees with config.json.
     """
     settings = HFSettings(hf_dir)
+    config = _completed(settings, save_dir, path, overrides, dtypes)
+    _refuse_differences(settings, _completed(settings, save_dir, None, (), dtypes), config)
+    return config
+
+
+def _completed(
+    settings: HFSettings, save_dir: Path, path: Path | None, overrides: Sequence[str], dtypes: Collection[torch.dtype]
+) -> Config:
     sections = settings.sections()
     model = sections["model"]
 
@@ -71,30 +84,42 @@ def import_config(
             "optimizer": {"learning_rate": _LEARNING_RATE},
         }
 
-    config = completed_config(defaults, str(settings.path), path, overrides)
-    _refuse_differences(settings.path, model, config)
-    return config
+    return completed_config(defaults, str(settings.path), path, overrides)
 
 
-def _refuse_differences(file: Path, model: Mapping[str, Any], config: Config) -> None:
-    here = asdict(config.model) | {
-        "vocab_size": config.model.tokens,
-        "num_query_groups": config.model.query_groups,
-        "kv_channels": config.model.head_dim,
-    }
-    groups = model["num_query_groups"] or model["num_attention_heads"]
-    size = model["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
-    there = dict(model) | {"num_query_groups": groups, "kv_channels": size}
-    if isinstance(here["rope_scaling"], dict) and isinstance(there["rope_scaling"], dict):
-        there["rope_scaling"] = here["rope_scaling"] | there["rope_scaling"]
+def _refuse_differences(settings: HFSettings, reference: Config, config: Config) -> None:
+    there, here = (_stated(each, settings.moh) for each in (reference, config))
     differences = [
-        f"  model.{key}: {value} in {file.name}, {here[key]} in the configuration"
+        f"  {key}: {value} in {settings.path.name}, {here[key]} in the configuration"
         for key, value in there.items()
-        if key not in _FREE and here[key] != value
+        if key in here and here[key] != value
     ]
     if differences:
         remedy = "Leave these keys out: they are taken from there."
-        raise UserError("\n".join([f"{file} and the configuration disagree:", *differences, remedy]))
+        raise UserError("\n".join([f"{settings.path} and the configuration disagree:", *differences, remedy]))
+
+
+def _stated(config: Config, with_moh: bool) -> dict[str, Any]:
+    """What says the model's weights and what it computes from them; what says the same has the same form."""
+    model, moh = config.model, config.moh
+    found = {f"model.{key}": value for key, value in asdict(model).items() if key not in _FREE}
+    found |= {
+        "model.vocab_size": model.tokens,
+        "model.num_query_groups": model.query_groups,
+        "model.kv_channels": model.head_dim,
+    }
+    if with_moh:
+        found["moh.enabled"] = moh.enabled
+    if with_moh and moh.enabled:
+        layers = layer_heads(model, moh)
+        found |= {f"moh.{name}": getattr(moh, name) for name in ("router", "gating", "balancing")}
+        found["moh.shared_heads"] = _one_if_alike([each.shared for each in layers])
+        found["moh.active_heads"] = _one_if_alike([each.active for each in layers])
+    return found
+
+
+def _one_if_alike(layers: list[Any]) -> Any:
+    return layers[0] if len(set(layers)) == 1 else layers
 
 
 def hf_to_megatron(
@@ -114,8 +139,8 @@ def hf_to_megatron(
         path, overrides: what the configuration states; with ``moh.enabled`` a dense model becomes a MoH model.
         new_tensors: gives what a MoH model needs beside the weights of a dense one.
         report: is told what the user should know.
-        verify: open both sides in fp32 and compare them layer by layer. A dense model that becomes a MoH model is
-            another one: its differences are told, and not refused.
+        verify: open both sides in fp32 and compare them layer by layer; a dense model that becomes a MoH model, with
+            all heads active. This is done unasked where a model of up to ``LARGEST_UNASKED`` parameters becomes one.
 
     Raises:
         UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something.
@@ -126,15 +151,20 @@ def hf_to_megatron(
         config, source = _write(
             folder, hf_dir, save_dir, path, overrides, new_tensors=new_tensors, report=report, allow_pickle=allow_pickle
         )
-        if not verify:
+        upcycled = config.moh.enabled and not source.moh.enabled
+        if not verify and not (upcycled and is_small(config)):
+            if upcycled:
+                report("--verify compares a model of this size with the dense one, all heads active; it was not given.")
             return
         # Imported here: the two models' libraries take longer to load than many a model to convert.
         from moh_megatron.checkpoint import verify as proof
 
+        if upcycled:
+            report("with all heads active, against the dense model:")
+            config = replace(config, moh=replace(config.moh, active_heads=config.model.num_attention_heads))
         comparison = proof.compare_forms(config, read_weights(folder), lambda: proof.open_foreign(hf_dir, source))
         report(str(comparison))
-        if source.moh.enabled == config.moh.enabled:
-            proof.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")
+        proof.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")
 
 
 def _write(
@@ -148,25 +178,25 @@ def _write(
     report: Callable[[str], None],
     allow_pickle: bool,
 ) -> tuple[Config, Config]:
-    """Fill the empty ``folder``; returns its configuration, and that of the model as it was: dense, perhaps."""
+    """Fill the empty ``folder``; returns its configuration, and that of the model as config.json alone says it."""
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         settings = HFSettings(hf_dir)
-        tokenizer = _tokenizer(hf_dir, config, report)
+        companions = Companions(find_tokenizer(hf_dir, config, report), carried_by(hf_dir))
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
-        write_checkpoint(folder, config, dtypes, pieces(source, config), tokenizer)
-    return config, config if settings.moh else replace(config, moh=MoHConfig(enabled=False))
+        write_checkpoint(folder, config, dtypes, pieces(source, config), companions)
+        return config, _completed(settings, save_dir, None, (), weights.dtypes)
 
 
-def has_tokenizer(hf_dir: Path) -> bool:
-    """Whether a folder holds a tokenizer that ``load_tokenizer`` reads."""
-    return any((hf_dir / name).is_file() for name in (TOKENIZER_JSON, "tokenizer.model"))
+def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> Tokenizer | None:
+    """The tokenizer of a folder, or None; ``report`` is told where there is none, or too small a one.
 
-
-def _tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> Tokenizer | None:
+    Raises:
+        UserError: it is broken, or has more entries than the model's vocabulary.
+    """
     if not has_tokenizer(hf_dir):
         report(f"warning: {hf_dir} has no tokenizer ({TOKENIZER_JSON} or tokenizer.model): only weights are converted.")
         return None
@@ -175,6 +205,11 @@ def _tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> T
         raise UserError(
             f"{tokenizer.file}: the tokenizer must have at most vocab_size ({config.model.tokens}) entries. "
             f"Got {tokenizer.vocab_size}: it is another model's."
+        )
+    if tokenizer.vocab_size + _USUAL_PADDING < config.model.tokens:
+        report(
+            f"warning: {tokenizer.file} has {tokenizer.vocab_size:,} entries, the vocabulary of config.json "
+            f"{config.model.tokens:,}, more than padding explains: is it this model's tokenizer?"
         )
     return tokenizer
 
@@ -189,11 +224,11 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
     scratch = Scratch()
     for name in tied & weights.entries.keys():
         twins = (name, "model.embed_tokens.weight")
-        same = weights.entries[name].shape == weights.entries[twins[1]].shape
+        head, embedding = (weights.entries[each] for each in twins)
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
         for start, stop in runs(config.model.tokens, 4 * config.model.hidden_size) if same else ():
             scratch.reset()
-            head, embedding = (weights.rows(each, start, stop, scratch) for each in twins)
-            same = same and torch.equal(head, embedding)
+            same = same and torch.equal(*(weights.rows(each, start, stop, scratch) for each in twins))
         if not same:
             raise UserError(
                 f"{weights.folder}: {name} differs from {twins[1]}, but config.json says tie_word_embeddings: true. "

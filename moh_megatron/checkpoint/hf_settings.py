@@ -56,6 +56,24 @@ class HFSettings:
             raise UserError(f"{self.path}: {name} must be {words} above 0. Got {value!r}.")
         return kind(value)
 
+    def token_ids(self) -> dict[str, int | list[int]]:
+        """Those of bos_token_id, eos_token_id and pad_token_id that name tokens.
+
+        Raises:
+            UserError: one is no entry of the vocabulary.
+        """
+        entries = self._number("vocab_size", int)
+        found: dict[str, int | list[int]] = {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = self.content.get(name)
+            if value is None or value == -1:  # what the first LLaMAs say for none
+                continue
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if not ids or any(type(each) is not int or not 0 <= each < entries for each in ids):
+                raise UserError(f"{self.path}: {name} must be a token from 0 to {entries - 1}. Got {value!r}.")
+            found[name] = value
+        return found
+
     def sections(self) -> dict[str, dict[str, Any]]:
         """``model`` and ``moh`` of a configuration."""
         hidden, heads = self._number("hidden_size", int), self._number("num_attention_heads", int)

@@ -17,6 +17,7 @@ from moh_megatron.config.errors import UserError
 
 CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_PICKLE_SUFFIX = ".bin"
 
 
 class Described(Protocol):
@@ -107,28 +108,31 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeig
     """The weights of ``folder``: one safetensors file, or an index and its shards.
 
     Args:
-        allow_pickle: also read pytorch_model.bin, as tensors only.
+        allow_pickle: also read files of torch.save (.bin), as tensors only.
 
     Raises:
         UserError: a file is missing or broken, or only pickles are there.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Expected the folder of a Hugging Face model.")
     with ExitStack() as stack:
         yield HFWeights(folder, _shards(stack, folder, allow_pickle))
 
 
 def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Shard]:
     def opened(path: Path) -> Shard:
-        shard: Shard = _PickledFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        pickled = path.suffix == _PICKLE_SUFFIX
+        if pickled and not allow_pickle:
+            raise UserError(
+                f"{path}: the weights are pickles, which can run code when they are read. Convert them to "
+                "safetensors, or add --allow-pickle to read them as tensors only."
+            )
+        shard: Shard = _PickledFile(path) if pickled else SafetensorsFile(path)
         stack.callback(shard.close)
         return shard
 
     for name in (_SAFETENSORS, _PICKLE):
         single, index = folder / name, folder / f"{name}.index.json"
-        if name == _PICKLE and (single.is_file() or index.is_file()) and not allow_pickle:
-            raise UserError(
-                f"{single if single.is_file() else index}: the weights are pickles, which can run code when they are "
-                f"read. Convert them to safetensors, or add --allow-pickle to read them as tensors only."
-            )
         if single.is_file():
             shard = opened(single)
             return dict.fromkeys(shard.entries, shard)

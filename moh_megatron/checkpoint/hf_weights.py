@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from moh_megatron.checkpoint.finite import check_finite
+from moh_megatron.checkpoint.finite import check_finite, check_not_lost
 from moh_megatron.checkpoint.mapping import Rule, rules
 from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import SafetensorsWriter
@@ -30,7 +30,8 @@ def write_weights(
         max_shard_size: of a file, as "5GB".
 
     Raises:
-        UserError: a tensor is not finite, or not any more in ``dtype``; the message names it.
+        UserError: a tensor is not finite, or not any more in ``dtype``, or a router vanishes in it; the message names
+            the tensor.
     """
     table = rules(config)
 
@@ -57,6 +58,8 @@ def write_weights(
         def put(rule: Rule, name: str, piece: Tensor) -> None:
             cast = piece.to(kept(rule))
             check_finite(cast, rule.megatron, before=piece)
+            if ".router." in rule.megatron:
+                check_not_lost(cast, rule.megatron, before=piece)
             files[plan.tensor_to_filename[name]].append(name, cast)
 
         for rule in table:

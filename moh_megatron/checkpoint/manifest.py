@@ -53,6 +53,12 @@ class Manifest:
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION
 
+    @property
+    def weights_sha256(self) -> str:
+        """One hash over the files of weights."""
+        hashes = [entry.sha256 for name, entry in sorted(self.files.items()) if name.startswith("weights/")]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
 
 def package_versions() -> dict[str, str]:
     """Of the packages that make what is saved."""

@@ -39,7 +39,7 @@ def write_checkpoint(
     config: Config,
     dtypes: Mapping[str, torch.dtype],
     pieces: Iterable[tuple[str, Tensor]],
-    tokenizer: SavesFiles | None,
+    tokenizer: SavesFiles,
 ) -> None:
     """Fill an empty ``folder`` with a checkpoint of step 0, cut for ``parallel.tensor``.
 
@@ -47,12 +47,11 @@ def write_checkpoint(
         dtypes: of each tensor, under Megatron-core's names.
         pieces: (name, rows) of whole tensors, in the table's order; the rows of one may come in several pieces, each
             looked at no longer than until the next is asked for.
-        tokenizer: None for a model that came without one.
+        tokenizer: what goes into the folder of that name.
     """
     files = _write_weights(folder, config, dtypes, pieces)
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save(folder / TOKENIZER)
+    tokenizer.save(folder / TOKENIZER)
     files |= {name: hash_file(folder / name, flush=True) for name in relative_files(folder) if name not in files}
     topology = Topology(config.parallel.tensor, 1, config.parallel.zero_stage, config.train.precision)
     write_manifest(folder, Manifest(0, 0, topology, "", package_versions(), files))

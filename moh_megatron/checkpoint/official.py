@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moh_megatron.checkpoint.hf_config import Ends
+from moh_megatron.checkpoint.companions import Ends
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.schema import Config
@@ -137,5 +137,5 @@ def official_config(config: Config, dtype: torch.dtype, ends: Ends) -> dict[str,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": ends.bos,
         "eos_token_id": ends.eos,
-        "pad_token_id": None if ends.pad == ends.eos else ends.pad,
+        "pad_token_id": ends.pad,
     }

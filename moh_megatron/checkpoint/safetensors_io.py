@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -110,14 +111,25 @@ class SafetensorsFile:
     def _fill(self, view: memoryview, offset: int, name: str) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._handle, [view[done:]], offset + done)
+            with self._named():
+                count = os.preadv(self._handle, [view[done:]], offset + done)
             if not count:
                 raise UserError(f"{self.path}: ends inside {name}. Fetch or write the file again.")
             done += count
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        # The system does not say which file a read failed in.
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
     def _read_header(self) -> dict[str, Entry]:
-        size = os.fstat(self._handle).st_size
-        length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
+        with self._named():
+            size = os.fstat(self._handle).st_size
+            length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise UserError(
                 f"{self.path}: must be a safetensors file. Got {size} bytes with no whole header: cut short, or "

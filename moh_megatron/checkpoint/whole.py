@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from moh_megatron.config.errors import Fault, UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -21,7 +24,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     What stands at ``target`` then is replaced: the caller has made sure that it may be.
 
     Raises:
-        Fault: the disk is full or refuses.
+        Fault: the disk is full or refuses. A file elsewhere that cannot be read stays an OSError.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +48,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise
         flush_names(target.parent)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and not _is_of_writing(error, workplace, target):
+            raise
         raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _is_of_writing(error: OSError, *places: Path) -> bool:
+    # A failed write names no file; one of copying that fills the disk names the source.
+    if error.errno in _FULL or (error.filename is None and error.errno is not None):
+        return True
+    return error.filename is not None and any(Path(os.fsdecode(error.filename)).is_relative_to(each) for each in places)
 
 
 def refuse_unless_new(target: Path) -> None:

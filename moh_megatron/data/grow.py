@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.data.tokenizer import FILES, TOKENIZER_JSON, Tokenizer
+from moh_megatron.data.tokenizer import FILES, SENTENCEPIECE, TOKENIZER_JSON, Tokenizer
 
 _FIRST = 0x10000
 """Old ids become characters from here on: no surrogates follow, nor anything a text is cut at."""
@@ -62,7 +62,7 @@ def grow_tokenizer(base: Tokenizer, texts: Iterable[str], *, entries: int, out_d
             "give more text, or raise tokenizer.sample_bytes."
         )
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in set(FILES) - {TOKENIZER_JSON, "tokenizer.model"}:
+    for name in set(FILES) - {TOKENIZER_JSON, SENTENCEPIECE}:
         if (base.folder / name).is_file():
             (out_dir / name).write_bytes((base.folder / name).read_bytes())
     content = json.dumps(settings, ensure_ascii=False, indent=2)

@@ -19,7 +19,8 @@ from moh_megatron.config.errors import UserError
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL = ".model"
-FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model")
+SENTENCEPIECE = "tokenizer.model"
+FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", SENTENCEPIECE)
 SPACE = "\u2581"
 """SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
 WORD = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
@@ -109,12 +110,17 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, folder / name)
         (folder / TOKENIZER_JSON).write_bytes(self._content.encode("utf-8"))
         if self.file.suffix == MODEL:
-            shutil.copyfile(self.file, folder / "tokenizer.model")
+            shutil.copyfile(self.file, folder / SENTENCEPIECE)
         settings = _settings(folder / TOKENIZER_CONFIG)
         if not settings or self.split_special_tokens != settings.get("split_special_tokens", False):
             made = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._encoder.id_to_token(self.eod)}
             settings = {**made, **settings, "split_special_tokens": self.split_special_tokens}
             (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that ``load_tokenizer`` reads."""
+    return any((folder / name).is_file() for name in (TOKENIZER_JSON, SENTENCEPIECE))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -164,7 +170,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _find(path: Path) -> Path:
-    for file in (path / TOKENIZER_JSON, path / "tokenizer.model") if path.is_dir() else (path,):
+    for file in (path / TOKENIZER_JSON, path / SENTENCEPIECE) if path.is_dir() else (path,):
         if file.is_file():
             return file
     raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON}, a .model, or a folder that holds one.")

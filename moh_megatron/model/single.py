@@ -36,7 +36,8 @@ def build_single_process(
         config,
         parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
         # What is loaded is the finished model, on its way down to fewer heads or not.
-        moh=dataclasses.replace(config.moh, activation_schedule_steps=0),
+        # A backend that training named may not run on this device.
+        moh=dataclasses.replace(config.moh, activation_schedule_steps=0, backend="auto"),
         train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
     )
     model = build_model(alone)

@@ -21,7 +21,7 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 _SAME_RUN = (
     "model",
@@ -66,6 +66,7 @@ _SAME_WEIGHTS = (
             "kv_channels",
             "vocab_size",
             "tie_word_embeddings",
+            "norm_epsilon",
         )
     ),
     "moh.enabled",
@@ -75,6 +76,8 @@ _SAME_WEIGHTS = (
     "moh.head_layout",
 )
 """What another run's weights must agree in."""
+
+_POSITIONS = ("model.rotary_base", "model.rope_scaling")
 
 
 def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def check_same_run(
 def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Raise UserError where ``checkpoint`` learned with another tokenizer than the data's: its ids mean other text."""
     folder = tokenizer_folder(checkpoint)
-    if not folder.is_dir():  # imported from a folder that had none
+    if not has_tokenizer(folder):  # imported from a folder that had none
         return
     there = load_tokenizer(folder)
     if (there.sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
@@ -185,14 +188,28 @@ def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path
     if config.train.init_from is None:
         return None
     checkpoint = resolve_checkpoint(config.train.init_from, report)
-    require_same_weights(checkpoint, config)
+    require_same_weights(checkpoint, config, report)
     return checkpoint
 
 
-def require_same_weights(checkpoint: Path, config: Config, apart_from: Collection[str] = ()) -> None:
-    """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, some of its keys left aside."""
+def require_same_weights(
+    checkpoint: Path, config: Config, report: Callable[[str], None], apart_from: Collection[str] = ()
+) -> None:
+    """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, some of its keys left aside.
+
+    ``report`` is told where positions are told apart in another way: wanted for a longer context, else a model that
+    has to learn anew where its words are.
+    """
+    written_by = read_config(checkpoint)
     there, here = (
         {key: value for key, value in _architecture(each).items() if key not in apart_from}
-        for each in (read_config(checkpoint), config)
+        for each in (written_by, config)
     )
     _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
+    there, here = (_values(each, _POSITIONS) for each in (written_by, config))
+    for key in _POSITIONS:
+        if there[key] != here[key]:
+            report(
+                f"warning: {key} is {here[key]}, and {checkpoint} was made with {there[key]}: the model starts as "
+                "another one than it was. Set the same, unless this is to extend its context."
+            )

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moh_megatron.checkpoint.companions import Companions, carried_by
+from moh_megatron.checkpoint.native import tokenizer_folder
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.prepared import PreparedData
@@ -37,6 +39,8 @@ class Session:
     device: torch.device
     engine: Engine
     tokenizer: Tokenizer
+    companions: Companions
+    """What checkpoints keep with it."""
     data: PreparedData
     train_dataset: Sequences
     validation_datasets: dict[str, Sequences]
@@ -128,6 +132,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
         device,
         engine,
         tokenizer,
+        Companions(tokenizer, {} if source is None else carried_by(tokenizer_folder(source))),
         data,
         train_dataset,
         validation_datasets,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Calibration:
     """Of the whole model, nats a token."""
     removal: tuple[tuple[float, ...], ...]
     """By layer and logical head: how much the loss rises without it."""
+    of: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What was measured: what else is measured gives another result."""
 
     @property
     def ranking(self) -> tuple[tuple[int, ...], ...]:
@@ -109,7 +111,8 @@ def read_calibration(path: Path) -> Calibration:
     """What ``write_calibration`` wrote. Raises UserError where it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Calibration(content["tokens"], content["loss"], tuple(map(tuple, content["removal"])))
+        removal = tuple(map(tuple, content["removal"]))
+        return Calibration(content["tokens"], content["loss"], removal, content.get("of", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no calibration ({error}). Delete it to measure again.") from None
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.companions import Companions, carried_by
 from moh_megatron.checkpoint.mapping import Rule, rules
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.weights import Stored, opened
@@ -27,7 +29,7 @@ from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
 from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
 from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
-from moh_megatron.upcycle.compare import dense_twin, divergence
+from moh_megatron.upcycle.compare import divergence
 from moh_megatron.upcycle.routers import initial_routers
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
@@ -56,13 +58,13 @@ def prepare(config: Config, report: Report) -> Config:
         there = native.read_config(source)
         if _fits(there, config):
             return config
-        _check_source(source, there, config)
-        tokenizer = load_prepared(config).tokenizer()
+        check_source(source, there, config, report)
+        data = load_prepared(config)
+        data.check_fits(config)
+        tokenizer = data.tokenizer()
         config = _settle_heads(config, source, there, tokenizer, report)
-        _write(config, source, there, tokenizer)
+        _write(config, source, there, tokenizer, report)
         report(f"{start_folder(config)}: made of {source}")
-        if config.moh.enabled:
-            report(f"with all heads active: KL from the dense model {check(start_folder(config)):.3g} nats a token")
     return resolve(config, report)
 
 
@@ -91,7 +93,7 @@ def resolve(config: Config, report: Report) -> Config:
             f"{start} was made of {made.train.init_from}, and train.init_from is {config.train.init_from}. Name the "
             "same, or another run.dir, or delete the folder to make it again."
         )
-    require_same_weights(start, resolved)
+    require_same_weights(start, resolved, report)
     return resolved
 
 
@@ -111,8 +113,10 @@ def _fits(there: Config, config: Config) -> bool:
     return not becomes_moh and there.model.tokens == config.model.tokens
 
 
-def _check_source(source: Path, there: Config, config: Config) -> None:
-    require_same_weights(source, config, apart_from=_MAY_DIFFER if there.moh.enabled else _MAY_DIFFER + _ROUTING)
+def check_source(source: Path, there: Config, config: Config, report: Report) -> None:
+    """Raise UserError where no model of ``config`` can be made of the checkpoint ``source`` of ``there``."""
+    may_differ = _MAY_DIFFER if there.moh.enabled else _MAY_DIFFER + _ROUTING
+    require_same_weights(source, config, report, apart_from=may_differ)
     if there.moh.enabled and not config.moh.enabled:
         raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
     if there.model.tokens > config.model.tokens:
@@ -121,14 +125,37 @@ def _check_source(source: Path, there: Config, config: Config) -> None:
         )
 
 
-def calibration_of(config: Config, there: Config, model: nn.Module, tokenizer: Tokenizer, file: Path) -> Calibration:
-    """The measurement in ``file``; where there is none it is made, of the dense ``model`` of ``there``, and written."""
+def calibration_of(
+    config: Config, source: Path, there: Config, model: nn.Module, tokenizer: Tokenizer, file: Path
+) -> Calibration:
+    """The measurement in ``file``; where there is none it is made, of the dense ``model`` of ``there``, and written.
+
+    Raises:
+        UserError: the one in the file is of other weights than those of ``source``, or on other text.
+    """
+    data = load_prepared(config)
+    of: dict[str, Any] = {
+        "weights": native.read_state(source).weights_sha256[:12],
+        "data": data.hash[:12],
+        "moh.calibration_sequences": config.moh.calibration_sequences,
+        "train.sequence_length": config.train.sequence_length,
+        "data.document_mask": config.data.document_mask,
+        "run.seed": config.run.seed,
+    }
     if file.is_file():
-        return read_calibration(file)
-    dataset = build_train_dataset(config, load_prepared(config), tokenizer)
+        found = read_calibration(file)
+        pairs = {key: (found.of.get(key), value) for key, value in of.items()}
+        differences = [f"  {key}: {there} there, {here} here" for key, (there, here) in pairs.items() if there != here]
+        if differences:
+            raise UserError(
+                "\n".join([f"{file} measured something else:", *differences, "Delete it to measure again."])
+            )
+        return found
+    dataset = build_train_dataset(config, data, tokenizer)
     tokens = torch.stack([dataset[index] for index in range(min(config.moh.calibration_sequences, len(dataset)))])
     device = next(model.parameters()).device
     calibration = calibrate(model, there, tokens.to(device), tokenizer.eod if config.data.document_mask else None)
+    calibration = dataclasses.replace(calibration, of=of)
     write_calibration(file, calibration)
     return calibration
 
@@ -141,12 +168,15 @@ def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokeni
     there = dataclasses.replace(there, data=config.data)
     model = build_single_process(there, native.read_weights(source)).to(groups.device(0))
     file = Path(config.run.dir) / "calibration.json"
-    calibration = calibration_of(config, there, model, tokenizer, file)
+    calibration = calibration_of(config, source, there, model, tokenizer, file)
+    # Training follows while this process waits: it must not keep the first device's memory.
+    del model
+    torch.cuda.empty_cache()
     report(f"{file}: what each head is worth, over {calibration.tokens:,} tokens")
     return settled(config, calibration)
 
 
-def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> None:
+def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> None:
     with opened(source, there) as stored, whole_folder(start_folder(config)) as folder:
         routers, table = dict(initial_routers(config)), rules(config)
         dtypes = {
@@ -161,7 +191,10 @@ def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer) ->
                 else:
                     yield rule.megatron, _taken(stored, rule, there, config, grown)
 
-        write_checkpoint(folder, config, dtypes, pieces(), tokenizer)
+        companions = Companions(tokenizer, carried_by(native.tokenizer_folder(source)))
+        write_checkpoint(folder, config, dtypes, pieces(), companions)
+        if config.moh.enabled and not there.moh.enabled:
+            report(f"with all heads active: KL from the dense model {check(folder, source):.3g} nats a token")
 
 
 def _new_pieces(source: Path, there: Config, config: Config, tokenizer: Tokenizer) -> dict[int, list[int]]:
@@ -180,26 +213,34 @@ def _taken(stored: Stored, rule: Rule, there: Config, config: Config, grown: dic
 
 
 @torch.inference_mode()
-def check(checkpoint: Path) -> float:
-    """KL, nats a token, between a MoH model with all heads active and its dense twin, in fp32 on random tokens.
+def check(checkpoint: Path, source: Path) -> float:
+    """KL, nats a token, between the dense model of ``source`` and the MoH model made of it, with all heads active.
+
+    Both in fp32, on random tokens that both have, with the positions of ``source``: what another RoPE changes is meant.
 
     Raises:
         Fault: it is above ``LARGEST_DIVERGENCE``.
     """
-    config, state = native.read_config(checkpoint), native.read_weights(checkpoint)
+    there, made = native.read_config(source), native.read_config(checkpoint)
     everything = dataclasses.replace(
-        config, moh=dataclasses.replace(config.moh, active_heads=config.model.num_attention_heads)
+        made,
+        model=dataclasses.replace(
+            made.model, rotary_base=there.model.rotary_base, rope_scaling=there.model.rope_scaling
+        ),
+        moh=dataclasses.replace(made.moh, active_heads=made.model.num_attention_heads),
     )
-    generator = torch.Generator().manual_seed(config.run.seed)
-    length = min(_CHECKED_TOKENS, config.train.sequence_length)
-    tokens = torch.randint(config.model.tokens, (1, length), generator=generator)
-    dense = {name: tensor for name, tensor in state.items() if ".router." not in name}
-    wanted = logits(build_single_process(dense_twin(config), dense), tokens)[0].log_softmax(-1)
-    here = logits(build_single_process(everything, state), tokens)[0].log_softmax(-1)
+    generator = torch.Generator().manual_seed(made.run.seed)
+    entries, length = there.model.tokens, min(_CHECKED_TOKENS, made.train.sequence_length)
+    tokens = torch.randint(entries, (1, length), generator=generator)
+    # One after the other in memory.
+    wanted, here = (
+        logits(build_single_process(config, native.read_weights(folder)), tokens)[0, :, :entries].log_softmax(-1)
+        for config, folder in ((there, source), (everything, checkpoint))
+    )
     distance = float(divergence(wanted, here))
     if not distance < LARGEST_DIVERGENCE:
         raise Fault(
-            f"{checkpoint}: with all heads active its KL divergence from the dense model is {distance:.3g}; less than "
-            f"{LARGEST_DIVERGENCE:g} is required. This is a bug: please report it."
+            f"{source}: with all heads active the KL divergence of the MoH model made of it is {distance:.3g}; less "
+            f"than {LARGEST_DIVERGENCE:g} is required. Nothing was written. This is a bug: please report it."
         )
     return distance

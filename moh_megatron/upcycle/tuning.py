@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.checkpoint import native
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import load_config
+from moh_megatron.data.prepared import load_prepared
 from moh_megatron.model.single import build_single_process
 from moh_megatron.monitor.records import read_records, write_json
 from moh_megatron.parallel import groups
@@ -19,11 +21,19 @@ from moh_megatron.upcycle.documents import held_out
 
 
 class Arm:
-    """A run of continue-tuning, in its folder. ``most`` limits the documents."""
+    """A run of continue-tuning, in its folder. ``most`` limits the documents.
+
+    Raises:
+        UserError: the folder holds no such run.
+    """
 
     def __init__(self, folder: Path, most: int | None = None) -> None:
         self.folder, self.most = folder, most
+        if not (folder / native.CONFIG).is_file():
+            raise UserError(f"{folder}: must be the folder of a run. Got one without {native.CONFIG}.")
         self.config = load_config(folder / native.CONFIG)
+        if self.config.train.init_from is None:
+            raise UserError(f"{folder}: must be a run of pipelines/continue_tune.py. Got train.init_from: null.")
         self._file = folder / "documents.json"
 
     @cached_property
@@ -66,7 +76,20 @@ class Arm:
 
 
 def as_markdown(control: Arm, arms: Sequence[Arm]) -> str:
-    """A table of the arms against the dense ``control``, and the losses along the way; ± is the standard error."""
+    """A table of the arms against the dense ``control``, and the losses along the way; ± is the standard error.
+
+    Raises:
+        UserError: an arm was measured on other documents than the control.
+    """
+    for arm in arms:
+        there, here = (
+            (load_prepared(each.config).hash[:12], each.config.train.sequence_length) for each in (control, arm)
+        )
+        if there != here:
+            raise UserError(
+                f"{arm.folder}: must have the data and train.sequence_length of {control.folder}, {there[0]} and "
+                f"{there[1]}, to be compared with it. Got {here[0]} and {here[1]}."
+            )
     dense, tuned_dense = control.before, control.after
     lines = [
         f"{len(dense)} held-out documents of at most {control.config.train.sequence_length} tokens; loss in nats a "

@@ -63,6 +63,16 @@ def test_another_way_to_compute_the_same_goes_on_to_rounding(results: list[dict[
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
+def test_an_imported_llama_starts_as_transformers_computes_it(results: list[dict[str, Any]]) -> None:
+    """At another TP and ZeRO stage than it was written for, with a vocabulary that is padded there and not here."""
+    expected_loss, expected_norm = results[0]["imported"]["expected"]
+    curves = results[0]["imported"]["ours"]
+    assert len(curves) == 3
+    for ((loss, norm),) in curves.values():
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
 def test_all_ranks_hear_of_one_that_cannot_write(results: list[dict[str, Any]]) -> None:
     assert results[0]["fault"] == results[1]["fault"]
     assert results[0]["fault"].startswith("the checkpoint of step 1 cannot be written to ")

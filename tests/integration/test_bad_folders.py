@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.convert import llama_folder, run_convert
 
+from moh_megatron.checkpoint import native
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,6 +65,13 @@ def wrong_shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def pickled_shard(folder: Path) -> None:
+    index = sharded(folder)
+    torch.save(load_file(folder / "b.safetensors"), folder / "b.bin")
+    index["weight_map"] = {name: file.replace("b.safetensors", "b.bin") for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def outside(folder: Path) -> None:
     index = sharded(folder)
     index["weight_map"]["model.norm.weight"] = "../a.safetensors"
@@ -110,6 +118,19 @@ def other_head(folder: Path) -> None:
     edit_config(tie_word_embeddings=True)(folder)
 
 
+def head_of_another_dtype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+
+
+def other_head_dtype(folder: Path) -> None:
+    edit_weights(head_of_another_dtype)(folder)
+    edit_config(tie_word_embeddings=True)(folder)
+
+
+def no_folder(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
 def small_vocabulary(folder: Path) -> None:
     train_tokenizer(["some words to learn "] * 9, vocab_size=280, character_coverage=1.0, out_dir=folder)
 
@@ -146,6 +167,11 @@ BROKEN = {
         "must have the same dtype. Got model.layers.1.self_attn.q_proj.weight",
     ),
     "quantised": (edit_weights(quantised), "model.layers.1.self_attn.v_proj.weight must be of F32"),
+    "index_names_a_pickle": (pickled_shard, "b.bin: the weights are pickles, which can run code"),
+    "tied_of_two_dtypes": (other_head_dtype, "lm_head.weight differs from model.embed_tokens.weight"),
+    "no_folder": (no_folder, "hf: no such folder"),
+    "no_token": (edit_config(eos_token_id=[2, 131]), "eos_token_id must be a token from 0 to 130. Got [2, 131]"),
+    "generation": (lambda folder: (folder / "generation_config.json").write_text("{"), "cannot be read as JSON"),
     "tied_but_different": (other_head, "lm_head.weight differs from model.embed_tokens.weight"),
     "architecture": (edit_config(model_type="mistral", architectures=["MistralForCausalLM"]), "Got 'mistral'"),
     "no_architecture": (edit_config(model_type=..., architectures=...), "model_type must be llama or moh_llama"),
@@ -173,7 +199,7 @@ def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["moved" if name == "no_folder" else "hf"]
 
 
 @pytest.mark.parametrize(
@@ -231,3 +257,21 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, capsys):
     assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 2
     assert "does not have the content it was saved with" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def test_a_much_smaller_tokenizer_is_told(tmp_path, capsys):
+    for name, entries, told in (("near", 300, 0), ("far", 1400, 1)):
+        folder = llama_folder(tmp_path / name, vocab_size=entries)
+        small_vocabulary(folder)
+        assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / f"{name}_ckpt") == 0
+        assert capsys.readouterr().err.count("tokenizer.json has 280 entries, the vocabulary of config.json") == told
+
+
+def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_path, capsys):
+    file, arguments = tmp_path / "made.yaml", ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
+    file.write_text("train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n")
+    assert run_convert(*arguments, "--config", file) == 2
+    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in capsys.readouterr().err
+    assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
+    config = native.read_config(tmp_path / "ckpt")
+    assert (config.train.sequence_length, config.parallel.tensor, config.model.vocab_padding) == (77, 2, 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.convert import run_convert
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint import native, sources
 from moh_megatron.model.build import moh_layers
 from moh_megatron.model.single import build_single_process, logits
 
@@ -103,9 +103,29 @@ def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint
     assert not list(target.glob("*.py"))
 
 
-def test_the_official_form_is_read(official, vectors, tmp_path):
-    assert run_convert("official-to-hf", "--load-dir", official, "--hf-dir", tmp_path / "hf") == 0
+def test_the_official_form_is_read(official, vectors, tmp_path, capsys):
+    arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", tmp_path / "hf", "--verify")
+    assert run_convert(*arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("has no tokenizer") == 1
+    assert "KL divergence" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
     check_hf(tmp_path / "hf", vectors)
+    assert run_convert("official-to-hf", "--load-dir", tmp_path / "hf", "--hf-dir", tmp_path / "more") == 2
+    assert "must be of the official form, whose model_type is llama. Got moh_llama" in capsys.readouterr().err
+    into = ("hf-to-megatron", "--hf-dir", tmp_path / "hf", "--save-dir", tmp_path / "other")
+    for change, message in (
+        ("moh.active_heads=5", "moh.active_heads: 6 in config.json, 5 in the configuration"),
+        (
+            "moh.shared_heads=[[0,2,4,6],[0,1,2,3]]",
+            "moh.shared_heads: (0, 1, 2, 3) in config.json, [(0, 2, 4, 6)",
+        ),
+        ("moh.enabled=false", "moh.enabled: True in config.json, False in the configuration"),
+    ):
+        assert run_convert(*into, change) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+    assert run_convert(*into, "moh.shared_heads=4", "moh.active_heads=75%") == 0
     again = tmp_path / "again"
     assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "hf", "--save-dir", again, "parallel.tensor=4") == 0
     config = native.read_config(again)
@@ -127,7 +147,10 @@ def test_the_official_form_is_read(official, vectors, tmp_path):
 def test_what_the_official_file_cannot_compute_is_refused(official, tmp_path, capsys, change, message):
     code = run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "ckpt", *MOH, change)
     arguments = ("--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "hf", "--format", "official")
-    assert code == 2 or run_convert("megatron-to-hf", *arguments) == 2
+    if code == 0:
+        for tried in ((*arguments, "--dry-run"), arguments):
+            capsys.readouterr()
+            assert run_convert("megatron-to-hf", *tried) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
@@ -143,3 +166,24 @@ def test_llama_is_for_dense_models(official, vectors, tmp_path, capsys):
     assert type(model).__name__ == "LlamaForCausalLM"
     with torch.no_grad():
         assert (model(vectors["input_ids"]).logits - vectors["logits"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("moh", [MOH, ()], ids=["upcycled", "dense"])
+def test_a_wrong_import_is_a_fault_and_leaves_nothing(official, tmp_path, monkeypatch, capsys, moh):
+    into = ("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "ckpt", "--verify", *moh)
+    assert run_convert(*into) == 0
+    told = capsys.readouterr().err
+    assert ("with all heads active, against the dense model:" in told) == bool(moh)
+    assert "KL divergence" in told
+    right = sources.HFSource._checked
+
+    def wrong(self, name, start, stop):
+        rows = right(self, name, start, stop)
+        return rows.roll(8, 0) if "q_proj" in name else rows
+
+    monkeypatch.setattr(sources.HFSource, "_checked", wrong)
+    assert run_convert(*into[:4], tmp_path / "wrong", *into[5:]) == 1
+    told = capsys.readouterr().err
+    assert "the checkpoint's logits differ from those of" in told
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]

@@ -38,15 +38,16 @@ def config_of(
     return tiny.tiny_config(parallel=parallel, train={"precision": precision, "micro_batch_size": 1}, **sections)
 
 
-def start_engine(config: Config, source: Path | None = None) -> Engine:
-    """A fresh engine, or one that goes on from ``source``; new groups only where tensor parallelism changes."""
+def start_engine(config: Config, source: Path | None = None, *, resume: bool = True) -> Engine:
+    """A fresh engine, or one that goes on from ``source``, or starts from its weights; new groups only where tensor
+    parallelism changes."""
     there = parallel_state.model_parallel_is_initialized()
     if there and parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
         torch.manual_seed(config.run.seed)
     else:
         parallel_state.destroy_model_parallel()
         groups.initialize(config.parallel.tensor, config.run.seed)
-    return build_engine(config, dist.get_world_size(), source, resume=source is not None)
+    return build_engine(config, dist.get_world_size(), source, resume=resume and source is not None)
 
 
 def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:

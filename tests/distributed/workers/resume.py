@@ -9,13 +9,19 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from checkpoints import config_of, differing, save, start_engine, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moh_megatron.checkpoint import save as save_module
+from moh_megatron.checkpoint.hf_import import hf_to_megatron
+from moh_megatron.checkpoint.native import read_config
 from moh_megatron.config.errors import Fault
+from moh_megatron.config.load import config_from_mapping, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.train.engine import initialize_distributed
 from moh_megatron.train.world import World
+from moh_megatron.upcycle.routers import initial_routers
 
 SAME = [
     (tensor, stage, precision)
@@ -91,6 +97,46 @@ def other_ways(root: Path) -> dict[str, Any]:
     return curves
 
 
+IMPORTED = [(1, 2, 3), (2, 1, 3), (2, 2, 1)]
+"""Tensor-parallel size of the checkpoint, and of the run; ZeRO stage."""
+
+
+def imported(root: Path) -> dict[str, Any]:
+    """Loss and gradient norm of a first step from the weights of a LLaMA whose vocabulary needs padding at TP 2; and
+    transformers' own."""
+    sizes = tiny.TINY["model"]
+    if dist.get_rank() == 0:
+        torch.manual_seed(3)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=131,
+                hidden_size=sizes["hidden_size"],
+                intermediate_size=sizes["ffn_hidden_size"],
+                num_hidden_layers=sizes["num_layers"],
+                num_attention_heads=sizes["num_attention_heads"],
+                num_key_value_heads=sizes["num_query_groups"],
+                initializer_range=0.15,
+            )
+        ).save_pretrained(root / "llama")
+        for there in (1, 2):
+            made = [f"parallel.tensor={there}"]
+            hf_to_megatron(root / "llama", root / f"tp{there}", None, made, new_tensors=initial_routers, report=print)
+    dist.barrier()
+    curves = {}
+    for there, tensor, stage in IMPORTED:
+        source, padding = root / f"tp{there}", tensor - 1
+        stated = mapping_of(config_of(tensor, stage, moh={"enabled": False}))
+        stated["model"] = mapping_of(read_config(source))["model"]
+        stated["model"] |= {"vocab_size": 131 + padding, "vocab_padding": padding}
+        config = config_from_mapping(stated, "test")
+        curves[there, tensor, stage] = train(start_engine(config, source, resume=False), config, 0, 1)
+    model, rows = LlamaForCausalLM.from_pretrained(root / "llama"), tiny.tokens(4, seed=100)
+    loss = F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    norm = torch.stack([each.grad.norm() for each in model.parameters() if each.grad is not None]).norm()
+    return {"ours": curves, "expected": (float(loss), float(norm))}
+
+
 def one_rank_fails(root: Path) -> str:
     """The message every rank gets where one of them cannot write."""
     config = config_of(2, 1)
@@ -122,6 +168,7 @@ if __name__ == "__main__":
         "same": same_topology(result.parent),
         "chain": {precision: chain(result.parent, precision) for precision in CHAINS},
         "ways": other_ways(result.parent),
+        "imported": imported(result.parent),
         "fault": one_rank_fails(result.parent),
     }
     torch.save(results, result)

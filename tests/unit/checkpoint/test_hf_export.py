@@ -215,5 +215,8 @@ def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
 
     with pytest.raises(Fault, match=r"could not be written.*No space"):
         run_out_of_space()
+    for place, error in ((tmp_path / "elsewhere" / "source", OSError), (folder / "config.json", Fault)):
+        with pytest.raises(error, match="Input/output error"), hf.replacing(folder):
+            raise OSError(5, "Input/output error", str(place))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -13,10 +13,12 @@ from support.convert import LLAMA3, llama_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import moh_megatron.hf
-from moh_megatron.checkpoint import convert, hf, hf_config, hf_import, native
+from moh_megatron.checkpoint import companions, convert, hf, hf_config, hf_import, native, unasked
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.sources import HeldWeights
+from moh_megatron.config.errors import UserError
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer import load_tokenizer
 from moh_megatron.upcycle.routers import initial_routers
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -28,7 +30,7 @@ def small_pieces():
     """Tensors of test size, too, go through in several pieces and several files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moh_megatron.checkpoint.rows.PIECE_BYTES", 1000)
-        patch.setattr(convert, "LARGEST_UNASKED", 0)
+        patch.setattr(unasked, "LARGEST_UNASKED", 0)
         patch.setattr(hf, "MAX_SHARD_SIZE", "20KB")
         yield
 
@@ -141,6 +143,54 @@ def test_a_foreign_tokenizers_code_is_left_behind(tokenizer_dir, tmp_path):
     back = there_and_back(source, tmp_path / "work")
     assert not (back / "evil.py").exists()
     assert "auto_map" not in (back / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, with_tokenizer):
+    ids = {"bos_token_id": 5, "eos_token_id": [9, 7], "pad_token_id": 7}
+    source = llama_folder(tmp_path / "source", vocab_size=280, **ids)
+    generation = '{"bos_token_id": 5, "eos_token_id": [9, 8], "do_sample": true, "temperature": 0.6}'
+    (source / "generation_config.json").write_text(generation)
+    beside = ("generation_config.json", "chat_template.jinja") if with_tokenizer else ("generation_config.json",)
+    for file in tokenizer_dir.iterdir() if with_tokenizer else ():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    moh = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
+    forms: dict[hf.Form, tuple[str, ...]] = {"llama": (), "moh": moh, "official": moh}
+    for form, overrides in forms.items():
+        checkpoint, back = tmp_path / form / "native", tmp_path / form / "hf"
+        hf_import.hf_to_megatron(source, checkpoint, None, overrides, new_tensors=initial_routers, report=print)
+        convert.megatron_to_hf(checkpoint, back, form=form)
+        again = json.loads((back / "config.json").read_text())
+        assert {key: again[key] for key in ids} == ids
+        assert all((back / each).read_bytes() == (source / each).read_bytes() for each in beside)
+        assert not (back / "token_ids.json").exists()
+    convert.official_to_hf(tmp_path / "official" / "hf", tmp_path / "read")
+    again = json.loads((tmp_path / "read" / "config.json").read_text())
+    assert {key: again[key] for key in ids} == ids
+    if with_tokenizer:
+        assert AutoTokenizer.from_pretrained(tmp_path / "read", trust_remote_code=True).chat_template
+
+
+def test_checkpoints_of_training_carry_them_on(tokenizer_dir, tmp_path):
+    source = llama_folder(tmp_path / "source", vocab_size=280, eos_token_id=[9, 7])
+    carried = companions.carried_by(source)
+    companions.Companions(load_tokenizer(tokenizer_dir), carried).save(tmp_path / "one")
+    companions.Companions(load_tokenizer(tokenizer_dir), companions.carried_by(tmp_path / "one")).save(tmp_path / "two")
+    assert companions.carried_by(tmp_path / "two") == carried
+    assert companions.stated_ends(carried) == companions.Ends(1, [9, 7], None)
+    assert load_tokenizer(tmp_path / "two").sha256 == load_tokenizer(tokenizer_dir).sha256
+    companions.Companions(None, {}).save(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_precision_that_loses_new_routers_is_refused(tmp_path):
+    source = llama_folder(tmp_path / "source")
+    moh = ("moh.enabled=true", "moh.router=learned", "moh.shared_heads=2", "moh.active_heads=4")
+    there_and_back(source, tmp_path / "work", *moh)
+    with pytest.raises(UserError, match=r"router\.\w+: its values, of at most \de-11, all become 0"):
+        convert.megatron_to_hf(tmp_path / "work" / "native", tmp_path / "half", "fp16")
+    assert not (tmp_path / "half").exists()
 
 
 def test_learned_routers_are_added(tmp_path):

@@ -73,3 +73,16 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     with pytest.raises(UserError, match="ends inside weight"):
         file.read("weight", Scratch())
     file.close()
+
+
+def test_a_failed_read_names_its_file(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(4)}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", fail)
+    with pytest.raises(OSError, match=r"Input/output error.*a\.safetensors"):
+        file.read("a", Scratch())
+    file.close()

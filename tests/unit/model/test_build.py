@@ -17,6 +17,8 @@ from moh_megatron.data.batches import ValidationBatch
 from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses, transformer_config
 from moh_megatron.model.generation import continue_text, sample_token
 from moh_megatron.model.norm import RMSNorm
+from moh_megatron.model.single import build_single_process, logits
+from moh_megatron.model.tensors import model_tensors
 from moh_megatron.moh.router import LearnedRouter
 from moh_megatron.parallel import random_states
 from moh_megatron.train.engine import adamw
@@ -204,3 +206,12 @@ def test_shipped_small_models_are_what_the_paper_counts() -> None:
         shipped = load_config(f"configs/pretrain/{name}.yaml")
         assert parameter_count(shipped.model, shipped.moh).total == expected
     assert parallel_state.get_tensor_model_parallel_world_size() == 1
+
+
+def test_a_model_in_one_process_needs_no_gpu_for_the_backend_of_training() -> None:
+    made = config(moh={"backend": "triton", "straight_through": "chosen"})
+    weights = {name: each.detach() for name, each in model_tensors(build_model(config())).items()}
+    tokens = torch.randint(0, 128, (1, 9))
+    assert torch.equal(
+        logits(build_single_process(made, weights), tokens), logits(build_single_process(config(), weights), tokens)
+    )

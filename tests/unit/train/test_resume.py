@@ -109,7 +109,7 @@ def test_another_value_is_refused_naming_both(config, checkpoint, key, there, he
     assert first == f"{folder} was made with other values:"
     assert differences == [f"  {key}: {there} there, {here} here"]
     # Where the weights do not fit, starting from them would be refused as well.
-    assert (f"train.init_from={folder}" in remedy) == (key != "model.num_layers")
+    assert (f"train.init_from={folder}" in remedy) == (key not in ("model.num_layers", "model.norm_epsilon"))
 
 
 def test_another_precision_is_refused(config, checkpoint):
@@ -229,6 +229,7 @@ def test_weights_of_the_same_architecture(config, checkpoint, tmp_path, where):
         ("model.num_query_groups", 4, 8),
         ("model.vocab_size", 96, 128),
         ("model.tie_word_embeddings", False, True),
+        ("model.norm_epsilon", 1e-05, 1e-06),
         ("moh.shared_heads", 2, 1),
         ("moh.router", "learned", "query_norm"),
         ("moh.head_layout", "interleaved", "contiguous"),
@@ -243,6 +244,18 @@ def test_weights_of_another_architecture_are_refused(config, checkpoint, key, th
         f"  {key}: {there} there, {here} here",
         "train.init_from needs weights of the same architecture.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "here"), [("model.rotary_base", 5e5), ("model.rope_scaling", {"type": "linear", "factor": 4.0})]
+)
+def test_other_positions_are_told_with_both_values(config, checkpoint, key, here):
+    folder, told = checkpoint(5), []
+    made = config({"train.init_from": str(folder), key: here})
+    assert weights_to_start_from(made, told.append) == folder
+    (message,) = told
+    assert message.startswith(f"warning: {key} is ")
+    assert f"{folder} was made with {'10000.0' if key == 'model.rotary_base' else 'None'}: " in message
 
 
 def test_other_words_for_the_same_architecture(config, checkpoint):

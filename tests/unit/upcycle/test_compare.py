@@ -102,3 +102,11 @@ def test_a_choice_that_cannot_be_made_is_refused(tiny):
         shared_heads(tiny({"moh.shared_heads": 5, "moh.active_heads": 6}), 50)
     with pytest.raises(UserError, match="multiple of the KV groups"):
         with_choice(tiny({"moh.shared_heads": 3, "moh.active_heads": 6}), "spread", 75, None)
+
+
+def test_a_list_is_kept_at_every_share(tiny):
+    listed = ((0, 5), (3, 7))
+    config = tiny({"moh.shared_heads": [list(each) for each in listed], "moh.router": "query_norm"})
+    for share, active in ((100, 8), (50, 4)):
+        made = with_choice(config, "list", share, None)
+        assert (made.moh.shared_heads, made.moh.active_heads, made.moh.shared_placement) == (listed, active, "first")

@@ -1,0 +1,151 @@
+"""The start of continue-tuning, made of a small dense checkpoint in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.companions import TOKEN_IDS, Companions, carried_by
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.native_writer import write_checkpoint
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.schema import Config
+from moh_megatron.upcycle import start
+from moh_megatron.upcycle.compare import dense_twin
+
+pytestmark = pytest.mark.usefixtures("one_rank", "data")
+
+
+class FakeTokenizer:
+    sha256, eod = "t" * 64, 1
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+
+
+class FakeData:
+    hash, settings = "d" * 64, SimpleNamespace(fits=True)
+
+    def tokenizer(self) -> FakeTokenizer:
+        return FakeTokenizer()
+
+    def check_fits(self, config: Config) -> None:
+        if not self.settings.fits:
+            raise UserError("model.vocab_size must be at least 99")
+
+
+@pytest.fixture
+def data(monkeypatch) -> SimpleNamespace:
+    """Prepared data that is not there."""
+    rows = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(start, "load_prepared", lambda config: FakeData())
+    monkeypatch.setattr(start, "build_train_dataset", lambda config, data, tokenizer: rows)
+    monkeypatch.setattr(FakeData, "settings", SimpleNamespace(fits=True))
+    return FakeData.settings
+
+
+@pytest.fixture
+def make(tiny, tmp_path) -> Callable[..., Config]:
+    """make({...}): what is tuned, from a checkpoint of random weights in tmp_path/source."""
+
+    def make(changes: dict[str, Any] | None = None) -> Config:
+        places = {"run.dir": str(tmp_path / "run"), "train.init_from": str(tmp_path / "source")}
+        return tiny({**places, "moh.router": "query_norm", "model.init_method_std": 0.2, **(changes or {})})
+
+    return make
+
+
+def write_source(config: Config) -> Path:
+    """The checkpoint train.init_from of ``config``, a model of it with random weights."""
+    assert config.train.init_from is not None
+    folder, generator = Path(config.train.init_from), torch.Generator().manual_seed(4)
+    folder.mkdir()
+    table = rules(config)
+    dtypes = {rule.megatron: torch.float32 for rule in table}
+    weights = ((rule.megatron, 0.2 * torch.randn(rule.shape, generator=generator)) for rule in table)
+    ids = {TOKEN_IDS: b'{"bos_token_id": 5, "eos_token_id": [1, 7]}'}
+    write_checkpoint(folder, config, dtypes, weights, Companions(None, ids))
+    return folder
+
+
+def test_the_start_is_the_dense_model_and_says_so(make):
+    source = write_source(dense_twin(make()))
+    told: list[str] = []
+    start.prepare(make(), told.append)
+    kl, made = told
+    assert float(kl.removeprefix("with all heads active: KL from the dense model ").split()[0]) < 1e-8
+    assert made.endswith(f"start: made of {source}")
+    folder = start.start_folder(make())
+    assert native.problem_with(folder) is None
+    assert carried_by(folder / "tokenizer") == carried_by(source / "tokenizer") != {}
+
+
+def test_other_positions_are_told_and_the_proof_is_against_the_sources_own(make):
+    write_source(dense_twin(make()))
+    told: list[str] = []
+    start.prepare(make({"model.rotary_base": 7e4}), told.append)
+    assert told[0].startswith("warning: model.rotary_base is 70000.0, and ")
+    assert "was made with 10000.0" in told[0]
+    assert "KL from the dense model" in told[1]
+
+
+def test_another_epsilon_of_the_norms_is_refused(make):
+    write_source(dense_twin(make()))
+    with pytest.raises(UserError, match=r"model\.norm_epsilon: 1e-05 there, 0\.0001 here"):
+        start.prepare(make({"model.norm_epsilon": 1e-4}), print)
+
+
+def test_a_start_that_is_not_the_dense_model_is_a_fault_and_leaves_nothing(make, monkeypatch):
+    config, right = make({"moh.router": "learned"}), start.initial_routers
+    write_source(dense_twin(config))
+    monkeypatch.setattr(start, "initial_routers", lambda config: ((name, each * 1e11) for name, each in right(config)))
+    with pytest.raises(Fault, match=r"source: with all heads active the KL divergence of the MoH model made of it is"):
+        start.prepare(config, print)
+    assert not any(Path(config.run.dir).iterdir())
+
+
+def test_a_trained_moh_model_with_more_entries_need_not_be_dense(make, monkeypatch):
+    source = write_source(make({"moh.router": "learned"}))
+    monkeypatch.setattr(start, "new_pieces", lambda old, new: {})
+    monkeypatch.setattr(start, "load_tokenizer", lambda folder: FakeTokenizer())
+    config = make({"moh.router": "learned", "model.vocab_size": 104})
+    start.prepare(config, print)
+    there, here = (native.read_weights(each) for each in (source, start.start_folder(config)))
+    name = "decoder.layers.1.self_attention.router.routed.weight"
+    assert torch.equal(there[name], here[name])
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_first(make, data):
+    write_source(dense_twin(make()))
+    data.fits = False
+    with pytest.raises(UserError, match=r"model\.vocab_size must be at least 99"):
+        start.prepare(make(), print)
+    assert not start.start_folder(make()).exists()
+
+
+def test_a_calibration_of_something_else_is_refused(make, tmp_path, monkeypatch):
+    changes = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
+    write_source(dense_twin(make()))
+    prepared = start.prepare(make(changes), print)
+    again = make({**changes, "run.dir": str(tmp_path / "again")})
+    (tmp_path / "again").mkdir()
+    written = (tmp_path / "run" / "calibration.json").read_bytes()
+    (tmp_path / "again" / "calibration.json").write_bytes(written)
+    assert start.prepare(again, print).moh.shared_heads == prepared.moh.shared_heads
+    third = tmp_path / "third"
+    third.mkdir()
+    (third / "calibration.json").write_bytes(written)
+    other = make({**changes, "run.dir": str(third), "moh.calibration_sequences": 3})
+    with pytest.raises(UserError, match=r"moh\.calibration_sequences: 2 there, 3 here"):
+        start.prepare(other, print)
+    moved = dataclasses.replace(other, moh=dataclasses.replace(other.moh, calibration_sequences=2))
+    monkeypatch.setattr(FakeData, "hash", "e" * 64)
+    with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
+        start.prepare(moved, print)
