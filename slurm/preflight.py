@@ -197,13 +197,19 @@ class Preflight:
             self.found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
             told = [rank for rank in range(self.world.size) if rank not in absent]
             self.found += self._faulty({rank: json.loads(self.store.get(f"report/{rank}")) for rank in told})
-        # The same everywhere, and of the nodes themselves: not a node's fault, but what was asked for.
-        messages = {line.partition("\t")[2] for line in self.of_nodes}
-        alike = len(messages) == 1 and len(self.of_nodes) == len(self.found) == len(self.nodes)
-        code = 0 if not self.found else 2 if alike else 1
+        code = 0 if not self.found else 2 if self._asked_for() else 1
         self.store.set("verdict", str(code))
         self._wait_for("gone", LEAVING_SECONDS, absent)
         return code
+
+    def _asked_for(self) -> bool:
+        """Whether all is wrong in the same way, and of the nodes themselves: not a node's fault, but the request's.
+
+        Of one node that shows only in the first life: later, what it had it has lost.
+        """
+        messages = {line.partition("\t")[2] for line in self.of_nodes}
+        alike = len(messages) == 1 and len(self.of_nodes) == len(self.found) == len(self.nodes)
+        return alike and (len(self.nodes) > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") == "0")
 
     def _faulty(self, reports: dict[int, list[str | None]]) -> list[str]:
         """A node all of whose sums failed; else, both ends of a link."""

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and answers as Slurm does.
+# $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a command that Slurm refuses.
+echo "$(basename "$0") $*" >>"$CALLS"
+command="$(basename "$0") $1"
+case "${REFUSED:-none}" in
+    "$(basename "$0")" | "$command")
+        echo "$(basename "$0"): error: refused" >&2
+        exit 1
+        ;;
+esac
+case $command in
+    srun\ *)
+        while [[ $1 == --* ]]; do shift; done
+        export SLURM_PROCID=0 SLURM_LOCALID=0
+        exec "$@"
+        ;;
+    'scontrol show')
+        case $2 in
+            hostnames) tr , '\n' <<<"${3/n\[1,3\]/n1,n3}" ;;
+            job) echo "${SHOWN:-}" ;;
+        esac
+        ;;
+    squeue\ *) echo "${QUEUE:-}" ;;
+esac
+exit 0
