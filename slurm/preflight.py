@@ -192,7 +192,8 @@ class Preflight:
             code = int(self.store.get("verdict"))
             self.store.set(f"gone/{self.world.rank}", "")
             return code
-        absent = self._wait_for("report", ROUND_SECONDS)
+        # A node may have waited in vain in both rounds.
+        absent = self._wait_for("report", 2 * ROUND_SECONDS + LEAVING_SECONDS)
         if not self.found:
             self.found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
             told = [rank for rank in range(self.world.size) if rank not in absent]

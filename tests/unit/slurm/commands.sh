@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and answers as Slurm does.
-# $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a command that Slurm refuses.
+# Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and what of Slurm's variables
+# sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a
+# command that Slurm refuses.
 echo "$(basename "$0") $*" >>"$CALLS"
 command="$(basename "$0") $1"
 case "${REFUSED:-none}" in
@@ -21,6 +22,7 @@ case $command in
             job) echo "${SHOWN:-}" ;;
         esac
         ;;
+    sbatch\ *) echo "sees ${!SLURM_@}" >>"$CALLS" ;;
     squeue\ *) echo "${QUEUE:-}" ;;
 esac
 exit 0
