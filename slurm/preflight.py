@@ -243,6 +243,7 @@ def main() -> int:
     started = time.monotonic()
     run = Preflight(world, nodes)
     going = run.meet(list(node_problems(config)) if world.local_rank == 0 else [])
+    met = time.monotonic()
     rounds = range(2 if len(nodes) > 1 else 1)
     code = run.conclude([run.add_up(number) for number in rounds] if going else [])
     if world.rank == 0:
@@ -251,7 +252,10 @@ def main() -> int:
         for line in found:
             print("error: preflight: node " + line.replace("\t", ": "), file=sys.stderr)
         if not found:
-            print(f"preflight: {len(nodes)} nodes, {world.size} ranks are fit, {time.monotonic() - started:.1f} s")
+            print(
+                f"preflight: {len(nodes)} nodes, {world.size} ranks are fit; they met after {met - started:.1f} s, "
+                f"and their sums took {time.monotonic() - met:.1f} s"
+            )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a thread that was given up may still hang

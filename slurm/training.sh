@@ -102,7 +102,7 @@ expanded() { # one by one, of names a line that may stand for several, such as n
 # The nodes that Slurm misses, as srun tells.
 missed() {
     tail -c "+$begin" "$log" 2>/dev/null | sed -n 's/^srun: error: Node failure on \([^ ]*\).*/\1/p' | expanded |
-        sort -u | paste -s -d,
+        sort -u | paste -s -d, || true
 }
 
 # The nodes that a fault names: in the ranks' own words, or by srun where a signal ended a rank.
