@@ -149,7 +149,8 @@ after_save() { # STEP REASON: start again, unless that is in vain
         $2 != job || $4 == "start" { next }
         { lives = $4 == "saved" && $6 == step && $8 ~ /USR1/ ? lives + 1 : 0 }
         END { print lives }' "$history")
-    if [ "$lives" -gt "$max_restarts" ]; then
+    # The first one may have trained.
+    if [ "$lives" -gt 1 ] && [ "$lives" -gt "$max_restarts" ]; then
         fail 1 "USR1 ended $lives lives in a row at step ${1:-0} (MAX_RESTARTS=$max_restarts), and the job is not started" \
             "again: $soon"
     fi

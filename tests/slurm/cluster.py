@@ -194,7 +194,7 @@ class Cluster:
         for name, address in (("admin0", ALONE), ("eth0", self.addresses[node])):
             self._in(node, "ip", *f"address add {address}/24 dev {name}".split())
             self._in(node, "ip", *f"link set {name} up".split())
-        self._in(node, "ip", *"link set lo up".split())
+        self._in(node, "ip", "link", "set", "lo", "up")
         self._in(node, "slurmd", "-N", node)
 
     def crash(self, node: str) -> None:

@@ -86,8 +86,8 @@ class Job:
     def repeated(self) -> int:
         """Steps that the second life, the last, trained again: those after its start that the first one had told of."""
         (resumed,) = self.resumed()
-        first, second = (line for line in self.history() if line[3] == "start")
-        return int(second[5]) - resumed
+        _, told = (line[5] for line in self.history() if line[3] == "start")
+        return int(told) - resumed
 
     def wait_for_step(self, step: int, seconds: float = 200) -> None:
         metrics = self.run.folder / "metrics.jsonl"

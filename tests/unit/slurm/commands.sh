@@ -2,15 +2,15 @@
 # Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and what of Slurm's variables
 # sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a
 # command that Slurm refuses.
-echo "$(basename "$0") $*" >>"$CALLS"
-command="$(basename "$0") $1"
+name=${0##*/}
+echo "$name $*" >>"$CALLS"
 case "${REFUSED:-none}" in
-    "$(basename "$0")" | "$command")
-        echo "$(basename "$0"): error: refused" >&2
+    "$name" | "$name $1")
+        echo "$name: error: refused" >&2
         exit 1
         ;;
 esac
-case $command in
+case "$name $1" in
     srun\ *)
         while [[ $1 == --* ]]; do shift; done
         export SLURM_PROCID=0 SLURM_LOCALID=0

@@ -133,9 +133,7 @@ def test_a_snapshot_says_what_the_run_is_made_of_and_no_secret(tmp_path):
     done = subprocess.run(
         [*map(str, command), "--no-data", "--snapshot", "7.0"],
         cwd=REPOSITORY,
-        env=os.environ
-        | {"PYTHONPATH": str(REPOSITORY), "NCCL_DEBUG": "WARN", "MOH_NODES": "a b"}
-        | secrets,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "NCCL_DEBUG": "WARN", "MOH_NODES": "a b"} | secrets,
         capture_output=True,
         text=True,
         check=True,

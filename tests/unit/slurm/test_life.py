@@ -39,10 +39,10 @@ def test_a_life_that_was_saved_goes_on_whatever_resume_says(job):
     assert ranks[1].endswith("CONFIG train.resume=never train.resume=auto")
 
 
-@pytest.mark.parametrize(("where", "lives"), [("preflight", 3), ("pretrain", 3), ("check", 2)])
+@pytest.mark.parametrize(("where", "lives"), [("preflight", 2), ("pretrain", 2), ("check", 2)])
 def test_a_signal_that_comes_too_early_again_and_again(job, where, lives):
     job.act(**{f"{where}_{life}": "kill -USR1 $$" for life in range(9)})
-    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="2") == 1
+    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="1") == 1
     assert len(job.called("scontrol requeue")) == lives - 1
     assert "Ask for a longer --time" in job.last
 
@@ -55,11 +55,11 @@ def test_saves_without_a_step_between_them(job):
 
 
 def test_saves_with_steps_between_them_are_not_counted(job):
-    job.act(**{f"pretrain_{life}": SAVED.format(life) for life in range(3)}, pretrain_3="ended 0 finished 30")
-    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="1") == 0
+    job.act(**{f"pretrain_{life}": SAVED.format(life) for life in range(2)}, pretrain_2="ended 0 finished 30")
+    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="0") == 0
     # Nor are preemptions, which nobody here can help.
-    job.act(**{f"pretrain_{life}": "ended 75 'received SIGTERM: saved' 7" for life in range(3)})
-    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="1") == 0
+    job.act(**{f"pretrain_{life}": "ended 75 'received SIGTERM: saved' 7" for life in range(2)})
+    assert job.lives(PRETRAIN, "CONFIG", MAX_RESTARTS="0") == 0
 
 
 def test_a_reason_of_several_lines_is_the_same_reason(job):
@@ -172,9 +172,9 @@ def test_one_process_that_fails_the_same_way_twice(job):
 
 def test_one_process_that_fails_again_and_again(job):
     job.act(**{f"convert_{life}": f'echo "error: {life}" >&2; exit 1' for life in range(9)})
-    assert job.lives("convert.sh", "official-to-hf") == 1
-    assert len(job.called("srun")) == 4
-    assert "after 3 restarts (MAX_RESTARTS), and is not started again: 3" in job.last
+    assert job.lives("convert.sh", "official-to-hf", MAX_RESTARTS="2") == 1
+    assert len(job.called("srun")) == 3
+    assert "after 2 restarts (MAX_RESTARTS), and is not started again: 2" in job.last
 
 
 def test_modules_and_a_setup_file_of_others(job, tmp_path):
