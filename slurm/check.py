@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Check what a job is about to train, and print its run folder; the job scripts call this before anything is started.
 
-python slurm/check.py CONFIG.yaml --world-size N [section.key=value ...] [--no-data] [--snapshot NAME]
+python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data] [--snapshot NAME]
 
 With --snapshot it writes down in <run.dir>/slurm/NAME what this life of the run is made of.
 """
@@ -19,7 +19,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -30,6 +30,8 @@ _TOLD = re.compile(
     r"(SLURM|SLURMD|MOH|NCCL|TORCH_NCCL|GLOO|CUDA|OMP|MALLOC|MASTER|UCX|FI|HF_HUB_OFFLINE)(_|$)|MAX_RESTARTS"
 )
 """The variables a snapshot keeps: an environment may hold secrets."""
+_SECRET = re.compile("JWT|TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
+"""And of those it does not: SLURM_JWT opens a user's account on the cluster."""
 
 
 def check_resume(config: Config, world_size: int, data_hash: str) -> None:
@@ -41,6 +43,11 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
     from moh_megatron.checkpoint.native import complete_checkpoints
     from moh_megatron.train.resume import check_same_run
 
+    if config.moh.shared_placement == "calibrated":
+        from moh_megatron.upcycle.start import resolve, start_folder
+
+        if start_folder(config).is_dir():  # as its ranks train it
+            config = resolve(config, lambda message: None)
     for folder, _ in complete_checkpoints(root):
         check_same_run(folder, config, world_size, data_hash, lambda message: None)
         return
@@ -53,6 +60,10 @@ def _git(*words: str) -> str | None:
         ).stdout.rstrip("\n")
     except (OSError, subprocess.CalledProcessError):
         return None  # no git here, or not a clone
+
+
+def _told(name: str) -> bool:
+    return bool(_TOLD.match(name)) and not _SECRET.search(name)
 
 
 def snapshot(config: Config, folder: Path) -> None:
@@ -70,7 +81,7 @@ def snapshot(config: Config, folder: Path) -> None:
             "commit": _git("rev-parse", "HEAD"),
             "changed": None if patch is None else bool(patch),
             "nodes": os.environ.get("MOH_NODES", platform.node()).split(),
-            "environment": {name: value for name, value in sorted(os.environ.items()) if _TOLD.match(name)},
+            "environment": {name: value for name, value in sorted(os.environ.items()) if _told(name)},
             "python": platform.python_version(),
             "packages": dict(sorted((each.name, each.version) for each in distributions())),
         },
@@ -79,20 +90,19 @@ def snapshot(config: Config, folder: Path) -> None:
 
 def main() -> None:
     parser = config_parser("Check what a job is about to train, and print its run folder.")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of all nodes")
+    parser.add_argument("--world-size", type=int, required=True, nargs="+", metavar="N", help="ranks there may be")
     parser.add_argument("--no-data", action="store_true", help="the prepared data is not on this machine")
     parser.add_argument("--snapshot", metavar="NAME", help="write it down in <run.dir>/slurm/NAME")
     arguments, config = parse_config(parser)
     from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
     from moh_megatron.train.preflight import preflight
 
-    if arguments.world_size < 1:
-        raise UserError(f"--world-size must be at least 1. Got {arguments.world_size}.")
-    if arguments.no_data:
-        data_parallel_size(config, arguments.world_size)
-        gradient_accumulation_steps(config, arguments.world_size)
-    else:
-        check_resume(config, arguments.world_size, preflight(config, arguments.world_size).hash)
+    for ranks in arguments.world_size:
+        data_parallel_size(config, ranks)
+        gradient_accumulation_steps(config, ranks)
+    if not arguments.no_data:
+        ranks = arguments.world_size[-1]
+        check_resume(config, ranks, preflight(config, ranks).hash)
     run_dir = Path(config.run.dir).absolute()
     if arguments.snapshot is not None:
         try:

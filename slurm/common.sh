@@ -19,7 +19,8 @@ fail() { # CODE MESSAGE: the last line of the log is the reason
 
 flags=() given=() arguments=() dry_run=
 parse() {
-    while [[ ${1:-} == -* && $1 != -- ]]; do
+    # Of a job, sbatch has read the flags: what stands here is the command's.
+    while ! in_job && [[ ${1:-} == -* && $1 != -- ]]; do
         case $1 in
             --dry-run) dry_run=1 ;;
             --*=* | --[a-z]*) flags+=("$1") ;;
@@ -33,7 +34,16 @@ parse() {
 # A task of an array by its two numbers: the id of one of them is that of the whole array.
 this_job=${SLURM_JOB_ID:-}
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
+
+# What is typed inside an allocation (salloc, a notebook) is not that job's own, nor is the job that it submits: sbatch
+# takes such variables for wishes.
+in_job() { [ "$script" != "$(readlink -f "$0")" ]; }
+forget_job() {
+    local configuration=${SLURM_CONF:-}
+    unset "${!SLURM_@}"
+    [ -z "$configuration" ] || export SLURM_CONF=$configuration
+}
+if ! in_job && [ -n "${SLURM_JOB_ID:-}" ]; then forget_job; fi
 
 requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask for; the last one counts
     local found
@@ -47,10 +57,13 @@ requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask 
 # The environment of every process of a job: a job inherits the submitter's, whatever that is.
 
 prepare_environment() {
+    # Modules and files of others are not written for a shell that ends at the first error.
+    set +euo pipefail
     # shellcheck disable=SC2086
-    [ -z "${MOH_MODULES:-}" ] || module load $MOH_MODULES
+    [ -z "${MOH_MODULES:-}" ] || module load $MOH_MODULES || fail 2 "MOH_MODULES: module load $MOH_MODULES failed with $?"
     # shellcheck disable=SC1090
-    [ -z "${MOH_SETUP:-}" ] || . "$MOH_SETUP"
+    [ -z "${MOH_SETUP:-}" ] || . "$MOH_SETUP" || fail 2 "MOH_SETUP: $MOH_SETUP ended with exit code $?, expected 0"
+    set -euo pipefail
     # The code is that of this folder, whatever is installed.
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     # A shell that was once a rank says things that are no longer true.
@@ -68,9 +81,21 @@ prepare_environment() {
     if [ "${MOH_DEVICE:-auto}" = cpu ]; then export CUDA_VISIBLE_DEVICES=''; fi
 }
 
+tasks_per_node() { # --ntasks counts more than --ntasks-per-node
+    local total nodes
+    if in_job; then total=$SLURM_NTASKS nodes=$SLURM_NNODES; else total=$(requested ntasks '') nodes=$(requested nodes 1); fi
+    if [ -n "$total" ]; then echo $(((total + ${nodes%%[-,]*} - 1) / ${nodes%%[-,]*})); else requested ntasks-per-node 1; fi
+}
+
 gpus_per_node() { # of the request: `8`, `h100:8` or nothing
-    local asked=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)}
-    if [ "${MOH_DEVICE:-auto}" = cpu ]; then echo 0; else echo "${asked##*:}"; fi
+    local each=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)} task=${SLURM_GPUS_PER_TASK:-$(requested gpus-per-task 0)}
+    if [ "${MOH_DEVICE:-auto}" = cpu ]; then
+        echo 0
+    elif [ "${each##*:}" -gt 0 ]; then
+        echo "${each##*:}"
+    else
+        echo $((${task##*:} * $(tasks_per_node)))
+    fi
 }
 
 # How a command gets onto the nodes: srun starts every process itself, so that signals and exit codes come through.
@@ -78,7 +103,8 @@ gpus_per_node() { # of the request: `8`, `h100:8` or nothing
 srun_line=() inside=()
 prepare_srun() {
     local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair
-    srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}")
+    # Blocks: the ranks of a node follow one another, whatever the submitter's SLURM_DISTRIBUTION says.
+    srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}" --distribution=block)
     # Since Slurm 22.05 srun does not take this from sbatch.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_line+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs its peers' devices in sight.
@@ -97,8 +123,13 @@ prepare_srun() {
     esac
 }
 
-on_one() { "${srun_line[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${inside[@]}" "$@"; }
-on_all() { "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$@"; }
+show() { # NAME WORD...: a line of a dry run
+    printf '%-7s %s\n' "$1:" "$(printf '%q ' "${@:2}")"
+}
+
+as=() # what becomes of an srun line: it is run, or shown
+on_one() { "${as[@]}" "${srun_line[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${inside[@]}" "$@"; }
+on_all() { "${as[@]}" "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$@"; }
 
 # Ranks meet at the first node, on a port that follows from the job's id: two jobs on one node do not collide, and nobody
 # has to be asked. Below 32768, where the system takes ports for itself.
@@ -116,10 +147,17 @@ prepare_meeting() {
 
 submit() { # LINE...: print it, or do it
     if [ -n "$dry_run" ]; then
-        echo "sbatch: $(printf '%q ' "$@")"
+        show sbatch "$@"
     else
         "$@"
     fi
+}
+
+show_srun() { # on_one|on_all COMMAND...: in a dry run, the line that the job will run
+    local as=(show srun)
+    [ -n "$dry_run" ] || return 0
+    SLURM_CPUS_PER_TASK=$(requested cpus-per-task '') prepare_srun
+    "$@"
 }
 
 # Where this job's output goes, and where this life of it begins there: to read again what was said.
@@ -129,11 +167,24 @@ remember_log() {
     begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
 }
 
-last_words() { # the last message of this life, if there is one, without what srun adds
+one_line() { echo "${1//[$'\t\r\n']/ }"; }
+
+# The last message of this life, if there is one, without what srun adds: a script's own, argparse's, or an exception's.
+last_words() {
     tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | awk '
-        /^error: / { text = substr($0, 8); said = 1; next }
-        said { text = text "\n" $0 }
-        END { if (said) print text }' || true
+        /^([^ :]+: )?error: / { text = substr($0, index($0, "error: ") + 7); more = 1; next }
+        /^[A-Za-z_][A-Za-z0-9_.]*(Error|Exception)(: |$)/ { text = $0; more = 0; next }
+        more && /^       / { text = text "\n" $0; next }
+        { more = 0 }
+        END { if (text != "") print text }' || true
+}
+
+reason_of() { # CODE: the last message; where there is none, the last line
+    local reason
+    reason=$(last_words)
+    [ -n "$reason" ] || reason="no reason was given, and the log ends with: $(
+        tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | grep . | tail -n 1 || true)"
+    echo "${reason:-exit code $1}"
 }
 
 # Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
@@ -160,24 +211,49 @@ may_take_fewer_nodes() {
         scontrol update JobId="$this_job" NumTasks="$SLURM_NTASKS_PER_NODE" 2>/dev/null || true
 }
 
-requeue() { # NODES: start this job again, away from these nodes
+avoid() { # NODES: as comma-separated names; this job, which waits, is not to start on them
     local excluded
+    [ -n "$1" ] || return 0
+    excluded=$(scontrol show job "$this_job" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [ "$excluded" != "(null)" ] || excluded=
+    scontrol update JobId="$this_job" ExcNodeList="${excluded:+$excluded,}$1" ||
+        say "warning: Slurm did not take the list of nodes to avoid, $1"
+}
+
+requeue() { # NODES: start this job again, away from these nodes
     # Slurm will end this shell; not before it has said which nodes to avoid.
     trap '' TERM
     scontrol requeue "$this_job" || fail 1 "Slurm refused to requeue job $this_job. Submit it again."
     may_take_fewer_nodes
-    if [ -n "$1" ]; then
-        excluded=$(scontrol show job "$this_job" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-        [ "$excluded" != "(null)" ] || excluded=
-        scontrol update JobId="$this_job" ExcNodeList="${excluded:+$excluded,}$1" ||
-            say "warning: Slurm did not take the list of nodes to avoid, $1"
-    fi
+    avoid "$1"
     exit 75
 }
 
-# Submits the next job of a chain from inside this one: the same script and request, in this job's partition and account.
+# After a failure that no run folder keeps: the log remembers those of earlier lives.
+start_again() { # CODE REASON: unless that is in vain
+    local life=${SLURM_RESTART_COUNT:-0} reason failed before failures
+    reason=$(one_line "$2")
+    failed="failed with exit code $1: $reason"
+    before=$(head -c "$((begin - 1))" "$log" 2>/dev/null |
+        sed -n "s/^\[[^]]*\] job $this_job, life \([0-9]*: failed .*\); starting again in .*/\1/p" || true)
+    if [ "$(tail -n 1 <<<"$before")" = "$((life - 1)): $failed" ]; then
+        fail 1 "job $this_job failed twice in the same way, with exit code $1, and is not started again: $reason"
+    fi
+    failures=$(grep -c . <<<"$before" || true)
+    # A log that is not kept remembers nothing.
+    [ "$begin" -gt 1 ] || failures=$life
+    if [ "$failures" -ge "$max_restarts" ]; then
+        fail 1 "failed with exit code $1 after $failures restarts (MAX_RESTARTS), and is not started again: $reason"
+    fi
+    say "job $this_job, life $life: $failed; starting again in $restart_pause s"
+    sleep "$restart_pause"
+    requeue ''
+}
+
+# Submits the next job of a chain from inside this one: the same script, and of this job's request what Slurm tells. It does
+# not tell --signal: SBATCH_SIGNAL in the environment counts for both.
 submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, because this job is started again
-    local limit output name=$1 more=()
+    local output shown pair value name=$1 more=()
     shift
     [ -z "$(squeue -h --name="$name" -o %i)" ] || return 0
     while [ "$1" != -- ]; do more+=("$1") && shift; done
@@ -185,18 +261,19 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || more+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     [ -z "${SLURM_NTASKS_PER_NODE:-}" ] || more+=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE")
     [ -z "${SLURM_GPUS_PER_NODE:-}" ] || more+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
-    [ -z "${SLURM_JOB_ACCOUNT:-}" ] || more+=(--account="$SLURM_JOB_ACCOUNT")
+    [ -z "${SLURM_GPUS_PER_TASK:-}" ] || more+=(--gpus-per-task="$SLURM_GPUS_PER_TASK")
     [ -z "${SLURM_JOB_QOS:-}" ] || more+=(--qos="$SLURM_JOB_QOS")
     more+=(--partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
+    shown=$(scontrol show job "$this_job" -o)
+    for pair in time=TimeLimit account=Account mem=MinMemoryNode mem-per-cpu=MinMemoryCPU tmp=MinTmpDiskNode \
+        constraint=Features reservation=Reservation exclude=ExcNodeList nodelist=ReqNodeList licenses=Licenses; do
+        value=$(sed -n "s/.* ${pair#*=}=\([^ ]*\).*/\1/p" <<<"$shown")
+        case $value in '' | 0 | '(null)') ;; *) more+=(--"${pair%=*}=$value") ;; esac
+    done
     output=$(readlink -f /proc/$$/fd/1)
-    limit=$(scontrol show job "$this_job" -o | sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p')
     (
-        configuration=${SLURM_CONF:-}
-        # sbatch takes this job's own variables for wishes.
-        unset "${!SLURM_@}"
-        [ -z "$configuration" ] || export SLURM_CONF=$configuration
-        sbatch --job-name="$name" "${more[@]}" --time="$limit" --output="${output%/*}/%x-%j.out" \
-            --kill-on-invalid-dep=yes "$script" "$@"
+        forget_job
+        sbatch --job-name="$name" "${more[@]}" --output="${output%/*}/%x-%j.out" --kill-on-invalid-dep=yes "$script" "$@"
     )
 }
 
@@ -208,11 +285,12 @@ one_process_job() { # COMMAND...
     prepare_srun
     supervise on_one "$@" || code=$?
     if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
-    [ "$code" != 2 ] || fail 2 "$(last_words)"
-    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
-        fail 1 "failed with exit code $code after $max_restarts restarts (MAX_RESTARTS), and is not started again"
-    fi
-    say "exit code $code; starting again in $restart_pause s"
-    sleep "$restart_pause"
-    requeue ''''
+    [ "$code" != 2 ] || fail 2 "$(reason_of 2)"
+    start_again "$code" "$(reason_of "$code")"
+}
+
+# Typed, it submits itself.
+submit_one_process() { # COMMAND...
+    submit sbatch "${flags[@]}" "$script" "${given[@]}"
+    show_srun on_one "$@"
 }

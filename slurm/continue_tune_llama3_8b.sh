@@ -14,15 +14,21 @@
 # To the ranks, not to this shell, twenty minutes before the time limit: they save and end with 75.
 #SBATCH --signal=USR1@1200
 
-# Slurm runs a copy of this file; it knows where the original is.
-script=${BASH_SOURCE[0]}
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    script=$(scontrol show job "$SLURM_JOB_ID" |
-        sed -n '/^ *Command=/{ s/^ *Command=\(.*\/continue_tune_llama3_8b\.sh\).*/\1/p; q }')
+# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+script=$(readlink -f "${BASH_SOURCE[0]}")
+if [ ! -e "${script%/*}/common.sh" ]; then
+    script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
+    # Its arguments stand behind it.
+    while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
+    script=$(readlink -f "$script")
+    if [ ! -e "${script%/*}/common.sh" ]; then
+        echo "error: ${script:-no script}: expected common.sh beside the script that is typed or given to sbatch. Take the" \
+            "one in the repository's slurm/, or a copy of it that stands there." >&2
+        exit 2
+    fi
 fi
-script=$(readlink -f "$script")
 # shellcheck source=training.sh
-. "$(dirname "$script")/training.sh"
+. "${script%/*}/training.sh"
 
 parse "$@"
 stage2=("$repository/configs/continue_tune/llama3_8b_stage2_moh75.yaml")
@@ -38,11 +44,11 @@ if [ "${given[0]:-}" = -- ]; then
 elif [ ${#arguments[@]} = 0 ]; then
     arguments=("$repository/configs/continue_tune/llama3_8b_stage1.yaml")
 fi
+as_overrides arguments
+as_overrides stage2
+next=("${stage2[@]}")
 if in_job; then
-    if [ ${#stage2[@]} -gt 0 ]; then
-        submit_next "$SLURM_JOB_NAME-stage2-$SLURM_JOB_ID" --dependency=afterok:"$SLURM_JOB_ID" -- -- "${stage2[@]}"
-    fi
     train_job pipelines/continue_tune.py --prepare
 else
-    submit_training pipelines/continue_tune.py
+    submit_training pipelines/continue_tune.py --prepare
 fi

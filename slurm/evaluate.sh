@@ -9,17 +9,27 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-# Slurm runs a copy of this file; it knows where the original is.
-script=${BASH_SOURCE[0]}
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    script=$(scontrol show job "$SLURM_JOB_ID" |
-        sed -n '/^ *Command=/{ s/^ *Command=\(.*\/evaluate\.sh\).*/\1/p; q }')
+# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+script=$(readlink -f "${BASH_SOURCE[0]}")
+if [ ! -e "${script%/*}/common.sh" ]; then
+    script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
+    # Its arguments stand behind it.
+    while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
+    script=$(readlink -f "$script")
+    if [ ! -e "${script%/*}/common.sh" ]; then
+        echo "error: ${script:-no script}: expected common.sh beside the script that is typed or given to sbatch. Take the" \
+            "one in the repository's slurm/, or a copy of it that stands there." >&2
+        exit 2
+    fi
 fi
-script=$(readlink -f "$script")
 # shellcheck source=common.sh
-. "$(dirname "$script")/common.sh"
+. "${script%/*}/common.sh"
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/evaluate.py: MODEL [--suite FILE ...] [section.key=value ...]"
-in_job || { submit sbatch "${flags[@]}" "$script" "${given[@]}" && exit; }
-one_process_job "$python" "$repository/pipelines/evaluate.py" "${arguments[@]}"
+work=("$python" "$repository/pipelines/evaluate.py" "${arguments[@]}")
+if in_job; then
+    one_process_job "${work[@]}"
+else
+    submit_one_process "${work[@]}"
+fi

@@ -10,25 +10,41 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 
-# Slurm runs a copy of this file; it knows where the original is.
-script=${BASH_SOURCE[0]}
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    script=$(scontrol show job "$SLURM_JOB_ID" |
-        sed -n '/^ *Command=/{ s/^ *Command=\(.*\/prepare_data\.sh\).*/\1/p; q }')
+# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+script=$(readlink -f "${BASH_SOURCE[0]}")
+if [ ! -e "${script%/*}/common.sh" ]; then
+    script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
+    # Its arguments stand behind it.
+    while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
+    script=$(readlink -f "$script")
+    if [ ! -e "${script%/*}/common.sh" ]; then
+        echo "error: ${script:-no script}: expected common.sh beside the script that is typed or given to sbatch. Take the" \
+            "one in the repository's slurm/, or a copy of it that stands there." >&2
+        exit 2
+    fi
 fi
-script=$(readlink -f "$script")
 # shellcheck source=common.sh
-. "$(dirname "$script")/common.sh"
+. "${script%/*}/common.sh"
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected a configuration: prepare_data.sh CONFIG [section.key=value ...]"
+
+# As many workers as CPUs were asked for, also where Slurm does not bind tasks to cores. What the user says counts more.
+work() { # TASKS TASK: the command of one task
+    command=("$python" "$repository/pipelines/prepare_data.py" "${arguments[0]}"
+        "data.workers=${SLURM_CPUS_PER_TASK:-$(requested cpus-per-task 1)}" "${arguments[@]:1}")
+    [ "$1" = 1 ] || command+=("data.shard=$2/$1")
+}
+
 if ! in_job; then
     prepare_environment
     # A mistake shows before anything waits in the queue.
     if "$python" -c '' 2>/dev/null; then
-        "$python" "$repository/pipelines/prepare_data.py" "${arguments[@]}" --dry-run >/dev/null || exit 2
+        "$python" "$repository/pipelines/prepare_data.py" "${arguments[@]}" --dry-run >/dev/null || exit
     fi
-    submit sbatch "${flags[@]}" "$script" "${given[@]}"
+    tasks=$(requested array 1 | sed 's/%.*//; s/.*[-,]//')
+    work "$tasks" 1
+    submit_one_process "${command[@]}"
     exit
 fi
 
@@ -42,8 +58,6 @@ if [ "$tasks" -gt 1 ]; then
         submit_next "$SLURM_JOB_NAME-merge-$SLURM_ARRAY_JOB_ID" --array=1 \
             --dependency=afterok:"$SLURM_ARRAY_JOB_ID" -- "${given[@]}"
     fi
-    arguments+=("data.shard=$SLURM_ARRAY_TASK_ID/$tasks")
 fi
-# As many as were asked for, also where Slurm does not bind tasks to cores. What the user says counts more.
-one_process_job "$python" "$repository/pipelines/prepare_data.py" "${arguments[0]}" \
-    "data.workers=${SLURM_CPUS_PER_TASK:-1}" "${arguments[@]:1}"
+work "$tasks" "${SLURM_ARRAY_TASK_ID:-1}"
+one_process_job "${command[@]}"

@@ -13,18 +13,25 @@
 # To the ranks, not to this shell, ten minutes before the time limit: they save and end with 75.
 #SBATCH --signal=USR1@600
 
-# Slurm runs a copy of this file; it knows where the original is.
-script=${BASH_SOURCE[0]}
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    script=$(scontrol show job "$SLURM_JOB_ID" |
-        sed -n '/^ *Command=/{ s/^ *Command=\(.*\/pretrain_moh\.sh\).*/\1/p; q }')
+# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+script=$(readlink -f "${BASH_SOURCE[0]}")
+if [ ! -e "${script%/*}/common.sh" ]; then
+    script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
+    # Its arguments stand behind it.
+    while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
+    script=$(readlink -f "$script")
+    if [ ! -e "${script%/*}/common.sh" ]; then
+        echo "error: ${script:-no script}: expected common.sh beside the script that is typed or given to sbatch. Take the" \
+            "one in the repository's slurm/, or a copy of it that stands there." >&2
+        exit 2
+    fi
 fi
-script=$(readlink -f "$script")
 # shellcheck source=training.sh
-. "$(dirname "$script")/training.sh"
+. "${script%/*}/training.sh"
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || arguments=("$repository/configs/pretrain/llm_s_moh75.yaml")
+as_overrides arguments
 if in_job; then
     train_job pipelines/pretrain.py
 else

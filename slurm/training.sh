@@ -9,14 +9,17 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_dir='' history=''
+# The arguments of the run that follows when this one has finished.
+next=()
 # The exit code where USR1, the sign that the time limit is near, came before a rank could listen: 128 + 10.
 unheard=138
+soon="the signal for the time limit must leave a run time to start and to train. Ask for a longer --time, or set --signal \
+to fewer seconds before its end"
 
 record() { # EVENT CODE STEP NODES REASON
-    local reason=${5:--}
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' \
         "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:--}" "${4:--}" \
-        "${reason//[$'\t\n']/ }" >>"$history"
+        "$(one_line "${5:--}")" >>"$history"
 }
 
 exit_value() { # NAME: of the run's exit.json, a line a value
@@ -25,17 +28,18 @@ exit_value() { # NAME: of the run's exit.json, a line a value
 
 last_step() { tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p' || true; }
 
-failed_twice() { # nodes that this job's faults name at least twice, comma-separated
-    awk -F'\t' -v job="$SLURM_JOB_ID" '
-        $2 == job && ($4 == "fault" || $4 == "lost") { split($7, names, ","); for (i in names) count[names[i]]++ }
-        END { for (name in count) if (name != "-" && count[name] > 1) print name }' "$history" | sort | paste -s -d,
+failed_twice() { # NODES: of these, comma-separated, the ones that failures of this job name at least twice
+    awk -F'\t' -v job="$SLURM_JOB_ID" -v now="$1" '
+        $2 == job && $4 ~ /^(fault|lost|stopped)$/ { split($7, names, ","); for (i in names) count[names[i]]++ }
+        END { split(now, names, ","); for (i in names) if (count[names[i]] > 1) print names[i] }' "$history" |
+        sort | paste -s -d,
 }
 
 # Two jobs must not write one run folder. Slurm knows whether the other one lives; the lock is the word of a life of this
 # very job that has lost contact with Slurm, and not yet its own.
 alone_in_run_folder() {
     local other
-    other=$(awk -F'\t' '{ job = $4 == "start" ? $2 : "" } END { print job }' "$history")
+    other=$(awk -F'\t' '$4 == "start" { job = $2; next } $2 == job { job = "" } END { print job }' "$history")
     if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] &&
         [ -n "$(squeue -h -j "$other" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null)" ]; then
         fail 2 "$run_dir: job $other trains in this folder. Wait for it (--dependency=singleton), or use another run.dir."
@@ -47,9 +51,10 @@ alone_in_run_folder() {
     fi
 }
 
-# A life without an end was ended by Slurm with its node: which one is down, or was started meanwhile?
+# A life without an end was ended by Slurm with its node: which one is down, or was started meanwhile? Slurm has started
+# the job again by itself, perhaps on a node that now failed twice.
 account_for_lost_life() {
-    local started job event nodes since node booted lost=()
+    local started job event nodes since node booted lost=() names bad
     IFS=$'\t' read -r since job _ event _ _ nodes _ < <(tail -n 1 "$history") || return 0
     if [ "$event" != start ] || [ "$job" != "$SLURM_JOB_ID" ]; then return 0; fi
     started=$(date -d "$since" +%s)
@@ -60,12 +65,9 @@ account_for_lost_life() {
             lost+=("$node")
         fi
     done
-    record lost - "$(last_step)" "$(IFS=, && echo "${lost[*]}")" "ended by Slurm: a node was lost, or the job was requeued"
-}
-
-avoid_bad_nodes() {
-    local bad node
-    bad=$(failed_twice)
+    names=$(IFS=, && echo "${lost[*]}")
+    record lost - "$(last_step)" "$names" "ended by Slurm: a node was lost, or the job was requeued"
+    bad=$(failed_twice "$names")
     for node in ${bad//,/ }; do
         case " $MOH_NODES " in
             *" $node "*)
@@ -90,6 +92,19 @@ check_grace() {
     fi
 }
 
+expanded() { # one by one, of names a line that may stand for several, such as n[1,3]
+    local names
+    names=$(paste -s -d,)
+    # Without a name it would tell those of the job.
+    [ -z "$names" ] || scontrol show hostnames "$names"
+}
+
+# The nodes that Slurm misses, as srun tells.
+missed() {
+    tail -c "+$begin" "$log" 2>/dev/null | sed -n 's/^srun: error: Node failure on \([^ ]*\).*/\1/p' | expanded |
+        sort -u | paste -s -d, || true
+}
+
 # The nodes that a fault names: in the ranks' own words, or by srun where a signal ended a rank.
 blamed() { # REASON
     {
@@ -98,7 +113,7 @@ blamed() { # REASON
         tail -c "+$begin" "$log" 2>/dev/null | sed -n \
             -e 's/^srun: error: Node failure on \([^ ]*\).*/\1/p' \
             -e 's/^srun: error: \([^ :]*\): tasks\{0,1\} [0-9,-]*: \(Killed\|Segmentation\|Bus error\|Illegal\).*/\1/p'
-    } | sort -u | paste -s -d,
+    } | expanded | sort -u | paste -s -d,
 }
 
 # The same failure on another node is the same failure.
@@ -106,7 +121,7 @@ without_places() { sed 's/([^)]*)//g'; }
 
 after_fault() { # CODE STEP NODES REASON: start again, unless that is in vain
     local code=$1 step=$2 nodes=$3 reason=$4 before same
-    same=$(without_places <<<"$reason")
+    same=$(one_line "$reason" | without_places)
     before=$(awk -F'\t' -v job="$SLURM_JOB_ID" '
         $2 == job && $4 == "fault" { found = $6 "\t" $8 }
         END { print found }' "$history" | without_places)
@@ -122,7 +137,62 @@ after_fault() { # CODE STEP NODES REASON: start again, unless that is in vain
     say "fault $faults, at step $step: $reason"
     say "starting again in $restart_pause s (at most $max_restarts times)"
     sleep "$restart_pause"
-    requeue "$(failed_twice)"
+    requeue "$(failed_twice "$nodes")"
+}
+
+# A signal for the time limit may come so early that lives go by without a step.
+after_save() { # STEP REASON: start again, unless that is in vain
+    local lives
+    record saved 75 "$1" '' "$2"
+    say "$2, at step ${1:-none}; the job goes on when Slurm starts it again"
+    lives=$(awk -F'\t' -v job="$SLURM_JOB_ID" -v step="${1:--}" '
+        $2 != job || $4 == "start" { next }
+        { lives = $4 == "saved" && $6 == step && $8 ~ /USR1/ ? lives + 1 : 0 }
+        END { print lives }' "$history")
+    # The first one may have trained.
+    if [ "$lives" -gt 1 ] && [ "$lives" -gt "$max_restarts" ]; then
+        fail 1 "USR1 ended $lives lives in a row at step ${1:-0} (MAX_RESTARTS=$max_restarts), and the job is not started" \
+            "again: $soon"
+    fi
+    [ "$lives" -lt 2 ] || sleep "$restart_pause"
+    requeue ''
+}
+
+# Only overrides stand behind the configuration; --profile is one in short.
+as_overrides() { # ARRAY
+    local -n words=$1
+    local place
+    for place in "${!words[@]}"; do
+        case ${words[place]} in
+            --profile) words[place]=monitor.profile=true ;;
+            -*) fail 2 "${words[place]}: expected section.key=value. Flags of sbatch, and --dry-run, stand before the" \
+                "configuration: $(basename "$script") --nodes=2 CONFIG; with sbatch, before the script" ;;
+        esac
+    done
+}
+
+enough_gpus() {
+    local tasks gpus
+    tasks=$(tasks_per_node) gpus=$(gpus_per_node)
+    if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$tasks" ]; then
+        fail 2 "every rank needs a GPU. Got --ntasks-per-node=$tasks with $gpus GPUs a node: set --ntasks-per-node and" \
+            "--gpus-per-node to the same number"
+    fi
+}
+
+check() { # ARGUMENTS [FLAGS]: prints the run folder; by one process, on a node where this is a job
+    local on=()
+    ! in_job || on=(on_one)
+    "${on[@]}" "$python" "$repository/slurm/check.py" "$@" | tail -n 1
+}
+
+check_failed() { # CODE: in a job, before a run folder is known
+    local reason
+    reason=$(last_words)
+    # slurmd says 2, too, where it finds no Python.
+    [ "$1" != 2 ] || [ -z "$reason" ] || fail 2 "$reason"
+    [ "$1" != "$unheard" ] || reason="USR1 came before the run could start: $soon"
+    start_again "$1" "${reason:-$(reason_of "$1")}"
 }
 
 train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
@@ -131,16 +201,22 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
     prepare_environment
     prepare_srun
     prepare_meeting
+    enough_gpus
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-    run_dir=$(on_one "$python" "$repository/slurm/check.py" "${arguments[@]}" \
-        --world-size "$SLURM_NTASKS" --snapshot "$life" | tail -n 1) || code=$?
-    [ "$code" != "$unheard" ] || requeue ''
-    [ "$code" = 0 ] || fail "$code" "$(last_words)"
+    if [ "${life#*.}" -gt 0 ]; then
+        # Whatever the user says of the first start: what an earlier life saved is to go on.
+        arguments+=(train.resume=auto)
+    elif [ ${#next[@]} -gt 0 ]; then
+        check "${next[@]}" --world-size "$SLURM_NTASKS" --no-data >/dev/null || check_failed $?
+    fi
+    run_dir=$(check "${arguments[@]}" --world-size "$SLURM_NTASKS" --snapshot "$life") || check_failed $?
     history=$run_dir/slurm/history.tsv
     touch "$history"
     alone_in_run_folder
     account_for_lost_life
-    avoid_bad_nodes
+    if [ ${#next[@]} -gt 0 ]; then
+        submit_next "$SLURM_JOB_NAME-stage2-$SLURM_JOB_ID" --dependency=afterok:"$SLURM_JOB_ID" -- -- "${next[@]}"
+    fi
     record start - "$(last_step)" "${MOH_NODES// /,}" "$(printf '%s ' "${arguments[@]}")"
     check_grace
 
@@ -157,7 +233,7 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
 
     if [ $# -gt 1 ]; then
         supervise on_one "$python" "$repository/$1" "${arguments[@]}" "${@:2}" || code=$?
-        [ "$code" = 0 ] || judge "$code" start '' "$(last_words)"
+        [ "$code" = 0 ] || judge "$code" start '' "$(reason_of "$code")"
     fi
 
     supervise on_all "$python" "$repository/$1" "${arguments[@]}" || code=$?
@@ -180,21 +256,21 @@ judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means fo
     [ "$code" != 2 ] || end_refused "$reason"
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.
     if [ "$code" = 75 ] && [ "$(exit_value code)" = 75 ]; then
-        record saved 75 "$step" '' "$reason"
-        say "$reason at step $step; the job goes on when Slurm starts it again"
-        requeue ''
+        after_save "$step" "$reason"
     fi
     if [ "$code" = "$unheard" ] && [ ! -e "$run_dir/exit.json" ]; then
-        record saved 75 "$step" '' "USR1 came before the ranks were there: nothing to save"
-        requeue ''
+        after_save "$(last_step)" "USR1 came before the ranks were there: nothing to save"
     fi
     after_fault "$code" "$step" "$nodes" "$reason"
 }
 
 end_stopped() { # CODE: Slurm, or the user, wants this job to end, and knows what comes next
-    record stopped "$1" "$(last_step)" '' "$(exit_value reason)"
+    local nodes
+    nodes=$(missed)
+    record stopped "$1" "$(last_step)" "$nodes" "$(exit_value reason)"
     say "stopped: $(exit_value reason)"
     may_take_fewer_nodes
+    avoid "$(failed_twice "$nodes")"
     exit "$1"
 }
 
@@ -204,29 +280,64 @@ end_refused() { # REASON: the user's to mend; never in vain a second time
 }
 
 # A typed script: checks, the plan, then sbatch.
-submit_training() { # PIPELINE
-    local nodes tasks world name
-    prepare_environment
+
+# Ranks on every number of nodes that the job may get: of --nodes=4, --nodes=2-4, --nodes=1,2,4.
+world_sizes() {
+    local total nodes part
+    total=$(requested ntasks '')
     nodes=$(requested nodes 1)
-    tasks=$(requested ntasks-per-node 1)
-    world=$((${nodes##*-} * tasks))
-    name=moh
+    if [ -n "$total" ]; then
+        echo "$total"
+        return
+    fi
+    for part in ${nodes//,/ }; do
+        seq "${part%%-*}" "${part##*-}"
+    done | sort -nu | awk -v tasks="$(tasks_per_node)" '{ print $1 * tasks }'
+}
+
+seconds_of() { # of MINUTES, M:S, H:M:S, D-H, D-H:M, D-H:M:S; 0 of anything else, such as UNLIMITED
+    awk -v text="$1" 'BEGIN {
+        if (text !~ /^[0-9]+(-[0-9]+)?(:[0-9]+)*$/) { print 0; exit }
+        days = sub(/-/, ":", text); count = split(text, part, ":")
+        if (days) print part[1] * 86400 + part[2] * 3600 + part[3] * 60 + part[4]
+        else if (count > 2) print part[1] * 3600 + part[2] * 60 + part[3]
+        else print part[1] * 60 + part[2] }'
+}
+
+time_to_train() { # between the start and the signal
+    local limit signal lead
+    limit=$(requested time '') signal=$(requested signal '')
+    case $signal in *@*) lead=${signal##*@} ;; *) lead=60 ;; esac
+    if [ -n "$signal" ] && [ "$(seconds_of "$limit")" -gt 0 ] && [ "$(seconds_of "$limit")" -le "$lead" ]; then
+        fail 2 "--time=$limit is over before --signal=$signal, $lead s before its end: $soon"
+    fi
+}
+
+submit_training() { # PIPELINE [FLAGS]: as train_job
+    local sizes name=moh checks plan=1
+    prepare_environment
+    time_to_train
+    enough_gpus
+    mapfile -t sizes < <(world_sizes)
+    checks=(--world-size "${sizes[@]}")
     if "$python" -c '' 2>/dev/null; then
-        local checks=(--world-size "$world")
+        [ ${#next[@]} = 0 ] || check "${next[@]}" "${checks[@]}" --no-data >/dev/null || exit
         if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then checks+=(--no-data); fi
-        run_dir=$("$python" "$repository/slurm/check.py" "${arguments[@]}" "${checks[@]}" | tail -n 1) || exit 2
+        run_dir=$(check "${arguments[@]}" "${checks[@]}") || exit
         # One name for one run folder: singleton keeps its jobs apart.
         name=moh-$(basename "$run_dir")-$(cksum <<<"$run_dir" | cut -d' ' -f1)
     else
-        say "warning: $python does not run here; the configuration is checked when the job starts"
+        say "warning: $python does not run here; the configuration is checked when the job starts, and no plan is made"
+        plan=
     fi
     submit sbatch --job-name="$name" --dependency=singleton "${flags[@]}" "$script" "${given[@]}"
-    if [ -n "$dry_run" ]; then
-        SLURM_CPUS_PER_TASK=$(requested cpus-per-task '') prepare_srun
-        echo "srun:   $(printf '%q ' "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$python" \
-            "$repository/$1" "${arguments[@]}")"
-        echo
-        "$python" "$repository/tools/plan.py" "${arguments[@]}" --world-size "$world" \
-            ${MOH_GPU_MEMORY:+--gpu-memory "$MOH_GPU_MEMORY"}
-    fi
+    [ -n "$dry_run" ] || return 0
+    [ $# = 1 ] || show_srun on_one "$python" "$repository/$1" "${arguments[@]}" "${@:2}"
+    show_srun on_all "$python" "$repository/$1" "${arguments[@]}"
+    [ ${#next[@]} = 0 ] ||
+        show sbatch sbatch --job-name="$name-stage2-JOB" --dependency=afterok:JOB "${flags[@]}" "$script" -- "${next[@]}"
+    [ -n "$plan" ] || return 0
+    echo
+    "$python" "$repository/tools/plan.py" "${arguments[@]}" --world-size "${sizes[-1]}" \
+        ${MOH_GPU_MEMORY:+--gpu-memory "$MOH_GPU_MEMORY"}
 }

@@ -19,6 +19,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
 NETWORK = "10.77.0"
+ALONE = "10.78.0.1"
+"""What every node calls itself on its second network."""
 CPUS, MEMORY_MB, GPUS = 64, 1_000_000, 8
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -186,8 +188,13 @@ class Cluster:
         cable = f"{node}.{machine.init}"
         run(*switch, *f"ip link add {cable} type veth peer name eth0 netns {machine.init}".split())
         run(*switch, *f"ip link set {cable} master br0 up".split())
-        for command in ("link set lo up", f"address add {self.addresses[node]}/24 dev eth0", "link set eth0 up"):
-            self._in(node, "ip", *command.split())
+        # A second network, on which no node reaches another.
+        run(*switch, *f"ip link add {cable}.a type veth peer name admin0 netns {machine.init}".split())
+        run(*switch, *f"ip link set {cable}.a up".split())
+        for name, address in (("admin0", ALONE), ("eth0", self.addresses[node])):
+            self._in(node, "ip", *f"address add {address}/24 dev {name}".split())
+            self._in(node, "ip", *f"link set {name} up".split())
+        self._in(node, "ip", "link", "set", "lo", "up")
         self._in(node, "slurmd", "-N", node)
 
     def crash(self, node: str) -> None:

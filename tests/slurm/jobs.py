@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ CPU_NODES = ("--gpus-per-node=0", "--cpus-per-task=1")
 LONG_STEPS, INTERVAL = 600, 50
 LONG = (f"train.total_tokens={LONG_STEPS * 8 * 32}", f"checkpoint.interval={INTERVAL}", "train.eval_interval=0")
 """Long enough that something can happen in the middle."""
+STRICT = (*LONG, "checkpoint.async=false")
+"""A save is whole before the next step: an interval is the most that can be lost."""
 CURVE = ("step", "loss", "lm_loss", "grad_norm", "lr")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -75,6 +78,16 @@ class Job:
     def events(self) -> list[str]:
         """How each life began and ended."""
         return [line[3] for line in self.history()]
+
+    def resumed(self) -> list[int]:
+        """After which steps lives went on."""
+        return [int(step) for step in re.findall(r"resumed after step (\d+)", self.log)]
+
+    def repeated(self) -> int:
+        """Steps that the second life, the last, trained again: those after its start that the first one had told of."""
+        (resumed,) = self.resumed()
+        _, told = (line[5] for line in self.history() if line[3] == "start")
+        return int(told) - resumed
 
     def wait_for_step(self, step: int, seconds: float = 200) -> None:
         metrics = self.run.folder / "metrics.jsonl"

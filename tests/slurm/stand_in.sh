@@ -2,7 +2,7 @@
 # Stands in for Python in tests of a job's life, where no rank needs to train: $ACTS/SCRIPT.LIFE says what SCRIPT does in
 # this life. $RUN is the run folder.
 # shellcheck disable=SC2317,SC2329  # what an act calls
-script=$(basename "$1")
+script=${1##*/}
 if [ "$script" = check.py ]; then
     mkdir -p "$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
     echo "$RUN"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from cluster import run, wait_for
-from jobs import ENVIRONMENT, INTERVAL, LONG, LONG_STEPS, SCRIPTS, curve
+from jobs import ENVIRONMENT, INTERVAL, LONG, LONG_STEPS, SCRIPTS, STRICT, curve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 MIDDLE = LONG_STEPS // 3
@@ -22,6 +22,7 @@ def test_requeued_by_the_user(cluster, new_job, undisturbed):
     cluster.client("scontrol", "requeue", str(job.id))
     assert job.wait() == "COMPLETED", job.log
     assert job.events() == ["start", "stopped", "start", "finished"]
+    assert job.repeated() == 0
     assert curve(job.run) == curve(undisturbed)
 
 
@@ -44,6 +45,7 @@ def test_preempted(cluster, new_job, undisturbed):
     assert cluster.job(other)["JobState"] == "COMPLETED"
     assert int(cluster.job(job.id)["Restarts"]) >= 1
     assert job.events() == ["start", "saved", "start", "finished"]
+    assert job.repeated() == 0
     assert curve(job.run) == curve(undisturbed)
 
 
@@ -56,12 +58,13 @@ def test_a_grace_time_that_is_too_short_is_announced(cluster, new_job):
 
 def test_a_cut_link(cluster, new_job, undisturbed):
     job = new_job()
-    job.submit(*APART, overrides=(*LONG, "train.timeout_seconds=20"))
+    job.submit(*APART, overrides=(*STRICT, "train.timeout_seconds=20"))
     job.wait_for_step(MIDDLE)
     cluster.plug("n2", "down")
     wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
     cluster.plug("n2", "up")
     assert job.wait() == "COMPLETED", job.log
+    assert job.repeated() <= INTERVAL
     assert curve(job.run) == curve(undisturbed)
 
 
@@ -79,19 +82,21 @@ def test_the_controller_is_started_again(cluster, new_job, undisturbed):
 
 def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undisturbed):
     job = new_job()
-    job.submit(*APART, overrides=LONG)
+    job.submit(*APART, overrides=STRICT)
     job.wait_for_step(MIDDLE)
     cluster.crash("n2")
     wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
     cluster.boot("n2")
     assert job.wait() == "COMPLETED", job.log
     assert job.events().count("start") == 2
+    assert job.history()[1][6] == "n2"
+    assert job.repeated() <= INTERVAL
     assert curve(job.run) == curve(undisturbed)
 
 
 def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
     job = new_job()
-    job.submit(overrides=LONG)
+    job.submit(overrides=STRICT)
     job.wait_for_step(MIDDLE)
     (node,) = [line[6] for line in job.history()]
     cluster.crash(node)
@@ -99,12 +104,13 @@ def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
     assert job.events() == ["start", "lost", "start", "finished"]
     assert job.history()[1][6] == node
     assert job.history()[2][6] != node
+    assert job.repeated() <= INTERVAL
     assert curve(job.run) == curve(undisturbed)
 
 
 def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
     job = new_job()
-    job.submit("--nodes=1-2", overrides=LONG)
+    job.submit("--nodes=1-2", overrides=STRICT)
     job.wait_for_step(MIDDLE)
     assert cluster.job(job.id)["NumNodes"] == "2"
     cluster.crash("n2")
@@ -112,7 +118,8 @@ def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
     shutil.copy(job.run.folder / "metrics.jsonl", job.run.folder / "before.jsonl")
     assert job.wait() == "COMPLETED", job.log
     assert cluster.job(job.id)["NumNodes"] == "1"
-    resumed = int(job.log.split("resumed after step ")[1].split()[0].rstrip(","))
+    assert job.repeated() <= INTERVAL
+    (resumed,) = job.resumed()
     assert resumed % INTERVAL == 0
     before = [json.loads(line) for line in (job.run.folder / "before.jsonl").read_text().splitlines()]
     assert len(before) > resumed
@@ -160,6 +167,24 @@ def test_typed_twice_the_second_job_waits(cluster, new_job):
     shown = cluster.client(str(SCRIPTS / "status.sh"), str(job.run.folder))
     assert "30, 7680 of" in shown
     assert "step_00000030" in shown
+
+
+def test_two_jobs_on_one_node_do_not_meet(cluster, new_job, undisturbed):
+    jobs = [new_job() for _ in range(2)]
+    for job in jobs:
+        job.submit("--nodelist=n1", "--oversubscribe", overrides=LONG)
+    for job in jobs:
+        job.wait_for_step(1)
+    assert all(cluster.job(job.id)["JobState"] == "RUNNING" for job in jobs)
+    ports = set()
+    for job in jobs:
+        assert job.wait() == "COMPLETED", job.log
+        assert curve(job.run) == curve(undisturbed)
+        snapshot = json.loads((job.run.folder / f"slurm/{job.id}.0/job.json").read_text())
+        assert snapshot["nodes"] == ["n1"]
+        ports.add(int(snapshot["environment"]["MASTER_PORT"]))
+    # Each takes two: the preflight's own, too.
+    assert max(ports) - min(ports) >= 2
 
 
 def test_gpus_as_asked_for_by_the_script(cluster, new_job):
@@ -210,12 +235,20 @@ def test_corrupt_data(new_job):
     job.submit(overrides=(f"data.dir={damaged}",))
     assert job.wait() == "FAILED"
     assert "train.bin: expected" in job.log.splitlines()[-1]
+    assert job.cluster.job(job.id)["Restarts"] == "0"
+    assert job.events() == []
 
 
-def test_a_run_folder_of_another_configuration(new_job):
+def test_a_run_folder_of_another_configuration(cluster, new_job):
     job = new_job()
     job.submit()
     assert job.wait() == "COMPLETED", job.log
+    flags = ("--gpus-per-node=0", "--ntasks-per-node=2")
+    typed = cluster.user(str(SCRIPTS / "pretrain_moh.sh"), *flags, *job.arguments("run.seed=5"), **ENVIRONMENT)
+    assert typed.returncode == 2
+    assert "run.seed: 1234 there, 5 here" in typed.stderr
     job.submit(overrides=("run.seed=5",))
     assert job.wait() == "FAILED"
+    assert cluster.job(job.id)["Restarts"] == "0"
+    assert job.events() == ["start", "finished"]
     assert any("run.seed: 1234 there, 5 here" in line for line in job.log.splitlines()[-4:])

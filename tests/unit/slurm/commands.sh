@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and what of Slurm's variables
+# sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a
+# command that Slurm refuses.
+name=${0##*/}
+echo "$name $*" >>"$CALLS"
+case "${REFUSED:-none}" in
+    "$name" | "$name $1")
+        echo "$name: error: refused" >&2
+        exit 1
+        ;;
+esac
+case "$name $1" in
+    srun\ *)
+        while [[ $1 == --* ]]; do shift; done
+        export SLURM_PROCID=0 SLURM_LOCALID=0
+        exec "$@"
+        ;;
+    'scontrol show')
+        case $2 in
+            hostnames) tr , '\n' <<<"${3/n\[1,3\]/n1,n3}" ;;
+            job) echo "${SHOWN:-}" ;;
+        esac
+        ;;
+    sbatch\ *) echo "sees ${!SLURM_@}" >>"$CALLS" ;;
+    squeue\ *) echo "${QUEUE:-}" ;;
+esac
+exit 0

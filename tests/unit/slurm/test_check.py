@@ -1,0 +1,34 @@
+"""Whether a job goes on with the run that its folder holds."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from moh_megatron.config.errors import UserError
+
+DATA = "d" * 64
+check_resume = runpy.run_path(str(Path(__file__).parents[3] / "slurm/check.py"))["check_resume"]
+
+
+def test_a_run_folder_of_another_configuration(tiny, fake_checkpoint, tmp_path):
+    config = tiny({"run.dir": str(tmp_path)})
+    check_resume(config, 1, DATA)
+    fake_checkpoint(tmp_path / "checkpoints/step_00000005", config, step=5, data=DATA)
+    check_resume(config, 1, DATA)
+    with pytest.raises(UserError, match=r"run\.seed: 1234 there, 5 here"):
+        check_resume(tiny({"run.dir": str(tmp_path), "run.seed": 5}), 1, DATA)
+
+
+def test_heads_that_were_measured_are_those_of_the_start(tiny, fake_checkpoint, tmp_path):
+    told = {"run.dir": str(tmp_path), "train.init_from": "dense"}
+    chosen = {"moh.shared_heads": [[1, 6], [0, 3]]}
+    fake_checkpoint(tmp_path / "start", tiny(told | chosen))
+    trained = tiny(told | chosen | {"train.init_from": str(tmp_path / "start")})
+    fake_checkpoint(tmp_path / "checkpoints/step_00000005", trained, step=5, data=DATA)
+    config = tiny(told | {"moh.shared_placement": "calibrated"})
+    check_resume(config, 1, DATA)
+    with pytest.raises(UserError, match=r"moh\.active_heads: 4 there, 5 here"):
+        check_resume(tiny(told | {"moh.shared_placement": "calibrated", "moh.active_heads": 5}), 1, DATA)

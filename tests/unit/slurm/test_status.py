@@ -1,0 +1,64 @@
+"""status.sh: what it says of a run folder, whether its job runs, waits or has ended."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+METRICS = {"step": 120, "loss": 2.5, "tokens": 30720, "tokens_per_second": 1024.0}
+HISTORY = [
+    ("start", "-", "-", "n1,n2", "CONFIG"),
+    ("fault", "1", "50", "n2", "rank 1 is missing"),
+    ("start", "-", "50", "n1,n2", "CONFIG"),
+]
+
+
+@pytest.fixture
+def folder(job):
+    (job.run / "slurm").mkdir()
+    lines = ["\t".join(("2026-01-01T00:00:00", "7", str(number // 2), *rest)) for number, rest in enumerate(HISTORY)]
+    (job.run / "slurm/history.tsv").write_text("\n".join(lines) + "\n")
+    (job.run / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
+    (job.run / "config.yaml").write_text("train:\n  total_tokens: 7403520\n")
+    (job.run / "checkpoints").mkdir()
+    (job.run / "checkpoints/latest").write_text("step_00000100\n")
+    return job.run
+
+
+def rows(job, **variables: str) -> dict[str, str]:
+    done = job.type("status.sh", str(job.run), **variables)
+    assert done.returncode == 0, done.stderr
+    return {line[:19].strip(): line[19:] for line in done.stdout.splitlines()}
+
+
+def test_a_run_that_trains(job, folder):
+    assert rows(job, QUEUE="RUNNING|1:02:03|n[1-2]|None") == {
+        "state": "RUNNING on n[1-2]",
+        "job": "7",
+        "restarts": "1 (1 after faults)",
+        "step": "120, 30720 of 7403520 tokens",
+        "tokens/s": "1024.0",
+        "left to train": "2:00:00",
+        "left of the job": "1:02:03",
+        "last checkpoint": "step_00000100",
+    }
+
+
+def test_a_run_that_waits(job, folder):
+    assert rows(job, QUEUE="PENDING|1-00:00:00||Resources")["state"] == "PENDING (Resources)"
+
+
+def test_a_run_that_has_ended(job, folder):
+    with (folder / "slurm/history.tsv").open("a") as stream:
+        stream.write("2026-01-01T00:00:00\t7\t1\tfault\t1\t120\t-\ta disk is full\n")
+    told = rows(job)
+    assert told["state"] == "fault, exit code 1: a disk is full"
+    assert told["restarts"] == "1 (2 after faults)"
+    assert told["left of the job"] == "none"
+
+
+def test_a_folder_in_which_no_job_has_trained(job):
+    done = job.type("status.sh", str(job.run))
+    assert done.returncode == 2
+    assert "no job has trained in this folder" in done.stderr

@@ -1,0 +1,157 @@
+"""The scripts as they are typed: what they submit, what they show, and what they refuse before the queue."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "slurm"
+SUBMITTED = ("pretrain_moh.sh", "continue_tune_llama3_8b.sh", "prepare_data.sh", "convert.sh", "evaluate.sh")
+
+
+def shown(output: str, command: str) -> list[list[str]]:
+    """The words of the lines of a dry run that are this command's."""
+    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith(f"{command}:")]
+
+
+def test_all_find_their_folder_in_the_same_way():
+    heads = {(FOLDER / name).read_text().split("# Slurm runs a copy")[1].split("# shellcheck")[0] for name in SUBMITTED}
+    assert len(heads) == 1
+
+
+@pytest.mark.parametrize("script", SUBMITTED)
+def test_what_sbatch_refuses_is_not_done_here(job, script):
+    done = job.type(script, "--nodes=9999", "CONFIG", REFUSED="sbatch")
+    assert done.returncode == 1
+    assert len(job.called("sbatch")) == 1
+    assert not job.called("srun")
+
+
+@pytest.mark.parametrize("script", SUBMITTED)
+def test_typed_in_an_allocation_it_submits_a_job_of_its_own(job, script):
+    inside = {"SLURM_JOB_ID": "5", "SLURM_NNODES": "1", "SLURM_GPUS_PER_NODE": "1", "SHOWN": "   Command=(null)"}
+    done = job.type(script, "CONFIG", **inside, SLURM_CONF="/etc/slurm.conf")
+    assert done.returncode == 0, done.stderr
+    assert len(job.called("sbatch")) == 1
+    assert job.called("sees") == ["sees SLURM_CONF"]
+
+
+@pytest.mark.parametrize("name", ["pretrain_moh.sh", "ours.sh"])
+def test_a_copy_that_stands_beside_it_works_as_well(job, tmp_path, name):
+    folder = tmp_path / "a b/slurm"
+    shutil.copytree(FOLDER, folder)
+    copy = folder / name
+    if name == "ours.sh":
+        shutil.move(folder / "pretrain_moh.sh", copy)
+    assert job.type(copy, "CONFIG").returncode == 0
+    assert job.called("sbatch")[0].endswith(f"{copy} CONFIG")
+    job.act(pretrain_0="ended 0 finished 30")
+    assert job.live("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={copy} CONFIG a/b.sh") == 0
+    assert f"{folder.parent}/pipelines/pretrain.py CONFIG" in job.called("srun")[-1]
+
+
+@pytest.mark.parametrize("command", ["(null)", "/nowhere/pretrain_moh.sh CONFIG", ""])
+def test_a_job_whose_script_stands_elsewhere(job, command):
+    assert job.live("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={command}") == 2
+    assert "expected common.sh beside the script" in job.log.read_text()
+
+
+def test_stage_2_is_checked_before_the_queue(job):
+    job.act(
+        check_0='echo "$*" >>"$RUN/checked"; case "$*" in *TWO*) echo "error: TWO: no such file" >&2; exit 2 ;; esac'
+    )
+    done = job.type("continue_tune_llama3_8b.sh", "ONE", "--", "TWO")
+    assert (done.returncode, done.stderr) == (2, "error: TWO: no such file\n")
+    assert not job.called("sbatch")
+    assert "TWO --world-size 64 --no-data" in (job.run / "checked").read_text()
+
+
+def test_a_fault_of_the_checks_is_no_mistake_of_the_user(job):
+    job.act(check_0='echo "error: /runs: Stale file handle" >&2; exit 1')
+    assert job.type("pretrain_moh.sh", "CONFIG").returncode == 1
+    assert not job.called("sbatch")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["--nodes=2-4"], "16 24 32"),
+        (["--nodes=1,2,4"], "8 16 32"),
+        (["--nodes=2", "--ntasks=12"], "12"),
+        (["--ntasks-per-node=4", "--gpus-per-node=0", "--gpus-per-task=1"], "4"),
+    ],
+)
+def test_every_number_of_ranks_that_there_may_be_is_checked(job, flags, sizes):
+    job.act(check_0='echo "$*" >"$RUN/checked"')
+    done = job.type("pretrain_moh.sh", *flags, "CONFIG")
+    assert done.returncode == 0, done.stderr
+    assert (job.run / "checked").read_text().strip().endswith(f"CONFIG --world-size {sizes}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--time=10"], "--time=10 is over before --signal=USR1@600, 600 s before its end"),
+        (["--time=0:20:00", "--signal=USR1@1200"], "is over before"),
+        (["--time=1", "--signal=USR1"], "60 s before its end"),
+        (["--gpus-per-node=h100:4"], "Got --ntasks-per-node=8 with 4 GPUs a node"),
+    ],
+)
+def test_requests_that_cannot_go_well(job, flags, message):
+    done = job.type("pretrain_moh.sh", *flags, "CONFIG")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not job.called("sbatch")
+
+
+@pytest.mark.parametrize("limit", ["11", "10:01", "0:10:01", "1-0", "0-1:00", "0-0:11:00", "UNLIMITED"])
+def test_time_limits_that_leave_time(job, limit):
+    assert job.type("pretrain_moh.sh", f"--time={limit}", "CONFIG").returncode == 0
+
+
+def test_a_dry_run_without_python_leaves_the_plan_out(job):
+    done = job.type("pretrain_moh.sh", "--dry-run", "CONFIG", MOH_PYTHON="/nowhere/python")
+    assert done.returncode == 0, done.stderr
+    assert "no plan is made" in done.stderr
+    assert len(shown(done.stdout, "sbatch")) == len(shown(done.stdout, "srun")) == 1
+
+
+def test_a_dry_run_of_two_stages(job):
+    done = job.type("continue_tune_llama3_8b.sh", "--dry-run", "--nodes=2", "ONE", "a.b=1", "--", "TWO")
+    first, second = shown(done.stdout, "sbatch")
+    assert first[-6:] == ["--nodes=2", str(FOLDER / "continue_tune_llama3_8b.sh"), "ONE", "a.b=1", "--", "TWO"]
+    assert second[-5:] == [
+        "--dependency=afterok:JOB",
+        "--nodes=2",
+        str(FOLDER / "continue_tune_llama3_8b.sh"),
+        "--",
+        "TWO",
+    ]
+    prepare, ranks = shown(done.stdout, "srun")
+    assert "--ntasks=1" in prepare
+    assert prepare[-3:] == ["ONE", "a.b=1", "--prepare"]
+    assert ranks[-2:] == ["ONE", "a.b=1"]
+    assert not job.called("sbatch") + job.called("srun")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "command"),
+    [
+        ("convert.sh", ["official-to-hf", "--hf-dir", "a b"], "convert.py official-to-hf --hf-dir 'a b'"),
+        ("evaluate.sh", ["runs/one", "--limit", "5"], "evaluate.py runs/one --limit 5"),
+        ("prepare_data.sh", ["CONFIG", "a.b=1"], "prepare_data.py CONFIG data.workers=16 a.b=1 data.shard=1/16"),
+    ],
+)
+def test_a_dry_run_of_one_process(job, script, arguments, command):
+    done = job.type(script, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    (srun,) = shown(done.stdout, "srun")
+    assert "--ntasks=1" in srun
+    words = shlex.split(command)
+    assert srun[-len(words) + 1 :] == words[1:]
+    assert srun[-len(words)].endswith(words[0])
+    assert len(shown(done.stdout, "sbatch")) == 1
+    assert not job.called("sbatch") + job.called("srun")
