@@ -178,7 +178,10 @@ def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokeni
 
 def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> None:
     with opened(source, there) as stored, whole_folder(start_folder(config)) as folder:
-        routers, table = dict(initial_routers(config)), rules(config)
+        table = rules(config)
+        # A source that has routers keeps them.
+        missing = {rule.hf[0] for rule in table} - {rule.hf[0] for rule in rules(there)}
+        routers = {name: each for name, each in (initial_routers(config) if missing else ()) if name in missing}
         dtypes = {
             rule.megatron: routers[rule.hf[0]].dtype if rule.hf[0] in routers else stored.dtype(rule) for rule in table
         }

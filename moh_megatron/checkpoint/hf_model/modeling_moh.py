@@ -16,7 +16,7 @@ from .configuration_moh import MoHConfig
 
 PAYS = {1: (1024, 0.5), 2: (512, 0.5), 4: (512, 0.75)}
 """By the query heads of a KV group, at least: from which length on, up to which share of active heads, skipping the
-others is faster on one thread of a CPU. Several threads, and GPUs, were not measured."""
+others is faster on one thread of a CPU. On two, of a busy machine, it was slower; GPUs were not measured."""
 ROWS = 256
 
 

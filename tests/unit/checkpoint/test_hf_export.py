@@ -220,3 +220,18 @@ def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
             raise OSError(5, "Input/output error", str(place))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(("largest", "allowed"), [(0.5, 1e-4), (20.0, 2e-3)])
+def test_rounding_is_in_proportion_to_the_logits(largest, allowed):
+    logits = torch.linspace(-largest, largest / 2, 12).view(1, 2, 6)
+
+    def compared(difference: float) -> verify.Comparison:
+        return verify.compare(Trace([], logits), Trace([], logits + difference))
+
+    verify.require_agreement(compared(0.8 * allowed), "they differ")
+    with pytest.raises(Fault, match=rf"they differ by .*; less than {allowed:g} is required.*This is a bug\. "):
+        verify.require_agreement(compared(1.2 * allowed), "they differ")
+    near_a_tie = dataclasses.replace(compared(1.2 * allowed), margin=3e-7)
+    with pytest.raises(Fault, match=r"unless rounding chose another head: the nearest two were 3e-07 apart\."):
+        verify.require_agreement(near_a_tie, "they differ")
