@@ -23,10 +23,10 @@ SAME = [
     for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3)))
     for stage in stages
 ]
-OFFLOAD = {"parallel": {"offload_optimizer": True}}
+OFFLOAD = {"offload_optimizer": True}
 SAME_WITH: dict[str, Config] = {
-    **{f"offload_zero{stage}": config_of(1, stage, **OFFLOAD) for stage in (1, 2, 3)},
-    **{f"offload_zero{stage}_bf16": config_of(1, stage, "bf16", **OFFLOAD) for stage in (1, 2, 3)},
+    **{f"offload_zero{stage}": config_of(1, stage, parallel=OFFLOAD) for stage in (1, 2, 3)},
+    **{f"offload_zero{stage}_bf16": config_of(1, stage, "bf16", OFFLOAD) for stage in (1, 2, 3)},
     "bias": config_of(1, 1, moh={"balancing": "bias", "bias_update_rate": 0.05}),
     "sequence": config_of(2, 1, parallel={"sequence": True}),
     "sequence_zero3_bf16": config_of(2, 3, "bf16", parallel={"sequence": True}),
