@@ -68,7 +68,7 @@ def write_teacher(folder: Path) -> None:
     """Its weights as one file, for every layout."""
     state = model_tensors(tiny.fresh_model(teacher_config({"tensor": 1})))
     if dist.get_rank() == 0:
-        (folder / weights.FOLDER).mkdir()
+        (folder / weights.FOLDER).mkdir(parents=True)
         weights.write_shard(folder, {name: tensor.detach() for name, tensor in state.items()}, 0, 1)
         from moh_megatron.config.load import dump_config
 
