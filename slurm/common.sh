@@ -179,12 +179,12 @@ last_words() {
         END { if (text != "") print text }' || true
 }
 
-reason_of() { # CODE: the last message; where there is none, the last line
+reason_of_end() { # the last message; where there is none, the last line
     local reason
     reason=$(last_words)
     [ -n "$reason" ] || reason="no reason was given, and the log ends with: $(
-        tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | grep . | tail -n 1 || true)"
-    echo "${reason:-exit code $1}"
+        tail -c "+$begin" "$log" 2>/dev/null | grep -v '^srun: ' | grep . | tail -n 1 || true)"
+    echo "$reason"
 }
 
 # Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
@@ -285,8 +285,8 @@ one_process_job() { # COMMAND...
     prepare_srun
     supervise on_one "$@" || code=$?
     if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
-    [ "$code" != 2 ] || fail 2 "$(reason_of 2)"
-    start_again "$code" "$(reason_of "$code")"
+    [ "$code" != 2 ] || fail 2 "$(reason_of_end)"
+    start_again "$code" "$(reason_of_end)"
 }
 
 # Typed, it submits itself.

@@ -192,7 +192,7 @@ check_failed() { # CODE: in a job, before a run folder is known
     # slurmd says 2, too, where it finds no Python.
     [ "$1" != 2 ] || [ -z "$reason" ] || fail 2 "$reason"
     [ "$1" != "$unheard" ] || reason="USR1 came before the run could start: $soon"
-    start_again "$1" "${reason:-$(reason_of "$1")}"
+    start_again "$1" "${reason:-$(reason_of_end)}"
 }
 
 train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
@@ -233,7 +233,7 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
 
     if [ $# -gt 1 ]; then
         supervise on_one "$python" "$repository/$1" "${arguments[@]}" "${@:2}" || code=$?
-        [ "$code" = 0 ] || judge "$code" start '' "$(reason_of "$code")"
+        [ "$code" = 0 ] || judge "$code" start '' "$(reason_of_end)"
     fi
 
     supervise on_all "$python" "$repository/$1" "${arguments[@]}" || code=$?

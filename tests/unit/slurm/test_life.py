@@ -130,6 +130,7 @@ def test_python_that_is_not_there(job):
     job.act(check_0=act, check_1=act)
     assert job.lives(PRETRAIN, "CONFIG") == 1
     assert "failed twice in the same way, with exit code 2" in job.last
+    assert job.last.endswith("slurmstepd: error: execve(): /venv/bin/python: No such file or directory")
 
 
 def test_a_refusal_by_the_checks_is_final(job):
