@@ -1,7 +1,8 @@
 """`bench_step.py --monitor on off`: what all monitoring costs a step, at the width of LLM-S. Goal: under 1 %.
 
-Two figures: CPU seconds spent inside monitoring code, over the step's; and steps with everything on over steps with
-nothing but the counters of metrics.jsonl, in interleaved pairs.
+Two figures: CPU seconds spent inside monitoring code (heads counted, routers looked at, parts timed, figures reduced,
+drawn and written), over the step's; and steps with everything on, Prometheus' file too, over steps whose losses are
+reduced and whose heads nobody counts, in interleaved pairs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,8 +34,10 @@ GOAL = 0.01
 
 
 def silent(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], None]:
-    """``interval`` steps whose losses and head counts are reduced once, and shown nowhere."""
+    """``interval`` steps whose losses are reduced once, and shown nowhere; heads are not counted."""
     engine, layers = made(config)
+    for layer in layers:
+        layer.statistics.record = lambda routing: None
     metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
 
     def run() -> None:
@@ -41,7 +45,7 @@ def silent(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], 
             loss = token_losses(engine.model, tokens).mean()
             engine.backward(loss)
             norm = engine.step(1e-4)
-            metrics.add(step, 1e-4, [loss.detach()], norm, counts(layers))
+            metrics.add(step, 1e-4, [loss.detach()], norm, None)
         metrics.flush()
 
     return run
@@ -57,6 +61,17 @@ def watched(config: Config, tokens: torch.Tensor, interval: int, inside: bench_e
     begin, before, end, log = map(
         inside.around, (telemetry.begin_step, telemetry.before_update, telemetry.end_step, telemetry.log)
     )
+    counted = cast(Callable[[list[Any]], torch.Tensor], inside.around(counts))
+    for layer in layers:
+        layer.statistics.record = inside.around(layer.statistics.record)
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        piece = telemetry.timer.part(name)
+        inside.around(piece.__enter__)()
+        yield
+        inside.around(piece.__exit__)(None, None, None)
+
     observer = telemetry._observer
     for layer, seen in zip(layers, observer._seen, strict=True):
         layer.router._forward_hooks.clear()
@@ -71,15 +86,17 @@ def watched(config: Config, tokens: torch.Tensor, interval: int, inside: bench_e
         inside.turns.append(0.0)
         for _ in range(interval):
             done += 1
+            with part("data"):
+                pass
             begin(done)
-            with telemetry.timer.part("forward"):
+            with part("forward"):
                 loss = token_losses(engine.model, tokens).mean()
-            with telemetry.timer.part("backward"):
+            with part("backward"):
                 engine.backward(loss)
             before()
-            with telemetry.timer.part("optimizer"):
+            with part("optimizer"):
                 norm = engine.step(1e-4)
-            end(done, 1e-4, [loss.detach()], norm, counts(layers), skipped=False)
+            end(done, 1e-4, [loss.detach()], norm, counted(layers), skipped=False)
         log(done)
 
     return run
@@ -109,7 +126,8 @@ def measure(arguments: argparse.Namespace) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        config = load_config(bench_engine.CONFIG, [*overrides, f"run.dir={Path(folder) / 'run'}"])
+        overrides += [f"run.dir={Path(folder) / 'run'}", f"monitor.prometheus={Path(folder) / 'run.prom'}"]
+        config = load_config(bench_engine.CONFIG, overrides)
         Path(config.run.dir).mkdir()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         initialize_distributed(World(0, 1, 0))

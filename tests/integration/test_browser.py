@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from support.runs import ENVIRONMENT, REPOSITORY, Run
+
+from moh_megatron.evaluate.compare import Comparison
+from moh_megatron.evaluate.results import write_results
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None or shutil.which("chromedriver") is None,
@@ -43,9 +47,9 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def runs(new_run: Callable[[], Run]) -> tuple[Run, Run]:
-    """Two short runs that differ in one value; the first is stopped and goes on."""
+    """Two short runs that differ in one value; the first is stopped, goes on, raises an alarm and is evaluated."""
     first, second = new_run(), new_run()
-    settings = ["monitor.image_interval=10", "train.eval_interval=10"]
+    settings = ["monitor.image_interval=10", "monitor.alarm_dead_heads=1.0", "train.eval_interval=10"]
     for run, overrides, code in (
         (first, [*settings, "train.max_seconds=0.001"], 75),
         (first, settings, 0),
@@ -53,6 +57,13 @@ def runs(new_run: Callable[[], Run]) -> tuple[Run, Run]:
     ):
         done = run.finish(*overrides)
         assert done.returncode == code, done.stdout + done.stderr
+    found = first.folder / "eval" / "step_00000030"
+    tasks = [{"task": "piqa", "shots": 0, "metric": "acc", "value": 0.5, "standard_error": 0.05, "questions": 100}]
+    suite = {"name": "offline", "description": "d", "limit": 100, "tasks": tasks, "published": []}
+    model = {"path": "one", "kind": "checkpoint", "step": 30, "tokens": 7680}
+    compared = asdict(Comparison("piqa", 100, 0.1, 0.04, 12, 2, 0.013))
+    comparison = {"against": "other/results.json", "tasks": [compared]}
+    write_results(found, {"model": model, "dtype": "fp32", "suite": suite, "comparison": comparison}, [])
     first.folder.rename(first.folder.with_name("one"))
     second.folder.rename(second.folder.with_name("other"))
     return (
@@ -127,8 +138,13 @@ def test_tensorboard_serves_what_a_run_shows(browser: webdriver.Chrome, tensorbo
         assert any(tag in of_run for of_run in tags.values()), (plugin, tags)
     resize(browser, *DESKTOP)
     browser.get(f"{tensorboard}/?darkMode=false#timeseries")
-    shown(browser, "loss", "throughput", "head_load", "routing_entropy")
+    shown(browser, "loss/lm", "loss/perplexity", "throughput/tokens_per_second", "head_load/layers_by_heads")
     assert pixels(browser).std() > 5
+    for page, tag in (("images", "head_load/layers_by_heads"), ("histograms", "head_load/over_fair_load")):
+        browser.get("about:blank")
+        browser.get(f"{tensorboard}/?darkMode=false#{page}")
+        shown(browser, tag)
+        assert pixels(browser).std() > 5
     browser.get(f"{tensorboard}/?darkMode=false#text")
     shown(browser, "config", "version", "num_attention_heads")
 
@@ -143,6 +159,9 @@ def test_the_report_looks_right(browser: webdriver.Chrome, runs: tuple[Run, Run]
         browser.get_log("browser")
         browser.get(page.as_uri())
         text = shown(browser, "training loss", "validation loss", "head load, one", "tokens a second", "Samples")
+        assert "dead heads: layer" in text
+        assert "measured here" in text
+        assert "Against other/results.json" in text
         assert "optimizer.learning_rate" in text
         assert browser.get_log("browser") == []
         assert pixels(browser).std() > 5

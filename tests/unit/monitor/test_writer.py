@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moh_megatron.config.errors import Fault
 from moh_megatron.monitor.prometheus import PrometheusFile
 from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.monitor.wandb import WeightsAndBiases
@@ -71,7 +72,7 @@ def test_only_the_writer_s_own_thread_is_silenced_and_only_while_it_is_open(tmp_
     writer.close()
     assert threading.excepthook is hook
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(Fault):
         TensorBoard(tmp_path / "file" / "tensorboard", 0)
     assert threading.excepthook is hook
 

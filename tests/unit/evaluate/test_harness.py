@@ -1,0 +1,135 @@
+"""How lm-eval is asked and answered."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moh_megatron.config.errors import UserError
+from moh_megatron.evaluate.suite import Suite, Task
+
+pytest.importorskip("accelerate", reason="lm-eval's class for Transformers needs accelerate: pip install '.[eval]'")
+from moh_megatron.evaluate import harness
+
+SUITE = Suite("s", "d", (Task("a", 0, "acc"),))
+
+
+class Manager:
+    """lm-eval's, with two tasks it knows and what happens when one is opened."""
+
+    def __init__(self, load: Any = None) -> None:
+        self.all_tasks = ["arc_easy", "arc_challenge"]
+        self.load = load
+
+
+def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "TaskManager", Manager)
+    with pytest.raises(UserError, match=r"s: arc_eazy: lm-eval [\d.]+ knows no such task; near it: arc_easy"):
+        harness.find_tasks(Suite("s", "d", (Task("arc_eazy", 0, "acc"),)))
+    assert isinstance(harness.find_tasks(Suite("s", "d", (Task("arc_easy", 0, "acc"),))), Manager)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionError("no route\nto host"), "a: its evaluation set cannot be reached or read: no route$"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found a.py"),
+            r"Name a copy without one as settings",
+        ),
+        (UserError("a: its data are in the package x"), "^a: its data are in the package x$"),
+    ],
+)
+def test_data_that_cannot_be_reached(error: Exception, expected: str) -> None:
+    def load(specification: Any) -> None:
+        raise error
+
+    manager: Any = Manager(load)
+    with pytest.raises(UserError, match=expected):
+        harness.run_task(None, SUITE, SUITE.tasks[0], None, manager)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_answer_is_chosen_as_the_metric_scores() -> None:
+    choices = ["yes", "certainly not"]
+    task = SimpleNamespace(doc_to_choice=lambda doc: choices)
+    sample = {"doc": {}, "filtered_resps": [(-3.0, False), (-6.0, False)], "doc_id": 0, "doc_hash": "h"}
+    sample |= {"filter": "none", "acc": 1.0, "acc_norm": 0.0}
+    for metric, answer in (("acc", "0"), ("acc_norm", "1")):
+        (found,) = harness._questions({"a": [sample]}, Task("a", 0, metric), {"a": task})
+        assert found.answer == answer
+    written = {**sample, "filtered_resps": ["42"]}
+    (found,) = harness._questions({"a": [written]}, Task("a", 0, "acc"), {"a": task})
+    assert found.answer == "42"
+
+
+class Letters:
+    """A tokenizer: a letter a token, with BOS before everything unless it is told otherwise."""
+
+    def __init__(self, bos: int | None) -> None:
+        self.bos_token_id = bos
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        begin = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return begin + [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, tokens: Any, **unused: Any) -> str:
+        return "".join(chr(ord("a") + token) for token in ([tokens] if isinstance(tokens, int) else tokens))
+
+
+def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int = 8) -> Any:
+    monkeypatch.setattr(harness, "open_tokenizer", lambda folder: Letters(bos))
+    monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eod=25))
+    table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
+    subject: Any = SimpleNamespace(
+        tokenizer_dir=Path("t"),
+        context=context,
+        model=None,
+        device=torch.device("cpu"),
+        logits=lambda tokens: table[tokens],
+    )
+    return harness.CheckpointLM(subject, 2), table.log_softmax(-1)
+
+
+@pytest.mark.parametrize(("bos", "prefix"), [(None, 25), (24, 24)])
+def test_a_checkpoint_s_likelihoods(monkeypatch: pytest.MonkeyPatch, bos: int | None, prefix: int) -> None:
+    model, table = checkpoint_lm(monkeypatch, bos)
+    assert (model.prefix_token_id, model.eot_token_id) == (prefix, 25)
+    requests = [SimpleNamespace(args=args) for args in (("ab", "c"), ("", "de"), ("a" * 20, "fg"))]
+    first, second, third = model.loglikelihood(requests, disable_tqdm=True)
+    assert first[0] == pytest.approx(float(table[1, 2]), rel=1e-6)
+    assert second[0] == pytest.approx(float(table[prefix, 3] + table[3, 4]), rel=1e-6)
+    assert third[0] == pytest.approx(float(table[0, 5] + table[5, 6]), rel=1e-6)
+    assert first[1] == (int(table[1].argmax()) == 2)
+    (whole,) = model.loglikelihood_rolling([SimpleNamespace(args=("abc",))], disable_tqdm=True)
+    begun = [prefix, *model.tok_encode("abc")]
+    assert whole == pytest.approx(sum(float(table[a, b]) for a, b in pairwise(begun)), rel=1e-6)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = checkpoint_lm(monkeypatch, 24)
+    assert model.tok_encode("ab") == [24, 0, 1]
+    assert model.tok_encode("yab") == [24, 0, 1]
+    assert model.tok_encode("ab", add_special_tokens=False) == [0, 1]
+
+
+@pytest.mark.parametrize(("context", "prompt", "longest"), [(8, 4, 4), (300, 20, 256), (260, 4, 256), (1, 1, 1)])
+def test_a_question_and_its_answer_fit_into_the_context(
+    monkeypatch: pytest.MonkeyPatch, context: int, prompt: int, longest: int
+) -> None:
+    model, _ = checkpoint_lm(monkeypatch, None, context)
+    asked: list[tuple[int, int]] = []
+
+    def continue_text(model: Any, tokens: list[int], max_new_tokens: int, **unused: Any) -> list[int]:
+        asked.append((len(tokens), max_new_tokens))
+        return [1] * max_new_tokens
+
+    monkeypatch.setattr(harness, "continue_text", continue_text)
+    assert model._generate("a" * 20, {}) == "b" * longest
+    assert asked[0][0] == prompt
+    with pytest.raises(UserError, match="generates greedily only"):
+        model._generate("a", {"do_sample": True, "temperature": 0.7})
