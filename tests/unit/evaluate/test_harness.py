@@ -86,6 +86,7 @@ def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int
     monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eod=25))
     table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
     subject: Any = SimpleNamespace(
+        path=Path("checkpoint"),
         tokenizer_dir=Path("t"),
         context=context,
         model=None,
