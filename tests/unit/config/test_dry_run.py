@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,19 @@ CONFIGURATIONS = sorted(
 )
 
 
+@pytest.fixture
+def own_signal_mask() -> Iterator[None]:
+    """The script holds signals back; later tests, and the processes they start, must not."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def test_there_are_configurations() -> None:
     assert len(CONFIGURATIONS) >= 7
 
 
+@pytest.mark.usefixtures("own_signal_mask")
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=str)
 def test_dry_run(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
