@@ -62,8 +62,9 @@ def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[f
             engine.backward(loss)
             total += loss.detach().double() / 4
         norm = float(engine.step(learning_rate(config.optimizer, step, config.train.steps)))
-        counts = torch.stack([layer.statistics.drain(total.device) for layer in layers])[:, :-1]
-        update_biases(layers, counts, groups.data_group())
+        if layers:
+            counts = torch.stack([layer.statistics.drain(total.device) for layer in layers])[:, :-1]
+            update_biases(layers, counts, groups.data_group())
         dist.all_reduce(total, group=groups.data_group())
         curve.append((float(total), norm))
     return curve
