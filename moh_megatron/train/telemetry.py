@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ class Telemetry:
         self._observer = RoutingObserver(layers)
         evened_by = "bias_update_rate" if config.moh.balancing == "bias" else "balance_coefficient"
         self._alarms = Alarms(config.monitor, balance_key=f"moh.{evened_by}")
+        self._flops = lru_cache(maxsize=1)(self._count_flops)  # the heads stay when the schedule has run out
         self._router_norm: Tensor | None = None
         self._bad_steps, self._restarts = 0, 0
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
@@ -137,13 +139,13 @@ class Telemetry:
             router_grad_norm=None if router_norm is None else float(router_norm),
             bad_steps=self._bad_steps,
             restarts=self._restarts,
-            flops=self._flops(interval.steps[-1].step - 1),
+            flops=self._flops(min(interval.steps[-1].step - 1, self._config.moh.activation_schedule_steps)),
         )
         if self.board:
             self._show(self.board, interval, vitals, step)
         return interval
 
-    def _flops(self, step: int) -> FlopsPerToken:
+    def _count_flops(self, step: int) -> FlopsPerToken:
         """Of a token, with the heads it used in the step after ``step``."""
         return flops_per_token(self._config, attention_backends(self._config, self._session.device, step), step=step)
 

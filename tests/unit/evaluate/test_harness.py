@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.evaluate.suite import Suite, Task
-
-pytest.importorskip("accelerate", reason="lm-eval's class for Transformers needs accelerate: pip install '.[eval]'")
 from moh_megatron.evaluate import harness
+from moh_megatron.evaluate.suite import Suite, Task
 
 SUITE = Suite("s", "d", (Task("a", 0, "acc"),))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,6 @@ def test_a_folder_that_cannot_be_written_is_a_warning(watched: Watched) -> None:
     assert warning.endswith("Training goes on without it.")
 
 
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="lm-eval's class for Transformers needs accelerate")
 @pytest.mark.parametrize(
     ("task", "package", "expected"),
     [
