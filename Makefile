@@ -14,7 +14,11 @@ TORCH_INDEX ?=
 ARGS ?=
 RUN ?= runs/smoke
 
+# Test files that run at once: each starts processes of its own, which import for long and wait for one another.
+WORKERS ?= 2
+
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup smoke smoke-gpu checks format test test-slow test-slurm test-slurm-all clean
 .DEFAULT_GOAL := help
@@ -49,10 +53,10 @@ format: $(STAMP) ## apply ruff's format and fixes
 	$(BIN)/ruff format .
 
 test: $(STAMP) ## unit, distributed and integration tests
-	$(PYTEST) -m 'not slow and not gpu and not slurm'
+	$(PYTEST) $(SPREAD) -m 'not slow and not gpu and not slurm'
 
 test-slow: $(STAMP) ## the long tables
-	$(PYTEST) -m 'slow and not gpu and not slurm'
+	$(PYTEST) $(SPREAD) -m 'slow and not gpu and not slurm'
 
 test-slurm: $(STAMP) ## the job scripts on a real Slurm of two nodes, made for it; needs root
 	bash tests/slurm/install.sh

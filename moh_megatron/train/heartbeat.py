@@ -49,6 +49,50 @@ class Verdict:
         return 2 if self.mistake else 1
 
 
+@dataclass(frozen=True)
+class StoreHost:
+    """Whose process the run's store is, and where: rank 0's, the launcher's, or that of torchrun's agent."""
+
+    name: str
+    address: str
+    ranks: list[int]
+    """Which ranks go with it."""
+    here: bool
+
+    @classmethod
+    def of(cls, world: World) -> StoreHost:
+        """As the launcher's environment says."""
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return cls("rank 0", address, [0], world.rank == 0)
+        launcher = os.environ.get(PARENT_VARIABLE)
+        return cls(f"the launcher (process {launcher})" if launcher else "torchrun's agent", address, [], False)
+
+    def absent(self, rank: int, patience: float) -> Verdict:
+        """It did not come up within ``patience`` seconds of ``rank``."""
+        return Verdict(
+            f"{self.name} did not come up within {patience:.0f} s of rank {rank} on {socket.gethostname()}: the "
+            f"store at {self.address} cannot be reached. See whether it runs, and whether MASTER_ADDR and MASTER_PORT "
+            f"are the same on every rank.",
+            self.ranks,
+        )
+
+    def closed(self) -> Verdict:
+        return Verdict(f"{self.name} is gone: the store at {self.address} has closed.", self.ranks)
+
+    def silent(self, patience: float) -> Verdict:
+        """It has not answered for ``patience`` seconds: closed where nobody listens there any more, else stopped."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except ConnectionRefusedError:
+            return self.closed()
+        except OSError:
+            pass  # the machine does not answer either
+        silence = f"the store it hosts at {self.address} has not answered for {patience:.0f} s"
+        return Verdict(f"{self.name} is missing: {silence}. Stopped, or its machine is gone.", self.ranks)
+
+
 class Verdicts:
     """What one side of a run may know of the other: the last words of a rank, and the common verdict."""
 
@@ -71,37 +115,24 @@ class Verdicts:
 class Heartbeats(Verdicts):
     """The beats of all ranks and one verdict, in a store of rank 0's process or of the launcher's.
 
-    Waits ``patience`` seconds for the host of the store to come up, blocks while it does not answer, and raises
-    DistError where it is gone: for a thread of its own.
+    Waits for ``host`` to come up, for ``patience`` seconds or longer (torch's client may begin once more when they are
+    over), blocks while it does not answer, and raises DistError where it is gone: for a thread of its own.
     """
 
-    def __init__(self, world: World, patience: float) -> None:
-        self._world = world
-        self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        hosted_elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.hosted_here = world.rank == 0 and not hosted_elsewhere
-        self.host, self.host_ranks = "rank 0", [0]
-        """Whose end is the store's, and which ranks go with it."""
-        if hosted_elsewhere:
-            launcher = os.environ.get(PARENT_VARIABLE)
-            self.host = f"the launcher (process {launcher})" if launcher else "torchrun's agent"
-            self.host_ranks = []
+    def __init__(self, world: World, host: StoreHost, patience: float) -> None:
+        self._world, self.hosted_here = world, host.here
         try:
             # Its own connection: a collective of the main thread may hold the other one for long.
             store = TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
-                is_master=self.hosted_here,
+                is_master=host.here,
                 timeout=timedelta(seconds=patience),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except DistError as error:
-            raise Fault(
-                f"{self.host} did not come up within {patience:.0f} s of rank {world.rank} on {socket.gethostname()}: "
-                f"the store at {self.address} cannot be reached ({str(error).splitlines()[0]}). See whether it runs, "
-                f"and whether MASTER_ADDR and MASTER_PORT are the same on every rank."
-            ) from None
+            raise Fault(f"{host.absent(world.rank, patience).message} ({str(error).splitlines()[0]})") from None
         super().__init__(store)
         self._present: set[int] = set()
 

@@ -21,7 +21,7 @@ from torch.distributed import DistError
 
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.parallel.failures import lost_a_peer
-from moh_megatron.train.heartbeat import Beat, Heartbeats, Verdict
+from moh_megatron.train.heartbeat import Beat, Heartbeats, StoreHost, Verdict
 from moh_megatron.train.world import PARENT_VARIABLE, World
 
 SLOW_SECONDS = 1800.0
@@ -68,6 +68,7 @@ class Watchdog:
         self._contact = time.monotonic()
         self._talker = threading.Thread(target=self._talk, daemon=True, name="heartbeat")
         if world.size > 1:
+            self._store = StoreHost.of(world)
             self._talker.start()
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -181,7 +182,8 @@ class Watchdog:
         """Tell the others why, if the store still listens."""
         self._left = left
         self._hurry.set()
-        self._said.wait(self._interval + 2)
+        if self._beats is not None:
+            self._said.wait(self._interval + 2)
 
     def _linger(self) -> None:
         """Let the others read what was said, those that are still starting too, where the store ends with this rank."""
@@ -221,7 +223,7 @@ class Watchdog:
     def _talk(self) -> None:
         count, beats = 0, None
         try:
-            beats = self._beats = Heartbeats(self._world, self._start)
+            beats = self._beats = Heartbeats(self._world, self._store, self._start)
             while not self._stop.is_set():
                 count += 1
                 beat = self._beat(count)
@@ -237,12 +239,12 @@ class Watchdog:
                 self._hurry.wait(self._interval)
                 self._hurry.clear()
         except Fault as unreachable:
-            self._verdict = Verdict(str(unreachable), [0])
+            self._verdict = Verdict(str(unreachable), self._store.ranks)
         except DistError:
             if self._launched:
                 self._stop.set()  # our launcher was killed, with its store; its ranks save and stop by themselves
             elif not self._stop.is_set() and self._verdict is None and beats is not None:
-                self._verdict = Verdict(f"{beats.host} is gone: the store at {beats.address} has closed.", [0])
+                self._verdict = self._store.closed()
 
     def _watch(self) -> None:
         while True:
@@ -252,6 +254,8 @@ class Watchdog:
                 self._end(self._verdict)
             elif not self._stop.is_set() and (silent := self._silent_store(self.timeout)) is not None:
                 self._end(silent)
+            elif self._beats is None and not self._stop.is_set() and now - self._since > self._start:
+                self._end(self._store.absent(self._world.rank, self._start))
             elif now - self._since > self._limit + (0 if self._stop.is_set() else self.slow):  # whatever the others say
                 self._end(_hung({self._world.rank: self._beat(0)}))
 
@@ -259,9 +263,7 @@ class Watchdog:
         """The store answers to nobody: its host is stopped, or cut off with its machine."""
         if self._beats is None or time.monotonic() - self._contact <= patience:
             return None
-        silence = f"the store it hosts at {self._beats.address} has not answered for {patience:.0f} s"
-        message = f"{self._beats.host} is missing: {silence}. Stopped, or its machine is gone."
-        return Verdict(message, self._beats.host_ranks)
+        return self._store.silent(patience)
 
     def _end(self, verdict: Verdict) -> None:
         if not self._last_word.acquire(blocking=False):
