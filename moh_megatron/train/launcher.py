@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from moh_megatron.train.run_lock import RunLock
 from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
 from moh_megatron.train.world import PARENT_VARIABLE
 
+_HANDLED_BY_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """glibc keeps freed blocks. By default it hands large ones back, and their pages are faulted in again at every step:
@@ -78,10 +80,30 @@ def launch(
         **{name: os.environ.get(name, value) for name, value in ALLOCATOR.items()},
         PARENT_VARIABLE: str(os.getpid()),
     }
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+    early: list[int] = []
+    insistence, insisted = Insistence(), math.inf
+
+    def forward(number: int, frame: FrameType | None = None) -> None:
+        nonlocal insisted
+        if not processes:
+            early.append(number)
+            return
+        if insistence.again():
+            insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
+        for process in processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
     # Held back until each rank has its own handlers: a signal during start-up must not kill what could stop in order.
+    # Another thread of this process may take it all the same, and this one then runs the handler.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    # Torch takes these two as well, which would end a run under nohup when its terminal closes.
-    untouched = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
+    # Torch's handlers raise wherever the main thread stands, and would end a run under nohup when its terminal closes.
+    os.environ[_HANDLED_BY_TORCH] = signal.SIGURG.name
+    torchs = (signal.SIGHUP, signal.SIGQUIT, signal.SIGURG, *STOP_SIGNALS)
+    before = {number: signal.getsignal(number) for number in torchs}
     # Torch wants a folder of logs, and would leave it behind; the ranks write to this process's streams instead.
     with tempfile.TemporaryDirectory() as unused:
         context = start_processes(
@@ -92,23 +114,12 @@ def launch(
             logs_specs=DefaultLogsSpecs(unused),
         )
     assert isinstance(context, SubprocessContext)
-    processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-
-    insistence, insisted = Insistence(), math.inf
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal insisted
-        if insistence.again():
-            insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
-        for process in processes.values():
-            if process.poll() is None:
-                process.send_signal(number)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, forward)
-    for number, handler in untouched.items():
+    for number, handler in before.items():
         signal.signal(number, handler)
+    processes.update({rank: handler.proc for rank, handler in context.subprocess_handlers.items()})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in early:
+        forward(number)
 
     verdicts, verdict = Verdicts(store), None
     deadline, waited = math.inf, math.inf

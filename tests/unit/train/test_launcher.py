@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -236,6 +237,27 @@ def test_a_signal_while_the_ranks_start_is_held_back_not_lost(script, start_laun
     assert both(tmp_path, "reason") == ["received SIGUSR1"] * 2
 
 
+def test_a_signal_that_another_thread_takes_while_the_ranks_start_is_not_lost(script, tmp_path, monkeypatch):
+    """The main thread holds it back, libraries' threads do not."""
+    over, start = threading.Event(), launcher.start_processes
+    other = threading.Thread(target=over.wait)
+    other.start()
+    assert other.ident is not None
+    ident = other.ident
+
+    def started(**options):
+        context = start(**options)
+        signal.pthread_kill(ident, signal.SIGTERM)
+        return context
+
+    monkeypatch.setattr(launcher, "start_processes", started)
+    try:
+        assert launch(script(SAVING), [str(tmp_path)], 2) == {0: 75, 1: 75}
+    finally:
+        over.set()
+    assert both(tmp_path, "saved") == ["received SIGTERM"] * 2
+
+
 def test_a_second_signal_ends_at_once_what_is_blocked_or_still_starting(script, start_launcher, tmp_path):
     path = script(
         """
@@ -276,7 +298,21 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (tmp_path / "run" / "exit.json").write_text('{"code": 0}')
-    path = script("os.kill(os.getpid(), 9) if rank == 1 else sys.exit(1)")
+    path = script(
+        """
+        note("pid", os.getpid())
+        if rank == 1:
+            os.kill(os.getpid(), 9)
+        def alive(pid):
+            try:
+                return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+            except FileNotFoundError:
+                return False
+        while not os.path.exists(f"{out}/pid_1") or alive(open(f"{out}/pid_1").read()):
+            time.sleep(0.01)
+        sys.exit(1)
+        """
+    )
     assert supervise(path, [str(tmp_path)], config, 2) == 1
     reason = "rank 1 was ended by SIGKILL"  # what rank 0 then ran into is no cause
     assert exit_record(tmp_path) == {"code": 1, "reason": reason, "step": 2}
