@@ -72,7 +72,7 @@ def by_lm_eval_alone(original: Path) -> Answers:
 
 def answers(model: Path, out: Path, *options: object) -> Answers:
     arguments = ["--no-validation", "--suite", SUITE, "--limit", QUESTIONS, "--device", "cpu", "--out", out]
-    done = finish(command("evaluate.py", model, *arguments, *options))
+    done = finish(command("evaluate.py", model, *arguments, *options), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [each["questions"] for each in results["suite"]["tasks"]] == [QUESTIONS] * 6

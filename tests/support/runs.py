@@ -60,10 +60,10 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / "pipelines" / script), *map(str, arguments)]
 
 
-def finish(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+def finish(arguments: list[str], timeout: float = TIMEOUT_SECONDS, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run to the end; output captured as text."""
     return subprocess.run(
-        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, **options
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False, **options
     )
 
 
