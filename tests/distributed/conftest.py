@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 TESTS = Path(__file__).parents[1]
 WORKERS = Path(__file__).parent / "workers"
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 570
 
 Spawn = Callable[[str, int], list[Any]]
 
