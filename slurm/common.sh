@@ -203,13 +203,13 @@ reason_of_end() { # the last message; where there is none, the last line
 # scancel, a requeue, the end of a grace time and of the time limit.
 stopped=
 supervise() {
-    local code=0 pid
-    trap 'stopped=1' TERM
-    "$@" &
+    local code pid told
+    trap 'stopped+=1' TERM
+    # Slurm may tell every shell of the job: the one that waits for srun has its exit code, and must outlive the signal.
+    { trap : TERM && "$@"; } &
     pid=$!
-    wait "$pid" || code=$?
-    while [ -n "$stopped" ] && kill -0 "$pid" 2>/dev/null; do
-        code=0
+    while
+        told=$stopped code=0
         wait "$pid" || code=$?
     done
     trap - TERM
