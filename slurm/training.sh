@@ -264,6 +264,8 @@ judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means fo
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.
     if [ "$code" = 75 ] && [ "$(exit_value code)" = 75 ]; then
         after_save "$step" "$reason"
+    [ -e "$history" ] || fail 1 "$history is gone: somebody removed the run folder of job $SLURM_JOB_ID while it ran, and it" \
+        "is not started again"
     fi
     if [ "$code" = "$unheard" ] && [ ! -e "$run_dir/exit.json" ]; then
         after_save "$(last_step)" "USR1 came before the ranks were there: nothing to save"
