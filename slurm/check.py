@@ -17,9 +17,10 @@ import sys
 import time
 from importlib.metadata import distributions
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.config.errors import Fault
+from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -32,6 +33,8 @@ _TOLD = re.compile(
 """The variables a snapshot keeps: an environment may hold secrets."""
 _SECRET = re.compile("JWT|TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
 """And of those it does not: SLURM_JWT opens a user's account on the cluster."""
+
+WRITABLE = "run.dir must be a folder that can be written."
 
 
 def check_resume(config: Config, world_size: int, data_hash: str) -> None:
@@ -51,6 +54,16 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
     for folder, _ in complete_checkpoints(root):
         check_same_run(folder, config, world_size, data_hash, lambda message: None)
         return
+
+
+def check_folder(run_dir: Path) -> None:
+    """Raise UserError where ``run_dir`` could not be made or written, as a folder shows that comes and goes there."""
+    try:
+        there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        with TemporaryDirectory(prefix=".moh-", dir=there):
+            return
+    except OSError as error:
+        raise UserError(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
 
 
 def _git(*words: str) -> str | None:
@@ -100,17 +113,19 @@ def main() -> None:
     for ranks in arguments.world_size:
         data_parallel_size(config, ranks)
         gradient_accumulation_steps(config, ranks)
+    run_dir = Path(config.run.dir).absolute()
     if not arguments.no_data:
+        if arguments.snapshot is None:
+            check_folder(run_dir)
         ranks = arguments.world_size[-1]
         check_resume(config, ranks, preflight(config, ranks).hash)
-    run_dir = Path(config.run.dir).absolute()
     if arguments.snapshot is not None:
         try:
             snapshot(config, run_dir / "slurm" / arguments.snapshot)
         except OSError as error:
-            raise Fault(
-                f"{error.filename or run_dir}: {error.strerror}. run.dir must be a folder that can be written."
-            ) from None
+            # Not the file: it has the number of this life, and the same failure must be known again.
+            mistake = isinstance(error, NotADirectoryError | FileExistsError)
+            raise (UserError if mistake else Fault)(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
     print(run_dir)
 
 

@@ -15,6 +15,18 @@ fail() { # CODE MESSAGE: the last line of the log is the reason
     exit "$1"
 }
 
+# Numbers that variables tell, before anything is done: `[` takes for false what it cannot read, and in a job Python would
+# stop at it on every node.
+check_number() { # NAME PATTERN WHAT
+    [[ ${!1:-0} =~ ^$2$ ]] || fail 2 "$1: expected $3 without a unit. Got ${!1}"
+}
+for name in MAX_RESTARTS RESTART_PAUSE MOH_SAVE_SECONDS MOH_WAIT_SECONDS MOH_LOCK_SECONDS; do
+    check_number "$name" '[0-9]{1,9}' "a whole number"
+done
+for name in MOH_FREE_GIB MOH_MEETING_SECONDS MOH_GPU_MEMORY; do
+    check_number "$name" '[0-9]{1,9}(\.[0-9]+)?' "a number"
+done
+
 # Arguments: sbatch's own flags and --dry-run first, then CONFIG and overrides.
 
 flags=() given=() arguments=() dry_run=
@@ -191,13 +203,13 @@ reason_of_end() { # the last message; where there is none, the last line
 # scancel, a requeue, the end of a grace time and of the time limit.
 stopped=
 supervise() {
-    local code=0 pid
-    trap 'stopped=1' TERM
-    "$@" &
+    local code pid told
+    trap 'stopped+=1' TERM
+    # Slurm may tell every shell of the job: the one that waits for srun has its exit code, and must outlive the signal.
+    { trap : TERM && "$@"; } &
     pid=$!
-    wait "$pid" || code=$?
-    while [ -n "$stopped" ] && kill -0 "$pid" 2>/dev/null; do
-        code=0
+    while
+        told=$stopped code=0
         wait "$pid" || code=$?
     done
     trap - TERM

@@ -32,13 +32,13 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.train.world import World
 
-MEETING_SECONDS = float(os.environ.get("MOH_MEETING_SECONDS", "120"))
+MEETING_SECONDS = float(os.environ.get("MOH_MEETING_SECONDS") or "120")
 """How long the first rank waits for the last one: starting Python from a shared disk may be slow."""
 ROUND_SECONDS = 15.0
 """Of which there are two."""
 CLOCK_SECONDS = 5.0
 """Clocks further apart make times of files and of logs misleading."""
-FREE_GIB = float(os.environ.get("MOH_FREE_GIB", "20"))
+FREE_GIB = float(os.environ.get("MOH_FREE_GIB") or "20")
 ELEMENTS = {"nccl": 2**24, "gloo": 2**18}
 LEAVING_SECONDS = 5.0
 

@@ -40,6 +40,7 @@ from moh_megatron.data.publish import published_folder
 from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.data.work import REJECTS, Work
 
+ALREADY = "already prepared from the same text with the same settings"
 SOON_MADE_AGAIN = 100_000_000
 """Bytes of text whose parts are not kept for another try where the dataset cannot feed the model."""
 
@@ -58,7 +59,7 @@ def prepare(config: Config) -> Manifest:
     if (ready := _existing(folder, work)) is not None:
         _check_share(folder, ready, config.data.max_reject_fraction)
         ready.check_fits(config)
-        print(f"{folder}: already prepared from the same text with the same settings")
+        print(f"{folder}: {ALREADY}")
         return ready
     with _disk_faults(folder), work:
         tokenizer = work.tokenizer()
@@ -72,16 +73,27 @@ def prepare(config: Config) -> Manifest:
 def prepare_shard(config: Config, shard: int, shards: int) -> None:
     """Do share ``shard`` (from 1) of ``shards`` of the work for ``prepare``, which puts it together. Raises as it does.
 
-    A tokenizer must be given: each shard would train it, and none would wait for another.
+    Does nothing where ``prepare`` would find the dataset made.
     """
+    folder = data_dir(config)
+    given = shard_tokenizer(config)
+    work = Work(config, find_inputs(config.data.inputs), given)
+    if _existing(folder, work) is not None:
+        print(f"{folder}: {ALREADY}")
+        return
+    with _disk_faults(folder), work:
+        work.make_parts(given, shard, shards)
+
+
+def shard_tokenizer(config: Config) -> Tokenizer:
+    """The given one. Raises UserError where none is: each shard would train it, and none would wait for another."""
     given = given_tokenizer(config)
     if given is None:
         raise UserError(
             "data.shard needs a tokenizer that is there. Make it first, with pipelines/prepare_data.py CONFIG "
             "--tokenizer DIR, and set tokenizer.path=DIR."
         )
-    with _disk_faults(data_dir(config)), Work(config, find_inputs(config.data.inputs), given) as work:
-        work.make_parts(given, shard, shards)
+    return given
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -73,17 +74,38 @@ class Work:
         ]
         fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
         self.folder = self._root / fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sign = self._begin()
         self.parts = [PartFiles(self.folder, number) for number in range(len(self.plan))]
         return self
 
+    def _begin(self) -> Path:
+        """Make the folder, and leave there a sign that somebody is at work: another shard may be on its way out."""
+        for _ in range(9):
+            with suppress(FileNotFoundError):
+                return self._signed()
+        return self._signed()
+
+    def _signed(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".at-work-", dir=self.folder)
+        os.close(descriptor)
+        return Path(name)
+
     def __exit__(self, *_: object) -> None:
+        self._sign.unlink(missing_ok=True)
+        found = list(self._root.glob("*/*"))
         wanted = (
             path.suffix == ".json" or path.name == "tokenizer" or (path.name.startswith(".") and path.suffix != HASH)
-            for path in self._root.glob("*/*")
+            for path in found
         )
-        if not any(wanted):
-            self.remove()
+        if any(wanted):
+            return
+        # Not the folders with all that is in them: somebody may have begun since.
+        with suppress(OSError):
+            for path in (*found, self._root / REJECTS):
+                path.unlink(missing_ok=True)
+            for folder in (*self._root.glob("*"), self._root):
+                folder.rmdir()
 
     def remove(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)

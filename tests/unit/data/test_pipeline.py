@@ -17,8 +17,10 @@ import pytest
 from moh_megatron.config.schema import Config
 from moh_megatron.data import encode, inputs, part, workers
 from moh_megatron.data.indexed import Index
-from moh_megatron.data.prepare import prepare, prepare_shard
+from moh_megatron.data.inputs import find_inputs
+from moh_megatron.data.prepare import prepare, prepare_shard, shard_tokenizer
 from moh_megatron.data.tokenizer import load_tokenizer
+from moh_megatron.data.work import Work
 
 MakeConfig = Callable[..., Config]
 REPOSITORY = Path(__file__).parents[3]
@@ -114,6 +116,25 @@ def test_the_formats_own_writer_shards_and_processes_give_the_same_bytes(
     monkeypatch.setattr(workers, "CORES_A_PROCESS", 1)
     prepare(config("processes", workers=2))
     assert made("processes") == expected
+
+
+def test_a_shard_without_parts_leaves_the_others_their_folder(
+    chapters: list[str], tokenizer_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    text = write(tmp_path / "text.jsonl", chapters[:20])
+    settings = {"dir": str(tmp_path / "data"), "ngram_baselines": False}
+    config = make_config([text], tokenizer={"path": str(tokenizer_folder)}, data=settings)
+    with Work(config, find_inputs(config.data.inputs), shard_tokenizer(config)) as other:
+        # It has not written anything yet.
+        prepare_shard(config, 2, 2)
+        assert other.folder.exists()
+    assert not (tmp_path / "data.parts").exists()
+    for shard in (1, 2):
+        prepare_shard(config, shard, 2)
+    prepare(config)
+    # A second time there is nothing to do, and nothing is left behind.
+    prepare_shard(config, 1, 2)
+    assert not (tmp_path / "data.parts").exists()
 
 
 KILLED = """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and what of Slurm's variables
-# sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says; $REFUSED is a
-# command that Slurm refuses.
+# sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says, only if it is
+# asked for jobs in the state $QUEUED_AS; $REFUSED is a command that Slurm refuses.
 name=${0##*/}
 echo "$name $*" >>"$CALLS"
 case "${REFUSED:-none}" in
@@ -23,6 +23,6 @@ case "$name $1" in
         esac
         ;;
     sbatch\ *) echo "sees ${!SLURM_@}" >>"$CALLS" ;;
-    squeue\ *) echo "${QUEUE:-}" ;;
+    squeue\ *) case $* in *"${QUEUED_AS:-}"*) echo "${QUEUE:-}" ;; esac ;;
 esac
 exit 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
 from pathlib import Path
 
 import pytest
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import Fault, UserError
 
 DATA = "d" * 64
-check_resume = runpy.run_path(str(Path(__file__).parents[3] / "slurm/check.py"))["check_resume"]
+CHECK = runpy.run_path(str(Path(__file__).parents[3] / "slurm/check.py"))
+check_resume = CHECK["check_resume"]
 
 
 def test_a_run_folder_of_another_configuration(tiny, fake_checkpoint, tmp_path):
@@ -32,3 +35,29 @@ def test_heads_that_were_measured_are_those_of_the_start(tiny, fake_checkpoint, 
     check_resume(config, 1, DATA)
     with pytest.raises(UserError, match=r"moh\.active_heads: 4 there, 5 here"):
         check_resume(tiny(told | {"moh.shared_placement": "calibrated", "moh.active_heads": 5}), 1, DATA)
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    CHECK["check_folder"](tmp_path / "new/run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"^{folder}: .* run.dir must be a folder that can be written"):
+            CHECK["check_folder"](folder)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOTDIR, UserError), (errno.ESTALE, Fault)])
+def test_a_snapshot_that_fails_says_the_same_in_every_life(monkeypatch, tmp_path, number, kind):
+    def fails(config: object, folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    main = CHECK["main"]
+    monkeypatch.setitem(main.__globals__, "snapshot", fails)
+    words = ["configs/smoke.yaml", f"run.dir={tmp_path}", "--world-size", "2", "--no-data", "--snapshot"]
+    said = set()
+    for life in ("7.0", "7.1"):
+        monkeypatch.setattr("sys.argv", ["check.py", *words, life])
+        with pytest.raises(kind) as told:
+            main()
+        said.add(str(told.value))
+    assert said == {f"{tmp_path}: {os.strerror(number)}. run.dir must be a folder that can be written."}

@@ -96,6 +96,26 @@ def test_a_node_that_slurm_misses_twice_is_avoided(job):
     assert job.called("scontrol update JobId=7 ExcNodeList") == ["scontrol update JobId=7 ExcNodeList=n1"]
 
 
+@pytest.mark.parametrize(
+    ("event", "state", "code"),
+    [("saved", "PENDING", 2), ("fault", "RUNNING", 2), ("start", "COMPLETING", 2), ("finished", "PENDING", 0)],
+)
+def test_a_folder_is_kept_for_the_job_that_goes_on_there(job, event, state, code):
+    (job.run / "slurm").mkdir()
+    (job.run / "slurm/history.tsv").write_text(f"2026-01-01T00:00:00\t6\t0\t{event}\t75\t7\t-\t-\n")
+    job.act(pretrain_0="ended 0 finished 30")
+    assert job.live(PRETRAIN, "CONFIG", QUEUE="6", QUEUED_AS=state) == code
+    if code:
+        assert job.last.startswith(f"error: {job.run}: job 6 trains in this folder, or waits to go on there.")
+        assert job.events == [event]
+
+
+def test_a_run_folder_that_is_removed_while_the_job_runs(job):
+    job.act(pretrain_0='rm -rf "$RUN"; exit 1')
+    assert job.lives(PRETRAIN, "CONFIG") == 1
+    assert "history.tsv is gone: somebody removed the run folder of job 7 while it ran" in job.last
+
+
 @pytest.mark.parametrize("refused", ["", "scontrol update"])
 def test_a_node_is_avoided_once_and_the_user_may_take_the_list_away(job, refused):
     job.act(**{f"pretrain_{life}": HEAD.format(life) for life in range(2)}, pretrain_2="ended 0 finished 30")
@@ -130,7 +150,24 @@ def test_python_that_is_not_there(job):
     job.act(check_0=act, check_1=act)
     assert job.lives(PRETRAIN, "CONFIG") == 1
     assert "failed twice in the same way, with exit code 2" in job.last
-    assert job.last.endswith("slurmstepd: error: execve(): /venv/bin/python: No such file or directory")
+    assert job.last.endswith(f"MOH_PYTHON, {job.variables['MOH_PYTHON']}, cannot be run: {said}")
+
+
+def test_the_last_word_may_be_of_srun(job):
+    act = "echo 'srun: error: Unable to create step: Invalid job' >&2; exit 1"
+    job.act(convert_0=act, convert_1=act)
+    assert job.lives("convert.sh", "official-to-hf") == 1
+    assert job.last.endswith("the log ends with: srun: error: Unable to create step: Invalid job")
+
+
+def test_what_slurm_stops_has_saved_before_its_job_ends(job):
+    # Slurm tells the job's shells, but not srun.
+    told = "kill -TERM $PPID $(cut -d' ' -f4 /proc/$PPID/stat); sleep 0.3; ended 75 'received SIGTERM: saved' 7"
+    job.act(pretrain_0=told)
+    assert job.live(PRETRAIN, "CONFIG") == 75
+    assert job.history[1][3:6] == ["stopped", "75", "-"]
+    assert job.history[1][7] == "received SIGTERM: saved"
+    assert job.last.endswith("stopped: received SIGTERM: saved")
 
 
 def test_a_refusal_by_the_checks_is_final(job):

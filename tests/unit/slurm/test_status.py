@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-METRICS = {"step": 120, "loss": 2.5, "tokens": 30720, "tokens_per_second": 1024.0}
+METRICS = {"step": 120, "loss": 2.5, "tokens": 30720, "tokens_per_second": 1024.0041}
 HISTORY = [
     ("start", "-", "-", "n1,n2", "CONFIG"),
     ("fault", "1", "50", "n2", "rank 1 is missing"),
@@ -56,6 +56,27 @@ def test_a_run_that_has_ended(job, folder):
     assert told["state"] == "fault, exit code 1: a disk is full"
     assert told["restarts"] == "1 (2 after faults)"
     assert told["left of the job"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [
+        ({}, "lost: it told no end, and Slurm does not know it any more"),
+        (
+            {"QUEUE": "FAILED|0:00|n1|NonZeroExitCode", "QUEUED_AS": "all"},
+            "lost: it told no end, and Slurm says FAILED",
+        ),
+        ({"REFUSED": "squeue"}, "it told no end yet, and Slurm does not answer: squeue: error: refused"),
+    ],
+)
+def test_a_run_that_has_told_no_end(job, folder, told, state):
+    assert rows(job, **told)["state"] == state
+
+
+def test_a_folder_that_no_job_has_made_yet(job):
+    done = job.type("status.sh", str(job.run / "waits"))
+    assert done.returncode == 2
+    assert f"{job.run}/waits: expected a run folder, and there is none: a job makes it when it starts" in done.stderr
 
 
 def test_a_folder_in_which_no_job_has_trained(job):

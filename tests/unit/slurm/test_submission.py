@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -155,3 +156,17 @@ def test_a_dry_run_of_one_process(job, script, arguments, command):
     assert srun[-len(words)].endswith(words[0])
     assert len(shown(done.stdout, "sbatch")) == 1
     assert not job.called("sbatch") + job.called("srun")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MAX_RESTARTS", "3x"), ("RESTART_PAUSE", "1min1"), ("MOH_FREE_GIB", "20GB"), ("MOH_WAIT_SECONDS", "2.5")],
+)
+def test_a_variable_that_is_no_number_is_refused_typed_and_in_the_job(job, variable, value):
+    done = job.type("pretrain_moh.sh", "CONFIG", **{variable: value})
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: {variable}: expected a (whole )?number without a unit. Got {value}\n", done.stderr)
+    assert job.live("convert.sh", "official-to-hf", **{variable: value}) == 2
+    assert job.log.read_text() == done.stderr
+    assert not job.called("sbatch") + job.called("srun")
+    assert job.type("pretrain_moh.sh", "CONFIG", **{variable: ""}).returncode == 0
