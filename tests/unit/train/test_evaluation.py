@@ -115,3 +115,8 @@ def test_a_suite_that_cannot_be_run_is_refused_before_the_training(
     with pytest.raises(UserError, match=expected):
         check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))
     check_suite(tiny())
+
+
+def test_a_suite_that_can_be_run_is_let_through(tiny: Callable[..., Any]) -> None:
+    suite = Path(__file__).parents[3] / "configs" / "eval" / "paper_14.yaml"
+    check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))
