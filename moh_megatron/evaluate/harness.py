@@ -90,6 +90,7 @@ def _columns(settings: Mapping[str, Any]) -> list[str]:
     """The metrics with their filters that a task or group is going to have; none where its settings do not tell."""
     of_group = settings.get("aggregate_metric_list")
     if of_group:
+        of_group = [of_group] if isinstance(of_group, dict) else of_group
         asked = [(each["metric"], each.get("filter_list", "none")) for each in of_group]
         filters = [(metric, [names] if isinstance(names, str) else names) for metric, names in asked]
         return [f"{metric},{name}" for metric, names in filters for name in names]

@@ -25,6 +25,7 @@ class Manager:
             "arc_easy": {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
             "gsm8k": {"metric_list": [{"metric": "exact_match"}], "filter_list": [{"name": "strict-match"}]},
             "mmlu": {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]},
+            "culture": {"aggregate_metric_list": {"metric": "acc", "filter_list": ["none"]}},
             "custom": {"metric_list": [{"metric": "acc"}], "process_results": "utils.more"},
             "made_in_python": None,
         }
@@ -56,8 +57,9 @@ def test_a_metric_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, task: str
 
 def test_metrics_that_exist_or_that_settings_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "TaskManager", Manager)
-    good = [("arc_easy", "acc_norm"), ("gsm8k", "exact_match,strict-match"), ("mmlu", "acc"), ("custom", "more")]
-    tasks = [Task(name, 0, metric) for name, metric in [*good, ("made_in_python", "acc")]]
+    good = [("arc_easy", "acc_norm"), ("gsm8k", "exact_match,strict-match"), ("mmlu", "acc"), ("culture", "acc")]
+    unknown = [("custom", "more"), ("made_in_python", "acc")]
+    tasks = [Task(name, 0, metric) for name, metric in [*good, *unknown]]
     tasks.append(Task("arc_easy", 0, "f1", settings={"metric_list": [{"metric": "f1"}]}))
     harness.find_tasks(Suite("s", "d", tuple(tasks)))
 
