@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from moh_megatron.config.errors import UserError
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless results can be written to ``folder``; tried out, before they are measured.
+
+    Where it is not there it is made for the trial, and removed again.
+    """
+    made: list[Path] = []
+    try:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: must be a folder to write to. Got: {error.strerror}; name another with --out."
+        ) from None
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def remedy(number: int | None) -> str | None:

@@ -70,7 +70,8 @@ def harness_version() -> str:
 
 
 def find_tasks(suite: Suite) -> TaskManager:
-    """What lm-eval knows. Raises UserError for a task that it does not, and for data that are not installed."""
+    """What lm-eval knows. Raises UserError for a task that it does not, for a metric that a task's settings do not
+    name, and for data that are not installed."""
     manager = TaskManager()
     known = set(manager.all_tasks)
     for task in suite.tasks:
@@ -79,7 +80,29 @@ def find_tasks(suite: Suite) -> TaskManager:
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise UserError(f"{suite.name}: {task.task}: lm-eval {harness_version()} knows no such task{hint}.")
         suite.data_folder(task)
+        columns = _columns({**(manager.task_index[task.task].cfg or {}), **task.settings})
+        if columns and task.column not in columns:
+            raise UserError(f"{suite.name}: {_no_metric(task, columns)}")
     return manager
+
+
+def _columns(settings: Mapping[str, Any]) -> list[str]:
+    """The metrics with their filters that a task or group is going to have; none where its settings do not tell."""
+    of_group = settings.get("aggregate_metric_list")
+    if of_group:
+        of_group = [of_group] if isinstance(of_group, dict) else of_group
+        asked = [(each["metric"], each.get("filter_list", "none")) for each in of_group]
+        filters = [(metric, [names] if isinstance(names, str) else names) for metric, names in asked]
+        return [f"{metric},{name}" for metric, names in filters for name in names]
+    metrics = settings.get("metric_list") or []
+    if "process_results" in settings or any(each.get("hf_evaluate") for each in metrics):
+        return []  # these may give more than they are asked for
+    names = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
+    return [f"{str(each['metric']).rpartition('.')[2]},{name}" for each in metrics for name in names]
+
+
+def _no_metric(task: Task, columns: Sequence[str]) -> str:
+    return f"{task.task}: has no metric {task.metric}. It has {', '.join(columns)}."
 
 
 def language_model(subject: Subject, batch_size: int) -> LM:
@@ -117,7 +140,7 @@ def run_task(
     )
     of_task = (results.get("groups") or {}).get(task.task) or results["results"][task.task]
     if task.column not in of_task:
-        raise UserError(f"{task.task}: has no metric {task.metric}. It has {', '.join(_metrics(of_task))}.")
+        raise UserError(_no_metric(task, _metrics(of_task)))
     questions = list(_questions(results["samples"], task, members))
     return _score(task, of_task[task.column], questions), questions
 

@@ -14,7 +14,9 @@ import torch
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
+from moh_megatron.config.storage import check_folder
 from moh_megatron.evaluate.compare import compare, key_of, read_questions
+from moh_megatron.evaluate.earlier import read_earlier
 from moh_megatron.evaluate.results import RESULTS, write_results
 from moh_megatron.evaluate.subject import Subject, find_model, open_subject, training_config
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
@@ -24,29 +26,46 @@ from moh_megatron.evaluate.validation import validation_loss
 def evaluate(arguments: Namespace) -> None:
     """What ``pipelines/evaluate.py`` does with its arguments.
 
-    What is measured is written at once, task by task. Raises UserError, before anything is measured; Fault at the end,
-    where a task could not be run or nothing is left to compare.
+    What is measured is written at once, task by task, beside what the folder holds of the same model. Raises
+    UserError, before anything is measured; Fault at the end, where a task could not be run or nothing is left to
+    compare.
     """
     path = find_model(arguments.model)
     config = _training_config(arguments, path)
     _check(arguments)
     checked = checked_suite(arguments.suite) if arguments.suite is not None else None
     other = read_questions(arguments.against) if arguments.against is not None else None
-    subject = open_subject(path, _device(arguments.device), arguments.dtype)
     folder = arguments.out or default_folder(path)
+    check_folder(folder)
+    subject = open_subject(path, _device(arguments.device), arguments.dtype)
     found: dict[str, Any] = {"model": subject.described(), "dtype": arguments.dtype, "software": _software()}
-    questions: list[dict[str, Any]] = []
+    given = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}
+    planned = {
+        **found,
+        **({"validation": {"of": given}} if config is not None else {}),
+        **({"suite": _section(checked[0], arguments.limit)} if checked is not None else {}),
+        **({"comparison": {"against": str(arguments.against)}} if other is not None else {}),
+    }
+    earlier, questions = read_earlier(folder, planned)
+    found = {**earlier, **found}
     if config is not None:
-        found["validation"] = validation_loss(subject, config)
+        found["validation"] = {**validation_loss(subject, config), "of": given}
         write_results(folder, found, questions)
     complaints: list[str] = []
     if checked is not None:
-        found["suite"] = section = _section(checked[0], arguments.limit)
+        section: dict[str, Any] = planned["suite"]
+        section["tasks"] = earlier.get("suite", section)["tasks"]
+        found["suite"] = section
+        past, questions = questions, []
         for number, (task, answered) in enumerate(_tasks(subject, *checked, arguments.limit, arguments.batch_size)):
-            section["tasks"][number] = task
+            if "not_run" in task:
+                complaints.append(f"not run: {task['not_run']}")
+            if "not_run" not in task or "not_run" in section["tasks"][number]:
+                section["tasks"][number] = task
+                past = [each for each in past if each["of"] != task["task"]]
             questions += answered
-            complaints += [f"not run: {task['not_run']}"] if "not_run" in task else []
-            write_results(folder, found, questions)
+            write_results(folder, found, questions + past)
+        questions += past
     if other is not None:
         own = {key_of(each): each["score"] for each in questions}
         try:

@@ -109,7 +109,7 @@ class BackgroundEvaluation:
         except (OSError, ValueError, KeyError):
             suite = {"tasks": []}
         scores = {each["task"]: each["value"] for each in suite["tasks"] if "value" in each}
-        if scores:
+        if scores and process.returncode != 2:  # refused, it has left what an earlier one wrote
             self._show(scores, step)
             self._tell(
                 f"evaluation of step {step}: " + ", ".join(f"{name} {each:.3f}" for name, each in scores.items())

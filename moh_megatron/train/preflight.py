@@ -17,12 +17,17 @@ import sys
 from pathlib import Path
 from moh_megatron.cli import exit_code
 from moh_megatron.evaluate.run import checked_suite
-sys.exit(exit_code(lambda: checked_suite(Path(sys.argv[1]))))
+
+def main():
+    checked_suite(Path(sys.argv[1]))
+
+sys.exit(exit_code(main))
 """
 
 
 def check_suite(config: Config) -> None:
-    """Raise UserError where lm-eval is missing or does not know a task of evaluate.suite, or data are not installed.
+    """Raise UserError where lm-eval is missing or does not know a task or metric of evaluate.suite, or data are not
+    installed.
 
     In a process of its own: lm-eval imports much that the launcher would then hold for as long as the run.
     """

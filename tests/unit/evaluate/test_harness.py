@@ -18,10 +18,19 @@ SUITE = Suite("s", "d", (Task("a", 0, "acc"),))
 
 
 class Manager:
-    """lm-eval's, with two tasks it knows and what happens when one is opened."""
+    """lm-eval's, with the tasks it knows and what happens when one is opened."""
 
     def __init__(self, load: Any = None) -> None:
-        self.all_tasks = ["arc_easy", "arc_challenge"]
+        settings: dict[str, Any] = {
+            "arc_easy": {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
+            "gsm8k": {"metric_list": [{"metric": "exact_match"}], "filter_list": [{"name": "strict-match"}]},
+            "mmlu": {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]},
+            "culture": {"aggregate_metric_list": {"metric": "acc", "filter_list": ["none"]}},
+            "custom": {"metric_list": [{"metric": "acc"}], "process_results": "utils.more"},
+            "made_in_python": None,
+        }
+        self.all_tasks = [*settings]
+        self.task_index = {name: SimpleNamespace(cfg=each) for name, each in settings.items()}
         self.load = load
 
 
@@ -30,6 +39,29 @@ def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"s: arc_eazy: lm-eval [\d.]+ knows no such task; near it: arc_easy"):
         harness.find_tasks(Suite("s", "d", (Task("arc_eazy", 0, "acc"),)))
     assert isinstance(harness.find_tasks(Suite("s", "d", (Task("arc_easy", 0, "acc"),))), Manager)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "own"),
+    [
+        ("arc_easy", "accc", "acc,none, acc_norm,none"),
+        ("gsm8k", "exact_match", "exact_match,strict-match"),
+        ("mmlu", "acc_norm", "acc,none"),
+    ],
+)
+def test_a_metric_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, task: str, metric: str, own: str) -> None:
+    monkeypatch.setattr(harness, "TaskManager", Manager)
+    with pytest.raises(UserError, match=rf"^s: {task}: has no metric {metric}\. It has {own}\.$"):
+        harness.find_tasks(Suite("s", "d", (Task(task, 0, metric),)))
+
+
+def test_metrics_that_exist_or_that_settings_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "TaskManager", Manager)
+    good = [("arc_easy", "acc_norm"), ("gsm8k", "exact_match,strict-match"), ("mmlu", "acc"), ("culture", "acc")]
+    unknown = [("custom", "more"), ("made_in_python", "acc")]
+    tasks = [Task(name, 0, metric) for name, metric in [*good, *unknown]]
+    tasks.append(Task("arc_easy", 0, "f1", settings={"metric_list": [{"metric": "f1"}]}))
+    harness.find_tasks(Suite("s", "d", tuple(tasks)))
 
 
 @pytest.mark.parametrize(

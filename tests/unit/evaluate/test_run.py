@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from moh_megatron.config.errors import Fault
-from moh_megatron.evaluate import run, validation
+from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.evaluate import compare, run, validation
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.evaluate.validation import SourceLoss
 
@@ -29,18 +30,20 @@ def scored(task: str) -> dict[str, Any]:
 @pytest.fixture
 def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """evaluate(tasks, against=...) with everything but the writing replaced."""
-    subject = SimpleNamespace(described=lambda: {"path": "m", "kind": "folder", "step": None, "tokens": None})
 
-    def evaluate(tasks: Any, other: Any = None) -> None:
+    def evaluate(tasks: Any, other: Any = None, step: int | None = None, out: Path = tmp_path, **changed: Any) -> None:
+        subject = SimpleNamespace(described=lambda: {"path": "m", "kind": "folder", "step": step, "tokens": None})
         monkeypatch.setattr(run, "find_model", lambda path: path)
         monkeypatch.setattr(run, "open_subject", lambda *unused: subject)
-        monkeypatch.setattr(run, "checked_suite", lambda path: (SUITE, None))
+        monkeypatch.setattr(run, "checked_suite", lambda path: (replace(SUITE, name=str(path)), None))
         monkeypatch.setattr(run, "read_questions", lambda path: other)
         monkeypatch.setattr(run, "_tasks", lambda *unused: tasks)
+        monkeypatch.setattr(run, "training_config", lambda path, overrides: overrides)
+        monkeypatch.setattr(run, "validation_loss", lambda *unused: {"loss": None, "sources": {}})
         against = None if other is None else Path("other")
         arguments = {"model": tmp_path, "overrides": [], "config": None, "no_validation": True, "suite": Path("s")}
-        arguments |= {"limit": None, "batch_size": 1, "against": against, "out": tmp_path, "device": "cpu"}
-        run.evaluate(Namespace(**arguments, dtype="fp32"))
+        arguments |= {"limit": None, "batch_size": 1, "against": against, "out": out, "device": "cpu"}
+        run.evaluate(Namespace(**{**arguments, "dtype": "fp32", **changed}))
 
     return evaluate
 
@@ -77,6 +80,65 @@ def test_a_task_that_was_not_run_is_a_fault_at_the_end(evaluated: Any, tmp_path:
     with pytest.raises(Fault, match="not run: b: its evaluation set cannot be reached"):
         evaluated([(scored("a"), []), (missing, [])])
     assert [each.get("value") for each in results(tmp_path)["suite"]["tasks"]] == [1.0, None]
+
+
+def both(first: float = 1.0) -> Any:
+    return [(scored("a") | {"value": first}, [question("a", first)]), (scored("b"), [question("b", 0.0)])]
+
+
+def test_the_validation_and_the_suite_of_a_model_stand_side_by_side(evaluated: Any, tmp_path: Path) -> None:
+    evaluated(both())
+    evaluated([], suite=None, no_validation=False)
+    evaluated([], suite=None, no_validation=False)
+    found = results(tmp_path)
+    assert found["validation"]["of"] == {"config": None, "overrides": []}
+    assert [each["value"] for each in found["suite"]["tasks"]] == [1.0, 1.0]
+    assert len(compare.read_questions(tmp_path)) == 2
+    assert "| a | 0 | acc | 1 | 100.0 | measured here |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_suite_that_is_measured_again_keeps_what_it_does_not_come_to(evaluated: Any, tmp_path: Path) -> None:
+    evaluated(both())
+    with pytest.raises(Fault, match="cannot be reached"):
+        evaluated([both(0.5)[0], (run._not_run(SUITE.tasks[1], "b: cannot be reached"), [])])
+    assert [each["value"] for each in results(tmp_path)["suite"]["tasks"]] == [0.5, 1.0]
+    assert compare.read_questions(tmp_path) == {("a", "a", 0, "h"): 0.5, ("b", "b", 0, "h"): 0.0}
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"suite": Path("t")}, "suite.name is s. Here it is t: name another folder with --out, or remove that one"),
+        ({"limit": 5}, "suite.limit is None. Here it is 5"),
+        ({"suite": None, "no_validation": False, "overrides": ["x"]}, r"validation.overrides is \[\]. Here it is \['x"),
+        ({"step": 7}, "model.step is None. Here it is 7"),
+        ({"dtype": "bf16"}, "dtype is fp32. Here it is bf16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_nothing_is_replaced_by_the_evaluation_of_something_else(
+    evaluated: Any, tmp_path: Path, other: dict[str, Any], expected: str
+) -> None:
+    evaluated(both(), no_validation=False)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{tmp_path}: holds an evaluation whose {expected}"):
+        evaluated([], **other)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(UserError, match=r"results\.json: must be the results of an evaluation"):
+        evaluated([], **other)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_results_that_cannot_be_written_are_not_measured(evaluated: Any, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+
+    def tasks() -> Any:
+        pytest.fail("it is measured")
+        yield
+
+    with pytest.raises(UserError, match=f"{out}: must be a folder to write to.*name another with --out"):
+        evaluated(tasks(), out=tmp_path / out)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(5, 1.0), (None, 2.5)])

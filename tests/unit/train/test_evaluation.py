@@ -24,7 +24,7 @@ while (out.parents[1] / "wait").exists():
     time.sleep(0.02)
 tasks = [{"task": "piqa", "value": 0.5}, {"task": "sciq", "not_run": "sciq: cannot be reached"}]
 (out / "results.json").write_text(json.dumps({"suite": {"tasks": tasks}}))
-sys.exit(1)
+sys.exit(2 if (out / "refuse").exists() else 1)
 """
 
 
@@ -68,6 +68,18 @@ def test_a_checkpoint_is_judged_once_it_is_complete(watched: Watched) -> None:
         "evaluation of step 10: piqa 0.500",
         f"warning: evaluation of step 10 ended with code 1; see {folder / 'log.txt'}. Training goes on.",
     ]
+
+
+def test_one_that_is_refused_shows_no_results_of_an_earlier_one(watched: Watched) -> None:
+    watched.checkpoint(10)
+    folder = watched.run / "eval" / checkpoint_name(10)
+    folder.mkdir(parents=True)
+    (folder / "refuse").touch()
+    watched.evaluation.request(10)
+    watched.evaluation.finish(seconds=30)
+    assert watched.shown == []
+    (said,) = watched.said
+    assert said.startswith("warning: evaluation of step 10 ended with code 2")
 
 
 def test_one_at_a_time_and_none_that_outlives_the_training(watched: Watched) -> None:
@@ -115,3 +127,8 @@ def test_a_suite_that_cannot_be_run_is_refused_before_the_training(
     with pytest.raises(UserError, match=expected):
         check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))
     check_suite(tiny())
+
+
+def test_a_suite_that_can_be_run_is_let_through(tiny: Callable[..., Any]) -> None:
+    suite = Path(__file__).parents[3] / "configs" / "eval" / "paper_14.yaml"
+    check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))
