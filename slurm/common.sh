@@ -114,7 +114,7 @@ gpus_per_node() { # of the request: `8`, `h100:8` or nothing
 
 srun_line=() inside=()
 prepare_srun() {
-    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair
+    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair pairs
     # Blocks: the ranks of a node follow one another, whatever the submitter's SLURM_DISTRIBUTION says.
     srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}" --distribution=block)
     # Since Slurm 22.05 srun does not take this from sbatch.
@@ -125,7 +125,8 @@ prepare_srun() {
         '') ;;
         *.sif)
             inside=(apptainer exec --nv)
-            for pair in ${mounts//,/ }; do inside+=(--bind "$pair"); done
+            IFS=, read -ra pairs <<<"$mounts"
+            for pair in "${pairs[@]}"; do inside+=(--bind "$pair"); done
             inside+=("$MOH_CONTAINER")
             ;;
         *)
@@ -183,7 +184,7 @@ one_line() { echo "${1//[$'\t\r\n']/ }"; }
 
 # The last message of this life, if there is one, without what srun adds: a script's own, argparse's, or an exception's.
 last_words() {
-    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | awk '
+    tail -c "+$begin" "$log" 2>/dev/null | grep -vE '^(srun|slurm[a-z]*)[^ ]*: ' | awk '
         /^([^ :]+: )?error: / { text = substr($0, index($0, "error: ") + 7); more = 1; next }
         /^[A-Za-z_][A-Za-z0-9_.]*(Error|Exception)(: |$)/ { text = $0; more = 0; next }
         more && /^       / { text = text "\n" $0; next }
@@ -191,11 +192,16 @@ last_words() {
         END { if (text != "") print text }' || true
 }
 
-reason_of_end() { # the last message; where there is none, the last line
-    local reason
+reason_of_end() { # the last message; where there is none, the last line, if possible not srun's
+    local reason said line
     reason=$(last_words)
-    [ -n "$reason" ] || reason="no reason was given, and the log ends with: $(
-        tail -c "+$begin" "$log" 2>/dev/null | grep -v '^srun: ' | grep . | tail -n 1 || true)"
+    if [ -z "$reason" ]; then
+        said=$(tail -c "+$begin" "$log" 2>/dev/null | grep . || true)
+        line=$(grep -v '^srun: ' <<<"$said" | tail -n 1 || true)
+        line=${line:-$(tail -n 1 <<<"$said")}
+        reason="no reason was given, and the log ends with: $line"
+        case $line in *execve*"$python"*) reason="MOH_PYTHON, $python, cannot be run: $line" ;; esac
+    fi
     echo "$reason"
 }
 
@@ -203,15 +209,17 @@ reason_of_end() { # the last message; where there is none, the last line
 # scancel, a requeue, the end of a grace time and of the time limit.
 stopped=
 supervise() {
-    local code=0 pid
-    trap 'stopped=1' TERM
-    "$@" &
+    local code pid told
+    trap 'stopped+=1' TERM
+    # Slurm may tell every shell of the job: the one that waits for srun has its exit code, and must outlive the signal.
+    { trap : TERM && "$@"; } &
     pid=$!
-    wait "$pid" || code=$?
-    while [ -n "$stopped" ] && kill -0 "$pid" 2>/dev/null; do
-        code=0
+    while
+        told=$stopped code=0
         wait "$pid" || code=$?
-    done
+        # What came was the signal, or the end just before it.
+        [ "$told" != "$stopped" ]
+    do :; done
     trap - TERM
     return "$code"
 }

@@ -90,6 +90,8 @@ def test_what_the_user_wants_is_not_undone(play, what):
         job.cluster.client("scancel", str(job.id))
         assert job.state() == "CANCELLED", job.log
         wait_for("the end", lambda: job.events == ["start", "stopped"], 30)
+    # It has waited for the save, although Slurm told all its shells to end.
+    assert [job.history[1][column] for column in (4, 7)] == ["75", "received SIGTERM: saved"]
 
 
 def test_preempted(play):

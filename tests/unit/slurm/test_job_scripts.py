@@ -88,6 +88,8 @@ def test_a_container_by_its_name():
     config = "configs/pretrain/llm_s_moh75.yaml"
     sif = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/a:/a,/b:/c")
     assert "apptainer exec --nv --bind /a:/a --bind /b:/c /images/moh.sif" in sif.stdout
+    spaced = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/my run:/a,/b:/c")
+    assert "--bind /my\\ run:/a --bind /b:/c" in spaced.stdout
     pyxis = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="nvcr.io/moh", MOH_MOUNTS="/a:/a")
     assert "--container-image=nvcr.io/moh --container-mounts=/a:/a" in pyxis.stdout
 

@@ -122,15 +122,34 @@ def test_a_check_that_fails_for_a_while(job):
     assert job.events == ["start", "saved", "start", "finished"]
 
 
-def test_python_that_is_not_there(job):
+@pytest.mark.parametrize("who", ["slurmstepd", "slurmstepd-n1"])
+def test_python_that_is_not_there(job, who):
     # In slurmd's words; the same exit code as a mistake of the user.
-    act = 'echo "slurmstepd: error: execve(): /venv/bin/python: No such file or directory" >&2; exit 2'
+    said = f"{who}: error: execve(): {job.variables['MOH_PYTHON']}: No such file or directory"
+    act = f'echo "{said}" >&2; exit 2'
     job.act(check_0=act, pretrain_1="ended 0 finished 30")
     assert job.lives(PRETRAIN, "CONFIG") == 0
     job.act(check_0=act, check_1=act)
     assert job.lives(PRETRAIN, "CONFIG") == 1
     assert "failed twice in the same way, with exit code 2" in job.last
-    assert job.last.endswith("slurmstepd: error: execve(): /venv/bin/python: No such file or directory")
+    assert job.last.endswith(f"MOH_PYTHON, {job.variables['MOH_PYTHON']}, cannot be run: {said}")
+
+
+def test_the_last_word_may_be_of_srun(job):
+    act = "echo 'srun: error: Unable to create step: Invalid job' >&2; exit 1"
+    job.act(convert_0=act, convert_1=act)
+    assert job.lives("convert.sh", "official-to-hf") == 1
+    assert job.last.endswith("the log ends with: srun: error: Unable to create step: Invalid job")
+
+
+def test_what_slurm_stops_has_saved_before_its_job_ends(job):
+    # Slurm tells the job's shells, but not srun.
+    told = "kill -TERM $PPID $(cut -d' ' -f4 /proc/$PPID/stat); sleep 0.3; ended 75 'received SIGTERM: saved' 7"
+    job.act(pretrain_0=told)
+    assert job.live(PRETRAIN, "CONFIG") == 75
+    assert job.history[1][3:6] == ["stopped", "75", "-"]
+    assert job.history[1][7] == "received SIGTERM: saved"
+    assert job.last.endswith("stopped: received SIGTERM: saved")
 
 
 def test_a_refusal_by_the_checks_is_final(job):
