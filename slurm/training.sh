@@ -35,15 +35,22 @@ failed_twice() { # NODES: of these, comma-separated, the ones that failures of t
         sort | paste -s -d,
 }
 
-# Two jobs must not write one run folder. Slurm knows whether the other one lives; the lock is the word of a life of this
-# very job that has lost contact with Slurm, and not yet its own.
+# Two jobs must not write one run folder. Slurm knows whether the other one lives, or waits to start again; the lock is the
+# word of a life of this very job that has lost contact with Slurm, and not yet its own.
 alone_in_run_folder() {
-    local other
-    other=$(awk -F'\t' '$4 == "start" { job = $2; next } $2 == job { job = "" } END { print job }' "$history")
-    if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] &&
-        [ -n "$(squeue -h -j "$other" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null)" ]; then
-        fail 2 "$run_dir: job $other trains in this folder. Wait for it (--dependency=singleton), or use another run.dir."
-    fi
+    local other event states=PENDING,RUNNING,SUSPENDED
+    IFS=$'\t' read -r _ other _ event _ < <(tail -n 1 "$history") || true
+    # Of a job that has told its end nothing is left to write.
+    [ "${event:-}" != start ] || states+=,COMPLETING
+    case ${event:-} in
+        '' | finished | refused) ;;
+        *)
+            if [ "$other" != "$SLURM_JOB_ID" ] && [ -n "$(squeue -h -j "$other" -t "$states" -o %i 2>/dev/null)" ]; then
+                fail 2 "$run_dir: job $other trains in this folder, or waits to go on there. Wait for it" \
+                    "(--dependency=afterany:$other), scancel it, or use another run.dir."
+            fi
+            ;;
+    esac
     local code=0
     [ ! -e "$run_dir/.lock" ] || flock -E 75 -w "${MOH_LOCK_SECONDS:-600}" "$run_dir/.lock" true || code=$?
     if [ "$code" = 75 ]; then # another code: a file system without locks
@@ -252,6 +259,8 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
 
 judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means for the job
     local code=$1 step=$2 nodes=$3 reason=$4
+    [ -e "$history" ] || fail 1 "$history is gone: somebody removed the run folder of job $SLURM_JOB_ID while it ran, and it" \
+        "is not started again"
     [ -z "$stopped" ] || end_stopped "$code"
     [ "$code" != 2 ] || end_refused "$reason"
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.

@@ -96,6 +96,26 @@ def test_a_node_that_slurm_misses_twice_is_avoided(job):
     assert job.called("scontrol update JobId=7 ExcNodeList") == ["scontrol update JobId=7 ExcNodeList=n1"]
 
 
+@pytest.mark.parametrize(
+    ("event", "state", "code"),
+    [("saved", "PENDING", 2), ("fault", "RUNNING", 2), ("start", "COMPLETING", 2), ("finished", "PENDING", 0)],
+)
+def test_a_folder_is_kept_for_the_job_that_goes_on_there(job, event, state, code):
+    (job.run / "slurm").mkdir()
+    (job.run / "slurm/history.tsv").write_text(f"2026-01-01T00:00:00\t6\t0\t{event}\t75\t7\t-\t-\n")
+    job.act(pretrain_0="ended 0 finished 30")
+    assert job.live(PRETRAIN, "CONFIG", QUEUE="6", QUEUED_AS=state) == code
+    if code:
+        assert job.last.startswith(f"error: {job.run}: job 6 trains in this folder, or waits to go on there.")
+        assert job.events == [event]
+
+
+def test_a_run_folder_that_is_removed_while_the_job_runs(job):
+    job.act(pretrain_0='rm -rf "$RUN"; exit 1')
+    assert job.lives(PRETRAIN, "CONFIG") == 1
+    assert "history.tsv is gone: somebody removed the run folder of job 7 while it ran" in job.last
+
+
 @pytest.mark.parametrize("refused", ["", "scontrol update"])
 def test_a_node_is_avoided_once_and_the_user_may_take_the_list_away(job, refused):
     job.act(**{f"pretrain_{life}": HEAD.format(life) for life in range(2)}, pretrain_2="ended 0 finished 30")
