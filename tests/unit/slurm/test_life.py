@@ -135,6 +135,12 @@ def test_more_ranks_than_gpus(job):
     assert "--gpu-bind=none" in job.called("srun")[-1]
 
 
+def test_nodes_with_unequal_numbers_of_ranks(job):
+    assert job.lives(PRETRAIN, "CONFIG", SLURM_NNODES="2", SLURM_NTASKS="3", SLURM_JOB_NODELIST="n[1,3]") == 2
+    assert "Got 3 tasks on 2 nodes" in job.last
+    assert not job.called("srun")
+
+
 def test_a_check_that_fails_for_a_while(job):
     job.act(check_1='echo "error: /runs: Stale file handle" >&2; exit 1', pretrain_0=SAVED.format(7))
     job.act(pretrain_2="ended 0 finished 30")
