@@ -9,18 +9,24 @@ python pipelines/prepare_data.py CONFIG.yaml --source NAME       one of data.sou
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.paths import data_dir
+from moh_megatron.config.schema import Config
 
 
-def main() -> None:
+def parse_arguments() -> tuple[argparse.Namespace, Config]:
     parser = config_parser("Make the dataset of data.inputs in data.dir.")
     parser.add_argument("--tokenizer", metavar="DIR", help="make only the tokenizer, in the new folder DIR")
     parser.add_argument("--source", metavar="NAME", help="only this one of data.sources")
-    args, config = parse_config(parser)
+    return parse_config(parser)
+
+
+def main() -> None:
+    args, config = parse_arguments()
     from moh_megatron.data.prepare import prepare, prepare_shard, prepare_tokenizer
     from moh_megatron.data.prepared import load_prepared
     from moh_megatron.data.sources import source_configs

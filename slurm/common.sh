@@ -35,11 +35,17 @@ parse() {
     while ! in_job && [[ ${1:-} == -* && $1 != -- ]]; do
         case $1 in
             --dry-run) dry_run=1 ;;
+            --help)
+                sed -n '2,${ /^# /!q; s/^# //p }' "$script"
+                exit
+                ;;
             --*=* | --[a-z]*) flags+=("$1") ;;
             *) fail 2 "$1: expected a flag of sbatch in its long form, such as --nodes=2, before the configuration" ;;
         esac
+        if [[ $1 != *=* && ${2:-} == [0-9]* && ! -e $2 ]]; then fail 2 "$1 $2: expected $1=$2"; fi
         shift
     done
+    in_job || check_requests
     given=("$@") arguments=("$@")
 }
 
@@ -57,13 +63,51 @@ forget_job() {
 }
 if ! in_job && [ -n "${SLURM_JOB_ID:-}" ]; then forget_job; fi
 
-requested() { # FLAG DEFAULT: what the script's #SBATCH lines and the flags ask for; the last one counts
-    local found
+requested() { # FLAG DEFAULT: what the script's #SBATCH lines, sbatch's variables and the flags ask for; the last one counts
+    local found variable=SBATCH_${1^^}
+    case $1 in
+        time) variable=SBATCH_TIMELIMIT ;;
+        array) variable=SBATCH_ARRAY_INX ;;
+        nodes | ntasks | ntasks-per-node | cpus-per-task) variable=none ;; # sbatch has none
+    esac
+    variable=${variable//-/_}
     found=$({
         sed -n 's/^#SBATCH //p' "$script" | tr ' ' '\n'
+        [ -z "${!variable:-}" ] || echo "--$1=${!variable}"
         printf '%s\n' "${flags[@]}"
     } | sed -n "s/^--$1=//p" | tail -n 1)
     echo "${found:-$2}"
+}
+
+# sbatch understands more; here it must be known what the job may get.
+check_request() { # FLAG PATTERN WHAT
+    local value
+    value=$(requested "$1" '')
+    [[ -z $value || $value =~ ^($2)$ ]] || fail 2 "--$1: expected $3. Got $value"
+}
+check_requests() {
+    local flag some='[1-9][0-9]*' index='[0-9]+' nodes tasks
+    nodes="$some(-$some(:$some)?)?" tasks="$index(-$index(:$some)?)?"
+    for flag in ntasks ntasks-per-node cpus-per-task; do
+        check_request "$flag" "$some" "a whole number above 0"
+    done
+    for flag in gpus-per-node gpus-per-task; do
+        check_request "$flag" '([^:,]+:)?[0-9]+' "a number, or one behind a type, such as h100:8"
+    done
+    check_request nodes "$nodes(,$nodes)*" "numbers of nodes, such as 2, 2-4 or 1,2,4"
+    check_request array "$tasks(,$tasks)*(%$some)?" "numbers of tasks, such as 1-16%8"
+    for flag in nodes array; do
+        [ -n "$(numbers_of "$(requested "$flag" 1 | sed 's/%.*//')")" ] || fail 2 "--$flag: the first number is above the last"
+    done
+}
+
+numbers_of() { # of 4, 2-4, 2-8:2 or 1,2,4: one a line, in order
+    local part step
+    for part in ${1//,/ }; do
+        case $part in *:*) step=${part##*:} ;; *) step=1 ;; esac
+        part=${part%:*}
+        seq "${part%%-*}" "$step" "${part##*-}"
+    done | sort -nu
 }
 
 # The environment of every process of a job: a job inherits the submitter's, whatever that is.
@@ -114,7 +158,7 @@ gpus_per_node() { # of the request: `8`, `h100:8` or nothing
 
 srun_line=() inside=()
 prepare_srun() {
-    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair
+    local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair pairs
     # Blocks: the ranks of a node follow one another, whatever the submitter's SLURM_DISTRIBUTION says.
     srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}" --distribution=block)
     # Since Slurm 22.05 srun does not take this from sbatch.
@@ -125,7 +169,8 @@ prepare_srun() {
         '') ;;
         *.sif)
             inside=(apptainer exec --nv)
-            for pair in ${mounts//,/ }; do inside+=(--bind "$pair"); done
+            IFS=, read -ra pairs <<<"$mounts"
+            for pair in "${pairs[@]}"; do inside+=(--bind "$pair"); done
             inside+=("$MOH_CONTAINER")
             ;;
         *)
@@ -183,7 +228,7 @@ one_line() { echo "${1//[$'\t\r\n']/ }"; }
 
 # The last message of this life, if there is one, without what srun adds: a script's own, argparse's, or an exception's.
 last_words() {
-    tail -c "+$begin" "$log" 2>/dev/null | grep -v '^s[a-z]*: ' | awk '
+    tail -c "+$begin" "$log" 2>/dev/null | grep -vE '^(srun|slurm[a-z]*)[^ ]*: ' | awk '
         /^([^ :]+: )?error: / { text = substr($0, index($0, "error: ") + 7); more = 1; next }
         /^[A-Za-z_][A-Za-z0-9_.]*(Error|Exception)(: |$)/ { text = $0; more = 0; next }
         more && /^       / { text = text "\n" $0; next }
@@ -191,11 +236,16 @@ last_words() {
         END { if (text != "") print text }' || true
 }
 
-reason_of_end() { # the last message; where there is none, the last line
-    local reason
+reason_of_end() { # the last message; where there is none, the last line, if possible not srun's
+    local reason said line
     reason=$(last_words)
-    [ -n "$reason" ] || reason="no reason was given, and the log ends with: $(
-        tail -c "+$begin" "$log" 2>/dev/null | grep -v '^srun: ' | grep . | tail -n 1 || true)"
+    if [ -z "$reason" ]; then
+        said=$(tail -c "+$begin" "$log" 2>/dev/null | grep . || true)
+        line=$(grep -v '^srun: ' <<<"$said" | tail -n 1 || true)
+        line=${line:-$(tail -n 1 <<<"$said")}
+        reason="no reason was given, and the log ends with: $line"
+        case $line in *execve*"$python"*) reason="MOH_PYTHON, $python, cannot be run: $line" ;; esac
+    fi
     echo "$reason"
 }
 
@@ -211,7 +261,9 @@ supervise() {
     while
         told=$stopped code=0
         wait "$pid" || code=$?
-    done
+        # What came was the signal, or the end just before it.
+        [ "$told" != "$stopped" ]
+    do :; done
     trap - TERM
     return "$code"
 }
@@ -290,19 +342,27 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
 }
 
 # The whole of a job that needs one process, and may be done again from its beginning.
-one_process_job() { # COMMAND...
+one_process_job() { # PIPELINE ARGUMENT...
     local code=0
     remember_log
     prepare_environment
     prepare_srun
-    supervise on_one "$@" || code=$?
+    supervise on_one "$python" "$@" || code=$?
     if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
     [ "$code" != 2 ] || fail 2 "$(reason_of_end)"
     start_again "$code" "$(reason_of_end)"
 }
 
-# Typed, it submits itself.
-submit_one_process() { # COMMAND...
+# Typed, it submits itself, if its arguments, and what they name, are as they should be.
+submit_one_process() { # PIPELINE ARGUMENT...
+    local here=()
+    prepare_environment
+    if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then here=(--no-data); fi
+    if "$python" -c '' 2>/dev/null; then
+        "$python" "$repository/slurm/check_process.py" "${here[@]}" "$@" || exit
+    else
+        say "warning: $python does not run here; the arguments are checked when the job starts"
+    fi
     submit sbatch "${flags[@]}" "$script" "${given[@]}"
-    show_srun on_one "$@"
+    show_srun on_one "$python" "$@"
 }

@@ -40,6 +40,7 @@ for place in "${!arguments[@]}"; do
     fi
 done
 if [ "${given[0]:-}" = -- ]; then
+    [ ${#stage2[@]} -gt 0 ] || fail 2 "expected the configuration of stage 2 behind --"
     arguments=("${stage2[@]}") stage2=()
 elif [ ${#arguments[@]} = 0 ]; then
     arguments=("$repository/configs/continue_tune/llama3_8b_stage1.yaml")

@@ -26,7 +26,7 @@ fi
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/convert.py: megatron-to-hf --load-dir DIR --hf-dir DIR [...]"
-work=("$python" "$repository/pipelines/convert.py" "${arguments[@]}")
+work=("$repository/pipelines/convert.py" "${arguments[@]}")
 if in_job; then
     one_process_job "${work[@]}"
 else

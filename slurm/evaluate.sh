@@ -27,7 +27,7 @@ fi
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/evaluate.py: MODEL [--suite FILE ...] [section.key=value ...]"
-work=("$python" "$repository/pipelines/evaluate.py" "${arguments[@]}")
+work=("$repository/pipelines/evaluate.py" "${arguments[@]}")
 if in_job; then
     one_process_job "${work[@]}"
 else

@@ -29,35 +29,26 @@ fi
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected a configuration: prepare_data.sh CONFIG [section.key=value ...]"
 
-# As many workers as CPUs were asked for, also where Slurm does not bind tasks to cores. What the user says counts more.
-work() { # TASKS TASK: the command of one task
-    command=("$python" "$repository/pipelines/prepare_data.py" "${arguments[0]}"
-        "data.workers=${SLURM_CPUS_PER_TASK:-$(requested cpus-per-task 1)}" "${arguments[@]:1}")
-    [ "$1" = 1 ] || command+=("data.shard=$2/$1")
-}
-
-if ! in_job; then
-    prepare_environment
-    # A mistake shows before anything waits in the queue.
-    if "$python" -c '' 2>/dev/null; then
-        "$python" "$repository/pipelines/prepare_data.py" "${arguments[@]}" --dry-run >/dev/null || exit
-    fi
-    tasks=$(requested array 1 | sed 's/%.*//; s/.*[-,]//')
-    work "$tasks" 1
-    submit_one_process "${command[@]}"
-    exit
+if in_job; then
+    tasks=${SLURM_ARRAY_TASK_COUNT:-1} first=${SLURM_ARRAY_TASK_MIN:-1} last=${SLURM_ARRAY_TASK_MAX:-1}
+else
+    mapfile -t numbers < <(numbers_of "$(requested array 1 | sed 's/%.*//')")
+    tasks=${#numbers[@]} first=${numbers[0]} last=${numbers[-1]}
+fi
+if [ "$tasks" -gt 1 ] && [ "$first-$last" != "1-$tasks" ]; then
+    fail 2 "--array must count from 1 without gaps, such as --array=1-16%8. Got $first to $last, $tasks tasks."
 fi
 
-tasks=${SLURM_ARRAY_TASK_COUNT:-1}
-if [ "$tasks" -gt 1 ]; then
-    if [ "$SLURM_ARRAY_TASK_MIN" != 1 ] || [ "$SLURM_ARRAY_TASK_MAX" != "$tasks" ]; then
-        fail 2 "--array must count from 1 without gaps, such as --array=1-16%8. Got $SLURM_ARRAY_TASK_MIN to" \
-            "$SLURM_ARRAY_TASK_MAX, $tasks tasks."
-    fi
-    if [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
+# As many workers as CPUs were asked for, also where Slurm does not bind tasks to cores. What the user says counts more.
+work=("$repository/pipelines/prepare_data.py" "${arguments[0]}"
+    "data.workers=${SLURM_CPUS_PER_TASK:-$(requested cpus-per-task 1)}" "${arguments[@]:1}")
+[ "$tasks" = 1 ] || work+=("data.shard=${SLURM_ARRAY_TASK_ID:-1}/$tasks")
+if in_job; then
+    if [ "$tasks" -gt 1 ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
         submit_next "$SLURM_JOB_NAME-merge-$SLURM_ARRAY_JOB_ID" --array=1 \
             --dependency=afterok:"$SLURM_ARRAY_JOB_ID" -- "${given[@]}"
     fi
+    one_process_job "${work[@]}"
+else
+    submit_one_process "${work[@]}"
 fi
-work "$tasks" "${SLURM_ARRAY_TASK_ID:-1}"
-one_process_job "${command[@]}"

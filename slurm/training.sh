@@ -178,8 +178,13 @@ as_overrides() { # ARRAY
     done
 }
 
-enough_gpus() {
-    local tasks gpus
+check_ranks() { # as many on every node, and a GPU for each
+    local total counts nodes tasks gpus
+    if in_job; then total=$SLURM_NTASKS counts=$SLURM_NNODES; else total=$(requested ntasks '') counts=$(requested nodes 1); fi
+    for nodes in $(numbers_of "$counts"); do
+        [ $((${total:-$nodes} % nodes)) = 0 ] || fail 2 "every node needs as many ranks as the others. Got $total tasks on" \
+            "$nodes nodes: leave --ntasks out and set --ntasks-per-node"
+    done
     tasks=$(tasks_per_node) gpus=$(gpus_per_node)
     if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$tasks" ]; then
         fail 2 "every rank needs a GPU. Got --ntasks-per-node=$tasks with $gpus GPUs a node: set --ntasks-per-node and" \
@@ -208,7 +213,7 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
     prepare_environment
     prepare_srun
     prepare_meeting
-    enough_gpus
+    check_ranks
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     if [ "${life#*.}" -gt 0 ]; then
         # Whatever the user says of the first start: what an earlier life saved is to go on.
@@ -259,6 +264,8 @@ train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline 
 
 judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means for the job
     local code=$1 step=$2 nodes=$3 reason=$4
+    [ -e "$history" ] || fail 1 "$history is gone: somebody removed the run folder of job $SLURM_JOB_ID while it ran, and it" \
+        "is not started again"
     [ -z "$stopped" ] || end_stopped "$code"
     [ "$code" != 2 ] || end_refused "$reason"
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.
@@ -292,16 +299,13 @@ end_refused() { # REASON: the user's to mend; never in vain a second time
 
 # Ranks on every number of nodes that the job may get: of --nodes=4, --nodes=2-4, --nodes=1,2,4.
 world_sizes() {
-    local total nodes part
+    local total
     total=$(requested ntasks '')
-    nodes=$(requested nodes 1)
     if [ -n "$total" ]; then
         echo "$total"
-        return
+    else
+        numbers_of "$(requested nodes 1)" | awk -v tasks="$(tasks_per_node)" '{ print $1 * tasks }'
     fi
-    for part in ${nodes//,/ }; do
-        seq "${part%%-*}" "${part##*-}"
-    done | sort -nu | awk -v tasks="$(tasks_per_node)" '{ print $1 * tasks }'
 }
 
 seconds_of() { # of MINUTES, M:S, H:M:S, D-H, D-H:M, D-H:M:S; 0 of anything else, such as UNLIMITED
@@ -316,6 +320,9 @@ seconds_of() { # of MINUTES, M:S, H:M:S, D-H, D-H:M, D-H:M:S; 0 of anything else
 time_to_train() { # between the start and the signal
     local limit signal lead
     limit=$(requested time '') signal=$(requested signal '')
+    case ${signal%%@*} in
+        *B*:*) fail 2 "--signal=$signal: only the script would hear it. Leave out B: so that the ranks do: --signal=${signal##*:}" ;;
+    esac
     case $signal in *@*) lead=${signal##*@} ;; *) lead=60 ;; esac
     if [ -n "$signal" ] && [ "$(seconds_of "$limit")" -gt 0 ] && [ "$(seconds_of "$limit")" -le "$lead" ]; then
         fail 2 "--time=$limit is over before --signal=$signal, $lead s before its end: $soon"
@@ -323,22 +330,27 @@ time_to_train() { # between the start and the signal
 }
 
 submit_training() { # PIPELINE [FLAGS]: as train_job
-    local sizes name=moh checks plan=1
+    local sizes name checks plan=1 word
     prepare_environment
     time_to_train
-    enough_gpus
+    check_ranks
     mapfile -t sizes < <(world_sizes)
     checks=(--world-size "${sizes[@]}")
     if "$python" -c '' 2>/dev/null; then
         [ ${#next[@]} = 0 ] || check "${next[@]}" "${checks[@]}" --no-data >/dev/null || exit
         if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then checks+=(--no-data); fi
         run_dir=$(check "${arguments[@]}" "${checks[@]}") || exit
-        # One name for one run folder: singleton keeps its jobs apart.
-        name=moh-$(basename "$run_dir")-$(cksum <<<"$run_dir" | cut -d' ' -f1)
     else
         say "warning: $python does not run here; the configuration is checked when the job starts, and no plan is made"
         plan=
+        # Where no run.dir is given, it is that of the configuration.
+        run_dir=$(realpath -ms "${arguments[0]}")
+        for word in "${arguments[@]:1}"; do
+            case $word in run.dir=*) run_dir=$(realpath -ms "${word#*=}") ;; esac
+        done
     fi
+    # One name for one run folder: singleton keeps its jobs apart.
+    name=moh-$(basename "$run_dir" .yaml)-$(cksum <<<"$run_dir" | cut -d' ' -f1)
     submit sbatch --job-name="$name" --dependency=singleton "${flags[@]}" "$script" "${given[@]}"
     [ -n "$dry_run" ] || return 0
     [ $# = 1 ] || show_srun on_one "$python" "$repository/$1" "${arguments[@]}" "${@:2}"

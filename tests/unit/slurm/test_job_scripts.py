@@ -88,6 +88,10 @@ def test_a_container_by_its_name():
     config = "configs/pretrain/llm_s_moh75.yaml"
     sif = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/a:/a,/b:/c")
     assert "apptainer exec --nv --bind /a:/a --bind /b:/c /images/moh.sif" in sif.stdout
+    spaced = typed(
+        "pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/my run:/a,/b:/c"
+    )
+    assert "--bind /my\\ run:/a --bind /b:/c" in spaced.stdout
     pyxis = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="nvcr.io/moh", MOH_MOUNTS="/a:/a")
     assert "--container-image=nvcr.io/moh --container-mounts=/a:/a" in pyxis.stdout
 
@@ -102,6 +106,17 @@ def test_a_container_by_its_name():
         ("pretrain_moh.sh", ["configs/pretrain/llm_s_moh75.yaml", "data.dir=nowhere"], "No prepared data at nowhere"),
         ("prepare_data.sh", [], "expected a configuration"),
         ("prepare_data.sh", ["configs/smoke.yaml", "data.input=x"], "did you mean 'inputs'?"),
+        (
+            "prepare_data.sh",
+            ["configs/smoke.yaml", "tokenizer.path=null"],
+            "data.shard needs a tokenizer that is there",
+        ),
+        ("prepare_data.sh", ["--array=1", "configs/smoke.yaml", "data.inputs=[nosuch.jsonl]"], "nosuch.jsonl"),
+        ("convert.sh", ["bogus", "--nope"], "invalid choice: 'bogus'"),
+        ("convert.sh", ["megatron-to-hf", "--load-dir", "nope", "--hf-dir", "hf"], "--load-dir: nope is not there"),
+        ("convert.sh", ["hf-to-megatron", "--hf-dir", "nope", "--save-dir", "new"], "--hf-dir: nope is not there"),
+        ("evaluate.sh", ["nope"], "MODEL: nope is not there"),
+        ("evaluate.sh", ["configs", "--suite", "none.yaml"], "--suite: none.yaml is not there"),
         ("convert.sh", [], "expected the arguments of pipelines/convert.py"),
         ("evaluate.sh", [], "expected the arguments of pipelines/evaluate.py"),
         ("status.sh", ["nowhere"], "expected a run folder"),

@@ -135,6 +135,12 @@ def test_more_ranks_than_gpus(job):
     assert "--gpu-bind=none" in job.called("srun")[-1]
 
 
+def test_nodes_with_unequal_numbers_of_ranks(job):
+    assert job.lives(PRETRAIN, "CONFIG", SLURM_NNODES="2", SLURM_NTASKS="3", SLURM_JOB_NODELIST="n[1,3]") == 2
+    assert "Got 3 tasks on 2 nodes" in job.last
+    assert not job.called("srun")
+
+
 def test_a_check_that_fails_for_a_while(job):
     job.act(check_1='echo "error: /runs: Stale file handle" >&2; exit 1', pretrain_0=SAVED.format(7))
     job.act(pretrain_2="ended 0 finished 30")
@@ -142,9 +148,11 @@ def test_a_check_that_fails_for_a_while(job):
     assert job.events == ["start", "saved", "start", "finished"]
 
 
-def test_python_that_is_not_there(job):
+@pytest.mark.parametrize("who", ["slurmstepd", "slurmstepd-n1"])
+def test_python_that_is_not_there(job, who):
     # In slurmd's words; the same exit code as a mistake of the user.
-    act = 'echo "slurmstepd: error: execve(): /venv/bin/python: No such file or directory" >&2; exit 2'
+    said = f"{who}: error: execve(): {job.variables['MOH_PYTHON']}: No such file or directory"
+    act = f'echo "{said}" >&2; exit 2'
     job.act(check_0=act, pretrain_1="ended 0 finished 30")
     assert job.lives(PRETRAIN, "CONFIG") == 0
     job.act(check_0=act, check_1=act)

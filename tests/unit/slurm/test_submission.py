@@ -70,6 +70,11 @@ def test_stage_2_is_checked_before_the_queue(job):
     assert "TWO --world-size 64 --no-data" in (job.run / "checked").read_text()
 
 
+def test_nothing_stands_around_the_dashes(job):
+    done = job.type("continue_tune_llama3_8b.sh", "--dry-run", "--")
+    assert (done.returncode, done.stderr) == (2, "error: expected the configuration of stage 2 behind --\n")
+
+
 def test_a_fault_of_the_checks_is_no_mistake_of_the_user(job):
     job.act(check_0='echo "error: /runs: Stale file handle" >&2; exit 1')
     assert job.type("pretrain_moh.sh", "CONFIG").returncode == 1
@@ -81,6 +86,7 @@ def test_a_fault_of_the_checks_is_no_mistake_of_the_user(job):
     [
         (["--nodes=2-4"], "16 24 32"),
         (["--nodes=1,2,4"], "8 16 32"),
+        (["--nodes=1-4:2"], "8 24"),
         (["--nodes=2", "--ntasks=12"], "12"),
         (["--ntasks-per-node=4", "--gpus-per-node=0", "--gpus-per-task=1"], "4"),
     ],
@@ -99,6 +105,17 @@ def test_every_number_of_ranks_that_there_may_be_is_checked(job, flags, sizes):
         (["--time=0:20:00", "--signal=USR1@1200"], "is over before"),
         (["--time=1", "--signal=USR1"], "60 s before its end"),
         (["--gpus-per-node=h100:4"], "Got --ntasks-per-node=8 with 4 GPUs a node"),
+        (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"], "Got 3 tasks on 2 nodes"),
+        (["--nodes=2-4", "--ntasks=16"], "Got 16 tasks on 3 nodes"),
+        (["--nodes=4-2"], "--nodes: the first number is above the last"),
+        (["--nodes=two"], "--nodes: expected numbers of nodes, such as 2, 2-4 or 1,2,4. Got two"),
+        (["--ntasks-per-node=x"], "--ntasks-per-node: expected a whole number above 0. Got x"),
+        (
+            ["--gpus-per-node=h100"],
+            "--gpus-per-node: expected a number, or one behind a type, such as h100:8. Got h100",
+        ),
+        (["--nodes", "2"], "--nodes 2: expected --nodes=2"),
+        (["--signal=B:USR1@300"], "Leave out B: so that the ranks do: --signal=USR1@300"),
     ],
 )
 def test_requests_that_cannot_go_well(job, flags, message):
@@ -111,6 +128,61 @@ def test_requests_that_cannot_go_well(job, flags, message):
 @pytest.mark.parametrize("limit", ["11", "10:01", "0:10:01", "1-0", "0-1:00", "0-0:11:00", "UNLIMITED"])
 def test_time_limits_that_leave_time(job, limit):
     assert job.type("pretrain_moh.sh", f"--time={limit}", "CONFIG").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ("2-3", "must count from 1 without gaps, such as --array=1-16%8. Got 2 to 3, 2 tasks"),
+        ("1-8:2", "Got 1 to 7, 4 tasks"),
+        ("foo", "--array: expected numbers of tasks, such as 1-16%8. Got foo"),
+    ],
+)
+def test_an_array_that_cannot_be_shared_out(job, array, message):
+    done = job.type("prepare_data.sh", f"--array={array}", "CONFIG")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not job.called("sbatch")
+    done = job.type("prepare_data.sh", "--dry-run", "CONFIG", SBATCH_ARRAY_INX="1,2,3%2")
+    assert shown(done.stdout, "srun")[0][-1] == "data.shard=1/3"
+
+
+def test_one_process_is_checked_before_the_queue(job):
+    act = 'echo "${*:2}" >>"$RUN/checked"; echo "error: no" >&2; exit 2'
+    job.act(check_process_0=act)
+    for variables in ({}, {"MOH_NO_DATA_HERE": "1"}):
+        done = job.type("evaluate.sh", "runs/one", **variables)
+        assert (done.returncode, done.stderr) == (2, "error: no\n")
+    assert not job.called("sbatch")
+    pipeline = FOLDER.parent / "pipelines/evaluate.py"
+    checked = (job.run / "checked").read_text().splitlines()
+    assert checked == [f"{pipeline} runs/one", f"--no-data {pipeline} runs/one"]
+
+
+def test_sbatch_is_asked_by_variables_too(job):
+    assert job.type("pretrain_moh.sh", "--time=5", "CONFIG", SBATCH_SIGNAL="USR1@60").returncode == 0
+    # A flag counts more.
+    done = job.type("pretrain_moh.sh", "--signal=USR1@300", "CONFIG", SBATCH_SIGNAL="USR1@60", SBATCH_TIMELIMIT="5")
+    assert "--time=5 is over before --signal=USR1@300" in done.stderr
+
+
+def test_the_name_that_keeps_jobs_of_a_folder_apart_needs_no_python(job):
+    def name(*arguments: str, **variables: str) -> str:
+        assert job.type("pretrain_moh.sh", *arguments, **variables).returncode == 0
+        (named,) = [word for word in job.called("sbatch")[-1].split() if word.startswith("--job-name=")]
+        return named
+
+    image = {"MOH_PYTHON": "/only/in/the/image"}
+    assert name("ONE.yaml", f"run.dir={job.run}", **image) == name("ONE.yaml")
+    assert name("ONE.yaml", "run.dir=a", "run.dir=b/", **image) == name("TWO.yaml", "run.dir=b", **image)
+    assert name("ONE.yaml", **image) == name("ONE.yaml", **image) != name("TWO.yaml", **image)
+
+
+def test_help_is_what_stands_above_the_script(job):
+    done = job.type("convert.sh", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Convert a checkpoint, in one process: sbatch slurm/convert.sh megatron-to-hf")
+    assert not job.calls
 
 
 def test_a_dry_run_without_python_leaves_the_plan_out(job):
