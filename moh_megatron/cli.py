@@ -16,6 +16,10 @@ from moh_megatron.config.load import dump_config, load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.config.storage import remedy
 
+# Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo. Set here, since they
+# begin while a script's other imports run.
+warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser of CONFIG, overrides and --dry-run, to which a script adds its own options."""
@@ -74,8 +78,6 @@ def exit_code(main: Callable[[], int | None]) -> int:
     2 for a UserError, 1 for a Fault or a file system that refuses, each with its message alone; 130 when interrupted;
     1 with a traceback for anything else.
     """
-    # Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     try:
         return main() or 0
     except UserError as error:

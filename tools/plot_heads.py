@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from moh_megatron.cli import exit_code
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.storage import check_folder
 from moh_megatron.evaluate.heads import HeadStudy, read_text, study
 from moh_megatron.evaluate.run import default_folder
 from moh_megatron.evaluate.subject import find_model, open_subject
@@ -58,15 +59,16 @@ def draw_load(studies: dict[str, HeadStudy], title: str, path: Path) -> None:
     image = None
     for axis, (name, each) in zip(axes.flat, studies.items(), strict=False):
         image = axis.imshow(each.load, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set(title=f"{name}, {each.tokens:,} tokens", xlabel="head", ylabel="layer")
+        axis.set_title(f"{name}, {each.tokens:,} tokens", parse_math=False)
+        axis.set(xlabel="head", ylabel="layer")
         axis.set_xticks(range(0, heads, max(1, heads // 8)))
         axis.set_yticks(range(0, layers, max(1, layers // 8)))
     for axis in axes.flat[len(studies) :]:
         axis.axis("off")
     assert image is not None
     figure.colorbar(image, ax=axes, label="share of tokens that used the head")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -88,8 +90,8 @@ def draw_similarity(mean: torch.Tensor, title: str, path: Path) -> None:
         axis.set_yticks([])
     assert image is not None
     figure.colorbar(image, ax=axes, label="cosine of outputs")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -142,10 +144,14 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1. Got {getattr(arguments, name)}.")
     path = find_model(arguments.model)
-    read = {
-        name: read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
-        for name, file in texts.items()
-    }
+    folder = arguments.out or default_folder(path)
+    check_folder(folder)
+    read: dict[str, str] = {}
+    for name, file in texts.items():
+        try:
+            read[name] = read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
+        except UserError as error:
+            raise UserError(f"--texts {name}: {str(error).removeprefix('data.inputs: ')}") from None
     subject = open_subject(path, torch.device("cpu"))
     studies: dict[str, HeadStudy] = {}
     for name, text in tqdm(read.items(), desc="texts", unit="text"):
@@ -153,7 +159,6 @@ def main() -> None:
             studies[name] = study(subject, text, arguments.length, arguments.sequences)
         except UserError as error:
             raise UserError(f"{texts[name]}: {error}") from None
-    folder = arguments.out or default_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     draw_load(studies, f"head load, {path}", folder / "head_load.png")
     mean = torch.stack([each.similarity for each in studies.values()]).nanmean(0)

@@ -125,3 +125,14 @@ def test_a_script_ends_with_its_code_and_one_message():
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert ran.stderr == "error: command line: moh.active_head: unknown key; did you mean 'active_heads'?\n"
+
+
+def test_warnings_of_what_is_chosen_on_purpose_are_silent_from_the_first_import():
+    code = (
+        "import warnings\n"
+        "import moh_megatron.cli\n"
+        "for module in ('megatron.core.utils', 'torch.distributed', 'other'):\n"
+        "    warnings.warn_explicit(f'of {module}', UserWarning, 'file', 1, module=module)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stderr == "file:1: UserWarning: of other\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from moh_megatron.checkpoint import hf
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.sources import HeldWeights
 from moh_megatron.config import head_layout
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer import load_tokenizer
@@ -131,3 +133,34 @@ def test_pictures_and_tables(
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 200
             assert len(picture.convert("L").getcolors() or ()) > 5
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_nothing_of_a_picture_is_cut_off(plot_heads: ModuleType, tmp_path: Path, layers: int) -> None:
+    """Its border is blank, however few layers and however long the names, which may look like formulas."""
+    one = HeadStudy(1024, torch.rand(layers, 8), torch.rand(layers, 8, 8))
+    title = f"head load, runs/{'long/' * 20}step_00000257: $5^{{ to $6"
+    plot_heads.draw_load({"price $5^{ to $6": one}, title, tmp_path / "load.png")
+    plot_heads.draw_similarity(one.similarity, title, tmp_path / "similarity.png")
+    for name in ("load.png", "similarity.png"):
+        with Image.open(tmp_path / name) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("L")))
+        for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+            assert border.min() == 255, name
+
+
+@pytest.mark.parametrize(
+    ("out", "texts", "expected"),
+    [
+        ("out", "novels=nosuch.txt", "^--texts novels: nosuch.txt does not exist"),
+        ("file", "novels=nosuch.txt", "file: must be a folder to write to.*name another with --out"),
+    ],
+)
+def test_mistakes_show_before_the_study(
+    plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, texts: str, expected: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["p", str(tmp_path), "--texts", texts, "--out", str(tmp_path / out)])
+    with pytest.raises(UserError, match=expected):
+        plot_heads.main()
