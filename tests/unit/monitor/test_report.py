@@ -125,7 +125,7 @@ def test_a_page_that_cannot_be_written(
 
 def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot(report: ModuleType) -> None:
     drawn = curves("t", "u", [("none", []), ("dot", [(1.0, 2.0)]), ("line", [(0.0, 1.0), (1.0, 1.0)])])
-    alone = curves("t", "u", [("a", [(0.0, 1.0), (1.0, 1.0)])] * 3)
+    alone = curves("t", "u", [(name, [(0.0, 1.0), (1.0, 1.0)]) for name in "abc"])
     keys = re.compile(r'stroke="([^"]*)" stroke-dasharray="([^"]*)"/></svg>')
     assert keys.findall(drawn) == keys.findall(alone)[1:]
     assert drawn.count("<circle") == 1
