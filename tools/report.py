@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from moh_megatron.cli import exit_code
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.storage import check_folder
 from moh_megatron.evaluate.results import (
     AVERAGE_COLUMNS,
     COMPARISON_COLUMNS,
@@ -26,6 +28,8 @@ from moh_megatron.evaluate.results import (
     VALIDATION_COLUMNS,
     averages,
     compared_rows,
+    model_line,
+    suite_line,
     task_rows,
     validation_rows,
 )
@@ -42,11 +46,22 @@ h2 { font-size: 1.15rem; border-bottom: 2px solid #111; margin-top: 2.2rem; }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } .unit { font-weight: 400; color: #444; }
 svg { width: 100%; height: auto; display: block; } .key svg { display: inline; width: 34px; margin-right: .3rem; }
 svg text { font: 13px system-ui, sans-serif; fill: #111; } .grid { stroke: #ccc; }
-.curve { fill: none; stroke-width: 2; } .map rect { stroke: #888; stroke-width: .5; } .key { margin-right: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; } th { background: #eee; }
+.curve { fill: none; stroke-width: 2; } .map rect { stroke: #888; stroke-width: .5; }
+.key { display: inline-block; margin-right: 1rem; }
+.wide { overflow-x: auto; margin: .7rem 0; }
+table { border-collapse: collapse; font-size: .92rem; } th { background: #eee; }
 th, td { border: 1px solid #888; padding: .2rem .5rem; text-align: left; vertical-align: top; }
 td { max-width: 34rem; overflow-wrap: break-word; }
 blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid #111; overflow-wrap: anywhere; }
+blockquote { white-space: pre-wrap; }
+@media (max-width: 600px) {
+  body { padding: .5rem; } table { font-size: .7rem; } th, td { padding: .1rem .2rem; }
+  /* What is still wider casts a shadow at the side where there is more. */
+  .wide { background: linear-gradient(to right, #fff 30%, #fff0) local, linear-gradient(to left, #fff 30%, #fff0) local,
+    linear-gradient(to right, #666, #fff0) left, linear-gradient(to left, #666, #fff0) right;
+    background-repeat: no-repeat; background-size: 40px 100%, 40px 100%, 10px 100%, 10px 100%;
+    background-position: left, right, left, right; }
+}
 """
 
 
@@ -80,11 +95,13 @@ def tagged(runs: Sequence[RunFolder], tag: str) -> list[Series]:
 
 
 def validation(runs: Sequence[RunFolder]) -> list[Series]:
-    """The loss, and that of each source where there are several."""
-    found: list[Series] = []
+    """The loss, and behind those of all runs that of each source where there are several."""
+    found: list[Series] = [
+        (run.name, [(each["step"] * run.config.train.tokens_per_step, each["loss"]) for each in run.validations])
+        for run in runs
+    ]
     for run in runs:
         tokens = run.config.train.tokens_per_step
-        found.append((run.name, [(each["step"] * tokens, each["loss"]) for each in run.validations]))
         sources = {name for each in run.validations for name in each.get("sources", {})}
         for name in sorted(sources):
             points = [(each["step"] * tokens, each.get("sources", {}).get(name)) for each in run.validations]
@@ -161,21 +178,31 @@ def differences(runs: Sequence[RunFolder]) -> str:
 
 
 def evaluations(runs: Sequence[RunFolder]) -> str:
-    """Tables of every evaluation; each number says what it is."""
+    """Tables of every evaluation; each number says what it is. One that is not as they are written is named."""
     parts = []
     for run in runs:
         for name, found in run.evaluations.items():
-            title = f"{run.name}, {name}" + (f": {found['suite']['name']}" if "suite" in found else "")
-            parts.append(f"<h3>{escape(title)}</h3>")
-            if "validation" in found:
-                rows = validation_rows(found["validation"])
-                parts.append(table(VALIDATION_COLUMNS, rows) or f"<p>{NOTHING_HELD_OUT}</p>")
-            if "suite" in found:
-                parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
-                parts.append(table(AVERAGE_COLUMNS, averages(found["suite"])))
-            if "comparison" in found:
-                parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
-                parts.append(table(COMPARISON_COLUMNS, compared_rows(found["comparison"]["tasks"])))
+            parts.append(f"<h3>{escape(f'{run.name}, {name}')}</h3>")
+            try:
+                parts.append(evaluation(found))
+            except (LookupError, TypeError, ValueError, AttributeError):
+                parts.append("<p>Its results.json is not as pipelines/evaluate.py writes it.</p>")
+    return "".join(parts)
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """Of one results.json."""
+    parts = [f"<p>{escape(model_line(found))}</p>"]
+    if "validation" in found:
+        rows = validation_rows(found["validation"])
+        parts.append(table(VALIDATION_COLUMNS, rows) or f"<p>{NOTHING_HELD_OUT}</p>")
+    if "suite" in found:
+        parts.append(f"<h4>{escape(suite_line(found['suite']))}</h4>")
+        parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
+        parts.append(table(AVERAGE_COLUMNS, averages(found["suite"])))
+    if "comparison" in found:
+        parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
+        parts.append(table(COMPARISON_COLUMNS, compared_rows(found["comparison"]["tasks"])))
     return "".join(parts)
 
 
@@ -190,8 +217,9 @@ def page(runs: Sequence[RunFolder]) -> str:
     samples = for_each(
         runs,
         lambda run: "".join(
-            f"<p>{escape(run.name)}, step {each['step']:,}</p><blockquote>{escape(each['sample'])}</blockquote>"
+            f"<p>{escape(run.name)}, step {each['step']:,}</p><blockquote>{escape(str(each['sample']))}</blockquote>"
             for each in run.validations[-3:]
+            if "sample" in each
         ),
     )
     body = [
@@ -223,6 +251,9 @@ def main() -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"Run folders must differ in their names. Got {', '.join(sorted(twice))} twice.")
     out = arguments.out or arguments.runs[0] / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out: {out} must be a file. Got a folder; name one in it, such as {out / 'report.html'}.")
+    check_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}")
     temporary.write_text(page(runs), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from moh_megatron.config.blend import blend_violations
@@ -229,6 +230,11 @@ def _data(config: Config) -> Iterator[Violation]:
 
 def _evaluate(config: Config) -> Iterator[Violation]:
     suite, interval = config.evaluate.suite, config.evaluate.interval
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.evaluate.device):
+        yield Violation(
+            "evaluate.device",
+            f"evaluate.device must be cpu, cuda (or cuda:N) or auto. Got {config.evaluate.device}.",
+        )
     if suite is not None and not interval:
         yield Violation(
             "evaluate.interval",

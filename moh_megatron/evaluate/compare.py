@@ -36,6 +36,10 @@ class Comparison:
 
 def read_questions(folder: Path) -> dict[Key, float]:
     """The scores of an evaluation that was written to ``folder``. Raises UserError."""
+    if not folder.exists():
+        raise UserError(
+            f"--against: {folder} is not there. Name the folder of an evaluation, such as runs/RUN/eval/hf."
+        )
     path = folder / QUESTIONS if folder.is_dir() else folder.with_name(QUESTIONS)
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

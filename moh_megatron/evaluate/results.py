@@ -39,16 +39,13 @@ def _write_text(path: Path, text: str) -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     """Title, validation losses, tasks, averages beside published ones, the comparison: as far as there are any."""
-    model = found["model"]
-    trained = f", step {model['step']:,}, {model['tokens']:,} tokens" if model["step"] is not None else ""
-    parts = [f"# {model['path']}\n\n{model['kind']}{trained}, computed in {found['dtype']}\n"]
+    parts = [f"# {found['model']['path']}\n\n{model_line(found)}\n"]
     if "validation" in found:
         rows = validation_rows(found["validation"])
         parts.append(table(VALIDATION_COLUMNS, rows) if rows else f"{NOTHING_HELD_OUT}\n")
     if "suite" in found:
         suite = found["suite"]
-        limit = f"; the first {suite['limit']} questions of each" if suite["limit"] else ""
-        parts.append(f"## {suite['name']}: {suite['description']}{limit}\n")
+        parts.append(f"## {suite_line(suite)}\n")
         parts.append(table(TASK_COLUMNS, task_rows(suite)))
         parts.append(table(AVERAGE_COLUMNS, averages(suite)))
     if "comparison" in found:
@@ -56,6 +53,19 @@ def markdown(found: dict[str, Any]) -> str:
         parts.append(f"## Against {comparison['against']}, question by question\n")
         parts.append(table(COMPARISON_COLUMNS, compared_rows(comparison["tasks"])))
     return "\n".join(parts)
+
+
+def model_line(found: dict[str, Any]) -> str:
+    """What was judged, how far it was trained, and in which precision."""
+    model = found["model"]
+    trained = f", step {model['step']:,}, {model['tokens']:,} tokens" if model["step"] is not None else ""
+    return f"{model['kind']}{trained}, computed in {found['dtype']}"
+
+
+def suite_line(suite: dict[str, Any]) -> str:
+    """What was asked, and how much of it."""
+    limit = f"; the first {suite['limit']} questions of each" if suite["limit"] else ""
+    return f"{suite['name']}: {suite['description']}{limit}"
 
 
 def validation_rows(validation: dict[str, Any]) -> list[tuple[object, ...]]:

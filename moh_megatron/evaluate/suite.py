@@ -88,6 +88,6 @@ def load_suite(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(each) for each in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}.") from None
+        raise UserError(f"{path}: must be a suite, as in configs/eval. {place}: {first['msg']}.") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -20,15 +20,16 @@ _POINTS, _MARKED = 400, 8
 
 
 def curves(title: str, unit: str, series: Sequence[Series]) -> str:
-    """One chart of all ``series`` that hold two finite points or more; nothing where none does.
+    """One chart of all ``series`` that hold a finite point; nothing where none does.
 
-    Lines differ in their dashes and marks, and in colour as well.
+    Lines differ in their dashes and marks, and in colour as well: by their place among ``series``, whether or not those
+    before them are shown. A single point is a dot beside its name.
     """
     finite = [(name, [(x, y) for x, y in points if y is not None and math.isfinite(y)]) for name, points in series]
-    shown = [(name, _thinned(points)) for name, points in finite if len(points) > 1]
+    shown = {number: (name, _thinned(points)) for number, (name, points) in enumerate(finite) if points}
     if not shown:
         return ""
-    xs, ys = ([point[axis] for _, points in shown for point in points] for axis in (0, 1))
+    xs, ys = ([point[axis] for _, points in shown.values() for point in points] for axis in (0, 1))
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
     left, right = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
     low, high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
@@ -48,12 +49,17 @@ def curves(title: str, unit: str, series: Sequence[Series]) -> str:
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">tokens</text>')
     keys = []
-    for number, (name, points) in enumerate(shown):
+    for number, (name, points) in shown.items():
         shade, mark = _SHADES[number % len(_SHADES)], _MARKS[number // len(_DASHES) % len(_MARKS)]
         style = f'stroke="{shade}" stroke-dasharray="{_DASHES[number % len(_DASHES)]}"'
         places = [place(*point) for point in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="curve" {style} points="{line}"/>')
+        if len(places) == 1:
+            ((x, y),) = places
+            side = ("start", 8) if x < _WIDTH / 2 else ("end", -8)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{shade}"/>')
+            parts.append(f'<text x="{x + side[1]:.1f}" y="{y - 6:.1f}" text-anchor="{side[0]}">{escape(name)}</text>')
         if mark:
             every = math.ceil(len(places) / _MARKED)
             parts += [

@@ -86,7 +86,7 @@ def open_run(path: Path) -> RunFolder:
     try:
         ending = json.loads((path / "exit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        ending = {}
+        ending = None
     evaluations = {}
     for file in sorted(path.glob("eval/*/results.json")):
         try:
@@ -96,13 +96,17 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(
         path=path,
         config=load_config(path / "config.yaml"),
-        steps=read_records(path / "metrics.jsonl"),
-        validations=read_records(path / "validation.jsonl"),
+        steps=_having("tokens", path / "metrics.jsonl"),
+        validations=_having("loss", path / "validation.jsonl"),
         skipped=read_records(path / "skipped.jsonl"),
         lives=read_records(path / "lives.jsonl"),
-        ending=ending,
+        ending=ending if isinstance(ending, dict) else {},
         evaluations=evaluations,
     )
+
+
+def _having(key: str, path: Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(path) if key in record]
 
 
 def _newest_loads(events: EventAccumulator) -> list[list[float]]:

@@ -18,7 +18,7 @@ class TensorBoard:
     """One run's event files; a resumed run's steps after ``start_step`` replace those of its earlier life."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        self._folder = str(folder)
+        self._folder, self._step = str(folder), start_step
         self._told_before, threading.excepthook = threading.excepthook, self._tell
         try:
             with naming(self._folder):
@@ -38,6 +38,7 @@ class TensorBoard:
             threading.excepthook = self._told_before
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._step = max(self._step, step)
         with naming(self._folder):
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
@@ -61,7 +62,7 @@ class TensorBoard:
             for summary in hparams(dict(settings), dict(results)):
                 file_writer.add_summary(summary)
             for tag, value in results.items():
-                self._writer.add_scalar(tag, value)
+                self._writer.add_scalar(tag, value, self._step)
 
     def flush(self) -> None:
         with naming(self._folder):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moh_megatron.config.errors import UserError
 from moh_megatron.monitor.writer import Scalar
 
 
@@ -17,7 +18,10 @@ class WeightsAndBiases:
     """A run of ``project``; a resumed training goes on in the same one. It has the environment's WANDB_ settings."""
 
     def __init__(self, project: str, run_dir: Path) -> None:
-        self._wandb = importlib.import_module("wandb")
+        try:
+            self._wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise UserError(f"monitor.wandb_project needs the package {error.name}: pip install {error.name}") from None
         self._run = self._wandb.init(
             project=project,
             name=run_dir.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.load import dump_config
+from moh_megatron.config.load import dump_config, mapping_of
 from moh_megatron.model.build import attention_backends
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED, RoutingObserver
@@ -199,7 +198,7 @@ class Telemetry:
         """The run has ended with these results."""
         if self.board:
             settings: dict[str, Scalar] = {}
-            for section, values in dataclasses.asdict(self._config).items():
+            for section, values in mapping_of(self._config).items():
                 for key, value in values.items():
                     settings[f"{section}.{key}"] = value if isinstance(value, Scalar) else json.dumps(value)
             self.board.finish(settings, {name: value for name, value in results.items() if value is not None})

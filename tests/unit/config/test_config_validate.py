@@ -21,6 +21,8 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
             ],
         ),
         ({"model.hidden_size": 36, "model.kv_channels": 4}, []),
+        ({"evaluate.device": "gpu"}, ["evaluate.device must be cpu, cuda (or cuda:N) or auto. Got gpu."]),
+        ({"evaluate.device": "cuda:1"}, []),
         (
             {"evaluate.suite": "s.yaml"},
             ["evaluate.interval must be the steps between evaluations with evaluate.suite. Got 0, which is never."],

@@ -98,6 +98,9 @@ def test_no_text_held_out_is_said():
 def test_questions_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="questions of an evaluation"):
         read_questions(tmp_path)
+    (tmp_path / "questions.jsonl").touch()
+    with pytest.raises(UserError, match=f"^--against: {tmp_path}/typo is not there"):
+        read_questions(tmp_path / "typo")
 
 
 @pytest.mark.parametrize(("name", "tasks"), [("offline", 6), ("paper_6", 6), ("paper_14", 14)])
@@ -118,7 +121,7 @@ def test_the_suites(name, tasks):
     ("text", "expected"),
     [
         ("name: x\ndescription: y\ntasks: [{task: a, shots: -1, metric: acc}]", "tasks.0.shots"),
-        ("name: x\ndescription: y\ntask: []", "task"),
+        ("name: x\ndescription: y\ntask: []", "must be a suite, as in configs/eval. task"),
         ("name: x\nname: y", "name"),
         ("{", ""),
     ],

@@ -200,3 +200,12 @@ def test_the_torn_file_of_a_killed_run_does_not_hide_the_next_life(tmp_path):
     torn.write_bytes(torn.read_bytes()[:-7])
     live(tmp_path, 4, 6, 2.0)
     assert values(events(tmp_path), "loss/lm") == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 4.0), (5, 2.0), (6, 2.0)]
+
+
+def test_what_came_of_a_run_stands_at_its_last_step(tmp_path):
+    board = board_in(tmp_path, start=10)
+    board.step(metrics(12, 4.0), 5.0)
+    board.evaluation({"piqa": 0.5}, 11)
+    board.finish({"run.seed": 1}, {"final/train_loss": 4.0})
+    board.close()
+    assert values(events(tmp_path), "final/train_loss") == [(12, 4.0)]

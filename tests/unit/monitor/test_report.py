@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.charts import curves
@@ -71,12 +72,17 @@ def test_a_run_without_validation_loss_and_with_many_alarms(
 
 def test_every_part_of_an_evaluation_is_shown(report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = {"loss": 2.5, "standard_error": 0.1, "perplexity": 12.18, "sequences": 8, "tokens": 128}
-    alone, nothing, compared = ({"model": {}, "dtype": "fp32"} for _ in range(3))
+    model = {"path": "m", "kind": "checkpoint", "step": 1257, "tokens": 5148672}
+    alone, nothing, compared, tasks = ({"model": model, "dtype": "fp32"} for _ in range(4))
     alone["validation"] = {"loss": 2.5, "sources": {"books": source}}
     nothing["validation"] = {"loss": None, "sources": {}}
     task = {"task": "all", "questions": 9, "difference": 0.25, "standard_error": 0.1, "better": 5, "worse": 1}
     compared["comparison"] = {"against": "theirs", "tasks": [{**task, "p_value": 0.0625}]}
-    for name, found in (("alone", alone), ("nothing", nothing), ("compared", compared)):
+    scored = {"task": "piqa", "shots": 0, "metric": "acc", "value": 0.5, "standard_error": None, "questions": 5}
+    tasks["suite"] = {"name": "s", "description": "d", "limit": 5, "tasks": [scored], "published": []}
+    torn = {**tasks, "suite": {"name": "s"}}
+    every = {"alone": alone, "nothing": nothing, "compared": compared, "tasks": tasks, "torn": torn, "list": []}
+    for name, found in every.items():
         (run / "eval" / name).mkdir(parents=True)
         (run / "eval" / name / "results.json").write_text(json.dumps(found))
     page = page_of(report, run, monkeypatch)
@@ -84,6 +90,50 @@ def test_every_part_of_an_evaluation_is_shown(report: ModuleType, run: Path, mon
     assert "No text is held out" in page
     assert "Against theirs" in page
     assert "<td>+25.0 ± 10.0</td><td>5 / 1</td><td>0.0625</td>" in page
+    assert page.count("checkpoint, step 1,257, 5,148,672 tokens, computed in fp32") == 4
+    assert "s: d; the first 5 questions of each" in page
+    assert page.count("Its results.json is not as") == 2
+
+
+def test_files_of_another_form_are_left_out(report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "exit.json").write_text("null")
+    for name in ("metrics.jsonl", "validation.jsonl", "lives.jsonl"):
+        with (run / name).open("a") as stream:
+            stream.write('{"step": 9}\n')
+    page = page_of(report, run, monkeypatch)
+    assert "<td>run</td><td>3</td><td>192</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        ("folder", "folder must be a file. Got a folder; name one in it, such as .*folder/report.html"),
+        ("file/report.html", "file: must be a folder to write to.*name another with --out"),
+    ],
+)
+def test_a_page_that_cannot_be_written(
+    report: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, expected: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(tmp_path / out)])
+    with pytest.raises(UserError, match=expected):
+        report.main()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot(report: ModuleType) -> None:
+    drawn = curves("t", "u", [("none", []), ("dot", [(1.0, 2.0)]), ("line", [(0.0, 1.0), (1.0, 1.0)])])
+    alone = curves("t", "u", [(name, [(0.0, 1.0), (1.0, 1.0)]) for name in "abc"])
+    keys = re.compile(r'stroke="([^"]*)" stroke-dasharray="([^"]*)"/></svg>')
+    assert keys.findall(drawn) == keys.findall(alone)[1:]
+    assert drawn.count("<circle") == 1
+    assert ">dot</text>" in drawn
+    config: Any = SimpleNamespace(train=SimpleNamespace(tokens_per_step=1))
+    validated = [{"step": 1, "loss": 2.0, "sources": {"a": 1.0}}]
+    runs: Any = [SimpleNamespace(name=name, config=config, validations=validated) for name in ("one", "two")]
+    assert [name for name, _ in report.validation(runs)] == ["one", "two", "one: a", "two: a"]
 
 
 def test_no_two_lines_look_alike_without_colour() -> None:

@@ -133,4 +133,4 @@ def test_a_library_that_is_not_there_is_a_warning(tmp_path, monkeypatch):
     writers = Writers({"Weights & Biases": lambda: WeightsAndBiases("moh", tmp_path)}, said.append)
     use(writers)
     assert len(said) == 1
-    assert "wandb" in said[0]
+    assert "monitor.wandb_project needs the package wandb: pip install wandb" in said[0]
