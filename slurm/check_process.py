@@ -13,23 +13,24 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moh_megatron.cli import exit_code
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.schema import Config
 
-INPUTS = ("model", "config", "suite", "against")
-"""Arguments of the pipelines that name what is read, besides these two."""
+READ = ("model", "config", "suite", "against")
+"""Arguments of convert.py and evaluate.py that name what is read, besides the folder of a conversion."""
 
 
 def _read(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     """Names and paths of what the pipeline will read."""
-    for name in (*INPUTS, "hf_dir" if arguments.__dict__.get("command") == "hf-to-megatron" else "load_dir"):
+    converted = "hf_dir" if getattr(arguments, "command", None) == "hf-to-megatron" else "load_dir"
+    for name in (*READ, converted):
         if (path := getattr(arguments, name, None)) is not None:
             yield ("MODEL" if name == "model" else f"--{name.replace('_', '-')}"), path
 
 
-def check_data(arguments: argparse.Namespace, config: Any, no_data: bool) -> None:
+def check_data(arguments: argparse.Namespace, config: Config, no_data: bool) -> None:
     """Raise UserError where the inputs or the tokenizer of a dataset are not there."""
     from moh_megatron.data.inputs import HUB, find_inputs
     from moh_megatron.data.make_tokenizer import given_tokenizer
@@ -53,14 +54,14 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="its own")
     own = parser.parse_args()
     sys.argv = [str(own.pipeline), *own.arguments]
-    parsed: Any
     try:
         parsed = runpy.run_path(str(own.pipeline))["parse_arguments"]()
     except SystemExit as left:
         # Only help, or the configuration, was asked for: nothing is to be submitted.
         sys.exit(left.code or 1)
     if own.pipeline.name == "prepare_data.py":
-        check_data(*parsed, own.no_data)
+        arguments, config = parsed
+        check_data(arguments, config, own.no_data)
     elif not own.no_data:
         for name, path in _read(parsed):
             if not path.exists():

@@ -343,14 +343,15 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
 
 # The whole of a job that needs one process, and may be done again from its beginning.
 one_process_job() { # PIPELINE ARGUMENT...
-    local code=0
+    local code=0 reason
     remember_log
     prepare_environment
     prepare_srun
     supervise on_one "$python" "$@" || code=$?
     if [ "$code" = 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
-    [ "$code" != 2 ] || fail 2 "$(reason_of_end)"
-    start_again "$code" "$(reason_of_end)"
+    reason=$(reason_of_end)
+    [ "$code" != 2 ] || [[ $reason == "MOH_PYTHON, "* ]] || fail 2 "$reason"
+    start_again "$code" "$reason"
 }
 
 # Typed, it submits itself, if its arguments, and what they name, are as they should be.

@@ -159,6 +159,8 @@ def test_python_that_is_not_there(job, who):
     assert job.lives(PRETRAIN, "CONFIG") == 1
     assert "failed twice in the same way, with exit code 2" in job.last
     assert job.last.endswith(f"MOH_PYTHON, {job.variables['MOH_PYTHON']}, cannot be run: {said}")
+    job.act(convert_0=act)
+    assert job.lives("convert.sh", "official-to-hf") == 0
 
 
 def test_the_last_word_may_be_of_srun(job):
