@@ -45,9 +45,9 @@ def test_a_folder_that_cannot_be_made_is_named_and_the_others_are_written(tmp_pa
 def test_a_full_disk_is_told_once(tmp_path):
     said = []
     writers = Writers({"TensorBoard": lambda: TensorBoard(tmp_path, 0)}, said.append)
-    (file,) = tmp_path.iterdir()  # which TensorBoard opens anew for every write
-    file.unlink()
-    file.symlink_to("/dev/full")
+    (file,) = tmp_path.iterdir()  # which TensorBoard opens anew for every write, at any moment
+    (full := tmp_path / "full").symlink_to("/dev/full")
+    full.replace(file)
     for _ in range(3):
         use(writers)
     writers.close()
