@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from moh_megatron.checkpoint.companions import GENERATION, Ends, carried_by, stated_ends
 from moh_megatron.checkpoint.hf_config import CODE, hf_config
 from moh_megatron.checkpoint.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf_source import CONFIG
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER
 from moh_megatron.checkpoint.hf_weights import write_weights
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.model_card import model_card
@@ -28,8 +28,6 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
 
-MARKER = "moh_megatron.json"
-"""Names the files of an export, so that a later one may replace them and nothing else."""
 MAX_SHARD_SIZE = "5GB"
 Form = Literal["moh", "llama", "official"]
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
@@ -157,6 +155,7 @@ def write_folder(
         (folder / "README.md").write_text(card, encoding="utf-8")
     marker = {
         "format": 1,
+        "form": form,
         "step": step,
         "tokens": tokens,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,

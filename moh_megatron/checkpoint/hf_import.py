@@ -180,8 +180,13 @@ def _write(
 ) -> tuple[Config, Config]:
     """Fill the empty ``folder``; returns its configuration, and that of the model as config.json alone says it."""
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
-        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         settings = HFSettings(hf_dir)
+        if settings.form == "official":
+            raise UserError(
+                f"{hf_dir}: must be of a form whose config.json says how heads are routed. Got an export of --format "
+                "official, which would be read as a dense model; use official-to-hf, and import what it makes."
+            )
+        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         companions = Companions(find_tokenizer(hf_dir, config, report), carried_by(hf_dir))
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)

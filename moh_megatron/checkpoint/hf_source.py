@@ -16,6 +16,8 @@ from moh_megatron.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scra
 from moh_megatron.config.errors import UserError
 
 CONFIG = "config.json"
+MARKER = "moh_megatron.json"
+"""Names the form and the files of an export, so that a later one may replace them and nothing else."""
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _PICKLE_SUFFIX = ".bin"
 

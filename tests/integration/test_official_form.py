@@ -103,11 +103,25 @@ def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint
     assert not list(target.glob("*.py"))
 
 
+def test_an_export_says_its_form_so_that_none_is_read_as_another(checkpoint, official, tmp_path, capsys):
+    exported = ("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "official", "--format", "official")
+    assert run_convert(*exported) == 0
+    assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "official", "--save-dir", tmp_path / "moh") == 2
+    assert "Got an export of --format official, which would be read as a dense model" in capsys.readouterr().err
+    assert not (tmp_path / "moh").exists()
+    assert run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "dense") == 0
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "dense", "--hf-dir", tmp_path / "llama") == 0
+    assert run_convert("official-to-hf", "--load-dir", tmp_path / "llama", "--hf-dir", tmp_path / "back") == 2
+    assert "Got an export of --format moh of a dense model; use hf-to-megatron" in capsys.readouterr().err
+    assert run_convert("official-to-hf", "--load-dir", tmp_path / "official", "--hf-dir", tmp_path / "back") == 0
+
+
 def test_the_official_form_is_read(official, vectors, tmp_path, capsys):
     arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", tmp_path / "hf", "--verify")
     assert run_convert(*arguments) == 0
     captured = capsys.readouterr()
     assert captured.err.count("has no tokenizer") == 1
+    assert "the first 4 of 8 heads shared, 6 active" in captured.err
     assert "KL divergence" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
     check_hf(tmp_path / "hf", vectors)
