@@ -50,7 +50,8 @@ def import_config(
     run, train and optimizer, gets values that a training run replaces by its own.
 
     Raises:
-        UserError: config.json is of no LLaMA, or the configuration is wrong, or it disagrees with config.json.
+        UserError: config.json is of no LLaMA, or the configuration is wrong, or it disagrees with config.json, or says
+            how heads are routed of a model that stays dense.
     """
     settings = HFSettings(hf_dir)
     config = _completed(settings, save_dir, path, overrides, dtypes)
@@ -65,6 +66,7 @@ def _completed(
     model = sections["model"]
 
     def defaults(stated: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        _refuse_ignored(settings, stated.get("moh", {}))
         tensor = stated.get("parallel", {}).get("tensor", 1)
         padding = -model["vocab_size"] % tensor if isinstance(tensor, int) and tensor > 0 else 0
         padded = {"vocab_size": model["vocab_size"] + padding, "vocab_padding": padding}
@@ -85,6 +87,16 @@ def _completed(
         }
 
     return completed_config(defaults, str(settings.path), path, overrides)
+
+
+def _refuse_ignored(settings: HFSettings, stated: Collection[str]) -> None:
+    """Elsewhere models are MoH unless moh.enabled says no, here it is the other way round: easily forgotten."""
+    ignored = [f"moh.{key}" for key in stated if key != "head_layout"]
+    if ignored and not settings.moh and "enabled" not in stated:
+        raise UserError(
+            f"{settings.path}: this model is dense, and {', '.join(ignored)} would be ignored. Add moh.enabled=true to "
+            "make it a MoH model, or moh.enabled=false to keep it dense."
+        )
 
 
 def _refuse_differences(settings: HFSettings, reference: Config, config: Config) -> None:

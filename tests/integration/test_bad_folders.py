@@ -210,6 +210,7 @@ def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
         (["model.rotary_base=1e6"], "model.rotary_base: 10000.0 in config.json, 1000000.0 in the configuration"),
         (["moh.enabled=true"], "moh.shared_heads is required unless moh.enabled is false"),
         (["moh.enabled=true", "moh.shared_heads=4", "moh.active_heads=9"], "moh.active_heads must be greater than"),
+        (["moh.active_heads=6", "moh.router=query_norm"], "moh.active_heads, moh.router would be ignored. Add moh.en"),
         (["moh.gatin=paper"], "moh.gatin: unknown key; did you mean 'gating'?"),
     ],
 )
@@ -269,7 +270,10 @@ def test_a_much_smaller_tokenizer_is_told(tmp_path, capsys):
 
 def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_path, capsys):
     file, arguments = tmp_path / "made.yaml", ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
-    file.write_text("train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n")
+    file.write_text(
+        "train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n"
+        "moh:\n  enabled: false\n  active_heads: 6\n"
+    )
     assert run_convert(*arguments, "--config", file) == 2
     assert "model.hidden_size: 64 in config.json, 32 in the configuration" in capsys.readouterr().err
     assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
