@@ -17,7 +17,7 @@ from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
 from moh_megatron.checkpoint.native import read_weights
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.rows import runs
-from moh_megatron.checkpoint.safetensors_io import Scratch
+from moh_megatron.checkpoint.safetensors_io import WEIGHT_TYPES, Scratch
 from moh_megatron.checkpoint.sources import HFSource, pieces
 from moh_megatron.checkpoint.unasked import is_small
 from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
@@ -238,6 +238,10 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
     table = rules(config)
     shapes = {name: shape for rule in table for name, shape in zip(rule.hf, rule.hf_shapes(), strict=True)}
     check_names_and_shapes({**added, **held}, shapes, f"{weights.folder} (as config.json describes it)")
+    for name, dtype in ((name, rule.dtype) for rule in table for name in rule.hf if name in held):
+        got = held[name].dtype
+        if got != dtype if dtype is not None else not got.is_floating_point:
+            raise UserError(f"{weights.place(name)} must be of {dtype or WEIGHT_TYPES}. Got {got}.")
     scratch = Scratch()
     for name in tied & weights.entries.keys():
         twins = (name, "model.embed_tokens.weight")

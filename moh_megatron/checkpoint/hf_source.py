@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scratch
+from moh_megatron.checkpoint.safetensors_io import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 from moh_megatron.config.errors import UserError
 
 CONFIG = "config.json"
@@ -34,6 +35,8 @@ class Described(Protocol):
 
 class Shard(Protocol):
     """One file of weights."""
+
+    path: Path
 
     @property
     def entries(self) -> Mapping[str, Described]: ...
@@ -58,6 +61,10 @@ class HFWeights:
         """All that occur."""
         return {each.dtype for each in self.entries.values()}
 
+    def place(self, name: str) -> str:
+        """A tensor and its file, for messages."""
+        return f"{self._shard_of[name].path}: {name}"
+
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
         """See ``SafetensorsFile.rows``."""
         return self._shard_of[name].rows(name, start, stop, scratch)
@@ -71,6 +78,12 @@ class _PickledFile:
     """A file of torch.save, mapped into memory; it may hold tensors and nothing else."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path}: cannot be read as tensors saved by torch: expected the archive that torch.save writes since "
+                "version 1.6. Got another file, cut short or older. Fetch it again, or save it as safetensors."
+            )
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
@@ -80,7 +93,7 @@ class _PickledFile:
         self.entries: dict[str, Any] = dict(held)
         for name, tensor in self.entries.items():
             if tensor.dtype not in DTYPES.values():
-                raise UserError(f"{path}: {name} must be of {', '.join(DTYPES)}. Got {tensor.dtype}.")
+                raise UserError(f"{path}: {name} must be of {WEIGHT_TYPES}. Got {tensor.dtype}.")
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
         return self.entries[name][start:stop]

@@ -114,6 +114,15 @@ def quantised(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(32, 64, dtype=torch.int8)
 
 
+def whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].long()
+
+
+def infinite_in_a_shard(folder: Path) -> None:
+    edit_weights(infinite)(folder)
+    sharded(folder)
+
+
 def other_head(folder: Path) -> None:
     edit_config(tie_word_embeddings=True)(folder)
 
@@ -160,6 +169,11 @@ BROKEN = {
     ),
     "layers_too_few": (edit_config(num_hidden_layers=1), "unexpected tensors: model.layers.1."),
     "layers_too_many": (edit_config(num_hidden_layers=3), "missing tensors: model.layers.2."),
+    "whole_numbers": (
+        edit_weights(whole_numbers),
+        "model.safetensors: model.norm.weight must be of F32, F16 or BF16. Got torch.int64",
+    ),
+    "inf_in_a_shard": (infinite_in_a_shard, "b.safetensors: model.layers.0.self_attn.k_proj.weight: every value"),
     "nan": (edit_weights(nan), "model.layers.1.mlp.up_proj.weight: every value must be finite"),
     "inf": (edit_weights(infinite), "model.layers.0.self_attn.k_proj.weight: every value must be finite"),
     "mixed": (
@@ -237,6 +251,12 @@ def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder,
     capsys.readouterr()
     assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
     assert "cannot be read as tensors saved by torch" in capsys.readouterr().err
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
+    assert "cannot be read as tensors saved by torch" in capsys.readouterr().err
+    torch.save(expected, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
+    assert "Fetch it again, or save it as safetensors." in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "other").exists()
 
