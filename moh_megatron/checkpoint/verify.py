@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -151,8 +152,9 @@ def compare(ours: Trace, theirs: Trace) -> Comparison:
     layers = [
         _difference(f"layer {index}", *pair) for index, pair in enumerate(zip(ours.layers, theirs.layers, strict=True))
     ]
-    left, right = (each.logits.log_softmax(-1) for each in (ours, theirs))
-    divergence = (left.exp() * (left - right)).double().sum(-1).mean().item()
+    # In fp32 the rounding of equal ones is all there would be, and of either sign.
+    left, right = (each.logits.double().log_softmax(-1) for each in (ours, theirs))
+    divergence = F.kl_div(right, left, log_target=True, reduction="none").sum(-1).mean().item()
     magnitude = ours.logits[ours.logits.isfinite()].abs().max().item()
     return Comparison(layers, _difference("logits", ours.logits, theirs.logits), divergence, magnitude)
 
