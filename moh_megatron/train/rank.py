@@ -47,7 +47,7 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
     if world.rank == 0:
         write_exit(run_dir, outcome.code, outcome.reason, outcome.step)
         if outcome.code == EXIT_STOPPED:
-            last = f"step {outcome.step}" if outcome.step else "none"
+            last = outcome.step or "none"
             print(f"{run_dir}: {outcome.reason}. Last step: {last}. The same command goes on.", file=sys.stderr)
     groups.destroy()
     return outcome.code
