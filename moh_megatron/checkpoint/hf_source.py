@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.safetensors_io import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.paths import require_folder
 
 CONFIG = "config.json"
 MARKER = "moh_megatron.json"
@@ -128,8 +129,7 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeig
     Raises:
         UserError: a file is missing or broken, or only pickles are there.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Expected the folder of a Hugging Face model.")
+    require_folder(folder, "the folder of a Hugging Face model")
     with ExitStack() as stack:
         yield HFWeights(folder, _shards(stack, folder, allow_pickle))
 
@@ -153,7 +153,14 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
             return dict.fromkeys(shard.entries, shard)
         if index.is_file():
             return _indexed(folder, index, opened)
-    raise UserError(f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.")
+    hint = ""
+    if (folder / "config.yaml").is_file():
+        exported = (folder / "hf" / CONFIG).is_file()
+        remedy = f"its export is {folder / 'hf'}" if exported else "pipelines/convert.py megatron-to-hf exports it"
+        hint = f" Got a run or a checkpoint: {remedy}."
+    raise UserError(
+        f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.{hint}"
+    )
 
 
 def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:

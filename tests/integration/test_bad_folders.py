@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,19 @@ def no_folder(folder: Path) -> None:
     folder.rename(folder.with_name("moved"))
 
 
+def a_file(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    shutil.rmtree(folder)
+    folder.write_bytes(content)
+
+
+def a_run(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "config.yaml").touch()
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").touch()
+
+
 def small_vocabulary(folder: Path) -> None:
     train_tokenizer(["some words to learn "] * 9, vocab_size=280, character_coverage=1.0, out_dir=folder)
 
@@ -183,6 +197,11 @@ BROKEN = {
     "quantised": (edit_weights(quantised), "model.layers.1.self_attn.v_proj.weight must be of F32"),
     "index_names_a_pickle": (pickled_shard, "b.bin: the weights are pickles, which can run code"),
     "tied_of_two_dtypes": (other_head_dtype, "lm_head.weight differs from model.embed_tokens.weight"),
+    "a_file": (a_file, "hf: a file. Expected the folder of a Hugging Face model."),
+    "a_run": (
+        a_run,
+        "index.json and its files. Got a run or a checkpoint: its export is",
+    ),
     "no_folder": (no_folder, "hf: no such folder"),
     "no_token": (edit_config(eos_token_id=[2, 131]), "eos_token_id must be a token from 0 to 130. Got [2, 131]"),
     "generation": (lambda folder: (folder / "generation_config.json").write_text("{"), "cannot be read as JSON"),
