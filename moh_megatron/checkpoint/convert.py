@@ -47,6 +47,7 @@ def megatron_to_hf(
     """
     config, progress = native.read_config(checkpoint), native.read_state(checkpoint)
     precision = None if dtype is None else DTYPES[dtype]
+    hf.check_replaceable(hf_dir, checkpoint)
     with hf.replacing(hf_dir) as folder:
         with open_checkpoint(checkpoint, config) as source:
             hf.write_folder(
