@@ -101,10 +101,12 @@ def _refuse_ignored(settings: HFSettings, stated: Collection[str]) -> None:
 
 def _refuse_differences(settings: HFSettings, reference: Config, config: Config) -> None:
     there, here = (_stated(each, settings.moh) for each in (reference, config))
+    different = [key for key, value in there.items() if key in here and here[key] != value]
+    # What is null follows from other keys, and would be blamed for them.
+    nulls = [key for key in different if getattr(config.model, key.removeprefix("model."), "") is None]
     differences = [
-        f"  {key}: {value} in {settings.path.name}, {here[key]} in the configuration"
-        for key, value in there.items()
-        if key in here and here[key] != value
+        f"  {key}: {there[key]} in {settings.path.name}, {here[key]} in the configuration"
+        for key in [each for each in different if each not in nulls] or different
     ]
     if differences:
         remedy = "Leave these keys out: they are taken from there."

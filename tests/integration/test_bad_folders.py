@@ -241,6 +241,7 @@ def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
         (["parallel.tensor=3"], "parallel.tensor must divide model.num_attention_heads (8)"),
         (["model.hidden_size=32"], "model.hidden_size: 64 in config.json, 32 in the configuration"),
         (["model.rotary_base=1e6"], "model.rotary_base: 10000.0 in config.json, 1000000.0 in the configuration"),
+        (["model.num_query_groups="], "model.num_query_groups: 4 in config.json, 8 in the configuration"),
         (["moh.enabled=true"], "moh.shared_heads is required unless moh.enabled is false"),
         (["moh.enabled=true", "moh.shared_heads=4", "moh.active_heads=9"], "moh.active_heads must be greater than"),
         (["moh.active_heads=6", "moh.router=query_norm"], "moh.active_heads, moh.router would be ignored. Add moh.en"),
@@ -314,7 +315,9 @@ def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_pat
         "moh:\n  enabled: false\n  active_heads: 6\n"
     )
     assert run_convert(*arguments, "--config", file) == 2
-    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in told
+    assert "model.kv_channels" not in told, "nobody states it"
     assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
     config = native.read_config(tmp_path / "ckpt")
     assert (config.train.sequence_length, config.parallel.tensor, config.model.vocab_padding) == (77, 2, 1)
