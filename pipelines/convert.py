@@ -51,7 +51,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.summary is not None:
         read_summary(arguments.summary)
     if arguments.dry_run:
-        hf.check_replaceable(arguments.hf_dir)
+        hf.check_replaceable(arguments.hf_dir, checkpoint)
         config = native.read_config(checkpoint)
         hf.check_form(config, arguments.format)
         print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")

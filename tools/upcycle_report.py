@@ -25,9 +25,9 @@ def main() -> None:
         "--choices",
         nargs="+",
         choices=_CHOICES,
-        default=["first", "spread", "calibrated"],
         metavar="CHOICE",
-        help="of the shared heads: first, spread, calibrated, or list, those that the configuration lists",
+        help="of the shared heads: first, spread, calibrated, or list, those that the configuration lists; default: "
+        "the first three, spread only where it can be",
     )
     parser.add_argument("--documents", type=int, default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
@@ -39,11 +39,14 @@ def main() -> None:
     from moh_megatron.parallel import groups
     from moh_megatron.train.resume import check_same_tokenizer
     from moh_megatron.upcycle.documents import held_out
-    from moh_megatron.upcycle.report import as_mapping, as_markdown, compare_choices
+    from moh_megatron.upcycle.report import MADE, SHARES, as_mapping, as_markdown, compare_choices, planned, possible
     from moh_megatron.upcycle.start import calibration_of, check_source
 
     if config.train.init_from is None:
         raise UserError("train.init_from must name the dense checkpoint. Got null.")
+    plan = planned(config, arguments.choices or possible(config))
+    asked = ((choice, share) for choice in arguments.choices or MADE for share in SHARES)
+    left_out = [f"{choice} at {share} %" for choice, share in asked if f"{choice} {share}" not in plan]
     documents = held_out(config, arguments.documents)
     source = native.resolve_checkpoint(config.train.init_from, print)
     there = native.read_config(source)
@@ -62,11 +65,13 @@ def main() -> None:
     dense = build_single_process(there, native.read_weights(source)).to(groups.device(0))
     arguments.out.mkdir(parents=True, exist_ok=True)
     calibration = None
-    if "calibrated" in arguments.choices:
+    if any(each.moh.shared_placement == "calibrated" for each in plan.values()):
         calibration = calibration_of(config, source, there, dense, tokenizer, arguments.out / "calibration.json")
-    loss, rows = compare_choices(config, dense, documents, arguments.choices, calibration)
+    loss, rows = compare_choices(plan, dense, documents, calibration)
     write_json(arguments.out / "report.json", {"documents": len(documents), **as_mapping(loss, rows)})
     text = f"{source}, {len(documents)} documents; ± is the standard error over them.\n\n{as_markdown(loss, rows)}\n"
+    if left_out:
+        text += f"\nLeft out, because so many shared heads leave no such choice: {', '.join(left_out)}.\n"
     (arguments.out / "report.md").write_text(text, encoding="utf-8")
     print(text)
     _draw(arguments.out / "report.png", dataclasses.asdict(loss)["value"], rows)

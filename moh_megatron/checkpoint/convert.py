@@ -47,6 +47,7 @@ def megatron_to_hf(
     """
     config, progress = native.read_config(checkpoint), native.read_state(checkpoint)
     precision = None if dtype is None else DTYPES[dtype]
+    hf.check_replaceable(hf_dir, checkpoint)
     with hf.replacing(hf_dir) as folder:
         with open_checkpoint(checkpoint, config) as source:
             hf.write_folder(
@@ -92,9 +93,19 @@ def official_to_hf(
                 f"{settings.path}: must be of the official form, whose model_type is llama. Got moh_llama, a folder "
                 "of this project, which says itself how its heads are routed; use hf-to-megatron."
             )
+        if settings.form not in (None, "official"):
+            raise UserError(
+                f"{official_dir}: must be of the official form. Got an export of --format {settings.form} of a dense "
+                "model; use hf-to-megatron."
+            )
         heads = settings.sections()["model"]["num_attention_heads"]
         stated = [f"moh.{key}={str(value).lower()}" for key, value in official_moh(heads).items()]
         config = hf_import.import_config(official_dir, hf_dir, None, stated, weights.dtypes)
+        # Nothing in a folder of others tells it from a dense LLaMA.
+        report(
+            f"{official_dir} is read as a MoH model by query norm: the first {config.moh.shared_heads} of {heads} "
+            f"heads shared, {config.moh.active_heads} active."
+        )
         hf_import.check_weights(weights, {}, config)
         hf_import.find_tokenizer(official_dir, config, report)
         source = HFSource(weights, {})

@@ -17,26 +17,30 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from moh_megatron.checkpoint.companions import GENERATION, Ends, carried_by, stated_ends
 from moh_megatron.checkpoint.hf_config import CODE, hf_config
 from moh_megatron.checkpoint.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf_source import CONFIG
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER
 from moh_megatron.checkpoint.hf_weights import write_weights
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.model_card import model_card
 from moh_megatron.checkpoint.official import official_config
+from moh_megatron.checkpoint.pretrained import quiet
 from moh_megatron.checkpoint.sources import WeightSource
 from moh_megatron.checkpoint.whole import whole_folder
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
 
-MARKER = "moh_megatron.json"
-"""Names the files of an export, so that a later one may replace them and nothing else."""
 MAX_SHARD_SIZE = "5GB"
 Form = Literal["moh", "llama", "official"]
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
 
-def check_replaceable(hf_dir: Path) -> None:
-    """Raise UserError unless ``hf_dir`` is absent, empty, or holds an earlier export and nothing else."""
+def check_replaceable(hf_dir: Path, checkpoint: Path | None = None) -> None:
+    """Raise UserError unless ``hf_dir`` is absent, empty, or holds an earlier export and nothing else.
+
+    Inside the ``checkpoint`` that is exported it must not lie either: a checkpoint holds what its manifest says.
+    """
+    if checkpoint is not None and hf_dir.resolve().is_relative_to(checkpoint.resolve()):
+        raise UserError(f"{hf_dir}: must lie outside the checkpoint to export, {checkpoint}. Name another folder.")
     if not hf_dir.exists():
         return
     remedy = "Name another folder, or move this one away."
@@ -81,7 +85,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     expected = tokenizer.encode(_PROBE)
     # Without trust_remote_code a terminal is asked about the model's code, which the tokenizer does not even need.
-    read_back = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    with quiet():
+        read_back = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if (got := read_back(_PROBE, add_special_tokens=False)["input_ids"]) != expected:
         raise Fault(
             f"{folder}: transformers reads {TOKENIZER_JSON} otherwise than it was trained: {got}, not {expected}."
@@ -157,6 +162,7 @@ def write_folder(
         (folder / "README.md").write_text(card, encoding="utf-8")
     marker = {
         "format": 1,
+        "form": form,
         "step": step,
         "tokens": tokens,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,

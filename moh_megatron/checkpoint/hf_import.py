@@ -17,7 +17,7 @@ from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
 from moh_megatron.checkpoint.native import read_weights
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.rows import runs
-from moh_megatron.checkpoint.safetensors_io import Scratch
+from moh_megatron.checkpoint.safetensors_io import WEIGHT_TYPES, Scratch
 from moh_megatron.checkpoint.sources import HFSource, pieces
 from moh_megatron.checkpoint.unasked import is_small
 from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
@@ -50,7 +50,8 @@ def import_config(
     run, train and optimizer, gets values that a training run replaces by its own.
 
     Raises:
-        UserError: config.json is of no LLaMA, or the configuration is wrong, or it disagrees with config.json.
+        UserError: config.json is of no LLaMA, or the configuration is wrong, or it disagrees with config.json, or says
+            how heads are routed of a model that stays dense.
     """
     settings = HFSettings(hf_dir)
     config = _completed(settings, save_dir, path, overrides, dtypes)
@@ -65,6 +66,7 @@ def _completed(
     model = sections["model"]
 
     def defaults(stated: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        _refuse_ignored(settings, stated.get("moh", {}))
         tensor = stated.get("parallel", {}).get("tensor", 1)
         padding = -model["vocab_size"] % tensor if isinstance(tensor, int) and tensor > 0 else 0
         padded = {"vocab_size": model["vocab_size"] + padding, "vocab_padding": padding}
@@ -87,12 +89,24 @@ def _completed(
     return completed_config(defaults, str(settings.path), path, overrides)
 
 
+def _refuse_ignored(settings: HFSettings, stated: Collection[str]) -> None:
+    """Elsewhere models are MoH unless moh.enabled says no, here it is the other way round: easily forgotten."""
+    ignored = [f"moh.{key}" for key in stated if key != "head_layout"]
+    if ignored and not settings.moh and "enabled" not in stated:
+        raise UserError(
+            f"{settings.path}: this model is dense, and {', '.join(ignored)} would be ignored. Add moh.enabled=true to "
+            "make it a MoH model, or moh.enabled=false to keep it dense."
+        )
+
+
 def _refuse_differences(settings: HFSettings, reference: Config, config: Config) -> None:
     there, here = (_stated(each, settings.moh) for each in (reference, config))
+    different = [key for key, value in there.items() if key in here and here[key] != value]
+    # What is null follows from other keys, and would be blamed for them.
+    nulls = [key for key in different if getattr(config.model, key.removeprefix("model."), "") is None]
     differences = [
-        f"  {key}: {value} in {settings.path.name}, {here[key]} in the configuration"
-        for key, value in there.items()
-        if key in here and here[key] != value
+        f"  {key}: {there[key]} in {settings.path.name}, {here[key]} in the configuration"
+        for key in [each for each in different if each not in nulls] or different
     ]
     if differences:
         remedy = "Leave these keys out: they are taken from there."
@@ -180,8 +194,13 @@ def _write(
 ) -> tuple[Config, Config]:
     """Fill the empty ``folder``; returns its configuration, and that of the model as config.json alone says it."""
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
-        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         settings = HFSettings(hf_dir)
+        if settings.form == "official":
+            raise UserError(
+                f"{hf_dir}: must be of a form whose config.json says how heads are routed. Got an export of --format "
+                "official, which would be read as a dense model; use official-to-hf, and import what it makes."
+            )
+        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         companions = Companions(find_tokenizer(hf_dir, config, report), carried_by(hf_dir))
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
@@ -221,6 +240,10 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
     table = rules(config)
     shapes = {name: shape for rule in table for name, shape in zip(rule.hf, rule.hf_shapes(), strict=True)}
     check_names_and_shapes({**added, **held}, shapes, f"{weights.folder} (as config.json describes it)")
+    for name, dtype in ((name, rule.dtype) for rule in table for name in rule.hf if name in held):
+        got = held[name].dtype
+        if got != dtype if dtype is not None else not got.is_floating_point:
+            raise UserError(f"{weights.place(name)} must be of {dtype or WEIGHT_TYPES}. Got {got}.")
     scratch = Scratch()
     for name in tied & weights.entries.keys():
         twins = (name, "model.embed_tokens.weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint.hf_source import CONFIG, read_json
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER, read_json
 from moh_megatron.config.errors import UserError
 
 _REQUIRED = object()
@@ -33,6 +33,9 @@ class HFSettings:
             )
         self.moh = model_type == "moh_llama"
         """Whether this is a Mixture-of-Head model that this project exported."""
+        marker = folder / MARKER
+        self.form: str | None = read_json(marker).get("form") if marker.is_file() else None
+        """The --format of this project's export, or None: a folder of others, or of before it was recorded."""
         for name, only in (
             ("hidden_act", "silu"),
             ("attention_bias", False),

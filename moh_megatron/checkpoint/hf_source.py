@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
@@ -12,10 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scratch
+from moh_megatron.checkpoint.safetensors_io import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.paths import require_folder
 
 CONFIG = "config.json"
+MARKER = "moh_megatron.json"
+"""Names the form and the files of an export, so that a later one may replace them and nothing else."""
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _PICKLE_SUFFIX = ".bin"
 
@@ -32,6 +36,8 @@ class Described(Protocol):
 
 class Shard(Protocol):
     """One file of weights."""
+
+    path: Path
 
     @property
     def entries(self) -> Mapping[str, Described]: ...
@@ -56,6 +62,10 @@ class HFWeights:
         """All that occur."""
         return {each.dtype for each in self.entries.values()}
 
+    def place(self, name: str) -> str:
+        """A tensor and its file, for messages."""
+        return f"{self._shard_of[name].path}: {name}"
+
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
         """See ``SafetensorsFile.rows``."""
         return self._shard_of[name].rows(name, start, stop, scratch)
@@ -69,6 +79,12 @@ class _PickledFile:
     """A file of torch.save, mapped into memory; it may hold tensors and nothing else."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path}: cannot be read as tensors saved by torch: expected the archive that torch.save writes since "
+                "version 1.6. Got another file, cut short or older. Fetch it again, or save it as safetensors."
+            )
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
@@ -78,7 +94,7 @@ class _PickledFile:
         self.entries: dict[str, Any] = dict(held)
         for name, tensor in self.entries.items():
             if tensor.dtype not in DTYPES.values():
-                raise UserError(f"{path}: {name} must be of {', '.join(DTYPES)}. Got {tensor.dtype}.")
+                raise UserError(f"{path}: {name} must be of {WEIGHT_TYPES}. Got {tensor.dtype}.")
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
         return self.entries[name][start:stop]
@@ -113,8 +129,7 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeig
     Raises:
         UserError: a file is missing or broken, or only pickles are there.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Expected the folder of a Hugging Face model.")
+    require_folder(folder, "the folder of a Hugging Face model")
     with ExitStack() as stack:
         yield HFWeights(folder, _shards(stack, folder, allow_pickle))
 
@@ -138,7 +153,14 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
             return dict.fromkeys(shard.entries, shard)
         if index.is_file():
             return _indexed(folder, index, opened)
-    raise UserError(f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.")
+    hint = ""
+    if (folder / "config.yaml").is_file():
+        exported = (folder / "hf" / CONFIG).is_file()
+        remedy = f"its export is {folder / 'hf'}" if exported else "pipelines/convert.py megatron-to-hf exports it"
+        hint = f" Got a run or a checkpoint: {remedy}."
+    raise UserError(
+        f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.{hint}"
+    )
 
 
 def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:

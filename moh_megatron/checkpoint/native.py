@@ -22,9 +22,11 @@ from pathlib import Path
 from torch import Tensor
 
 from moh_megatron.checkpoint import optimizer_state, weights
+from moh_megatron.checkpoint.hf_source import CONFIG as HF_CONFIG
 from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
+from moh_megatron.config.paths import require_folder
 from moh_megatron.config.schema import Config
 
 CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
@@ -73,8 +75,7 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
         UserError: there is none, or the one named is damaged.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder. Expected a checkpoint, a folder of checkpoints, or a run folder.")
+    require_folder(path, "a checkpoint, a folder of checkpoints, or a run folder")
     if path.resolve().match(_STEP_PATTERN) or (path / weights.FOLDER).is_dir():
         problem = problem_with(path, weights_only=True)
         if problem is not None:
@@ -86,6 +87,11 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
             if problem is None:
                 return folder
             report(f"{folder} is passed over: {problem}")
+    if (path / HF_CONFIG).is_file():
+        raise UserError(
+            f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "
+            f"pipelines/convert.py hf-to-megatron --hf-dir {path} --save-dir CKPT."
+        )
     raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
 
 

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from moh_megatron.config.errors import UserError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers without its bars, and without its remarks on folders whose names Python could not import."""
+    remarks, bars = logging.getLogger("transformers.dynamic_module_utils"), is_progress_bar_enabled()
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        remarks.setLevel(level)
+        if bars:
+            enable_progress_bar()
 
 
 def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:

@@ -24,6 +24,8 @@ from moh_megatron.checkpoint.manifest import FileEntry
 from moh_megatron.config.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+WEIGHT_TYPES = "F32, F16 or BF16"
+"""Of weights; the fourth is for balancing biases, which count steps."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 _WRITE_BYTES = 1 << 22
@@ -143,7 +145,7 @@ class SafetensorsFile:
                 first, last = item["data_offsets"]
                 if item["dtype"] not in DTYPES:
                     raise UserError(
-                        f"{self.path}: {name} must be of {', '.join(DTYPES)}. Got {item['dtype']}: quantised or other "
+                        f"{self.path}: {name} must be of {WEIGHT_TYPES}. Got {item['dtype']}: quantised or other "
                         f"weights must be converted first."
                     )
                 entry = Entry(DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + first)

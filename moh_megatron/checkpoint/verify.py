@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from moh_megatron.checkpoint.companions import Ends
 from moh_megatron.checkpoint.hf_config import hf_config
 from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
+from moh_megatron.checkpoint.pretrained import quiet
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import position_ids
@@ -114,14 +116,16 @@ def trace_hf(model: Any, tokens: Tensor) -> Trace:
 
 def open_export(folder: Path) -> PreTrainedModel:
     """A folder of our making, in fp32, with the code in it."""
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 def open_foreign(folder: Path, config: Config) -> PreTrainedModel:
     """Any folder's weights in fp32, computed as ``config`` says by code that is not the folder's."""
     model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
     settings = hf_config(config, torch.float32, Ends())
-    return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
+    with quiet():
+        return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
 
 
 def compare_forms(config: Config, weights: Mapping[str, Tensor], reopen: Callable[[], PreTrainedModel]) -> Comparison:
@@ -151,8 +155,9 @@ def compare(ours: Trace, theirs: Trace) -> Comparison:
     layers = [
         _difference(f"layer {index}", *pair) for index, pair in enumerate(zip(ours.layers, theirs.layers, strict=True))
     ]
-    left, right = (each.logits.log_softmax(-1) for each in (ours, theirs))
-    divergence = (left.exp() * (left - right)).double().sum(-1).mean().item()
+    # In fp32 the rounding of equal ones is all there would be, and of either sign.
+    left, right = (each.logits.double().log_softmax(-1) for each in (ours, theirs))
+    divergence = F.kl_div(right, left, log_target=True, reduction="none").sum(-1).mean().item()
     magnitude = ours.logits[ours.logits.isfinite()].abs().max().item()
     return Comparison(layers, _difference("logits", ours.logits, theirs.logits), divergence, magnitude)
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from safetensors import SafetensorError
 
@@ -21,15 +25,37 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
-    What stands at ``target`` then is replaced: the caller has made sure that it may be.
+    What stands at ``target`` then is replaced: the caller has made sure that it may be. SIGTERM, where nothing else
+    handles it, ends the block as a SystemExit of 143.
 
     Raises:
+        UserError: a file stands where a folder above ``target`` is needed.
         Fault: the disk is full or refuses. A file elsewhere that cannot be read stays an OSError.
     """
+    with _ended_by_term(target), _workplace(target) as (new, old):
+        yield new
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        flush_names(target.parent)
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder that becomes ``target``, and a name for what it replaces; both are gone in the end."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"{target}: a file stands where a folder is needed, at {error.filename}. Name another folder."
+        ) from None
     except OSError as error:
         raise Fault(
             f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written."
@@ -37,22 +63,37 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         new, old = workplace / target.name, workplace / "replaced"
         new.mkdir()
-        yield new
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        flush_names(target.parent)
+        yield new, old
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and not _is_of_writing(error, workplace, target):
             raise
         raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+@contextmanager
+def _ended_by_term(target: Path) -> Iterator[None]:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # A second one must not interrupt the tidying up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except SystemExit:
+        print(f"{target}: ended by SIGTERM before it was whole. Nothing was left behind.", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_of_writing(error: OSError, *places: Path) -> bool:

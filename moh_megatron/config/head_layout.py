@@ -106,16 +106,17 @@ class HeadLayout:
             f"moh.shared_placement=spread, with moh.shared_heads a multiple of {self.groups}"
         )
 
-    def report(self, shared_heads: int | Sequence[int], active_heads: int) -> str:
+    def report(self, shared_heads: int | Sequence[int], active_heads: int, in_use: int | None = None) -> str:
         """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, its balance, and the
-        remedy where it is uneven."""
+        remedy where it is uneven; for the size ``in_use`` alone, if that is given."""
         lines = []
         for size in (size for size in range(1, 9) if self.groups % size == 0):
             load = self.expected_load(shared_heads, active_heads, size)
             uneven = self.imbalance(shared_heads, active_heads, size)
+            hint = f"; {self.remedy}" if in_use in (None, size) else ""
             lines.append(
                 f"TP {size}: {', '.join(f'{heads:.2f}' for heads in load)} heads a token on each rank, "
-                f"max / mean {uneven:.2f}{f' - uneven; {self.remedy}' if uneven > LARGEST_IMBALANCE else ''}"
+                f"max / mean {uneven:.2f}{f' - uneven{hint}' if uneven > LARGEST_IMBALANCE else ''}"
             )
         return "\n".join(lines)
 

@@ -1,9 +1,10 @@
-"""Where a run keeps what: every path that follows from ``run.dir``."""
+"""Where a run keeps what: every path that follows from ``run.dir``; and what is said of a path that is no folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 
 
@@ -20,3 +21,9 @@ def checkpoint_dir(config: Config) -> Path:
 def hf_dir(config: Config) -> Path:
     """The exported Hugging Face folder."""
     return Path(config.run.dir) / "hf"
+
+
+def require_folder(path: Path, expected: str) -> None:
+    """Raise UserError, which says what was ``expected``, unless ``path`` is a folder."""
+    if not path.is_dir():
+        raise UserError(f"{path}: {'a file' if path.exists() else 'no such folder'}. Expected {expected}.")

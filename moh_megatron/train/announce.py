@@ -18,7 +18,7 @@ def head_report(config: Config) -> str:
     for heads, layers in itertools.groupby(enumerate(layer_heads(model, moh), start=1), key=lambda item: item[1]):
         numbers = [number for number, _ in layers]
         parts.append(f"heads, {moh.head_layout}, {_named(numbers, model.num_layers)}: {_described(heads)}")
-        parts.append(textwrap.indent(layout.report(heads.shared, heads.active), "  "))
+        parts.append(textwrap.indent(layout.report(heads.shared, heads.active, tensor), "  "))
         worst = max(worst, layout.imbalance(heads.shared, heads.active, tensor))
     if worst > LARGEST_IMBALANCE:
         parts.append(

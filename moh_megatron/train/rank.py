@@ -11,7 +11,7 @@ from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.run_lock import Occupied
-from moh_megatron.train.signals import StopRequest
+from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
 from moh_megatron.train.world import PARENT_VARIABLE, World
 
 
@@ -46,5 +46,8 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         raise error
     if world.rank == 0:
         write_exit(run_dir, outcome.code, outcome.reason, outcome.step)
+        if outcome.code == EXIT_STOPPED:
+            last = outcome.step or "none"
+            print(f"{run_dir}: {outcome.reason}. Last step: {last}. The same command goes on.", file=sys.stderr)
     groups.destroy()
     return outcome.code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ from moh_megatron.upcycle.compare import Mean, mean, measure, upcycled
 SHARES = (100, 90, 75, 50)
 """Per cent of the heads that a token uses."""
 Choice = Literal["first", "spread", "calibrated", "list"]
+MADE: tuple[Choice, ...] = ("first", "spread", "calibrated")
+"""Choices that a number of shared heads leaves open."""
 
 
 @dataclass(frozen=True)
@@ -41,52 +43,75 @@ def active_heads(config: Config, share: int) -> int:
     return int(config.model.num_attention_heads * share / 100 + 0.5)
 
 
-def shared_heads(config: Config, share: int) -> int:
-    """``moh.shared_heads``; where that leaves nothing to route, the next lower multiple of the KV groups that does.
+def shared_heads(config: Config, share: int, choice: Choice) -> int | None:
+    """``moh.shared_heads``, or fewer where that leaves nothing to route; None: ``choice`` cannot be made.
 
-    Raises:
-        UserError: there is none.
+    Fewer are the next lower multiple of the KV groups, which every choice can share; where there is none, all active
+    heads but one, which ``spread`` cannot. A list stays as it is.
     """
     asked, groups, active = config.moh.shared_heads, config.model.query_groups, active_heads(config, share)
     count = asked if isinstance(asked, int) else max(map(len, asked or ((),)))
     if count < active:
         return count
-    if (fewer := (active - 1) // groups * groups) < 1:
-        raise UserError(f"moh.shared_heads must be below the {active} heads of {share} %. Got {count}.")
-    return fewer
+    if choice == "list":
+        return None
+    return (active - 1) // groups * groups or (None if choice == "spread" else active - 1)
 
 
-def with_choice(config: Config, choice: Choice, share: int, calibration: Calibration | None) -> Config:
-    """``config`` at ``share`` per cent, with shared heads by ``choice``; ``list`` keeps those it has.
+def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
+    """``config`` at ``share`` per cent, with shared heads by ``choice``, calibrated ones still to be settled.
+
+    ``list`` keeps those it has. None where so few heads leave no such choice.
 
     Raises:
-        UserError: they cannot be chosen so.
+        UserError: ``config`` allows no such choice.
     """
+    if choice == "list" and not isinstance(config.moh.shared_heads, tuple):
+        raise UserError(
+            f"--choices list needs moh.shared_heads to list heads for each layer. Got {config.moh.shared_heads}; leave "
+            "list out, or list them."
+        )
+    if (count := shared_heads(config, share, choice)) is None:
+        return None
     moh: dict[str, object] = {"enabled": True, "active_heads": active_heads(config, share), "backend": "auto"}
     moh["activation_schedule_steps"] = 0
     if choice != "list":
-        moh |= {"shared_heads": shared_heads(config, share), "shared_placement": choice}
+        moh |= {"shared_heads": count, "shared_placement": choice}
     changed = mapping_of(config)
     changed["moh"] |= moh
-    checked = config_from_mapping(changed, f"shared heads by choice of {choice}, at {share} %")
-    if choice != "calibrated":
-        return checked
-    assert calibration is not None, "measured for this choice"
-    return settled(checked, calibration)
+    return config_from_mapping(changed, f"--choices {choice}, at {share} %")
+
+
+def possible(config: Config) -> list[Choice]:
+    """``MADE``, without ``spread`` where ``moh.shared_heads`` is no multiple of the KV groups."""
+    shared, groups = config.moh.shared_heads, config.model.query_groups
+    uneven = isinstance(shared, int) and shared % groups != 0
+    return [choice for choice in MADE if not (choice == "spread" and uneven)]
+
+
+def planned(config: Config, choices: Sequence[Choice], shares: Sequence[int] = SHARES) -> dict[str, Config]:
+    """By "choice share" what is to be compared, without what cannot be; before anything is measured.
+
+    Raises:
+        UserError: see ``with_choice``.
+    """
+    made = {f"{choice} {share}": with_choice(config, choice, share) for choice in choices for share in shares}
+    return {name: each for name, each in made.items() if each is not None}
 
 
 def compare_choices(
-    config: Config,
+    plan: Mapping[str, Config],
     dense: nn.Module,
     documents: Sequence[Tensor],
-    choices: Sequence[Choice],
     calibration: Calibration | None = None,
-    shares: Sequence[int] = SHARES,
 ) -> tuple[Mean, list[Row]]:
-    """The dense loss, and a row for each choice at each share, all over the same documents."""
-    configs = {
-        f"{choice} {share}": with_choice(config, choice, share, calibration) for choice in choices for share in shares
-    }
+    """The dense loss, and a row for each entry of ``planned``, all over the same documents."""
+    configs = {}
+    for name, each in plan.items():
+        if each.moh.shared_placement == "calibrated":
+            assert calibration is not None, "measured for this choice"
+            each = settled(each, calibration)
+        configs[name] = each
     models: dict[tuple[object, ...], nn.Module] = {}
     variants = {}
     for name, each in configs.items():

@@ -25,12 +25,8 @@ def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: moh.gating is not normalized: no other gates are 1.
     """
-    moh, dtype = config.moh, DTYPES[config.train.precision]
-    if moh.enabled and moh.router == "learned" and moh.gating != "normalized":
-        raise UserError(
-            f"moh.gating must be normalized to give a dense model learned routers: only its gates can all be 1, so "
-            f"that the heads count as before. Got {moh.gating}."
-        )
+    check_gates(config)
+    dtype = DTYPES[config.train.precision]
     generator = torch.Generator().manual_seed(config.run.seed)
     for rule in rules(config):
         if ".self_attention.router." not in rule.megatron:
@@ -39,3 +35,13 @@ def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
             yield rule.hf[0], torch.zeros(rule.shape, dtype=rule.dtype)
         else:
             yield rule.hf[0], (torch.randn(rule.shape, generator=generator) * _DEVIATION).to(dtype)
+
+
+def check_gates(config: Config) -> None:
+    """Raise UserError where the gates of a model that was dense cannot all be 1."""
+    moh = config.moh
+    if moh.enabled and moh.router == "learned" and moh.gating != "normalized":
+        raise UserError(
+            f"moh.gating must be normalized to give a dense model learned routers: only its gates can all be 1, so "
+            f"that the heads count as before. Got {moh.gating}."
+        )

@@ -28,9 +28,10 @@ from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
 from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
+from moh_megatron.train.teacher import find_teacher
 from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
 from moh_megatron.upcycle.compare import divergence
-from moh_megatron.upcycle.routers import initial_routers
+from moh_megatron.upcycle.routers import check_gates, initial_routers
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
 Report = Callable[[str], None]
@@ -50,7 +51,8 @@ def prepare(config: Config, report: Report) -> Config:
     """Make what is missing of ``config``'s start, in this one process; returns what training is given.
 
     Raises:
-        UserError: train.init_from is missing, or of another model.
+        UserError: train.init_from is missing, or of another model, or distillation.teacher cannot teach; before
+            anything is measured or written.
         Fault: the disk refuses, or the new model with all heads active is not the dense one.
     """
     if not _is_made(config):
@@ -59,6 +61,7 @@ def prepare(config: Config, report: Report) -> Config:
         if _fits(there, config):
             return config
         check_source(source, there, config, report)
+        find_teacher(config, report)
         data = load_prepared(config)
         data.check_fits(config)
         tokenizer = data.tokenizer()
@@ -119,6 +122,8 @@ def check_source(source: Path, there: Config, config: Config, report: Report) ->
     require_same_weights(source, config, report, apart_from=may_differ)
     if there.moh.enabled and not config.moh.enabled:
         raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
+    if not there.moh.enabled:
+        check_gates(config)
     if there.model.tokens > config.model.tokens:
         raise UserError(
             f"model.vocab_size must hold the {there.model.tokens} entries of {source}. Got {config.model.tokens}."

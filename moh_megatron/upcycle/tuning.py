@@ -12,6 +12,7 @@ from moh_megatron.checkpoint import native
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import load_config
+from moh_megatron.config.paths import require_folder
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.model.single import build_single_process
 from moh_megatron.monitor.records import read_records, write_json
@@ -29,6 +30,7 @@ class Arm:
 
     def __init__(self, folder: Path, most: int | None = None) -> None:
         self.folder, self.most = folder, most
+        require_folder(folder, "the folder of a run")
         if not (folder / native.CONFIG).is_file():
             raise UserError(f"{folder}: must be the folder of a run. Got one without {native.CONFIG}.")
         self.config = load_config(folder / native.CONFIG)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,15 @@ def quantised(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(32, 64, dtype=torch.int8)
 
 
+def whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].long()
+
+
+def infinite_in_a_shard(folder: Path) -> None:
+    edit_weights(infinite)(folder)
+    sharded(folder)
+
+
 def other_head(folder: Path) -> None:
     edit_config(tie_word_embeddings=True)(folder)
 
@@ -129,6 +139,19 @@ def other_head_dtype(folder: Path) -> None:
 
 def no_folder(folder: Path) -> None:
     folder.rename(folder.with_name("moved"))
+
+
+def a_file(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    shutil.rmtree(folder)
+    folder.write_bytes(content)
+
+
+def a_run(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "config.yaml").touch()
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").touch()
 
 
 def small_vocabulary(folder: Path) -> None:
@@ -160,6 +183,11 @@ BROKEN = {
     ),
     "layers_too_few": (edit_config(num_hidden_layers=1), "unexpected tensors: model.layers.1."),
     "layers_too_many": (edit_config(num_hidden_layers=3), "missing tensors: model.layers.2."),
+    "whole_numbers": (
+        edit_weights(whole_numbers),
+        "model.safetensors: model.norm.weight must be of F32, F16 or BF16. Got torch.int64",
+    ),
+    "inf_in_a_shard": (infinite_in_a_shard, "b.safetensors: model.layers.0.self_attn.k_proj.weight: every value"),
     "nan": (edit_weights(nan), "model.layers.1.mlp.up_proj.weight: every value must be finite"),
     "inf": (edit_weights(infinite), "model.layers.0.self_attn.k_proj.weight: every value must be finite"),
     "mixed": (
@@ -169,6 +197,11 @@ BROKEN = {
     "quantised": (edit_weights(quantised), "model.layers.1.self_attn.v_proj.weight must be of F32"),
     "index_names_a_pickle": (pickled_shard, "b.bin: the weights are pickles, which can run code"),
     "tied_of_two_dtypes": (other_head_dtype, "lm_head.weight differs from model.embed_tokens.weight"),
+    "a_file": (a_file, "hf: a file. Expected the folder of a Hugging Face model."),
+    "a_run": (
+        a_run,
+        "index.json and its files. Got a run or a checkpoint: its export is",
+    ),
     "no_folder": (no_folder, "hf: no such folder"),
     "no_token": (edit_config(eos_token_id=[2, 131]), "eos_token_id must be a token from 0 to 130. Got [2, 131]"),
     "generation": (lambda folder: (folder / "generation_config.json").write_text("{"), "cannot be read as JSON"),
@@ -208,8 +241,10 @@ def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
         (["parallel.tensor=3"], "parallel.tensor must divide model.num_attention_heads (8)"),
         (["model.hidden_size=32"], "model.hidden_size: 64 in config.json, 32 in the configuration"),
         (["model.rotary_base=1e6"], "model.rotary_base: 10000.0 in config.json, 1000000.0 in the configuration"),
+        (["model.num_query_groups="], "model.num_query_groups: 4 in config.json, 8 in the configuration"),
         (["moh.enabled=true"], "moh.shared_heads is required unless moh.enabled is false"),
         (["moh.enabled=true", "moh.shared_heads=4", "moh.active_heads=9"], "moh.active_heads must be greater than"),
+        (["moh.active_heads=6", "moh.router=query_norm"], "moh.active_heads, moh.router would be ignored. Add moh.en"),
         (["moh.gatin=paper"], "moh.gatin: unknown key; did you mean 'gating'?"),
     ],
 )
@@ -236,6 +271,12 @@ def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder,
     capsys.readouterr()
     assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
     assert "cannot be read as tensors saved by torch" in capsys.readouterr().err
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
+    assert "cannot be read as tensors saved by torch" in capsys.readouterr().err
+    torch.save(expected, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert run_convert(*arguments[:-2], tmp_path / "other", "--allow-pickle") == 2
+    assert "Fetch it again, or save it as safetensors." in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "other").exists()
 
@@ -269,9 +310,14 @@ def test_a_much_smaller_tokenizer_is_told(tmp_path, capsys):
 
 def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_path, capsys):
     file, arguments = tmp_path / "made.yaml", ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
-    file.write_text("train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n")
+    file.write_text(
+        "train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n"
+        "moh:\n  enabled: false\n  active_heads: 6\n"
+    )
     assert run_convert(*arguments, "--config", file) == 2
-    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in told
+    assert "model.kv_channels" not in told, "nobody states it"
     assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
     config = native.read_config(tmp_path / "ckpt")
     assert (config.train.sequence_length, config.parallel.tensor, config.model.vocab_padding) == (77, 2, 1)

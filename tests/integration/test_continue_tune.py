@@ -111,17 +111,22 @@ def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp
         [
             *command("../tools/upcycle_report.py", dense.config, "--out", tmp_path, "--documents", 5),
             *(f"data.dir={dense.data}", f"train.init_from={dense.folder}", f"run.dir={tmp_path / 'run'}"),
-            *("moh.router=query_norm", "--choices", "first", "calibrated"),
+            *("moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6"),
         ]
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [(row["choice"], row["share"]) for row in rows] == [
-        (choice, share) for choice in ("first", "calibrated") for share in (100, 90, 75, 50)
+        (choice, share)
+        for choice in ("first", "spread", "calibrated")
+        for share in (100, 90, 75, 50)
+        if (choice, share) != ("spread", 50)
     ]
     assert all((row["divergence"]["value"] < 1e-8) == (row["share"] == 100) for row in rows)
     assert (tmp_path / "report.png").stat().st_size > 1000
-    assert "| first | 4 (50 %) | 2 |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "| first | 4 (50 %) | 3 |" in text
+    assert "no such choice: spread at 50 %." in text
 
 
 @pytest.mark.slow

@@ -175,12 +175,13 @@ def test_a_wrong_conversion_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_pat
 
 
 def test_user_mistakes_end_with_2_and_one_message(tokenizer_dir, tmp_path, monkeypatch, capsys):
-    write_checkpoint(tmp_path / "run", make_config(), tokenizer_dir, scale=1e6)
+    checkpoint = write_checkpoint(tmp_path / "run", make_config(), tokenizer_dir, scale=1e6)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("mine")
     for load, folder, message in (
         (tmp_path / "absent", tmp_path / "hf", "absent: no such folder"),
         (tmp_path / "run", tmp_path / "taken", "must be empty or an earlier export"),
+        (tmp_path / "run", checkpoint / "hf", "/hf: must lie outside the checkpoint to export"),
         (tmp_path / "run", tmp_path / "hf", "every value must be finite"),
     ):
         assert run_script(monkeypatch, "--load-dir", load, "--hf-dir", folder, "--dtype", "fp16") == 2
@@ -192,3 +193,4 @@ def test_user_mistakes_end_with_2_and_one_message(tokenizer_dir, tmp_path, monke
     assert "must be the summary.json of a run" in capsys.readouterr().err
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
+    assert not (checkpoint / "hf").exists()

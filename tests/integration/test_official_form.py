@@ -1,6 +1,7 @@
 """The official MoH-LLaMA's weights and outputs through every conversion."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,17 +104,35 @@ def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint
     assert not list(target.glob("*.py"))
 
 
-def test_the_official_form_is_read(official, vectors, tmp_path, capsys):
-    arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", tmp_path / "hf", "--verify")
+def test_an_export_says_its_form_so_that_none_is_read_as_another(checkpoint, official, tmp_path, capsys):
+    exported = ("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "official", "--format", "official")
+    assert run_convert(*exported) == 0
+    assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "official", "--save-dir", tmp_path / "moh") == 2
+    assert "Got an export of --format official, which would be read as a dense model" in capsys.readouterr().err
+    assert not (tmp_path / "moh").exists()
+    assert run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "dense") == 0
+    assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "dense", "--hf-dir", tmp_path / "llama") == 0
+    assert run_convert("official-to-hf", "--load-dir", tmp_path / "llama", "--hf-dir", tmp_path / "back") == 2
+    assert "Got an export of --format moh of a dense model; use hf-to-megatron" in capsys.readouterr().err
+    assert run_convert("official-to-hf", "--load-dir", tmp_path / "official", "--hf-dir", tmp_path / "back") == 0
+
+
+def test_the_official_form_is_read(official, vectors, tmp_path, capsys, caplog, monkeypatch):
+    folder = tmp_path / "no identifier"
+    arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", folder, "--verify")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert run_convert(*arguments) == 0
     captured = capsys.readouterr()
     assert captured.err.count("has no tokenizer") == 1
+    assert "the first 4 of 8 heads shared, 6 active" in captured.err
     assert "KL divergence" in captured.err
+    assert "Loading weights" not in captured.err
+    assert "not a valid Python identifier" not in caplog.text
     assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
-    check_hf(tmp_path / "hf", vectors)
-    assert run_convert("official-to-hf", "--load-dir", tmp_path / "hf", "--hf-dir", tmp_path / "more") == 2
+    check_hf(folder, vectors)
+    assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "more") == 2
     assert "must be of the official form, whose model_type is llama. Got moh_llama" in capsys.readouterr().err
-    into = ("hf-to-megatron", "--hf-dir", tmp_path / "hf", "--save-dir", tmp_path / "other")
+    into = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "other")
     for change, message in (
         ("moh.active_heads=5", "moh.active_heads: 6 in config.json, 5 in the configuration"),
         (
@@ -127,11 +146,11 @@ def test_the_official_form_is_read(official, vectors, tmp_path, capsys):
         assert not (tmp_path / "other").exists()
     assert run_convert(*into, "moh.shared_heads=4", "moh.active_heads=75%") == 0
     again = tmp_path / "again"
-    assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "hf", "--save-dir", again, "parallel.tensor=4") == 0
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", again, "parallel.tensor=4") == 0
     config = native.read_config(again)
     assert (config.moh.router, config.moh.shared_heads, config.moh.active_heads) == ("query_norm", 4, 6)
-    assert run_convert("megatron-to-hf", "--load-dir", again, "--hf-dir", tmp_path / "hf", "--dtype", "bf16") == 0
-    check_hf(tmp_path / "hf", vectors)
+    assert run_convert("megatron-to-hf", "--load-dir", again, "--hf-dir", folder, "--dtype", "bf16") == 0
+    check_hf(folder, vectors)
 
 
 @pytest.mark.parametrize(

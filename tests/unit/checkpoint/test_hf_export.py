@@ -222,6 +222,17 @@ def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_the_divergence_is_no_rounding_noise():
+    generator = torch.Generator().manual_seed(2)
+    logits, other = (4 * torch.randn(2, 64, 512, generator=generator) for _ in range(2))
+    for step in (0.0, 1e-6, 1e-3):
+        apart = logits + step * other
+        found = verify.compare(Trace([], logits), Trace([], apart)).divergence
+        assert found >= 0
+        # Half the variance, under the model, of what the logits differ by.
+        assert found == pytest.approx(5.5 * step**2, rel=0.1, abs=1e-15)
+
+
 @pytest.mark.parametrize(("largest", "allowed"), [(0.5, 1e-4), (20.0, 2e-3)])
 def test_rounding_is_in_proportion_to_the_logits(largest, allowed):
     logits = torch.linspace(-largest, largest / 2, 12).view(1, 2, 6)

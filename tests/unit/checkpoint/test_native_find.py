@@ -112,6 +112,11 @@ def test_none(tmp_path):
             resolve_checkpoint(folder)
     with pytest.raises(UserError, match=r"absent: no such folder\. Expected a checkpoint, a folder of checkpoints, or"):
         resolve_checkpoint(tmp_path / "absent")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"Got a Hugging Face folder; make one of it: .*convert\.py hf-to-megatron"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: a file\. Expected a checkpoint"):
+        resolve_checkpoint(tmp_path / "config.json")
 
 
 def test_all_damaged(run):

@@ -54,8 +54,10 @@ def end(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "reason"), [(0, "finished"), (75, "received SIGUSR1: saved")])
-def test_an_orderly_end(end, code, reason):
+def test_an_orderly_end(end, code, reason, capsys):
     assert end(SimpleNamespace(code=code, reason=reason, step=9)) == (code, {"code": code, "reason": reason, "step": 9})
+    told = capsys.readouterr().err
+    assert told.endswith("run: received SIGUSR1: saved. Last step: 9. The same command goes on.\n") == (code == 75)
 
 
 def test_the_users_mistake(end, capfd):

@@ -14,7 +14,15 @@ from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.upcycle.calibrate import Calibration
 from moh_megatron.upcycle.compare import dense_twin, mean, measure, recovered, upcycled
-from moh_megatron.upcycle.report import active_heads, as_markdown, compare_choices, shared_heads, with_choice
+from moh_megatron.upcycle.report import (
+    active_heads,
+    as_markdown,
+    compare_choices,
+    planned,
+    possible,
+    shared_heads,
+    with_choice,
+)
 
 
 @pytest.fixture
@@ -76,15 +84,17 @@ def test_shares_become_heads(tiny):
     assert [active_heads(nine, share) for share in (100, 90, 75, 50)] == [9, 8, 7, 5]
     llama = tiny({"model.num_attention_heads": 32, "model.num_query_groups": 8, "model.hidden_size": 64,
                   "moh.shared_heads": 16, "moh.active_heads": 24})  # fmt: skip
-    assert [(active_heads(llama, share), shared_heads(llama, share)) for share in (100, 90, 75, 50)] == [
-        (32, 16), (29, 16), (24, 16), (16, 8)
-    ]  # fmt: skip
+    for choice in ("first", "spread", "calibrated"):
+        assert [(active_heads(llama, share), shared_heads(llama, share, choice)) for share in (100, 90, 75, 50)] == [
+            (32, 16), (29, 16), (24, 16), (16, 8)
+        ]  # fmt: skip
 
 
 def test_a_row_for_each_choice_and_share(tiny, dense, documents):
     config = tiny({"moh.shared_heads": 4, "moh.active_heads": 6, "moh.router": "query_norm"})
     calibration = Calibration(1, 1.0, (tuple(map(float, range(8))),) * 2)
-    loss, rows = compare_choices(config, dense, documents, ["first", "spread", "calibrated"], calibration, (100, 75))
+    plan = planned(config, ["first", "spread", "calibrated"], (100, 75))
+    loss, rows = compare_choices(plan, dense, documents, calibration)
     assert [(row.choice, row.share, row.active, row.shared) for row in rows] == [
         (choice, share, active, 4)
         for choice in ("first", "spread", "calibrated")
@@ -98,15 +108,33 @@ def test_a_row_for_each_choice_and_share(tiny, dense, documents):
 
 
 def test_a_choice_that_cannot_be_made_is_refused(tiny):
-    with pytest.raises(UserError, match="must be below the 4 heads of 50 %"):
-        shared_heads(tiny({"moh.shared_heads": 5, "moh.active_heads": 6}), 50)
-    with pytest.raises(UserError, match="multiple of the KV groups"):
-        with_choice(tiny({"moh.shared_heads": 3, "moh.active_heads": 6}), "spread", 75, None)
+    with pytest.raises(UserError, match=r"at 75 %: moh\.shared_heads must be a multiple of the KV groups"):
+        with_choice(tiny({"moh.shared_heads": 3, "moh.active_heads": 6}), "spread", 75)
+    with pytest.raises(UserError, match=r"--choices list needs moh\.shared_heads to list heads for each layer"):
+        with_choice(tiny({"moh.shared_placement": "calibrated"}), "list", 75)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "shared"), [(8, 4, 4), (32, 32, 16)], ids=["as many groups as active heads", "LLaMA 2"]
+)
+def test_where_no_multiple_of_the_groups_is_left_only_spread_is_left_out(tiny, heads, groups, shared):
+    model = {"model.num_attention_heads": heads, "model.num_query_groups": groups, "model.hidden_size": 4 * heads}
+    config = tiny({**model, "moh.shared_heads": shared, "moh.active_heads": shared + heads // 4})
+    assert possible(config) == (["first", "calibrated"] if shared % groups else ["first", "spread", "calibrated"])
+    plan = planned(config, possible(config))
+    at_half = {name.split()[0]: each.moh for name, each in plan.items() if name.endswith(" 50")}
+    assert {choice: (moh.shared_heads, moh.active_heads) for choice, moh in at_half.items()} == {
+        "first": (heads // 2 - 1, heads // 2),
+        "calibrated": (heads // 2 - 1, heads // 2),
+    }
+    listed = tiny({**model, "moh.shared_heads": [list(range(shared))] * 2, "moh.active_heads": shared + 1})
+    assert [name.split()[1] for name in planned(listed, ["list"])] == ["100", "90", "75"]
 
 
 def test_a_list_is_kept_at_every_share(tiny):
     listed = ((0, 5), (3, 7))
     config = tiny({"moh.shared_heads": [list(each) for each in listed], "moh.router": "query_norm"})
     for share, active in ((100, 8), (50, 4)):
-        made = with_choice(config, "list", share, None)
+        made = with_choice(config, "list", share)
+        assert made is not None
         assert (made.moh.shared_heads, made.moh.active_heads, made.moh.shared_placement) == (listed, active, "first")

@@ -132,6 +132,17 @@ def test_a_tokenizer_that_does_not_fit_is_refused_first(make, data):
     assert not start.start_folder(make()).exists()
 
 
+def test_what_the_configuration_forbids_is_refused_before_anything_is_measured(make, fake_checkpoint, tmp_path):
+    calibrated = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
+    write_source(dense_twin(make()))
+    with pytest.raises(UserError, match=r"moh\.gating must be normalized .* Got paper"):
+        start.prepare(make({**calibrated, "moh.router": "learned", "moh.gating": "paper"}), print)
+    teacher = fake_checkpoint(tmp_path / "step_00000001", make())
+    with pytest.raises(UserError, match=r"distillation\.teacher must be a dense model"):
+        start.prepare(make({**calibrated, "distillation.teacher": str(teacher)}), print)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_calibration_of_something_else_is_refused(make, tmp_path, monkeypatch):
     changes = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
     write_source(dense_twin(make()))

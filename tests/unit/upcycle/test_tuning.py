@@ -25,8 +25,10 @@ def arm(tiny, tmp_path):
 
 
 def test_folders_that_are_no_such_run(arm, tmp_path):
-    with pytest.raises(UserError, match=r"absent: must be the folder of a run\. Got one without config\.yaml"):
+    with pytest.raises(UserError, match=r"absent: no such folder\. Expected the folder of a run"):
         tuning.Arm(tmp_path / "absent")
+    with pytest.raises(UserError, match=r": must be the folder of a run\. Got one without config\.yaml"):
+        tuning.Arm(tmp_path)
     with pytest.raises(UserError, match=r"must be a run of pipelines/continue_tune\.py\. Got train\.init_from: null"):
         arm("pretrained", {"train.init_from": None})
 
