@@ -269,7 +269,8 @@ supervise() {
 }
 
 # Slurm remembers the tasks of the last life, and with them would wait for as many nodes even if --nodes=1-2 asked for fewer;
-# it counts them anew when it starts the job. Only a job that waits can be changed.
+# it counts them anew when it starts the job. Only a job that waits can be changed: whatever ends this shell, also a TERM at
+# any moment, this is said last.
 may_take_fewer_nodes() {
     [ -z "${SLURM_NTASKS_PER_NODE:-}" ] ||
         scontrol update JobId="$this_job" NumTasks="$SLURM_NTASKS_PER_NODE" 2>/dev/null || true
@@ -288,7 +289,6 @@ requeue() { # NODES: start this job again, away from these nodes
     # Slurm will end this shell; not before it has said which nodes to avoid.
     trap '' TERM
     scontrol requeue "$this_job" || fail 1 "Slurm refused to requeue job $this_job. Submit it again."
-    may_take_fewer_nodes
     avoid "$1"
     exit 75
 }

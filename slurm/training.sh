@@ -209,6 +209,7 @@ check_failed() { # CODE: in a job, before a run folder is known
 
 train_job() { # PIPELINE [FLAGS]: one life of the run; with flags, the pipeline is called with them by one process first
     local code=0 life reason step nodes
+    trap may_take_fewer_nodes EXIT
     remember_log
     prepare_environment
     prepare_srun
@@ -271,8 +272,6 @@ judge() { # CODE STEP NODES REASON: what the end of a step other than 0 means fo
     # srun returns the largest of the ranks' codes: 75 also where another rank failed.
     if [ "$code" = 75 ] && [ "$(exit_value code)" = 75 ]; then
         after_save "$step" "$reason"
-    [ -e "$history" ] || fail 1 "$history is gone: somebody removed the run folder of job $SLURM_JOB_ID while it ran, and it" \
-        "is not started again"
     fi
     if [ "$code" = "$unheard" ] && [ ! -e "$run_dir/exit.json" ]; then
         after_save "$(last_step)" "USR1 came before the ranks were there: nothing to save"
@@ -285,7 +284,6 @@ end_stopped() { # CODE: Slurm, or the user, wants this job to end, and knows wha
     nodes=$(missed)
     record stopped "$1" "$(last_step)" "$nodes" "$(exit_value reason)"
     say "stopped: $(exit_value reason)"
-    may_take_fewer_nodes
     avoid "$(failed_twice "$nodes")"
     exit "$1"
 }

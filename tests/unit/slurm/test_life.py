@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,17 @@ def test_what_slurm_stops_has_saved_before_its_job_ends(job):
     assert job.history[1][3:6] == ["stopped", "75", "-"]
     assert job.history[1][7] == "received SIGTERM: saved"
     assert job.last.endswith("stopped: received SIGTERM: saved")
+
+
+def test_fewer_nodes_will_do_for_a_job_that_slurm_ends_when_its_ranks_have_ended(job):
+    # As where a node is lost: the watchdog has ended the other ranks before Slurm misses the node.
+    shell = "$(cut -d' ' -f4 /proc/$PPID/stat)"
+    job.act(
+        pretrain_0=f"job={shell}; (sleep 0.5; kill -TERM $job) & ended 1 'rank 2 (n2, after step 7, train) is missing' 7"
+    )
+    assert job.live(PRETRAIN, "CONFIG", RESTART_PAUSE="30", SLURM_NTASKS_PER_NODE="2") == -signal.SIGTERM
+    assert job.events == ["start", "fault"]
+    assert job.calls[-1] == "scontrol update JobId=7 NumTasks=2"
 
 
 def test_a_refusal_by_the_checks_is_final(job):
