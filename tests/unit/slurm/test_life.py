@@ -183,10 +183,8 @@ def test_what_slurm_stops_has_saved_before_its_job_ends(job):
 
 def test_fewer_nodes_will_do_for_a_job_that_slurm_ends_when_its_ranks_have_ended(job):
     # As where a node is lost: the watchdog has ended the other ranks before Slurm misses the node.
-    shell = "$(cut -d' ' -f4 /proc/$PPID/stat)"
-    job.act(
-        pretrain_0=f"job={shell}; (sleep 0.5; kill -TERM $job) & ended 1 'rank 2 (n2, after step 7, train) is missing' 7"
-    )
+    told = "job=$(cut -d' ' -f4 /proc/$PPID/stat); (sleep 0.5; kill -TERM $job) & "
+    job.act(pretrain_0=told + "ended 1 'rank 2 (n2, after step 7, train) is missing' 7")
     assert job.live(PRETRAIN, "CONFIG", RESTART_PAUSE="30", SLURM_NTASKS_PER_NODE="2") == -signal.SIGTERM
     assert job.events == ["start", "fault"]
     assert job.calls[-1] == "scontrol update JobId=7 NumTasks=2"
