@@ -111,7 +111,8 @@ def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
 def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
     job = new_job()
     job.submit("--nodes=1-2", overrides=STRICT)
-    job.wait_for_step(MIDDLE)
+    # Between two saves: a step of the first life is to follow the one that is resumed.
+    job.wait_for_step(MIDDLE + INTERVAL // 2)
     assert cluster.job(job.id)["NumNodes"] == "2"
     cluster.crash("n2")
     time.sleep(1)
