@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.finite import check_finite, check_not_lost
 from moh_megatron.checkpoint.mapping import Rule, rules
-from moh_megatron.checkpoint.rows import runs
+from moh_megatron.checkpoint.rows import one_thread, runs
 from moh_megatron.checkpoint.safetensors_io import SafetensorsWriter
 from moh_megatron.checkpoint.sources import WeightSource, row_bytes
 from moh_megatron.config.schema import Config
@@ -45,7 +45,7 @@ def write_weights(
         for name, shape in zip(rule.hf, rule.hf_shapes(), strict=True)
     }
     plan = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
-    with ExitStack() as stack:
+    with one_thread(), ExitStack() as stack:
         files = {
             file: stack.enter_context(
                 SafetensorsWriter(

@@ -15,7 +15,6 @@ FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
-_CHUNK = 1 << 22
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
@@ -67,14 +66,11 @@ def package_versions() -> dict[str, str]:
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
     """Size and SHA-256 of a file; ``flush`` makes sure first that what was just written is on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
         if flush:
             os.fsync(stream.fileno())
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size, digest.hexdigest())
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileEntry(stream.tell(), digest)
 
 
 def relative_files(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from moh_megatron.checkpoint.manifest import (
 )
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.native import CONFIG, TOKENIZER
-from moh_megatron.checkpoint.rows import deal, shard_shape
+from moh_megatron.checkpoint.rows import deal, one_thread, shard_shape
 from moh_megatron.checkpoint.safetensors_io import SafetensorsWriter
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
@@ -64,7 +64,7 @@ def _write_weights(
     tensors = {name: (dtypes[name], shard_shape(rule, world)) for name, rule in table.items()}
     files = [weights.shard_file(folder, rank, world) for rank in range(world)]
     files[0].parent.mkdir()
-    with ExitStack() as stack:
+    with one_thread(), ExitStack() as stack:
         writers = [stack.enter_context(SafetensorsWriter(file, tensors, hashed=True)) for file in files]
         current, row = "", 0
         for name, piece in pieces:

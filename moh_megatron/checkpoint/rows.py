@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from moh_megatron.checkpoint.mapping import Rule
 
 PIECE_BYTES = 1 << 22
 """What is held at once of a tensor that can be taken in pieces: small enough to stay in a processor's cache."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch works in the calling thread alone: between pieces this small its helpers would spin on the cores that hash
+    and flush."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def runs(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -223,6 +223,7 @@ def test_a_prompt_computed_for_active_heads_alone_gives_the_same_tokens(router, 
         return attend_active(*given)
 
     monkeypatch.setattr(modeling_moh, "attend_active", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(modeling_moh, "PAYS", {1: (10_000, 1.0)})
     dense, expected = model.generate(prompt, **arguments), model(prompt).logits
     assert not calls

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 
 import pytest
@@ -46,12 +47,10 @@ def test_hash_file_is_size_and_sha256(tmp_path):
     assert hash_file(tmp_path / "abc") == FileEntry(3, expected)
 
 
-def test_files_of_more_than_one_chunk_are_read_whole(tmp_path, monkeypatch):
-    (tmp_path / "abc").write_bytes(b"abc" * 5)
-    whole = hash_file(tmp_path / "abc")
-    monkeypatch.setattr("moh_megatron.checkpoint.manifest._CHUNK", 4)
-    assert hash_file(tmp_path / "abc") == whole
-    assert whole.bytes == 15
+def test_files_of_more_than_one_chunk_are_read_whole(tmp_path):
+    content = bytes(range(251)) * 5000
+    (tmp_path / "long").write_bytes(content)
+    assert hash_file(tmp_path / "long") == FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_the_manifest_lists_every_file_but_itself(checkpoint):
