@@ -118,15 +118,18 @@ def build_validation_datasets(config: Config, data: PreparedData, tokenizer: Tok
 
 
 class _Tokens(GPTDataset):
-    """Samples as they are stored. GPTDataset itself would turn padding ids, which may end documents too, into id 0."""
+    """Samples as they are stored. GPTDataset itself would turn padding ids, which may end documents too, into id 0.
+
+    Megatron-core 0.19 also says how long each part of a sample is; nobody here asks.
+    """
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
-        tokens, _ = self._query_document_sample_shuffle_indices(idx or 0)
+        tokens, *_ = self._query_document_sample_shuffle_indices(idx or 0)
         return {"tokens": torch.from_numpy(tokens)}
 
     def parts(self, idx: int) -> list[tuple[int, int]]:
         """(document, first token in it) of each part of a sample."""
-        _, documents = self._query_document_sample_shuffle_indices(idx)
+        _, documents, *_ = self._query_document_sample_shuffle_indices(idx)
         assert self.shuffle_index is not None, "loaded by the call above"
         _, offset = self.sample_index[self.shuffle_index[idx]]
         return [(int(document), int(offset) if place == 0 else 0) for place, document in enumerate(documents)]

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,6 +42,7 @@ class MoHSelfAttention(SelfAttention):
         moh: the section of the configuration.
         heads: of each layer.
         loss_scale: what a layer's auxiliary losses are multiplied by, see ``Router``.
+        from_layer: what else a transformer layer hands to its attention; it differs between Megatron-core versions.
     """
 
     local_heads: Tensor
@@ -54,14 +54,13 @@ class MoHSelfAttention(SelfAttention):
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
         *,
         moh: MoHConfig,
         heads: Sequence[LayerHeads],
         loss_scale: float,
+        **from_layer: Any,
     ) -> None:
-        super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
+        super().__init__(config, submodules, layer_number, attn_mask_type, **from_layer)
         own = heads[layer_number - 1]
         layout = HeadLayout(own.count, config.num_query_groups or own.count, moh.head_layout)
         local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
