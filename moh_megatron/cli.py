@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 import warnings
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config, load_config
+from moh_megatron.config.paths import refuse_checkpoint
 from moh_megatron.config.schema import Config
 from moh_megatron.config.storage import remedy
 
@@ -44,10 +47,31 @@ def parse_config(
     """
     namespace = parser.parse_intermixed_args(arguments)
     config = load_config(namespace.config, namespace.overrides)
+    refuse_checkpoint(config.run.dir)
     if namespace.dry_run:
         sys.stdout.write(dump_config(config))
         parser.exit(0)
     return namespace, config
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse takes as a type: whole numbers from ``least`` on."""
+
+    def whole_number(text: str) -> int:
+        if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}. Got {text}")
+        return int(text)
+
+    return whole_number
+
+
+def new_file(text: str) -> Path:
+    """What argparse takes as a type: a file to write in a folder that is there."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        got = "a folder" if path.is_dir() else "no such folder"
+        raise argparse.ArgumentTypeError(f"must be a file to write, in a folder that is there. Got {got}: {text}")
+    return path
 
 
 def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:

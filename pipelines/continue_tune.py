@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
 from moh_megatron.train.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.world import PARENT_VARIABLE, World
@@ -23,7 +23,9 @@ from moh_megatron.train.world import PARENT_VARIABLE, World
 
 def main() -> int:
     parser = config_parser("Tune a model on: dense into MoH, with a larger vocabulary, or as it is.")
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="start N ranks on this node (default 1)")
+    parser.add_argument(
+        "--nproc-per-node", type=at_least(1), metavar="N", help="start N ranks on this node (default 1)"
+    )
     parser.add_argument("--prepare", action="store_true", help="make what training starts from, and stop")
     args, config = parse_config(parser)
     # Ranks get the launcher's arguments too, and are told by RANK.

@@ -5,8 +5,9 @@
     python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
 
 The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
-the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once. The bounds
-below are those of the full size on one disk; each is printed as held or missed, and a missed one ends with 1.
+the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once, three of
+them before the last of several pairs. The bounds below are those of the full size on one disk; each is printed as held
+or missed, and a missed one ends with 1.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +28,7 @@ def main() -> None:
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # Its own configuration goes on about quantisation.
     fields = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    fields["rms_norm_eps"] = float(str(np.float32(fields["rms_norm_eps"])))  # GGUF keeps it in single precision
     model = LlamaForCausalLM(LlamaConfig(**fields)).float()
     model.load_state_dict(read.state_dict())
     model.save_pretrained(args.hf_dir)

@@ -13,15 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from moh_megatron.cli import exit_code
+from moh_megatron.cli import at_least, exit_code, new_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("control", type=Path, metavar="CONTROL")
     parser.add_argument("arms", type=Path, nargs="*", metavar="ARM")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown")
-    parser.add_argument("--documents", type=int, metavar="N", help="at most; default: all held-out ones")
+    parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="Markdown")
+    parser.add_argument("--documents", type=at_least(2), metavar="N", help="at most; default: all held-out ones")
     arguments = parser.parse_args()
     from moh_megatron.upcycle.tuning import Arm, as_markdown
 

@@ -9,27 +9,44 @@ report.png (which needs matplotlib), and DIR/calibration.json where the choice i
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 
 _CHOICES = ("first", "spread", "calibrated", "list")
 
 
+def choice(text: str) -> str:
+    """One of ``_CHOICES``."""
+    if text not in _CHOICES:
+        hint = ": section.key=value stands before --choices" if "=" in text else ""
+        raise argparse.ArgumentTypeError(f"must be {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}. Got {text}{hint}")
+    return text
+
+
+def folder(text: str) -> Path:
+    """A folder, there or not."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder to write into. Got a file: {text}")
+    return Path(text)
+
+
 def main() -> None:
     parser = config_parser("Compare choices of shared heads without training.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument(
         "--choices",
         nargs="+",
-        choices=_CHOICES,
+        type=choice,
         metavar="CHOICE",
         help="of the shared heads: first, spread, calibrated, or list, those that the configuration lists; default: "
         "the first three, spread only where it can be",
     )
-    parser.add_argument("--documents", type=int, default=100, metavar="N", help="validation documents, at most")
+    parser.add_argument("--documents", type=at_least(2), default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
     from moh_megatron.checkpoint import native
     from moh_megatron.config.errors import UserError
@@ -44,8 +61,11 @@ def main() -> None:
 
     if config.train.init_from is None:
         raise UserError("train.init_from must name the dense checkpoint. Got null.")
+    if find_spec("matplotlib") is None:
+        raise UserError("the report needs matplotlib for its picture. Got none; pip install matplotlib.")
+    choices = arguments.choices or (possible(config) if config.moh.shared_heads == 0 else MADE)
     plan = planned(config, arguments.choices or possible(config))
-    asked = ((choice, share) for choice in arguments.choices or MADE for share in SHARES)
+    asked = ((choice, share) for choice in choices for share in SHARES)
     left_out = [f"{choice} at {share} %" for choice, share in asked if f"{choice} {share}" not in plan]
     documents = held_out(config, arguments.documents)
     source = native.resolve_checkpoint(config.train.init_from, print)

@@ -86,6 +86,7 @@ def official_to_hf(
         Fault: the two differ by ``TOLERANCE`` or more, or the disk is full or refuses.
     """
     precision = None if dtype is None else DTYPES[dtype]
+    hf.check_replaceable(hf_dir, official_dir)
     with open_weights(official_dir, allow_pickle=allow_pickle) as weights:
         settings = HFSettings(official_dir)
         if settings.moh:

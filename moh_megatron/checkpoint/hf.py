@@ -34,13 +34,13 @@ Form = Literal["moh", "llama", "official"]
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
 
-def check_replaceable(hf_dir: Path, checkpoint: Path | None = None) -> None:
+def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
     """Raise UserError unless ``hf_dir`` is absent, empty, or holds an earlier export and nothing else.
 
-    Inside the ``checkpoint`` that is exported it must not lie either: a checkpoint holds what its manifest says.
+    Inside the ``source`` it is made of it must not lie either: a checkpoint holds what its manifest says.
     """
-    if checkpoint is not None and hf_dir.resolve().is_relative_to(checkpoint.resolve()):
-        raise UserError(f"{hf_dir}: must lie outside the checkpoint to export, {checkpoint}. Name another folder.")
+    if source is not None and hf_dir.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{hf_dir}: must lie outside what is converted, {source}. Name another folder.")
     if not hf_dir.exists():
         return
     remedy = "Name another folder, or move this one away."

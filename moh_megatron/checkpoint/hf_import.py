@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.companions import Companions, carried_by
 from moh_megatron.checkpoint.hf_settings import HFSettings
-from moh_megatron.checkpoint.hf_source import HFWeights, open_weights
+from moh_megatron.checkpoint.hf_source import MARKER, HFWeights, open_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
 from moh_megatron.checkpoint.native import read_weights
 from moh_megatron.checkpoint.native_writer import write_checkpoint
@@ -211,10 +211,10 @@ def _write(
 
 
 def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> Tokenizer | None:
-    """The tokenizer of a folder, or None; ``report`` is told where there is none, or too small a one.
+    """The tokenizer of a folder, or None; ``report`` is told where there is none.
 
     Raises:
-        UserError: it is broken, or has more entries than the model's vocabulary.
+        UserError: it is broken, or has more entries than the model's vocabulary, or many fewer.
     """
     if not has_tokenizer(hf_dir):
         report(f"warning: {hf_dir} has no tokenizer ({TOKENIZER_JSON} or tokenizer.model): only weights are converted.")
@@ -225,10 +225,12 @@ def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) 
             f"{tokenizer.file}: the tokenizer must have at most vocab_size ({config.model.tokens}) entries. "
             f"Got {tokenizer.vocab_size}: it is another model's."
         )
-    if tokenizer.vocab_size + _USUAL_PADDING < config.model.tokens:
-        report(
-            f"warning: {tokenizer.file} has {tokenizer.vocab_size:,} entries, the vocabulary of config.json "
-            f"{config.model.tokens:,}, more than padding explains: is it this model's tokenizer?"
+    # In a run of this project the vocabulary may be of any size above the tokenizer's.
+    if tokenizer.vocab_size + _USUAL_PADDING < config.model.tokens and not (hf_dir / MARKER).is_file():
+        raise UserError(
+            f"{tokenizer.file}: the tokenizer must have about vocab_size ({config.model.tokens}) entries, at most "
+            f"{_USUAL_PADDING} fewer for padding. Got {tokenizer.vocab_size}: another model's. Without one in the "
+            "folder the weights alone are converted."
         )
     return tokenizer
 

@@ -11,6 +11,7 @@ from moh_megatron.config.errors import UserError
 _REQUIRED = object()
 _TYPES = ("llama", "moh_llama")
 _ARCHITECTURES = ("LlamaForCausalLM", "MoHForCausalLM")
+_TOO_LARGE = 2**31
 _SCALINGS = ("default", "linear", "llama3")
 
 
@@ -54,9 +55,12 @@ class HFSettings:
                 raise UserError(f"{self.path}: {name} is missing. Expected a number above 0.")
             return default
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or (kind is int and not whole):
-            words = "a whole number" if kind is int else "a number"
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        words = "a whole number" if kind is int else "a number"
+        if not number or (kind is int and not whole):
             raise UserError(f"{self.path}: {name} must be {words} above 0. Got {value!r}.")
+        if value >= _TOO_LARGE:
+            raise UserError(f"{self.path}: {name} must be {words} below {_TOO_LARGE}. Got {value!r}.")
         return kind(value)
 
     def token_ids(self) -> dict[str, int | list[int]]:
@@ -120,12 +124,23 @@ class HFSettings:
 
     def _rope(self) -> tuple[float, dict[str, Any] | None]:
         """RoPE's base, and model.rope_scaling."""
-        given: dict[str, Any] = {}
+        readings: dict[str, tuple[float, dict[str, Any] | None]] = {}
         for name in ("rope_scaling", "rope_parameters"):
             value = self.content.get(name) or {}
             if not isinstance(value, dict):
                 raise UserError(f"{self.path}: {name} must be an object. Got {value!r}.")
-            given |= value
+            if value:
+                readings[name] = self._rope_of(value)
+        outside = self._number("rope_theta", float, None)
+        found = list(readings.values()) or [(outside or 10000.0, None)]
+        if any(each != found[0] for each in found) or outside not in (None, found[0][0]):
+            said = ", ".join(
+                f"{name} {self.content[name]}" for name in ("rope_theta", *readings) if name in self.content
+            )
+            raise UserError(f"{self.path}: says RoPE in two ways that differ: {said}. Leave the wrong one out.")
+        return found[0]
+
+    def _rope_of(self, given: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         theta = self._number("rope_theta", float, self._number("rope_theta", float, 10000.0), given)
         kind = given.get("rope_type", given.get("type", "default"))
         partial = given.get("partial_rotary_factor", 1)

@@ -79,7 +79,7 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
     if path.resolve().match(_STEP_PATTERN) or (path / weights.FOLDER).is_dir():
         problem = problem_with(path, weights_only=True)
         if problem is not None:
-            raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one beside it.")
+            raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one, or make it again.")
         return path
     for root in (path, path / "checkpoints"):
         for folder in step_folders(root):

@@ -98,7 +98,10 @@ def official_config(config: Config, dtype: torch.dtype, ends: Ends) -> dict[str,
     """
     model, moh = config.model, config.moh
     heads = model.num_attention_heads
-    expected = official_moh(heads)
+    try:
+        expected = official_moh(heads)
+    except UserError as error:
+        raise UserError(f"--format official: {error} Use --format moh.") from None
     same = all(
         each.shared == tuple(range(expected["shared_heads"])) and each.active == expected["active_heads"]
         for each in layer_heads(model, moh)

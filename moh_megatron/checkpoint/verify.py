@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from moh_megatron.checkpoint.companions import Ends
 from moh_megatron.checkpoint.hf_config import hf_config
 from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
+from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.pretrained import quiet
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.schema import Config
@@ -121,9 +122,13 @@ def open_export(folder: Path) -> PreTrainedModel:
 
 
 def open_foreign(folder: Path, config: Config) -> PreTrainedModel:
-    """Any folder's weights in fp32, computed as ``config`` says by code that is not the folder's."""
+    """Any folder in fp32, by code that is not the folder's; Transformers reads its config.json, for a second opinion.
+
+    The official form does not say how its heads are routed: it is computed as ``config`` says.
+    """
     model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
-    settings = hf_config(config, torch.float32, Ends())
+    silent = config.moh.enabled and not HFSettings(folder).moh
+    settings = hf_config(config, torch.float32, Ends()) if silent else None
     with quiet():
         return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
 

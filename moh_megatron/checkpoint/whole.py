@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -25,14 +25,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
-    What stands at ``target`` then is replaced: the caller has made sure that it may be. SIGTERM, where nothing else
-    handles it, ends the block as a SystemExit of 143.
+    What stands at ``target`` then is replaced: the caller has made sure that it may be. SIGTERM and SIGHUP, where
+    nothing else handles them, end the block as a SystemExit of 128 and their number.
 
     Raises:
         UserError: a file stands where a folder above ``target`` is needed.
         Fault: the disk is full or refuses. A file elsewhere that cannot be read stays an OSError.
     """
-    with _ended_by_term(target), _workplace(target) as (new, old):
+    with _ended_by_signal(target), _workplace(target) as (new, old):
         yield new
         try:
             if target.exists():
@@ -61,7 +61,7 @@ def _workplace(target: Path) -> Iterator[tuple[Path, Path]]:
             f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written."
         ) from error
     try:
-        new, old = workplace / target.name, workplace / "replaced"
+        new, old = workplace / target.name, workplace / f"{target.name}.replaced"
         new.mkdir()
         yield new, old
     except (OSError, SafetensorError) as error:
@@ -73,27 +73,32 @@ def _workplace(target: Path) -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def _ended_by_term(target: Path) -> Iterator[None]:
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+def _ended_by_signal(target: Path) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handled = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
         # A second one must not interrupt the tidying up.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        received.append(signal.Signals(number).name)
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    received: list[str] = []
+    for each in handled:
+        signal.signal(each, end)
     try:
         yield
     except SystemExit:
-        print(f"{target}: ended by SIGTERM before it was whole. Nothing was left behind.", file=sys.stderr)
+        with suppress(OSError):  # a terminal that hung up takes no words
+            for name in received:
+                print(f"{target}: ended by {name} before it was whole. Nothing was left behind.", file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _is_of_writing(error: OSError, *places: Path) -> bool:

@@ -23,6 +23,16 @@ def hf_dir(config: Config) -> Path:
     return Path(config.run.dir) / "hf"
 
 
+def refuse_checkpoint(run_dir: str) -> None:
+    """Raise UserError where ``run_dir`` is or lies in a checkpoint, whose files a run would replace by its own."""
+    place = Path(run_dir).resolve()
+    for folder in (place, *place.parents):
+        if (folder / "manifest.json").is_file() and (folder / "weights").is_dir():
+            raise UserError(
+                f"run.dir must lie outside every checkpoint. Got {run_dir}, and {folder} is one. Name another folder."
+            )
+
+
 def require_folder(path: Path, expected: str) -> None:
     """Raise UserError, which says what was ``expected``, unless ``path`` is a folder."""
     if not path.is_dir():

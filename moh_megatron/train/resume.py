@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
 from moh_megatron.checkpoint.native import (
     problem_with,
@@ -77,6 +79,8 @@ _SAME_WEIGHTS = (
 )
 """What another run's weights must agree in."""
 
+_OF_ROUTERS = ("moh.router", "moh.shared_heads", "moh.shared_placement")
+"""What makes no difference to a dense model; where its heads lie does."""
 _POSITIONS = ("model.rotary_base", "model.rope_scaling")
 
 
@@ -91,17 +95,20 @@ def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _architecture(config: Config) -> dict[str, Any]:
-    """What weights depend on: null in place of a value that says the same makes no difference, nor does padding."""
+    """What weights depend on: null in place of a value that says the same makes no difference, nor does padding, nor
+    an epsilon of the norms that went through single precision (9.999999747378752e-06, in folders made from GGUF)."""
     model = config.model
     usual = model.head_dim * model.num_attention_heads == model.hidden_size
     return _values(config, _SAME_WEIGHTS) | {
         "model.num_query_groups": model.query_groups,
         "model.kv_channels": None if usual else model.head_dim,
         "model.vocab_size": model.tokens,
+        "model.norm_epsilon": float(str(np.float32(model.norm_epsilon))),
     }
 
 
-def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], remedy: str) -> None:
+def refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], remedy: str) -> None:
+    """Raise UserError, which ends with ``remedy``, where a value of ``here`` is another one in ``checkpoint``."""
     differences = [f"  {key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
     if differences:
         raise UserError("\n".join([f"{checkpoint} was made with other values:", *differences, remedy]))
@@ -156,7 +163,7 @@ def check_same_run(
     remedy = "Use the same, or another run.dir"
     if _values(written_by, _SAME_WEIGHTS) == _values(config, _SAME_WEIGHTS):
         remedy += f"; train.init_from={checkpoint} starts a new run from its weights"
-    _refuse_differences(checkpoint, there, here, f"{remedy}.")
+    refuse_differences(checkpoint, there, here, f"{remedy}.")
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
@@ -201,11 +208,13 @@ def require_same_weights(
     has to learn anew where its words are.
     """
     written_by = read_config(checkpoint)
+    if not written_by.moh.enabled and not config.moh.enabled:
+        apart_from = {*apart_from, *_OF_ROUTERS}
     there, here = (
         {key: value for key, value in _architecture(each).items() if key not in apart_from}
         for each in (written_by, config)
     )
-    _refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
+    refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
     there, here = (_values(each, _POSITIONS) for each in (written_by, config))
     for key in _POSITIONS:
         if there[key] != here[key]:

@@ -83,8 +83,10 @@ def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
 
 
 def possible(config: Config) -> list[Choice]:
-    """``MADE``, without ``spread`` where ``moh.shared_heads`` is no multiple of the KV groups."""
+    """``MADE``, without ``spread`` where ``moh.shared_heads`` is no multiple of the KV groups; of no heads, one."""
     shared, groups = config.moh.shared_heads, config.model.query_groups
+    if shared == 0:
+        return ["first"]
     uneven = isinstance(shared, int) and shared % groups != 0
     return [choice for choice in MADE if not (choice == "spread" and uneven)]
 
@@ -93,8 +95,10 @@ def planned(config: Config, choices: Sequence[Choice], shares: Sequence[int] = S
     """By "choice share" what is to be compared, without what cannot be; before anything is measured.
 
     Raises:
-        UserError: see ``with_choice``.
+        UserError: ``config`` is of a dense model; or see ``with_choice``.
     """
+    if not config.moh.enabled:
+        raise UserError("moh.enabled must be true: what is compared are MoH models made of a dense one. Got false.")
     made = {f"{choice} {share}": with_choice(config, choice, share) for choice in choices for share in shares}
     return {name: each for name, each in made.items() if each is not None}
 

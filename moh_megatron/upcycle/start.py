@@ -2,6 +2,7 @@
 
 <run.dir>/calibration.json   with moh.shared_placement: calibrated, what each head is worth to the dense model
 <run.dir>/start/             the checkpoint: a dense model's weights with routers, or with rows for new tokens
+<run.dir>/start/asked.json   what it was made of, and which heads were asked to be shared
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
 from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
 from moh_megatron.train.teacher import find_teacher
+from moh_megatron.upcycle import asked
 from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
 from moh_megatron.upcycle.compare import divergence
 from moh_megatron.upcycle.routers import check_gates, initial_routers
@@ -55,7 +57,11 @@ def prepare(config: Config, report: Report) -> Config:
             anything is measured or written.
         Fault: the disk refuses, or the new model with all heads active is not the dense one.
     """
-    if not _is_made(config):
+    if asked.is_made(start_folder(config)):
+        if asked.is_measured(config):
+            asked.require_same(start_folder(config), config, load_prepared(config).hash)
+        asked.warn_of_other_weights(start_folder(config), config, report)
+    else:
         source = _source(config, report)
         there = native.read_config(source)
         if _fits(there, config):
@@ -65,8 +71,10 @@ def prepare(config: Config, report: Report) -> Config:
         data = load_prepared(config)
         data.check_fits(config)
         tokenizer = data.tokenizer()
-        config = _settle_heads(config, source, there, tokenizer, report)
-        _write(config, source, there, tokenizer, report)
+        settled_config = _settle_heads(config, source, there, tokenizer, report)
+        with whole_folder(start_folder(config)) as folder:
+            asked.write(folder, config, native.read_state(source).weights_sha256, data.hash)
+            _write(folder, settled_config, source, there, tokenizer, report)
         report(f"{start_folder(config)}: made of {source}")
     return resolve(config, report)
 
@@ -75,9 +83,9 @@ def resolve(config: Config, report: Report) -> Config:
     """``config`` as training is given it: from the start that ``prepare`` made, with its shared heads.
 
     Raises:
-        UserError: there is none, and one is needed.
+        UserError: there is none, and one is needed; or it was made of something else, or with other heads.
     """
-    if not _is_made(config):
+    if not asked.is_made(start_folder(config)):
         source = _source(config, report)
         if _fits(native.read_config(source), config):
             return config
@@ -86,22 +94,14 @@ def resolve(config: Config, report: Report) -> Config:
             "pipelines/continue_tune.py CONFIG --prepare, with the same overrides."
         )
     start = start_folder(config)
+    asked.require_same(start, config)
     made = native.read_config(start)
     moh, train = config.moh, dataclasses.replace(config.train, init_from=str(start))
-    if moh.enabled and moh.shared_placement == "calibrated":
+    if asked.is_measured(config):
         moh = dataclasses.replace(moh, shared_heads=made.moh.shared_heads, shared_placement="first")
     resolved = dataclasses.replace(config, moh=moh, train=train)
-    if made.train.init_from != config.train.init_from:
-        raise UserError(
-            f"{start} was made of {made.train.init_from}, and train.init_from is {config.train.init_from}. Name the "
-            "same, or another run.dir, or delete the folder to make it again."
-        )
     require_same_weights(start, resolved, report)
     return resolved
-
-
-def _is_made(config: Config) -> bool:
-    return (start_folder(config) / native.CONFIG).is_file()
 
 
 def _source(config: Config, report: Report) -> Path:
@@ -128,6 +128,11 @@ def check_source(source: Path, there: Config, config: Config, report: Report) ->
         raise UserError(
             f"model.vocab_size must hold the {there.model.tokens} entries of {source}. Got {config.model.tokens}."
         )
+    if asked.is_measured(config) and there.model.tokens < config.model.tokens:
+        raise UserError(
+            f"moh.shared_placement: calibrated measures {source}, which knows {there.model.tokens} tokens. Got "
+            f"model.vocab_size {config.model.tokens}: let the vocabulary grow in a run before, or share other heads."
+        )
 
 
 def calibration_of(
@@ -140,12 +145,9 @@ def calibration_of(
     """
     data = load_prepared(config)
     of: dict[str, Any] = {
-        "weights": native.read_state(source).weights_sha256[:12],
-        "data": data.hash[:12],
-        "moh.calibration_sequences": config.moh.calibration_sequences,
-        "train.sequence_length": config.train.sequence_length,
-        "data.document_mask": config.data.document_mask,
-        "run.seed": config.run.seed,
+        asked.WEIGHTS: native.read_state(source).weights_sha256[:12],
+        asked.DATA: data.hash[:12],
+        **asked.measured_with(config),
     }
     if file.is_file():
         found = read_calibration(file)
@@ -166,7 +168,7 @@ def calibration_of(
 
 
 def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> Config:
-    if not config.moh.enabled or config.moh.shared_placement != "calibrated":
+    if not asked.is_measured(config):
         return config
     check_same_tokenizer(source, tokenizer)
     # Documents are kept apart here where training keeps them apart.
@@ -181,8 +183,8 @@ def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokeni
     return settled(config, calibration)
 
 
-def _write(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> None:
-    with opened(source, there) as stored, whole_folder(start_folder(config)) as folder:
+def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> None:
+    with opened(source, there) as stored:
         table = rules(config)
         # A source that has routers keeps them.
         missing = {rule.hf[0] for rule in table} - {rule.hf[0] for rule in rules(there)}

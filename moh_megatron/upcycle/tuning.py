@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from moh_megatron.checkpoint import native
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import load_config
-from moh_megatron.config.paths import require_folder
+from moh_megatron.config.paths import data_dir, require_folder
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.model.single import build_single_process
 from moh_megatron.monitor.records import read_records, write_json
@@ -47,12 +48,12 @@ class Arm:
     @cached_property
     def after(self) -> list[float]:
         """Losses of the newest checkpoint."""
-        return self._losses(native.resolve_checkpoint(self.folder))
+        return self._losses(self._newest)
 
     @property
     def tokens(self) -> int:
         """That the newest checkpoint has seen."""
-        return native.read_state(native.resolve_checkpoint(self.folder)).tokens
+        return native.read_state(self._newest).tokens
 
     @property
     def heads(self) -> str:
@@ -65,33 +66,78 @@ class Arm:
         """(step, loss) of the run's own validations, over packed sequences."""
         return [(record["step"], record["loss"]) for record in read_records(self.folder / "validation.jsonl")]
 
+    @cached_property
+    def _newest(self) -> Path:
+        return native.resolve_checkpoint(self.folder)
+
+    @property
+    def source(self) -> Path:
+        """The checkpoint that tuning began with; of a start, the one it was made of."""
+        assert self.config.train.init_from is not None, "checked above"
+        start = Path(self.config.train.init_from)
+        made_here = start.name == "start" and (start / native.CONFIG).is_file()
+        return Path(native.read_config(start).train.init_from or start if made_here else start).resolve()
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What runs that can be compared have in common."""
+        newest, train = native.read_state(self._newest), self.config.train
+        return {
+            "train.init_from": self.source,
+            "data": newest.data[:12],
+            "run.seed": self.config.run.seed,
+            "tokens": newest.tokens,
+            "train.total_tokens": train.total_tokens,
+            "train.sequence_length": train.sequence_length,
+            "train.global_batch_size": train.global_batch_size,
+            **{f"optimizer.{key}": value for key, value in asdict(self.config.optimizer).items()},
+        }
+
+    def require_its_data(self) -> None:
+        """Raise UserError unless data.dir holds what the run was trained on: else nothing in it is held out."""
+        there = native.read_state(self._newest).data[:12]
+        if (here := load_prepared(self.config).hash[:12]) != there:
+            raise UserError(
+                f"{self.folder}: was trained on the dataset {there}. Got {here} in {data_dir(self.config)}: prepare it "
+                "as it was, or documents that were trained on count as held out."
+            )
+
     def _losses(self, checkpoint: Path) -> list[float]:
         """By document; measured once for each checkpoint and number of documents."""
         weights = native.read_state(checkpoint).files
         key = f"{checkpoint.resolve()} {sorted(weights.items())[-1][1].sha256[:12]} {self.most or 'all'}"
-        known: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+        known = self._known()
         if key not in known:
             model = build_single_process(native.read_config(checkpoint), native.read_weights(checkpoint))
             known[key] = document_losses(model.to(groups.device(0)), held_out(self.config, self.most))
             write_json(self._file, known)
         return known[key]
 
+    def _known(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{self._file}: is no JSON ({error}). Delete it to measure again.") from None
+
 
 def as_markdown(control: Arm, arms: Sequence[Arm]) -> str:
     """A table of the arms against the dense ``control``, and the losses along the way; ± is the standard error.
 
     Raises:
-        UserError: an arm was measured on other documents than the control.
+        UserError: the control is no dense model; an arm started from another checkpoint, learned in another way or from
+            other data; or the data is not what the runs were trained on.
     """
-    for arm in arms:
-        there, here = (
-            (load_prepared(each.config).hash[:12], each.config.train.sequence_length) for each in (control, arm)
+    if control.config.moh.enabled:
+        raise UserError(
+            f"{control.folder}: the control, named first, must be of a dense model. Got {control.heads} heads."
         )
-        if there != here:
-            raise UserError(
-                f"{arm.folder}: must have the data and train.sequence_length of {control.folder}, {there[0]} and "
-                f"{there[1]}, to be compared with it. Got {here[0]} and {here[1]}."
-            )
+    there = control.conditions
+    for arm in arms:
+        here = arm.conditions
+        if differences := [f"  {key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:
+            raise UserError("\n".join([f"{arm.folder} cannot be compared with {control.folder}:", *differences]))
+    for each in (control, *arms):
+        each.require_its_data()
     dense, tuned_dense = control.before, control.after
     lines = [
         f"{len(dense)} held-out documents of at most {control.config.train.sequence_length} tokens; loss in nats a "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.convert import llama_folder, run_convert
 
 from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.hf_source import MARKER
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -214,6 +215,22 @@ BROKEN = {
     "field_missing": (edit_config(hidden_size=...), "config.json: hidden_size is missing"),
     "field_wrong": (edit_config(num_hidden_layers="2"), "num_hidden_layers must be a whole number above 0. Got '2'"),
     "heads": (edit_config(num_key_value_heads=3), "model.num_query_groups must divide model.num_attention_heads (8)"),
+    "hidden_size_beyond_reason": (
+        edit_config(hidden_size=1e30),
+        "hidden_size must be a whole number below 2147483648",
+    ),
+    "rope_theta_beyond_reason": (
+        edit_config(rope_parameters=None, rope_theta=10**400),
+        "rope_theta must be a number below 2147483648. Got 1000",
+    ),
+    "rope_theta_said_twice": (
+        edit_config(rope_theta=5e5),
+        "config.json: says RoPE in two ways that differ: rope_theta 500000.0, rope_parameters {",
+    ),
+    "rope_scaling_said_twice": (
+        edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "says RoPE in two ways that differ: rope_scaling {'type': 'linear', 'factor': 2.0}, rope_parameters",
+    ),
     "yarn": (scaling("yarn"), "must be of type default, linear, llama3 over whole heads. Got rope_type 'yarn'"),
     "half_llama3": (scaling("llama3"), "low_freq_factor is missing"),
     "partial": (scaling("linear", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
@@ -224,11 +241,16 @@ BROKEN = {
 }
 
 
+# Nothing in a folder of the official form tells it from a dense LLaMA, so each of them can be one.
+@pytest.mark.parametrize(
+    ("command", "source", "target"),
+    [("hf-to-megatron", "--hf-dir", "--save-dir"), ("official-to-hf", "--load-dir", "--hf-dir")],
+)
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name):
+def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name, command, source, target):
     breaks, message = BROKEN[name]
     breaks(folder)
-    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 2
+    assert run_convert(command, source, folder, target, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -300,12 +322,20 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, capsys):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_much_smaller_tokenizer_is_told(tmp_path, capsys):
-    for name, entries, told in (("near", 300, 0), ("far", 1400, 1)):
-        folder = llama_folder(tmp_path / name, vocab_size=entries)
+def test_a_much_smaller_tokenizer_is_another_models(tmp_path, capsys):
+    near, far = (llama_folder(tmp_path / name, vocab_size=entries) for name, entries in (("near", 300), ("far", 1400)))
+    for folder in (near, far):
         small_vocabulary(folder)
-        assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / f"{name}_ckpt") == 0
-        assert capsys.readouterr().err.count("tokenizer.json has 280 entries, the vocabulary of config.json") == told
+    assert run_convert("hf-to-megatron", "--hf-dir", near, "--save-dir", tmp_path / "near_ckpt") == 0
+    into = ("hf-to-megatron", "--hf-dir", far, "--save-dir", tmp_path / "far_ckpt")
+    assert run_convert(*into) == 2
+    told = capsys.readouterr().err
+    assert "tokenizer.json: the tokenizer must have about vocab_size (1400) entries, at most 1024 fewer" in told
+    assert "Got 280" in told
+    assert not (tmp_path / "far_ckpt").exists()
+    # What this project exported was trained that way.
+    (far / MARKER).write_text("{}")
+    assert run_convert(*into) == 0
 
 
 def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_path, capsys):

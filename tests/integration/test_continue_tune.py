@@ -164,3 +164,22 @@ def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert not (run.folder / "start").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--choices", "first", "moh.shared_heads=4"), "section.key=value stands before --choices"),
+        (("--out", "taken"), "must be a folder to write into. Got a file: taken"),
+        (("--documents", "1"), "must be a whole number of at least 2. Got 1"),
+    ],
+)
+def test_arguments_of_the_report_are_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    done = finish([*command("../tools/upcycle_report.py", "absent.yaml", "--out", "report"), *arguments])
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["taken"]

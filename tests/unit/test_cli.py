@@ -1,3 +1,4 @@
+import argparse
 import errno
 import subprocess
 import sys
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import at_least, config_parser, exit_code, new_file, parse_config
 from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
 
@@ -99,6 +100,36 @@ def test_a_dry_run_prints_a_configuration_that_can_be_read(capsys, tmp_path):
     assert caught.value.code == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "resolved.yaml") == load_config(_SMOKE, ["run.seed=5"])
+
+
+@pytest.mark.parametrize("below", ["", "runs/new"])
+def test_a_run_in_a_checkpoint_is_refused(below, tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "manifest.json").touch()
+    place = tmp_path / below
+    with pytest.raises(UserError, match=rf"outside every checkpoint\. Got {place}, and {tmp_path} is one\. Name"):
+        parse_config(config_parser("Do something."), [_SMOKE, f"run.dir={place}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "got"),
+    [
+        (at_least(2), "1", "at least 2. Got 1"),
+        (at_least(1), "-1", "at least 1. Got -1"),
+        (at_least(1), "1.5", "at least 1. Got 1.5"),
+        (new_file, ".", "Got a folder: ."),
+        (new_file, "absent/file", "Got no such folder: absent/file"),
+    ],
+)
+def test_types_of_arguments_say_what_they_take(kind, text, got):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        kind(text)
+    assert str(caught.value).endswith(got)
+
+
+def test_types_of_arguments_take_what_they_say(tmp_path):
+    assert (at_least(2)("2"), at_least(1)("+7")) == (2, 7)
+    assert new_file(str(tmp_path / "file")) == tmp_path / "file"
 
 
 @pytest.mark.parametrize("arguments", [[], [_SMOKE, "--no-such-option"]])

@@ -17,11 +17,12 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    "docs/gpu_bringup.md",
-    "docs/multi_node.md",
-    "docs/continue_tuning.md",
+    *sorted(f"docs/{file.name}" for file in (REPOSITORY / "docs").glob("*.md")),
+    "configs/data/README.md",
     "slurm/README.md",
 )
+WITH_PATHS = [name for name in DOCUMENTS if name != "docs/monitoring.md"]
+"""There, what looks like a path is the name of a scalar."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
@@ -29,7 +30,7 @@ REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
 KEY = re.compile(
     rf"\b(?!tokenizer\.json|\w+\.(?:py|sh)\b)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])"
 )
-NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/")
+NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/", "LLAMA2/")
 
 
 def text_of(name: str) -> str:
@@ -53,6 +54,12 @@ PIPELINE_COMMANDS = [
     for words in commands(document)
     if any("pipelines/" in word for word in words)
 ]
+TOOL_COMMANDS = [
+    pytest.param(words, id=" ".join(words[1:3]))
+    for document in DOCUMENTS
+    for words in commands(document)
+    if any(word.startswith("tools/") for word in words)
+]
 
 
 def existing(path: str) -> Path | None:
@@ -66,15 +73,15 @@ def test_links_lead_somewhere(document):
     assert [link for link in RELATIVE_LINK.findall(text_of(document)) if not (folder / link).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", WITH_PATHS)
 def test_paths_exist(document):
     words = [word for span in spans(document) for word in span.split()]
     words += [word for command in commands(document) for word in command]
     paths = {word.partition(":")[0] for word in words if re.fullmatch(r"\.?\w[\w.-]*/[\w./-]*(:\w+)?", word)}
     paths = {path for path in paths if not path.startswith(NOT_IN_THE_REPOSITORY)}
     assert paths or document == "CHANGELOG.md"
-    # What a run folder holds is written as a lone `name/`.
-    lone = {"data/", "eval/", "tensorboard/", "checkpoints/", "hf/"}
+    # What a run folder or a checkpoint holds is written as a lone `name/`.
+    lone = {"data/", "eval/", "tensorboard/", "checkpoints/", "hf/", "optimizer/", "rng/"}
     assert sorted(path for path in paths - lone if existing(path) is None) == []
 
 
@@ -103,8 +110,17 @@ def test_a_command_fits_its_script(words):
     script, arguments = words[place], words[place + 1 :]
     source = text_of(script) + text_of("moh_megatron/cli.py")
     assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
-    if script not in ("pipelines/convert.py", "pipelines/evaluate.py"):
+    if script == "pipelines/convert.py":
+        assert f'"{arguments[0]}"' in source
+    elif script != "pipelines/evaluate.py":
         load_config(REPOSITORY / arguments[0], [word for word in arguments if re.match(r"\w+\.\w+=", word)])
+
+
+@pytest.mark.parametrize("words", TOOL_COMMANDS)
+def test_a_command_fits_its_tool(words):
+    place = next(index for index, word in enumerate(words) if word.startswith("tools/"))
+    source = text_of(words[place])
+    assert [word for word in words[place + 1 :] if word.startswith("--") and f'"{word}"' not in source] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -83,7 +83,9 @@ def test_one_under_another_name(run):
 def test_a_damaged_one_named_directly_is_refused(run):
     named = run / "checkpoints" / "step_00000015"
     spoil(named)
-    message = f"{named} is not a complete checkpoint: {SPOILED} has 0 bytes, expected 10. Use another one beside it."
+    message = (
+        f"{named} is not a complete checkpoint: {SPOILED} has 0 bytes, expected 10. Use another one, or make it again."
+    )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         resolve_checkpoint(named)
 

@@ -10,19 +10,20 @@ from moh_megatron.checkpoint.whole import whole_folder
 from moh_megatron.config.errors import UserError
 
 
-def test_a_request_to_end_leaves_nothing_behind_and_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, capsys):
     def make() -> None:
         with whole_folder(tmp_path / "out") as folder:
             (folder / "half").write_text("half")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             (folder / "rest").write_text("never written")
 
     with pytest.raises(SystemExit) as ended:
         make()
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + number
     assert not list(tmp_path.iterdir())
-    assert "out: ended by SIGTERM before it was whole" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert f"out: ended by {number.name} before it was whole" in capsys.readouterr().err
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_who_handles_the_signal_already_goes_on(tmp_path):
@@ -54,6 +55,15 @@ def test_what_is_replaced_comes_back_where_the_replacement_is_interrupted(tmp_pa
         pass
     assert (target / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "replaced", ".replaced"])
+def test_a_folder_of_any_name_is_replaced(name, tmp_path):
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / name) as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("place", ["file/out", "file/further/out"])

@@ -1,6 +1,8 @@
 """The YAML files that ship with the project."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from moh_megatron.config.validate import gradient_accumulation_steps
 _CONFIGS = Path(__file__).parents[3] / "configs"
 _FILES = sorted(file for file in _CONFIGS.rglob("*.yaml") if file.parent.name != "eval")
 _PRETRAIN = _CONFIGS / "pretrain"
+_TUNE = _CONFIGS / "continue_tune"
 
 
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(_CONFIGS)))
@@ -68,3 +71,86 @@ def test_the_papers_runs(size, rates, warmup, share):
         assert (shared - 1) / active <= 0.4 < shared / active
     for world in (1, 8, 64):
         assert gradient_accumulation_steps(config, world) * config.train.micro_batch_size * world == 2048
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "steps", "rates"),
+    [
+        ("stage1", 300_000_000_000, 17_882, (6e-5, 6e-6)),
+        ("stage2_dense", 100_000_000_000, 5_961, (2e-5, 1e-6)),
+        ("stage2_moh75", 100_000_000_000, 5_961, (2e-5, 1e-6)),
+    ],
+)
+def test_the_papers_continue_tuning(stage, tokens, steps, rates):
+    config = load_config(_TUNE / f"llama3_8b_{stage}.yaml")
+    model, moh, train, optimizer = config.model, config.moh, config.train, config.optimizer
+    assert config.run.dir == f"runs/llama3_8b_{stage}"
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (32, 4096, 14336)
+    assert (model.num_attention_heads, model.query_groups, model.vocab_size) == (32, 8, 160_896)
+    assert (model.rotary_base, model.rope_scaling, model.norm_epsilon) == (500_000.0, None, 1e-5)
+    assert not model.tie_word_embeddings
+    assert (train.total_tokens, train.steps) == (tokens, steps)
+    assert (train.sequence_length, train.global_batch_size) == (8192, 2048)  # 16M tokens
+    assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (*rates, 50)
+    assert (optimizer.weight_decay, optimizer.gradient_clipping) == (0.1, 1.0)
+    assert config.parallel.tensor == (2 if stage == "stage1" else 1)
+    assert (moh.enabled, moh.balance_coefficient) == (stage == "stage2_moh75", 0.01)
+    if moh.enabled:
+        assert (moh.shared_heads, moh.active_heads, moh.shared_placement) == (16, 24, "first")
+        assert (moh.router, moh.balancing, moh.straight_through) == ("query_norm", "loss", "all")
+    assert moh.activation_schedule_steps == 0
+    assert config.distillation.teacher is None
+
+
+def test_the_stages_follow_each_other():
+    first, second = (load_config(_TUNE / f"llama3_8b_{name}.yaml") for name in ("stage1", "stage2_dense"))
+    assert first.train.init_from == "runs/llama3_8b/dense"
+    assert (first.tokenizer.path, first.tokenizer.grow_to) == ("runs/llama3_8b/hf", first.model.vocab_size)
+    assert second.train.init_from == first.run.dir
+    assert (second.tokenizer.path, second.tokenizer.grow_to) == (f"{first.run.dir}/data/tokenizer", None)
+    assert second.data.dir not in (None, first.data.dir)
+
+
+_CONTROLS = {
+    "llama3_8b_stage2_moh75": "llama3_8b_stage2_dense",
+    "smollm2_135m_moh7": "smollm2_135m_dense",
+    "smollm2_135m_moh5": "smollm2_135m_dense",
+    "smollm2_135m_moh5_distilled": "smollm2_135m_dense",
+}
+
+
+def _keys(name: str) -> dict[str, Any]:
+    sections = asdict(load_config(_TUNE / f"{name}.yaml"))
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+@pytest.mark.parametrize("arm", _CONTROLS)
+def test_an_arm_differs_from_its_control_in_its_heads_alone(arm):
+    ours, control = _keys(arm), _keys(_CONTROLS[arm])
+    apart = {key for key, value in ours.items() if value != control[key]}
+    assert {key for key in apart if not key.startswith("moh.")} <= {"run.dir", "distillation.teacher"}
+    assert ("distillation.teacher" in apart) == arm.endswith("distilled")
+    assert {"run.dir", "moh.enabled"} <= apart
+    assert not control["moh.enabled"]
+
+
+def test_every_arm_has_a_control():
+    tuned = {file.stem for file in _TUNE.glob("*.yaml") if load_config(file).moh.enabled}
+    assert tuned == set(_CONTROLS)
+
+
+@pytest.mark.parametrize(
+    ("name", "active"), [("dense", None), ("moh7", 7), ("moh5", 5), ("moh5_distilled", 5)], ids=lambda value: str(value)
+)
+def test_the_arms_of_the_real_run(name, active):
+    config = load_config(_TUNE / f"smollm2_135m_{name}.yaml")
+    model, moh, train = config.model, config.moh, config.train
+    assert (model.num_attention_heads, model.query_groups, model.head_dim) == (9, 3, 64)
+    assert train.steps * train.tokens_per_step >= 150_000
+    assert (train.precision, train.init_from, config.data.dir) == ("fp32", "runs/smollm2/dense", "runs/smollm2/data")
+    assert (config.optimizer.learning_rate, config.optimizer.min_learning_rate) == (1e-4, 1e-5)
+    assert moh.enabled == (active is not None)
+    if moh.enabled:
+        assert (moh.active_heads, moh.shared_heads, moh.shared_placement) == (active, 3, "first")
+        assert (moh.router, moh.straight_through) == ("query_norm", "chosen")
+    assert config.distillation.teacher == ("runs/smollm2/dense" if name.endswith("distilled") else None)

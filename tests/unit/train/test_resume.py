@@ -246,6 +246,22 @@ def test_weights_of_another_architecture_are_refused(config, checkpoint, key, th
     ]
 
 
+def test_how_a_dense_model_would_be_routed_makes_no_difference(config, checkpoint):
+    dense = {"moh.enabled": False}
+    folder = checkpoint(5, dense)
+    asked = {"moh.router": "query_norm", "moh.shared_heads": 3, "moh.shared_placement": "calibrated"}
+    made = config({**dense, **asked, "train.init_from": str(folder)})
+    assert weights_to_start_from(made, print) == folder
+    with pytest.raises(UserError, match=r"moh\.head_layout: interleaved there, contiguous here"):
+        weights_to_start_from(config({**dense, "moh.head_layout": "contiguous", "train.init_from": str(folder)}), print)
+
+
+def test_an_epsilon_that_went_through_single_precision_is_the_same(config, checkpoint):
+    folder = checkpoint(5, {"model.norm_epsilon": 9.999999747378752e-06})
+    made = config({"train.init_from": str(folder), "model.norm_epsilon": 1e-05})
+    assert weights_to_start_from(made, print) == folder
+
+
 @pytest.mark.parametrize(
     ("key", "here"), [("model.rotary_base", 5e5), ("model.rope_scaling", {"type": "linear", "factor": 4.0})]
 )

@@ -49,6 +49,12 @@ def test_with_all_heads_active_it_is_the_dense_model(tiny, dense, documents, rou
     assert min(found["half"].divergences) > 1e-3
 
 
+def test_a_dense_configuration_has_no_heads_to_choose(tiny):
+    with pytest.raises(UserError, match=r"moh\.enabled must be true: .* Got false"):
+        planned(tiny({"moh.enabled": False}), ["first"])
+    assert possible(tiny({"moh.shared_heads": 0})) == ["first"]
+
+
 def test_losses_and_divergences_are_by_document(tiny, dense, documents):
     model = upcycled(tiny({"moh.router": "query_norm"}), dense)
     losses, found = measure(dense, {"half": (model, 4)}, documents)

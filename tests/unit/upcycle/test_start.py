@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,10 +63,10 @@ def make(tiny, tmp_path) -> Callable[..., Config]:
     return make
 
 
-def write_source(config: Config) -> Path:
+def write_source(config: Config, seed: int = 4) -> Path:
     """The checkpoint train.init_from of ``config``, a model of it with random weights."""
     assert config.train.init_from is not None
-    folder, generator = Path(config.train.init_from), torch.Generator().manual_seed(4)
+    folder, generator = Path(config.train.init_from), torch.Generator().manual_seed(seed)
     folder.mkdir()
     table = rules(config)
     dtypes = {rule.megatron: torch.float32 for rule in table}
@@ -162,3 +163,76 @@ def test_a_calibration_of_something_else_is_refused(make, tmp_path, monkeypatch)
     monkeypatch.setattr(FakeData, "hash", "e" * 64)
     with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
         start.prepare(moved, print)
+
+
+def test_a_calibration_of_other_weights_is_refused(make, tmp_path):
+    changes = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
+    write_source(dense_twin(make()))
+    start.prepare(make(changes), print)
+    elsewhere = {"train.init_from": str(tmp_path / "elsewhere"), "run.dir": str(tmp_path / "again")}
+    write_source(dense_twin(make({**elsewhere, "model.init_method_std": 0.1})), seed=5)
+    (tmp_path / "again").mkdir()
+    shutil.copyfile(tmp_path / "run" / "calibration.json", tmp_path / "again" / "calibration.json")
+    with pytest.raises(UserError, match=r"measured something else:\n  weights: \w{12} there, \w{12} here\nDelete"):
+        start.prepare(make({**changes, **elsewhere}), print)
+
+
+FOUR = {"moh.shared_heads": 4, "moh.active_heads": 6}
+CALIBRATED = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
+
+
+@pytest.mark.parametrize(
+    ("asked_first", "asked_then", "difference"),
+    [
+        (FOUR, {**FOUR, "moh.shared_placement": "spread"}, "moh.shared_placement: first there, spread here"),
+        ({}, CALIBRATED, "moh.shared_placement: first there, calibrated here"),
+        ({}, {"moh.shared_heads": 3}, "moh.shared_heads: 2 there, 3 here"),
+        ({}, {"train.init_from": "elsewhere"}, "train.init_from: {source} there, elsewhere here"),
+        (CALIBRATED, {}, "moh.shared_placement: calibrated there, first here"),
+        (CALIBRATED, {**CALIBRATED, "moh.shared_heads": 3}, "moh.shared_heads: 2 there, 3 here"),
+        (CALIBRATED, {**CALIBRATED, "moh.calibration_sequences": 3}, "moh.calibration_sequences: 2 there, 3 here"),
+        (CALIBRATED, {**CALIBRATED, "run.seed": 99}, "run.seed: {seed} there, 99 here"),
+    ],
+)
+def test_a_start_is_not_taken_for_another_one(make, asked_first, asked_then, difference):
+    source = write_source(dense_twin(make()))
+    first, then = make(asked_first), make(asked_then)
+    again = start.prepare(first, print)
+    assert start.resolve(first, print) == again
+    for look in (start.prepare, start.resolve):
+        with pytest.raises(UserError) as caught:
+            look(then, print)
+        found = str(caught.value).splitlines()
+        assert found[0] == f"{start.start_folder(first)} was made with other values:"
+        assert "  " + difference.format(source=source, seed=first.run.seed) in found
+        assert found[-1] == "Name the same, or another run.dir, or delete the folder to make it again."
+
+
+def test_a_start_measured_on_other_data_is_refused(make, monkeypatch):
+    write_source(dense_twin(make()))
+    for name, changes in (("first", {}), ("measured", CALIBRATED)):
+        start.prepare(make({**changes, "run.dir": str(Path(make().run.dir) / name)}), print)
+    monkeypatch.setattr(FakeData, "hash", "e" * 64)
+    start.prepare(make({"run.dir": str(Path(make().run.dir) / "first")}), print)
+    with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
+        start.prepare(make({**CALIBRATED, "run.dir": str(Path(make().run.dir) / "measured")}), print)
+
+
+def test_a_source_that_changed_is_told(make):
+    source = write_source(dense_twin(make()))
+    start.prepare(make(), print)
+    told: list[str] = []
+    start.prepare(make(), told.append)
+    shutil.rmtree(source)
+    start.prepare(make(), told.append)
+    assert told == []
+    write_source(dense_twin(make()), seed=5)
+    start.prepare(make(), told.append)
+    (message,) = told
+    assert message.startswith(f"warning: {source} holds other weights, ")
+
+
+def test_calibrated_heads_and_a_larger_vocabulary_exclude_each_other(make):
+    write_source(dense_twin(make()))
+    with pytest.raises(UserError, match=r"shared_placement: calibrated measures .* Got model\.vocab_size 104: let"):
+        start.prepare(make({**CALIBRATED, "model.vocab_size": 104}), print)

@@ -1,0 +1,112 @@
+"""Code that comes with a folder is not run by any conversion, however it is named and whatever points at it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+from support.convert import llama_folder, run_convert
+from transformers import AutoModelForCausalLM
+
+from moh_megatron.checkpoint.hf_config import AUTO_MAP, CODE
+from moh_megatron.checkpoint.hf_model import configuration_moh
+from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+
+SHIPPED = {name: Path(configuration_moh.__file__).with_name(name).read_text() for name in CODE}
+OWN = ("tokenization_own.py", "custom_generate/generate.py")
+"""Further files that transformers imports where it is told to trust a folder."""
+MOH = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A LLaMA with a tokenizer."""
+    folder = llama_folder(tmp_path_factory.mktemp("dense") / "hf", vocab_size=300)
+    train_tokenizer(["some words to learn "] * 9, vocab_size=280, character_coverage=1.0, out_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(dense, tmp_path_factory) -> Path:
+    """A MoH model as this project writes it."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    assert run_convert("official-to-hf", "--load-dir", dense, "--hf-dir", folder) == 0
+    return folder
+
+
+def change_json(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | values))
+
+
+def tampered(folder: Path, source: Path, ran: Path, own: tuple[str, ...] = OWN) -> Path:
+    """A copy of ``source`` that works as before for who trusts it, and makes the file ``ran`` then."""
+    shutil.copytree(source, folder)
+    for name in (*CODE, *own):
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        code = SHIPPED.get(name, "generate = lambda **given: None\n")
+        file.write_text(f"{code}\nopen({str(ran)!r}, 'a').close()\n")
+    change_json(folder / "config.json", auto_map=AUTO_MAP | {"AutoTokenizer": ["tokenization_own.Own", None]})
+    change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]})
+    return folder
+
+
+def holds_shipped_code(folder: Path) -> bool:
+    return all((folder / name).read_text() == code for name, code in SHIPPED.items())
+
+
+@pytest.mark.parametrize("overrides", [(), MOH], ids=["dense", "upcycled"])
+def test_a_llama_that_brings_code(dense, tmp_path, capsys, overrides):
+    ran = tmp_path / "ran"
+    folder = tampered(tmp_path / "hf", dense, ran)
+    into = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", "--verify")
+    assert run_convert(*into, *overrides) == 0
+    assert "KL divergence" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_a_model_of_the_official_form_that_brings_code(dense, tmp_path, capsys):
+    ran = tmp_path / "ran"
+    folder = tampered(tmp_path / "official", dense, ran)
+    assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "hf", "--verify") == 0
+    assert "KL divergence" in capsys.readouterr().err
+    assert holds_shipped_code(tmp_path / "hf")
+    assert not ran.exists()
+
+
+def test_an_export_whose_code_was_changed(exported, tmp_path, capsys):
+    ran, checkpoint = tmp_path / "ran", tmp_path / "ckpt"
+    folder = tampered(tmp_path / "hf", exported, ran)
+    assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", checkpoint, "--verify") == 0
+    assert "KL divergence" in capsys.readouterr().err
+    assert not ran.exists()
+    assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "other", "--verify") == 2
+    assert not ran.exists()
+    # Out of that checkpoint, beside the folder and in place of a changed one.
+    replaced = tampered(tmp_path / "replaced", exported, ran, own=())
+    assert not holds_shipped_code(replaced)
+    for out in (tmp_path / "beside", replaced):
+        for form in ("official", "moh"):
+            arguments = ("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", out, "--format", form, "--verify")
+            assert run_convert(*arguments) == 0
+            assert "KL divergence" in capsys.readouterr().err
+        assert holds_shipped_code(out)
+        assert not ran.exists()
+    # Who trusts the changed folder does run it: had it been opened so above, it would have been seen.
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert ran.exists()
