@@ -19,7 +19,7 @@ from moh_megatron.checkpoint.native import (
     topology_of,
 )
 from moh_megatron.config.blend import shares_until
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.errors import Fault, UserError, refuse_differences
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -107,13 +107,6 @@ def _architecture(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], remedy: str) -> None:
-    """Raise UserError, which ends with ``remedy``, where a value of ``here`` is another one in ``checkpoint``."""
-    differences = [f"  {key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
-    if differences:
-        raise UserError("\n".join([f"{checkpoint} was made with other values:", *differences, remedy]))
-
-
 def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, or None to start anew; ``report`` is told of damaged ones that are passed over.
 
@@ -163,7 +156,7 @@ def check_same_run(
     remedy = "Use the same, or another run.dir"
     if _values(written_by, _SAME_WEIGHTS) == _values(config, _SAME_WEIGHTS):
         remedy += f"; train.init_from={checkpoint} starts a new run from its weights"
-    refuse_differences(checkpoint, there, here, f"{remedy}.")
+    refuse_differences(f"{checkpoint} was made with other values", there, here, f"{remedy}.")
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
@@ -214,7 +207,8 @@ def require_same_weights(
         {key: value for key, value in _architecture(each).items() if key not in apart_from}
         for each in (written_by, config)
     )
-    refuse_differences(checkpoint, there, here, "train.init_from needs weights of the same architecture.")
+    remedy = "train.init_from needs weights of the same architecture."
+    refuse_differences(f"{checkpoint} was made with other values", there, here, remedy)
     there, here = (_values(each, _POSITIONS) for each in (written_by, config))
     for key in _POSITIONS:
         if there[key] != here[key]:

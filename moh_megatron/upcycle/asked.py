@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.checkpoint.manifest import read_manifest
+from moh_megatron.config.errors import refuse_differences
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import write_json
-from moh_megatron.train.resume import refuse_differences
 
 WEIGHTS, DATA = "weights", "data"
 _FILE = "asked.json"
@@ -35,7 +35,7 @@ def require_same(start: Path, config: Config, data: str | None = None) -> None:
     if data is not None:
         here[DATA] = data[:12]
     remedy = "Name the same, or another run.dir, or delete the folder to make it again."
-    refuse_differences(start, dict.fromkeys(here) | there, here, remedy)
+    refuse_differences(f"{start} was made with other values", there, here, remedy)
 
 
 def warn_of_other_weights(start: Path, config: Config, report: Callable[[str], None]) -> None:

@@ -21,7 +21,7 @@ from moh_megatron.checkpoint.mapping import Rule, rules
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.weights import Stored, opened
 from moh_megatron.checkpoint.whole import whole_folder
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.errors import Fault, UserError, refuse_differences
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared
@@ -151,12 +151,7 @@ def calibration_of(
     }
     if file.is_file():
         found = read_calibration(file)
-        pairs = {key: (found.of.get(key), value) for key, value in of.items()}
-        differences = [f"  {key}: {there} there, {here} here" for key, (there, here) in pairs.items() if there != here]
-        if differences:
-            raise UserError(
-                "\n".join([f"{file} measured something else:", *differences, "Delete it to measure again."])
-            )
+        refuse_differences(f"{file} measured something else", found.of, of, "Delete it to measure again.")
         return found
     dataset = build_train_dataset(config, data, tokenizer)
     tokens = torch.stack([dataset[index] for index in range(min(config.moh.calibration_sequences, len(dataset)))])

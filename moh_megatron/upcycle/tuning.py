@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.checkpoint import native
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import UserError, refuse_differences
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import data_dir, require_folder
@@ -133,9 +133,7 @@ def as_markdown(control: Arm, arms: Sequence[Arm]) -> str:
         )
     there = control.conditions
     for arm in arms:
-        here = arm.conditions
-        if differences := [f"  {key}: {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]:
-            raise UserError("\n".join([f"{arm.folder} cannot be compared with {control.folder}:", *differences]))
+        refuse_differences(f"{arm.folder} cannot be compared with {control.folder}", there, arm.conditions)
     for each in (control, *arms):
         each.require_its_data()
     dense, tuned_dense = control.before, control.after

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.runs import Run, prepare_small
+
+
+@pytest.fixture(scope="module")
+def process_groups() -> Iterator[None]:
+    """Ends those that the module opened in this process, for the module that is next."""
+    yield
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,15 +27,9 @@ from moh_megatron.config.schema import (
 )
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("process_groups")
+
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "convert.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    yield
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

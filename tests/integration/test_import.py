@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from support.convert import LLAMA3, llama_folder, run_convert
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -13,13 +11,7 @@ from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    yield
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-from megatron.core import parallel_state
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
@@ -18,18 +15,12 @@ from moh_megatron.checkpoint.hf_config import AUTO_MAP, CODE
 from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("process_groups")
+
 SHIPPED = {name: Path(configuration_moh.__file__).with_name(name).read_text() for name in CODE}
 OWN = ("tokenization_own.py", "custom_generate/generate.py")
 """Further files that transformers imports where it is told to trust a folder."""
 MOH = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

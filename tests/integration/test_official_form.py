@@ -2,14 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
@@ -44,14 +41,11 @@ def official(tmp_path_factory, settings) -> Path:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def checkpoint(request, official, tmp_path_factory) -> Iterator[Path]:
+def checkpoint(request, official, process_groups, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("native") / "ckpt"
     tensor = f"parallel.tensor={request.param}"
     assert run_convert("hf-to-megatron", "--hf-dir", official, *MOH, "--save-dir", folder, "--verify", tensor) == 0
-    yield folder
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    return folder
 
 
 def check_hf(folder: Path, vectors: dict[str, torch.Tensor], *, trust: bool = True) -> None:
