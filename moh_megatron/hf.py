@@ -7,3 +7,6 @@ from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
 
 AutoConfig.register(MoHConfig.model_type, MoHConfig)
 AutoModelForCausalLM.register(MoHConfig, MoHForCausalLM)
+# Whatever is saved then brings its code along, as what trust_remote_code opened does.
+MoHConfig.register_for_auto_class()
+MoHForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.checkpoint.manifest import read_manifest
-from moh_megatron.config.errors import refuse_differences
+from moh_megatron.config.errors import UserError, refuse_differences
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.records import write_json
 
-WEIGHTS, DATA = "weights", "data"
+SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"
 
 
@@ -32,6 +32,8 @@ def require_same(start: Path, config: Config, data: str | None = None) -> None:
     ``data`` is the hash of the prepared data, for heads that are measured: on other data they are others.
     """
     there, here = _asked_once(start), _asked(config)
+    if _same_place(there.get(SOURCE), config.train.init_from):
+        there[SOURCE] = here[SOURCE]
     if data is not None:
         here[DATA] = data[:12]
     remedy = "Name the same, or another run.dir, or delete the folder to make it again."
@@ -72,13 +74,26 @@ def measured_with(config: Config) -> dict[str, Any]:
 
 def _asked(config: Config) -> dict[str, Any]:
     """As JSON knows it."""
-    asked: dict[str, Any] = {"train.init_from": config.train.init_from}
-    if config.moh.enabled:
-        asked |= {"moh.shared_heads": config.moh.shared_heads, "moh.shared_placement": config.moh.shared_placement}
+    model, moh = config.model, config.moh
+    asked: dict[str, Any] = {
+        SOURCE: config.train.init_from,
+        "model.vocab_size": model.tokens,
+        "moh.enabled": moh.enabled,
+    }
+    if moh.enabled:
+        asked |= {f"moh.{key}": getattr(moh, key) for key in ("router", "gating", "shared_heads", "shared_placement")}
     if is_measured(config):
         asked |= measured_with(config)
     return json.loads(json.dumps(asked))
 
 
 def _asked_once(start: Path) -> dict[str, Any]:
-    return json.loads((start / _FILE).read_text(encoding="utf-8"))
+    file = start / _FILE
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON object ({error}). Delete {start} to make it again.") from None
+
+
+def _same_place(there: Any, here: str | None) -> bool:
+    return isinstance(there, str) and here is not None and Path(there).resolve() == Path(here).resolve()

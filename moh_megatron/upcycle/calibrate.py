@@ -112,8 +112,8 @@ def read_calibration(path: Path) -> Calibration:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         removal = tuple(map(tuple, content["removal"]))
-        return Calibration(content["tokens"], content["loss"], removal, content.get("of", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Calibration(content["tokens"], content["loss"], removal, dict(content.get("of", {})))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no calibration ({error}). Delete it to measure again.") from None
 
 

@@ -20,8 +20,9 @@ from moh_megatron.checkpoint.companions import Companions, carried_by
 from moh_megatron.checkpoint.mapping import Rule, rules
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.checkpoint.weights import Stored, opened
-from moh_megatron.checkpoint.whole import whole_folder
+from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
 from moh_megatron.config.errors import Fault, UserError, refuse_differences
+from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared
@@ -66,6 +67,8 @@ def prepare(config: Config, report: Report) -> Config:
         there = native.read_config(source)
         if _fits(there, config):
             return config
+        refuse_unless_new(start_folder(config))
+        _require_it_would_go_on(config)
         check_source(source, there, config, report)
         find_teacher(config, report)
         data = load_prepared(config)
@@ -108,6 +111,15 @@ def _source(config: Config, report: Report) -> Path:
     if config.train.init_from is None:
         raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
     return native.resolve_checkpoint(config.train.init_from, report)
+
+
+def _require_it_would_go_on(config: Config) -> None:
+    """Raise UserError where the run has begun as another model: a start made now would stand in its way."""
+    here = {"moh.enabled": config.moh.enabled, "model.vocab_size": config.model.tokens}
+    for newest in native.step_folders(checkpoint_dir(config))[-1:]:
+        there = native.read_config(newest)
+        known = {"moh.enabled": there.moh.enabled, "model.vocab_size": there.model.tokens}
+        refuse_differences(f"{newest} was made with other values", known, here, "Use the same, or another run.dir.")
 
 
 def _fits(there: Config, config: Config) -> bool:
@@ -206,7 +218,14 @@ def _new_pieces(source: Path, there: Config, config: Config, tokenizer: Tokenize
     if there.model.tokens == config.model.tokens:
         check_same_tokenizer(source, tokenizer)
         return {}
-    return new_pieces(load_tokenizer(native.tokenizer_folder(source)), tokenizer)
+    pieces = new_pieces(load_tokenizer(native.tokenizer_folder(source)), tokenizer)
+    if not pieces:
+        raise UserError(
+            f"model.vocab_size {config.model.tokens} is more than the {there.model.tokens} of {source}, and the data's "
+            "tokenizer has no piece more than that model's. Grow it with tokenizer.grow_to and prepare the data with "
+            "it, or leave the vocabulary as it is; model.vocab_padding adds rows that no token uses."
+        )
+    return pieces
 
 
 def _taken(stored: Stored, rule: Rule, there: Config, config: Config, grown: dict[int, list[int]]) -> Tensor:

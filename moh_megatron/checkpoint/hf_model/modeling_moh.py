@@ -16,7 +16,8 @@ from .configuration_moh import MoHConfig
 
 PAYS = {1: (1024, 0.5), 2: (512, 0.5), 4: (512, 0.75)}
 """By the query heads of a KV group, at least: from which length on, up to which share of active heads, skipping the
-others is faster on one thread of a CPU. On two, of a busy machine, it was slower; GPUs were not measured."""
+others is faster on one thread of a CPU, in fp32. On two, of a busy machine, and in fp16 it was slower; in bf16, which
+rounds the scores, tokens could differ; GPUs were not measured."""
 ROWS = 256
 
 
@@ -173,7 +174,8 @@ class MoHAttention(LlamaAttention):
         implementation = self.config._attn_implementation or "eager"
         active_BSN = gates_BSN > 0
         weights = None
-        if implementation == "sdpa" and attention_mask is None and self.skipping_pays(query, key, active_BSN):
+        causal = attention_mask is None and kwargs.get("is_causal") is not False
+        if implementation == "sdpa" and causal and self.skipping_pays(query, key, active_BSN):
             out_BSNH = attend_active(query, key, value, active_BSN, self.scaling)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -197,6 +199,7 @@ class MoHAttention(LlamaAttention):
         shortest, share = PAYS[max(each for each in PAYS if each <= width)]
         return (
             query.device.type == "cpu"
+            and query.dtype == torch.float32
             and torch.get_num_threads() == 1
             and not self.training
             and not query.requires_grad
@@ -213,6 +216,8 @@ class MoHForCausalLM(LlamaForCausalLM):
     """
 
     config_class = MoHConfig
+    _keep_in_fp32_modules = ("router",)
+    """A new router's weights are too small for fp16."""
 
     def __init__(self, config: MoHConfig):
         super().__init__(config)

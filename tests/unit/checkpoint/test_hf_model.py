@@ -297,6 +297,21 @@ def test_half_precision_runs_and_keeps_the_router_in_fp32():
     assert seen == [torch.float32]
 
 
+def test_routers_too_small_for_fp16_stay_in_fp32_there(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in layer.self_attn.router.parameters():
+                weight.mul_(1e-9)
+    model.save_pretrained(tmp_path)
+    again: Any = MoHForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert again.lm_head.weight.dtype == torch.float16
+    for layer, kept in zip(model.model.layers, again.model.layers, strict=True):
+        for name, weight in layer.self_attn.router.named_parameters():
+            assert torch.equal(weight, kept.self_attn.router.get_parameter(name))
+    assert again(torch.randint(61, (1, 9))).logits.dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -46,8 +46,9 @@ def test_heads_are_skipped_where_that_was_measured_to_pay(shape, monkeypatch):
     threads = [1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
 
-    def pays(length: int, count: int, seen: int | None = None) -> bool:
-        query, key = torch.zeros(2, heads, length, 4), torch.zeros(2, groups, seen or length, 4)
+    def pays(length: int, count: int, seen: int | None = None, dtype: torch.dtype = torch.float32) -> bool:
+        query = torch.zeros(2, heads, length, 4, dtype=dtype)
+        key = torch.zeros(2, groups, seen or length, 4, dtype=dtype)
         active = torch.rand(2, length, heads).argsort(-1) < count
         return layer.skipping_pays(query, key, active)
 
@@ -58,6 +59,8 @@ def test_heads_are_skipped_where_that_was_measured_to_pay(shape, monkeypatch):
     assert not pays(2048, max(paying) + 1)
     few = min(paying)
     assert pays(shortest, 1)
+    assert not pays(shortest, 1, dtype=torch.bfloat16)
+    assert not pays(shortest, 1, dtype=torch.float16)
     assert not pays(1, few, seen=shortest + 1), "the next token"
     assert not pays(shortest, few, seen=shortest + 1), "more of a text that has begun"
     layer.train()
@@ -91,3 +94,12 @@ def test_a_prompt_takes_the_path_that_pays(groups, active, length, sparse, spars
     dense = model.generate(padded, attention_mask=mask, pad_token_id=0, **asked)
     assert not sparse_calls
     assert torch.equal(dense[:, 3:], tokens)
+
+
+def test_a_prompt_whose_tokens_all_see_each_other_takes_dense_attention(sparse_calls):
+    model, prompt = make_model(8, 4, 4), torch.randint(1, 61, (1, 512), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        model(prompt, is_causal=False)
+        assert not sparse_calls
+        model(prompt, is_causal=True)
+    assert sparse_calls == [512] * 2

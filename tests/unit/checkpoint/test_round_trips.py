@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import moh_megatron.hf
 from moh_megatron.checkpoint import companions, convert, hf, hf_config, hf_import, native, unasked
+from moh_megatron.checkpoint.hf_model import configuration_moh
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.sources import HeldWeights
 from moh_megatron.config.errors import UserError
@@ -130,6 +131,10 @@ def test_registered_classes_open_an_export_without_its_code(tiny, tokenizer_dir,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert type(model) is moh_megatron.hf.MoHForCausalLM
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("words").input_ids
+    model.save_pretrained(tmp_path / "again")
+    for file in hf_config.CODE:
+        own = Path(configuration_moh.__file__).with_name(file).read_text()
+        assert (tmp_path / "again" / file).read_text() == own, "whoever opens it may lack this package"
 
 
 def test_a_foreign_tokenizers_code_is_left_behind(tokenizer_dir, tmp_path):

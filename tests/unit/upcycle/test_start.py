@@ -17,6 +17,7 @@ from moh_megatron.checkpoint.companions import TOKEN_IDS, Companions, carried_by
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.upcycle import start
 from moh_megatron.upcycle.compare import dense_twin
@@ -112,9 +113,78 @@ def test_a_start_that_is_not_the_dense_model_is_a_fault_and_leaves_nothing(make,
     assert not any(Path(config.run.dir).iterdir())
 
 
+def test_a_small_divergence_is_one_too(make, monkeypatch):
+    write_source(dense_twin(make()))
+    monkeypatch.setattr(start, "divergence", lambda wanted, here: torch.tensor(1.01e-8))
+    with pytest.raises(Fault, match=r"is 1\.01e-08; less than 1e-08 is required"):
+        start.prepare(make(), print)
+
+
+@pytest.mark.parametrize("in_the_way", ["file", "folder", "source"])
+def test_what_stands_where_the_start_goes_is_kept(make, in_the_way):
+    config = make()
+    place = start.start_folder(config)
+    place.parent.mkdir()
+    if in_the_way == "file":
+        place.write_text("thesis")
+    elif in_the_way == "folder":
+        place.mkdir()
+        (place / "thesis.tex").write_text("thesis")
+    else:
+        config = make({"train.init_from": str(place)})
+    write_source(dense_twin(config))
+    before = {path: path.read_bytes() for path in place.parent.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"start: must be new or empty"):
+        start.prepare(config, print)
+    assert {path: path.read_bytes() for path in place.parent.rglob("*") if path.is_file()} == before
+
+
+def test_no_start_is_made_for_a_run_that_began_as_another_model(make, fake_checkpoint):
+    write_source(dense_twin(make()))
+    fake_checkpoint(checkpoint_dir(make()) / "step_00000003", dense_twin(make()))
+    with pytest.raises(UserError, match=r"moh\.enabled: False there, True here\nUse the same, or another run\.dir\.$"):
+        start.prepare(make(), print)
+    assert not start.start_folder(make()).exists()
+    assert start.prepare(dense_twin(make()), print) == dense_twin(make()), "it goes on"
+
+
+def test_a_start_that_was_deleted_is_made_again_for_its_run(make, fake_checkpoint):
+    write_source(dense_twin(make()))
+    resolved = start.prepare(make(), print)
+    fake_checkpoint(checkpoint_dir(make()) / "step_00000003", resolved)
+    shutil.rmtree(start.start_folder(make()))
+    assert start.prepare(make(), print) == resolved
+
+
+def test_a_larger_vocabulary_needs_a_grown_tokenizer(make, monkeypatch):
+    write_source(dense_twin(make()))
+    monkeypatch.setattr(start, "new_pieces", lambda old, new: {})
+    monkeypatch.setattr(start, "load_tokenizer", lambda folder: FakeTokenizer())
+    with pytest.raises(UserError, match=r"model\.vocab_size 104 is more than the 96 .* tokenizer\.grow_to"):
+        start.prepare(make({"model.vocab_size": 104}), print)
+    assert not start.start_folder(make()).exists()
+
+
+def test_the_source_may_be_named_in_another_way(make, tmp_path, monkeypatch):
+    write_source(dense_twin(make()))
+    prepared = start.prepare(make(), print)
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "../" + tmp_path.name + "/source/"):
+        assert start.prepare(make({"train.init_from": name}), print) == prepared
+
+
+@pytest.mark.parametrize("content", ["{", "5", "[" * 100_000])
+def test_a_damaged_record_of_what_was_asked_is_named(make, content):
+    write_source(dense_twin(make()))
+    start.prepare(make(), print)
+    (start.start_folder(make()) / "asked.json").write_text(content)
+    with pytest.raises(UserError, match=r"asked\.json: is no JSON object .* Delete .*start to make it again"):
+        start.prepare(make(), print)
+
+
 def test_a_trained_moh_model_with_more_entries_need_not_be_dense(make, monkeypatch):
     source = write_source(make({"moh.router": "learned"}))
-    monkeypatch.setattr(start, "new_pieces", lambda old, new: {})
+    monkeypatch.setattr(start, "new_pieces", lambda old, new: {99: [3, 4]})
     monkeypatch.setattr(start, "load_tokenizer", lambda folder: FakeTokenizer())
     config = make({"moh.router": "learned", "model.vocab_size": 104})
     start.prepare(config, print)
@@ -192,6 +262,10 @@ CALIBRATED = {"moh.shared_placement": "calibrated", "moh.calibration_sequences":
         (CALIBRATED, {**CALIBRATED, "moh.shared_heads": 3}, "moh.shared_heads: 2 there, 3 here"),
         (CALIBRATED, {**CALIBRATED, "moh.calibration_sequences": 3}, "moh.calibration_sequences: 2 there, 3 here"),
         (CALIBRATED, {**CALIBRATED, "run.seed": 99}, "run.seed: {seed} there, 99 here"),
+        ({"moh.router": "learned"}, {"moh.router": "learned", "moh.gating": "paper"}, "normalized there, paper here"),
+        ({}, {"moh.router": "learned"}, "moh.router: query_norm there, learned here"),
+        ({}, {"moh.enabled": False}, "moh.enabled: True there, False here"),
+        ({}, {"model.vocab_size": 104}, "model.vocab_size: 96 there, 104 here"),
     ],
 )
 def test_a_start_is_not_taken_for_another_one(make, asked_first, asked_then, difference):
@@ -204,7 +278,7 @@ def test_a_start_is_not_taken_for_another_one(make, asked_first, asked_then, dif
             look(then, print)
         found = str(caught.value).splitlines()
         assert found[0] == f"{start.start_folder(first)} was made with other values:"
-        assert "  " + difference.format(source=source, seed=first.run.seed) in found
+        assert any(line.endswith(difference.format(source=source, seed=first.run.seed)) for line in found)
         assert found[-1] == "Name the same, or another run.dir, or delete the folder to make it again."
 
 
