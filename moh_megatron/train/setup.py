@@ -25,7 +25,7 @@ from moh_megatron.train.preflight import preflight
 from moh_megatron.train.restore import build_engine
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
-from moh_megatron.train.teacher import find_teacher, load_teacher
+from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
 from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
 from moh_megatron.train.world import World
 
@@ -116,6 +116,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     tokenizer = data.tokenizer()
     source = checkpoint or elsewhere
     teacher = _agreed(world, lambda: find_teacher(config, print))
+    _agreed(world, lambda: keep_teacher(config, teacher, begun=checkpoint is not None))
     for model in (source, teacher):
         if model is not None:
             check_same_tokenizer(model, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from moh_megatron.checkpoint import native, weights
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import UserError, refuse_differences
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import validate
 from moh_megatron.model.build import build_model
+from moh_megatron.monitor.records import write_json
 from moh_megatron.parallel import groups
 
 
@@ -29,14 +31,38 @@ def find_teacher(config: Config, report: Callable[[str], None]) -> Path | None:
     there = native.read_config(checkpoint)
     if there.moh.enabled:
         raise UserError(f"distillation.teacher must be a dense model. Got {checkpoint}, with moh.enabled: true.")
-    for key in ("vocab_size", "vocab_padding"):
-        if (found := getattr(there.model, key)) != (own := getattr(config.model, key)):
-            raise UserError(
-                f"distillation.teacher must have model.{key} {own}, as the model that learns. "
-                f"Got {found} in {checkpoint}."
-            )
+    if (found := there.model.tokens) != (own := config.model.tokens):
+        raise UserError(
+            f"distillation.teacher must know {own} tokens, padding left aside, as the model that learns. "
+            f"Got {found} in {checkpoint}."
+        )
     validate(_cut_as(config, there))
     return checkpoint
+
+
+def keep_teacher(config: Config, teacher: Path | None, begun: bool) -> None:
+    """Note in the run folder whose weights teach; ``begun`` says that the run goes on.
+
+    Raises:
+        UserError: it goes on, and had another teacher: a run folder was named that went on itself, or a checkpoint that
+            was made anew.
+    """
+    if teacher is None:
+        return
+    here = {"weights": native.read_state(teacher).weights_sha256[:12]}
+    file = Path(config.run.dir) / "teacher.json"
+    if begun and file.is_file():
+        remedy = "Name the checkpoint that taught it in distillation.teacher, or another run.dir."
+        refuse_differences(f"{config.run.dir} learned from another teacher than {teacher}", _noted(file), here, remedy)
+    else:
+        write_json(file, here)
+
+
+def _noted(file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: is no JSON object ({error}). Delete it to go on with the teacher named.") from None
 
 
 def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.Module:
@@ -55,4 +81,6 @@ def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.M
 def _cut_as(config: Config, teacher: Config) -> Config:
     """The configuration of the teacher in a run of ``config``."""
     train = dataclasses.replace(config.train, recompute="none")
-    return dataclasses.replace(config, model=teacher.model, moh=teacher.moh, train=train)
+    padded = {"vocab_size": config.model.vocab_size, "vocab_padding": config.model.vocab_padding}
+    model = dataclasses.replace(teacher.model, **padded)
+    return dataclasses.replace(config, model=model, moh=teacher.moh, train=train)

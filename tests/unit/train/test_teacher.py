@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint.companions import Companions
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.native_writer import write_checkpoint
 from moh_megatron.config.errors import UserError
-from moh_megatron.train.teacher import find_teacher
+from moh_megatron.config.schema import DistillationConfig
+from moh_megatron.model.single import build_single_process, logits
+from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
 
 DENSE = {"moh.enabled": False}
 
@@ -14,11 +23,11 @@ DENSE = {"moh.enabled": False}
     ("teacher", "student", "message"),
     [
         ({}, {}, "must be a dense model"),
-        ({**DENSE, "model.vocab_size": 128}, {}, r"must have model\.vocab_size 96, as the model that learns\. Got 128"),
-        ({**DENSE, "model.vocab_padding": 2}, {}, r"must have model\.vocab_padding 0"),
+        ({**DENSE, "model.vocab_size": 128}, {}, r"must know 96 tokens, .* as the model that learns\. Got 128"),
+        ({**DENSE, "model.vocab_padding": 2}, {}, r"must know 96 tokens, .* Got 94"),
         ({**DENSE, "model.num_query_groups": 1}, {"parallel.tensor": 4}, r"parallel\.tensor must divide"),
     ],
-    ids=["MoH", "another vocabulary", "other padding", "heads that cannot be cut"],
+    ids=["MoH", "another vocabulary", "padding that counts as tokens here", "heads that cannot be cut"],
 )
 def test_what_cannot_teach_is_refused(tiny, fake_checkpoint, tmp_path, teacher, student, message):
     folder = fake_checkpoint(tmp_path / "step_00000001", tiny(teacher))
@@ -32,3 +41,36 @@ def test_a_dense_model_may(tiny, fake_checkpoint, tmp_path):
     folder = fake_checkpoint(tmp_path / "step_00000001", tiny({**DENSE, **longer}))
     assert find_teacher(tiny({"distillation.teacher": str(folder)}), print) == folder
     assert find_teacher(tiny(), print) is None
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_it_is_padded_as_the_model_that_learns(tiny, tmp_path):
+    there, student = tiny(DENSE), tiny({"model.vocab_size": 100, "model.vocab_padding": 4})
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    dtypes = {rule.megatron: torch.float32 for rule in rules(there)}
+    weights = ((rule.megatron, 0.2 * torch.randn(rule.shape)) for rule in rules(there))
+    write_checkpoint(folder, there, dtypes, weights, Companions(None, {}))
+    config = dataclasses.replace(student, distillation=DistillationConfig(teacher=str(folder)))
+    assert find_teacher(config, print) == folder
+    teacher, tokens = load_teacher(folder, config, torch.device("cpu")), torch.arange(16)[None]
+    found = logits(teacher, tokens)
+    assert found.shape[-1] == 100
+    own = logits(build_single_process(there, native.read_weights(folder)), tokens)
+    assert torch.equal(found[..., :96], own)
+
+
+def test_a_run_keeps_its_teacher(tiny, fake_checkpoint, tmp_path):
+    first, other = (fake_checkpoint(tmp_path / f"step_{step}", tiny(DENSE), step=step) for step in (1, 2))
+    run = tiny({"run.dir": str(tmp_path / "run"), "distillation.teacher": str(first)})
+    keep_teacher(tiny({"run.dir": str(tmp_path / "run")}), None, begun=False)
+    assert not (tmp_path / "run").exists()
+    keep_teacher(run, first, begun=False)
+    keep_teacher(run, first, begun=True)
+    with pytest.raises(UserError, match=r"learned from another teacher than .*step_2:\n  weights: \w+ there, \w+ here"):
+        keep_teacher(run, other, begun=True)
+    (tmp_path / "run" / "teacher.json").write_text("[")
+    with pytest.raises(UserError, match=r"teacher\.json: is no JSON object"):
+        keep_teacher(run, first, begun=True)
+    keep_teacher(run, other, begun=False)
+    keep_teacher(run, other, begun=True)
