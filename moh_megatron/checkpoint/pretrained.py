@@ -31,6 +31,16 @@ def quiet() -> Iterator[None]:
             enable_progress_bar()
 
 
+@contextmanager
+def refusing(folder: Path, what: str) -> Iterator[None]:
+    """Whatever Transformers raises on ``what`` it opens from ``folder`` becomes a UserError with its first line."""
+    try:
+        yield
+    except Exception as error:  # values of any kind reach its code unchecked, which then raises anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{folder}: must hold {what} that Transformers opens. It does not: {reason}") from error
+
+
 def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a folder, in evaluation mode. Raises UserError where it does not load."""
     try:

@@ -143,6 +143,11 @@ class SafetensorsFile:
             entries = {}
             for name, item in header.items():
                 first, last = item["data_offsets"]
+                if any(type(number) is not int for number in (first, last, *item["shape"])):
+                    raise UserError(
+                        f"{self.path}: {name} must have a shape and data_offsets of whole numbers. "
+                        f"Got {item['shape']} and {item['data_offsets']}."
+                    )
                 if item["dtype"] not in DTYPES:
                     raise UserError(
                         f"{self.path}: {name} must be of {WEIGHT_TYPES}. Got {item['dtype']}: quantised or other "
