@@ -196,4 +196,12 @@ def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
         if name not in shards[file].entries:
             raise UserError(f"{folder / file}: holds no {name}, though {index.name} says so. Fetch both again.")
         found[name] = shards[file]
+    holder: dict[str, Shard] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if holder.setdefault(name, shard) is not shard:
+                raise UserError(
+                    f"{shard.path}: holds {name}, as {holder[name].path} does; each tensor must lie in one file. "
+                    "Fetch both again."
+                )
     return found

@@ -67,6 +67,15 @@ def wrong_shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def in_two_shards(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    index = sharded(folder)
+    held = {name: tensors[name] for name, file in index["weight_map"].items() if file == "b.safetensors"}
+    # Another value: which of the two counts depends on who reads.
+    held["lm_head.weight"] = 2 * tensors["lm_head.weight"]
+    save_file(held, folder / "b.safetensors", {"format": "pt"})
+
+
 def pickled_shard(folder: Path) -> None:
     index = sharded(folder)
     torch.save(load_file(folder / "b.safetensors"), folder / "b.bin")
@@ -181,6 +190,7 @@ def deep(name: str) -> Callable[[Path], object]:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing_shard": (missing_shard, "b.safetensors: missing; model.safetensors.index.json says it holds"),
     "tensor_not_in_its_shard": (wrong_shard, "a.safetensors: holds no model.norm.weight, though"),
+    "tensor_in_two_shards": (in_two_shards, "b.safetensors: holds lm_head.weight, as "),
     "index_leads_outside": (outside, "model.norm.weight must lie in a file of this folder. Got '../a.safetensors'"),
     "index_names_no_possible_file": (endless_name, "aaa: missing; model.safetensors.index.json says it holds model.n"),
     "deep_config": (deep("config.json"), "config.json: cannot be read as JSON (maximum recursion"),
