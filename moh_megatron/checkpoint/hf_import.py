@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.companions import Companions, carried_by
+from moh_megatron.checkpoint.companions import TOKEN_IDS, Companions, carried_by
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import MARKER, HFWeights, open_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
@@ -201,7 +201,15 @@ def _write(
                 "official, which would be read as a dense model; use official-to-hf, and import what it makes."
             )
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
-        companions = Companions(find_tokenizer(hf_dir, config, report), carried_by(hf_dir))
+        tokenizer = find_tokenizer(hf_dir, config, report)
+        companions = Companions(tokenizer, carried_by(hf_dir))
+        if tokenizer is not None or companions.files.keys() - {TOKEN_IDS}:
+            # Imported here: Transformers takes longer to load than many a model to convert.
+            from moh_megatron.checkpoint import side_files
+
+            side_files.check_generation(hf_dir, config.model.tokens)
+            if tokenizer is not None:
+                side_files.check_tokenizer(tokenizer, config.model.tokens)
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)

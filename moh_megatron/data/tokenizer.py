@@ -20,7 +20,9 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL = ".model"
 SENTENCEPIECE = "tokenizer.model"
-FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", SENTENCEPIECE)
+SPECIAL_TOKENS = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, SENTENCEPIECE)
 SPACE = "\u2581"
 """SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
 WORD = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
