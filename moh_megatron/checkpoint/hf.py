@@ -23,7 +23,7 @@ from moh_megatron.checkpoint.model_card import model_card
 from moh_megatron.checkpoint.official import official_config
 from moh_megatron.checkpoint.side_files import check_generation, write_tokenizer
 from moh_megatron.checkpoint.sources import WeightSource
-from moh_megatron.checkpoint.whole import whole_folder
+from moh_megatron.checkpoint.whole import place_of, refuse_inside, whole_folder
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_JSON, has_tokenizer, load_tokenizer
@@ -37,19 +37,20 @@ def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
 
     Inside the ``source`` it is made of it must not lie either: a checkpoint holds what its manifest says.
     """
-    if source is not None and hf_dir.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{hf_dir}: must lie outside what is converted, {source}. Name another folder.")
-    if not hf_dir.exists():
+    if source is not None:
+        refuse_inside(hf_dir, source)
+    place = place_of(hf_dir)
+    if not place.exists():
         return
     remedy = "Name another folder, or move this one away."
-    if not hf_dir.is_dir():
+    if not place.is_dir():
         raise UserError(f"{hf_dir}: must be a folder to export into. Got a file. {remedy}")
-    present = {entry.name for entry in hf_dir.iterdir()}
+    present = {entry.name for entry in place.iterdir()}
     if not present:
         return
     try:
-        ours = {MARKER, *json.loads((hf_dir / MARKER).read_text(encoding="utf-8"))["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = {MARKER, *json.loads((place / MARKER).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{hf_dir}: must be empty or an earlier export. Got a folder of something else. {remedy}"
         ) from None

@@ -20,7 +20,7 @@ from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import WEIGHT_TYPES, Scratch
 from moh_megatron.checkpoint.sources import HFSource, pieces
 from moh_megatron.checkpoint.unasked import is_small
-from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
+from moh_megatron.checkpoint.whole import refuse_inside, refuse_unless_new, whole_folder
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import completed_config
@@ -157,9 +157,11 @@ def hf_to_megatron(
             all heads active. This is done unasked where a model of up to ``LARGEST_UNASKED`` parameters becomes one.
 
     Raises:
-        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something.
+        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something or
+            lies in ``hf_dir``.
         Fault: the two sides differ by ``TOLERANCE`` or more, or the disk refuses. Nothing is left behind then.
     """
+    refuse_inside(save_dir, hf_dir)
     refuse_unless_new(save_dir)
     with whole_folder(save_dir) as folder:
         config, source = _write(
