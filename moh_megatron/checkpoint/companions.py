@@ -9,12 +9,13 @@ They lie with the tokenizer's files, and in their place where a model came witho
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from moh_megatron.checkpoint.hf_settings import HFSettings
+from moh_megatron.checkpoint.hf_settings import HFSettings, check_token_ids
 from moh_megatron.checkpoint.hf_source import CONFIG, read_json
 from moh_megatron.data.tokenizer import Tokenizer
 
@@ -62,10 +63,13 @@ def carried_by(folder: Path) -> dict[str, bytes]:
     if (folder / GENERATION).is_file():
         read_json(folder / GENERATION)
         found[GENERATION] = (folder / GENERATION).read_bytes()
-    if (folder / TOKEN_IDS).is_file():
+    if (folder / CONFIG).is_file():
+        # A Hugging Face folder: a file of others may bear our file's name.
+        if stated := HFSettings(folder).token_ids():
+            found[TOKEN_IDS] = (json.dumps(stated, indent=2) + "\n").encode("utf-8")
+    elif (folder / TOKEN_IDS).is_file():
+        check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS), sys.maxsize)
         found[TOKEN_IDS] = (folder / TOKEN_IDS).read_bytes()
-    elif (folder / CONFIG).is_file() and (stated := HFSettings(folder).token_ids()):
-        found[TOKEN_IDS] = (json.dumps(stated, indent=2) + "\n").encode("utf-8")
     return found
 
 

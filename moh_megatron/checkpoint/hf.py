@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer as Encoder
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from moh_megatron.checkpoint.companions import GENERATION, Ends, carried_by, stated_ends
 from moh_megatron.checkpoint.hf_config import CODE, hf_config
@@ -22,16 +21,15 @@ from moh_megatron.checkpoint.hf_weights import write_weights
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.model_card import model_card
 from moh_megatron.checkpoint.official import official_config
-from moh_megatron.checkpoint.pretrained import quiet
+from moh_megatron.checkpoint.side_files import check_generation, write_tokenizer
 from moh_megatron.checkpoint.sources import WeightSource
-from moh_megatron.checkpoint.whole import whole_folder
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.checkpoint.whole import place_of, refuse_inside, whole_folder
+from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer import TOKENIZER_JSON, has_tokenizer, load_tokenizer
 
 MAX_SHARD_SIZE = "5GB"
 Form = Literal["moh", "llama", "official"]
-_PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
 
 def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
@@ -39,19 +37,20 @@ def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
 
     Inside the ``source`` it is made of it must not lie either: a checkpoint holds what its manifest says.
     """
-    if source is not None and hf_dir.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{hf_dir}: must lie outside what is converted, {source}. Name another folder.")
-    if not hf_dir.exists():
+    if source is not None:
+        refuse_inside(hf_dir, source)
+    place = place_of(hf_dir)
+    if not place.exists():
         return
     remedy = "Name another folder, or move this one away."
-    if not hf_dir.is_dir():
+    if not place.is_dir():
         raise UserError(f"{hf_dir}: must be a folder to export into. Got a file. {remedy}")
-    present = {entry.name for entry in hf_dir.iterdir()}
+    present = {entry.name for entry in place.iterdir()}
     if not present:
         return
     try:
-        ours = {MARKER, *json.loads((hf_dir / MARKER).read_text(encoding="utf-8"))["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = {MARKER, *json.loads((place / MARKER).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{hf_dir}: must be empty or an earlier export. Got a folder of something else. {remedy}"
         ) from None
@@ -70,27 +69,6 @@ def replacing(hf_dir: Path) -> Iterator[Path]:
     check_replaceable(hf_dir)
     with whole_folder(hf_dir) as folder:
         yield folder
-
-
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.save(folder)
-    file = folder / TOKENIZER_CONFIG
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # Other classes rebuild the tokenizer from its vocabulary; this one takes tokenizer.json as it is.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # An imported one may name code of its own.
-    settings.pop("auto_map", None)
-    encoder = Encoder.from_file(str(folder / TOKENIZER_JSON))
-    settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eod))
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    expected = tokenizer.encode(_PROBE)
-    # Without trust_remote_code a terminal is asked about the model's code, which the tokenizer does not even need.
-    with quiet():
-        read_back = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    if (got := read_back(_PROBE, add_special_tokens=False)["input_ids"]) != expected:
-        raise Fault(
-            f"{folder}: transformers reads {TOKENIZER_JSON} otherwise than it was trained: {got}, not {expected}."
-        )
 
 
 def _settings(config: Config, dtype: torch.dtype, ends: Ends, form: Form) -> PretrainedConfig | dict[str, Any]:
@@ -138,6 +116,7 @@ def write_folder(
             f"Got {tokenizer.vocab_size}: it is another model's."
         )
     carried = carried_by(tokenizer_dir)
+    check_generation(tokenizer_dir, config.model.tokens)
     stated = stated_ends(carried)
     ends = stated or (Ends() if tokenizer is None else Ends.of(tokenizer))
     precision = dtype or source.dtype(rules(config)[0])
@@ -146,7 +125,6 @@ def write_folder(
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
         settings.save_pretrained(folder)
-    write_weights(folder, config, source, dtype, MAX_SHARD_SIZE)
     if GENERATION in carried:
         (folder / GENERATION).write_bytes(carried[GENERATION])
     else:
@@ -156,7 +134,8 @@ def write_folder(
         for name in CODE:
             shutil.copyfile(Path(configuration_moh.__file__).with_name(name), folder / name)
     if tokenizer is not None:
-        _write_tokenizer(tokenizer, folder)
+        write_tokenizer(tokenizer, folder, config.model.tokens)
+    write_weights(folder, config, source, dtype, MAX_SHARD_SIZE)
     if form != "official":
         card = model_card(config, dtype=str(precision).removeprefix("torch."), step=step, tokens=tokens)
         (folder / "README.md").write_text(card, encoding="utf-8")

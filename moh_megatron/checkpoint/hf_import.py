@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.companions import Companions, carried_by
+from moh_megatron.checkpoint.companions import TOKEN_IDS, Companions, carried_by
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import MARKER, HFWeights, open_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
@@ -20,7 +20,7 @@ from moh_megatron.checkpoint.rows import runs
 from moh_megatron.checkpoint.safetensors_io import WEIGHT_TYPES, Scratch
 from moh_megatron.checkpoint.sources import HFSource, pieces
 from moh_megatron.checkpoint.unasked import is_small
-from moh_megatron.checkpoint.whole import refuse_unless_new, whole_folder
+from moh_megatron.checkpoint.whole import refuse_inside, refuse_unless_new, whole_folder
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.heads import layer_heads
 from moh_megatron.config.load import completed_config
@@ -157,9 +157,11 @@ def hf_to_megatron(
             all heads active. This is done unasked where a model of up to ``LARGEST_UNASKED`` parameters becomes one.
 
     Raises:
-        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something.
+        UserError: the folder is broken, or of another model than it says, or ``save_dir`` holds something or
+            lies in ``hf_dir``.
         Fault: the two sides differ by ``TOLERANCE`` or more, or the disk refuses. Nothing is left behind then.
     """
+    refuse_inside(save_dir, hf_dir)
     refuse_unless_new(save_dir)
     with whole_folder(save_dir) as folder:
         config, source = _write(
@@ -201,7 +203,15 @@ def _write(
                 "official, which would be read as a dense model; use official-to-hf, and import what it makes."
             )
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
-        companions = Companions(find_tokenizer(hf_dir, config, report), carried_by(hf_dir))
+        tokenizer = find_tokenizer(hf_dir, config, report)
+        companions = Companions(tokenizer, carried_by(hf_dir))
+        if tokenizer is not None or companions.files.keys() - {TOKEN_IDS}:
+            # Imported here: Transformers takes longer to load than many a model to convert.
+            from moh_megatron.checkpoint import side_files
+
+            side_files.check_generation(hf_dir, config.model.tokens)
+            if tokenizer is not None:
+                side_files.check_tokenizer(tokenizer, config.model.tokens)
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)

@@ -69,17 +69,7 @@ class HFSettings:
         Raises:
             UserError: one is no entry of the vocabulary.
         """
-        entries = self._number("vocab_size", int)
-        found: dict[str, int | list[int]] = {}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = self.content.get(name)
-            if value is None or value == -1:  # what the first LLaMAs say for none
-                continue
-            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            if not ids or any(type(each) is not int or not 0 <= each < entries for each in ids):
-                raise UserError(f"{self.path}: {name} must be a token from 0 to {entries - 1}. Got {value!r}.")
-            found[name] = value
-        return found
+        return check_token_ids(self.path, self.content, self._number("vocab_size", int))
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """``model`` and ``moh`` of a configuration."""
@@ -160,3 +150,21 @@ class HFSettings:
             ):
                 scaling[name] = self._number(name, number, within=given)
         return theta, scaling
+
+
+def check_token_ids(file: Path, content: dict[str, Any], entries: int) -> dict[str, int | list[int]]:
+    """Those of bos_token_id, eos_token_id and pad_token_id in the ``content`` of ``file`` that name tokens.
+
+    Raises:
+        UserError: one is no entry of a vocabulary of ``entries``.
+    """
+    found: dict[str, int | list[int]] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(name)
+        if value is None or value == -1:  # what the first LLaMAs say for none
+            continue
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if not ids or any(type(each) is not int or not 0 <= each < entries for each in ids):
+            raise UserError(f"{file}: {name} must be a token from 0 to {entries - 1}. Got {value!r}.")
+        found[name] = value
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -112,11 +113,26 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Expected the folder of a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object. Got {type(content).__name__}.")
     return content
+
+
+def check_index(folder: Path) -> None:
+    """Raise UserError where Transformers cannot read the index of the folder's weights, though ``open_weights`` can."""
+    for name in (_SAFETENSORS, _PICKLE):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return
+        if index.is_file():
+            if not isinstance(got := read_json(index).get("metadata"), dict):
+                raise UserError(
+                    f"{index}: metadata must be an object where Transformers opens the model too, to compare them. "
+                    f'Got {got!r}. Write "metadata": {{}}.'
+                )
+            return
 
 
 @contextmanager
@@ -173,10 +189,19 @@ def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
         if PurePath(file).name != file:
             raise UserError(f"{index}: {name} must lie in a file of this folder. Got {file!r}.")
         if file not in shards:
-            if not (folder / file).is_file():
+            # Unlike pathlib's, it takes a name that is too long for a file system as that of no file.
+            if not os.path.isfile(folder / file):
                 raise UserError(f"{folder / file}: missing; {index.name} says it holds {name}. Fetch it again.")
             shards[file] = opened(folder / file)
         if name not in shards[file].entries:
             raise UserError(f"{folder / file}: holds no {name}, though {index.name} says so. Fetch both again.")
         found[name] = shards[file]
+    holder: dict[str, Shard] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if holder.setdefault(name, shard) is not shard:
+                raise UserError(
+                    f"{shard.path}: holds {name}, as {holder[name].path} does; each tensor must lie in one file. "
+                    "Fetch both again."
+                )
     return found

@@ -18,17 +18,31 @@ from moh_megatron.config.errors import UserError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers without its bars, and without its remarks on folders whose names Python could not import."""
-    remarks, bars = logging.getLogger("transformers.dynamic_module_utils"), is_progress_bar_enabled()
-    level = remarks.level
-    remarks.setLevel(logging.ERROR)
+    """Transformers without its bars, and without its remarks on folders whose names Python could not import and on
+    settings of generation that another one makes void."""
+    names = ("transformers.dynamic_module_utils", "transformers.generation.configuration_utils")
+    remarks, bars = [logging.getLogger(name) for name in names], is_progress_bar_enabled()
+    levels = [each.level for each in remarks]
+    for each in remarks:
+        each.setLevel(logging.ERROR)
     disable_progress_bar()
     try:
         yield
     finally:
-        remarks.setLevel(level)
+        for each, level in zip(remarks, levels, strict=True):
+            each.setLevel(level)
         if bars:
             enable_progress_bar()
+
+
+@contextmanager
+def refusing(folder: Path, what: str) -> Iterator[None]:
+    """Whatever Transformers raises on ``what`` it opens from ``folder`` becomes a UserError with its first line."""
+    try:
+        yield
+    except Exception as error:  # values of any kind reach its code unchecked, which then raises anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{folder}: must hold {what} that Transformers opens. It does not: {reason}") from error
 
 
 def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:

@@ -143,6 +143,11 @@ class SafetensorsFile:
             entries = {}
             for name, item in header.items():
                 first, last = item["data_offsets"]
+                if any(type(number) is not int for number in (first, last, *item["shape"])):
+                    raise UserError(
+                        f"{self.path}: {name} must have a shape and data_offsets of whole numbers. "
+                        f"Got {item['shape']} and {item['data_offsets']}."
+                    )
                 if item["dtype"] not in DTYPES:
                     raise UserError(
                         f"{self.path}: {name} must be of {WEIGHT_TYPES}. Got {item['dtype']}: quantised or other "
@@ -160,11 +165,28 @@ class SafetensorsFile:
                         f"{size}. Fetch or write it again."
                     )
                 entries[name] = entry
+            self._check_layout(entries, 8 + length, size)
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path}: the header is no safetensors header ({error!r}).") from None
         return entries
+
+    def _check_layout(self, entries: Mapping[str, Entry], start: int, size: int) -> None:
+        """Raise UserError unless the tensors fill the file from byte ``start`` on, one behind the other."""
+        end, before = start, "the header"
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+            if entry.start != end:
+                raise UserError(
+                    f"{self.path}: {name} must begin at byte {end}, where {before} ends. Got {entry.start}: the header "
+                    "is of another file. Fetch or write it again."
+                )
+            end, before = end + entry.nbytes, name
+        if end != size:
+            raise UserError(
+                f"{self.path}: must end at byte {end}, with {before}. Got {size} bytes: something was added, or the "
+                "header is of another file. Fetch or write it again."
+            )
 
 
 class SafetensorsWriter:

@@ -18,7 +18,8 @@ from moh_megatron.checkpoint.companions import Ends
 from moh_megatron.checkpoint.hf_config import hf_config
 from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
 from moh_megatron.checkpoint.hf_settings import HFSettings
-from moh_megatron.checkpoint.pretrained import quiet
+from moh_megatron.checkpoint.hf_source import check_index
+from moh_megatron.checkpoint.pretrained import quiet, refusing
 from moh_megatron.config.errors import Fault
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import position_ids
@@ -125,11 +126,15 @@ def open_foreign(folder: Path, config: Config) -> PreTrainedModel:
     """Any folder in fp32, by code that is not the folder's; Transformers reads its config.json, for a second opinion.
 
     The official form does not say how its heads are routed: it is computed as ``config`` says.
+
+    Raises:
+        UserError: Transformers does not open it, though its weights and settings were read.
     """
+    check_index(folder)
     model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
     silent = config.moh.enabled and not HFSettings(folder).moh
     settings = hf_config(config, torch.float32, Ends()) if silent else None
-    with quiet():
+    with quiet(), refusing(folder, "a model"):
         return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
 
 

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from moh_megatron.config.errors import Fault, UserError
 
+_LONGEST_PREFIX = 40
+"""Of a temporary folder's name; the whole name may be as long as the file system allows."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -25,51 +27,89 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
-    What stands at ``target`` then is replaced: the caller has made sure that it may be. SIGTERM and SIGHUP, where
-    nothing else handles them, end the block as a SystemExit of 128 and their number.
+    What stands at ``target`` then is replaced: the caller has made sure that it may be. A link is followed, and stays.
+    Folders above that were missing vanish, too, when the block does not end well. SIGTERM and SIGHUP, where nothing
+    else handles them, end the block as a SystemExit of 128 and their number.
 
     Raises:
-        UserError: a file stands where a folder above ``target`` is needed.
+        UserError: a file stands where a folder above ``target`` is needed, or see ``place_of``.
         Fault: the disk is full or refuses. A file elsewhere that cannot be read stays an OSError.
     """
-    with _ended_by_signal(target), _workplace(target) as (new, old):
+    place = place_of(target)
+    with _ended_by_signal(target), _workplace(target, place) as (new, old):
         yield new
         try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
         except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
+            if old.exists() and not place.exists():
+                old.rename(place)
             raise
-        flush_names(target.parent)
+        flush_names(place.parent)
+
+
+def place_of(target: Path) -> Path:
+    """Where a new folder ``target`` comes to lie, links followed.
+
+    Raises:
+        UserError: none can lie there, or this process runs in the one that would be replaced.
+    """
+    place = _resolved(target)
+    # What a shell stands in must not become another folder below its feet.
+    if place.exists() and place.samefile("."):
+        raise UserError(
+            f"{target}: must be another folder than the one this command runs in, which a new one would replace. "
+            "Name a folder below it, or run the command from elsewhere."
+        )
+    return place
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        place = path.resolve()
+        place.exists()
+    except (OSError, RuntimeError) as error:  # links in a circle are the second
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be a folder ({reason}). Name another one.") from None
+    return place
 
 
 @contextmanager
-def _workplace(target: Path) -> Iterator[tuple[Path, Path]]:
-    """The folder that becomes ``target``, and a name for what it replaces; both are gone in the end."""
+def _workplace(target: Path, place: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder that becomes ``place``, and a name for what it replaces; both are gone in the end."""
+    missing: list[Path] = []
+    workplace = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
-        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except (NotADirectoryError, FileExistsError) as error:
-        raise UserError(
-            f"{target}: a file stands where a folder is needed, at {error.filename}. Name another folder."
-        ) from None
-    except OSError as error:
-        raise Fault(
-            f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written."
-        ) from error
-    try:
-        new, old = workplace / target.name, workplace / f"{target.name}.replaced"
-        new.mkdir()
-        yield new, old
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and not _is_of_writing(error, workplace, target):
-            raise
-        raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
+        try:
+            missing = [each for each in place.parents if not each.exists()]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            workplace = Path(tempfile.mkdtemp(prefix=f".{place.name[:_LONGEST_PREFIX]}.", dir=place.parent))
+            # The folder keeps its name inside the temporary one: transformers names its copy of the code after it.
+            new, old = workplace / "new" / place.name, workplace / "old"
+            new.mkdir(parents=True)
+        except OSError as error:
+            raise _refusal(target, error) from error
+        try:
+            yield new, old
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and not _is_of_writing(error, workplace, place):
+                raise
+            raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)
+        for each in missing:  # the deepest first; one that holds something stays
+            with suppress(OSError):
+                each.rmdir()
+
+
+def _refusal(target: Path, error: OSError) -> UserError | Fault:
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return UserError(f"{target}: a file stands where a folder is needed, at {error.filename}. Name another folder.")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{target}: cannot be a folder ({error.strerror}). Name another one.")
+    return Fault(f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written.")
 
 
 @contextmanager
@@ -110,8 +150,15 @@ def _is_of_writing(error: OSError, *places: Path) -> bool:
 
 def refuse_unless_new(target: Path) -> None:
     """Raise UserError unless ``target`` is absent or an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    place = place_of(target)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{target}: must be new or empty. Got something there; name another folder, or move it away.")
+
+
+def refuse_inside(target: Path, source: Path) -> None:
+    """Raise UserError where ``target`` lies in the ``source`` it is made of, or is it."""
+    if _resolved(target).is_relative_to(_resolved(source)):
+        raise UserError(f"{target}: must lie outside what is converted, {source}. Name another folder.")
 
 
 def flush_names(folder: Path) -> None:

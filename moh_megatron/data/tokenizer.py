@@ -20,7 +20,9 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL = ".model"
 SENTENCEPIECE = "tokenizer.model"
-FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", SENTENCEPIECE)
+SPECIAL_TOKENS = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, SENTENCEPIECE)
 SPACE = "\u2581"
 """SentencePiece's sign for a space. A text's own U+2581 is decoded as a space, there as here: the one loss."""
 WORD = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
@@ -225,7 +227,7 @@ def _settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}).") from None
     if not isinstance(settings, dict):
         raise UserError(f"{file}: expected a JSON object. Got {type(settings).__name__}.")
@@ -234,9 +236,12 @@ def _settings(file: Path) -> dict[str, Any]:
 
 def _token_id(encoder: Encoder, settings: dict[str, Any], key: str, file: Path) -> int | None:
     token = settings.get(key)
-    name = token.get("content") if isinstance(token, dict) else token
-    if name is None:
+    if token is None:
         return None
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        place = file.with_name(TOKENIZER_CONFIG)
+        raise UserError(f"{place}: {key} must be a token, or an object whose content is one. Got {token!r}.")
     number = encoder.token_to_id(name)
     if number is None:
         raise UserError(f"{file}: {key} of {TOKENIZER_CONFIG} is {name!r}, which the vocabulary does not have.")

@@ -67,6 +67,15 @@ def wrong_shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def in_two_shards(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    index = sharded(folder)
+    held = {name: tensors[name] for name, file in index["weight_map"].items() if file == "b.safetensors"}
+    # Another value: which of the two counts depends on who reads.
+    held["lm_head.weight"] = 2 * tensors["lm_head.weight"]
+    save_file(held, folder / "b.safetensors", {"format": "pt"})
+
+
 def pickled_shard(folder: Path) -> None:
     index = sharded(folder)
     torch.save(load_file(folder / "b.safetensors"), folder / "b.bin")
@@ -77,6 +86,12 @@ def pickled_shard(folder: Path) -> None:
 def outside(folder: Path) -> None:
     index = sharded(folder)
     index["weight_map"]["model.norm.weight"] = "../a.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def endless_name(folder: Path) -> None:
+    index = sharded(folder)
+    index["weight_map"]["model.norm.weight"] = "a" * 5000
     (folder / INDEX).write_text(json.dumps(index))
 
 
@@ -168,10 +183,18 @@ def scaling(kind: str, **more: float) -> Callable[[Path], None]:
     return edit_config(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more})
 
 
-BROKEN = {
+def deep(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text('{"a":' * 100_000)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing_shard": (missing_shard, "b.safetensors: missing; model.safetensors.index.json says it holds"),
     "tensor_not_in_its_shard": (wrong_shard, "a.safetensors: holds no model.norm.weight, though"),
+    "tensor_in_two_shards": (in_two_shards, "b.safetensors: holds lm_head.weight, as "),
     "index_leads_outside": (outside, "model.norm.weight must lie in a file of this folder. Got '../a.safetensors'"),
+    "index_names_no_possible_file": (endless_name, "aaa: missing; model.safetensors.index.json says it holds model.n"),
+    "deep_config": (deep("config.json"), "config.json: cannot be read as JSON (maximum recursion"),
+    "deep_generation": (deep("generation_config.json"), "generation_config.json: cannot be read as JSON (maximum rec"),
     "no_weights": (no_weights, "holds no weights. Expected model.safetensors"),
     "cut_short": (cut(-300), "cut short: model.layers.1.self_attn.v_proj.weight ends at byte"),
     "cut_in_the_header": (cut(100), "with no whole header: cut short"),
@@ -301,6 +324,20 @@ def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder,
     assert "Fetch it again, or save it as safetensors." in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, "x"])
+def test_an_index_that_transformers_cannot_read_is_named_before_a_comparison(folder, tmp_path, capsys, metadata):
+    index = sharded(folder)
+    (folder / INDEX).write_text(json.dumps(index if metadata is None else index | {"metadata": metadata}))
+    arguments = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
+    assert run_convert(*arguments, "--verify") == 2
+    told = capsys.readouterr().err
+    assert "index.json: metadata must be an object where Transformers opens the model too" in told
+    assert f"Got {metadata!r}" in told
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert run_convert(*arguments) == 0
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """Files written and read a piece at a time are the library's files."""
 
 import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +90,39 @@ def test_a_failed_read_names_its_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"Input/output error.*a\.safetensors"):
         file.read("a", Scratch())
     file.close()
+
+
+def write_file(path: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"), [([2.0, 2], [0, 16]), ([2, 2], [0.0, 16]), ([2, 2], [False, 16]), ([True, 4], [0, 16])]
+)
+def test_numbers_of_a_header_are_whole(tmp_path, shape, offsets):
+    path = tmp_path / "a.safetensors"
+    write_file(path, {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}, bytes(16))
+    with pytest.raises(UserError, match=r"a\.safetensors: a must have a shape and data_offsets of whole numbers"):
+        SafetensorsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size", "message"),
+    [
+        ({"a": (0, 16), "b": (8, 24)}, 24, r"b must begin at byte \d+, where a ends\. Got"),
+        ({"a": (0, 16), "b": (0, 16)}, 16, r"b must begin at byte \d+, where a ends\. Got"),
+        ({"a": (0, 16), "b": (32, 48)}, 48, r"b must begin at byte \d+, where a ends\. Got"),
+        ({"a": (8, 24)}, 24, r"a must begin at byte \d+, where the header ends\. Got"),
+        ({"a": (0, 16)}, 17, r"a\.safetensors: must end at byte \d+, with a\. Got \d+ bytes"),
+    ],
+)
+def test_tensors_fill_a_file(tmp_path, offsets, size, message):
+    path = tmp_path / "a.safetensors"
+    write_file(
+        path,
+        {name: {"dtype": "F32", "shape": [4], "data_offsets": each} for name, each in offsets.items()},
+        bytes(size),
+    )
+    with pytest.raises(UserError, match=message):
+        SafetensorsFile(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.checkpoint.whole import whole_folder
+from moh_megatron.checkpoint.whole import place_of, refuse_inside, refuse_unless_new, whole_folder
 from moh_megatron.config.errors import UserError
 
 
@@ -72,3 +72,88 @@ def test_a_file_in_the_way_is_the_users_mistake(tmp_path, place):
     stands = r"file/.*: a file stands where a folder is needed, at .*file"
     with pytest.raises(UserError, match=stands), whole_folder(tmp_path / place):
         pass
+
+
+def test_folders_made_on_the_way_vanish_with_a_refusal(tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def refused() -> None:
+        with whole_folder(tmp_path / "there" / "n1" / "n2" / "out"):
+            raise UserError("refused")
+
+    with pytest.raises(UserError, match="refused"):
+        refused()
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_one_that_another_filled_meanwhile_stays(tmp_path):
+    def refused() -> None:
+        with whole_folder(tmp_path / "n1" / "out"):
+            (tmp_path / "n1" / "theirs").touch()
+            raise UserError("refused")
+
+    with pytest.raises(UserError, match="refused"):
+        refused()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["n1", "theirs"]
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["to_an_empty_folder", "to_nothing"])
+def test_a_link_stays_and_what_it_names_is_filled(tmp_path, empty):
+    (tmp_path / "disk").mkdir()
+    place = tmp_path / "disk" / "out"
+    if empty:
+        place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    refuse_unless_new(tmp_path / "link")
+    with whole_folder(tmp_path / "link") as folder:
+        assert folder.is_relative_to(tmp_path / "disk"), "a folder cannot be renamed to another disk"
+        (folder / "content").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in place.iterdir()] == ["content"]
+    assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a: cannot be a folder \(.*\)\. Name another one"):
+        refuse_unless_new(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", [".", "", "x/..", "../here"])
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for check in (refuse_unless_new, place_of):
+        with pytest.raises(UserError, match="must be another folder than the one this command runs in"):
+            check(Path(name))
+
+
+def test_a_way_back_up_is_followed(tmp_path):
+    with whole_folder(tmp_path / "x" / ".." / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["{long}", "n1/{long}", "n1/{long}/out"])
+def test_a_name_that_no_file_system_takes(tmp_path, place):
+    target = tmp_path / place.format(long="n" * 300)
+    with pytest.raises(UserError, match=r"n: cannot be a folder|out: cannot be a folder"), whole_folder(target):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_that_a_file_system_takes(tmp_path):
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / ("n" * 255)) as folder:
+            (folder / content).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["n" * 255, "new"]
+
+
+@pytest.mark.parametrize("place", ["source", "source/out", "link/out", "source/x/../out"])
+def test_what_is_made_lies_outside_what_it_is_made_of(tmp_path, place):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    with pytest.raises(UserError, match=r"must lie outside what is converted, .*source"):
+        refuse_inside(tmp_path / place, tmp_path / "source")
+    refuse_inside(tmp_path / "source_of_another", tmp_path / "source")

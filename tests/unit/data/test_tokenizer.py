@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,19 @@ def test_broken_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token"])
+@pytest.mark.parametrize("token", [5, ["</s>"], {"content": 1}, {"x": 1}, False])
+def test_a_token_is_named_by_text(tmp_path: Path, key: str, token: object) -> None:
+    folder = write_tokenizer(tmp_path, ["x", "</s>"], {key: token})
+    message = rf"tokenizer_config\.json: {key} must be a token, or .* is one\. Got {re.escape(repr(token))}"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+
+
+def test_settings_nested_beyond_reason(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, ["x", "</s>"])
+    (folder / "tokenizer_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON \(maximum recursion"):
+        load_tokenizer(folder)

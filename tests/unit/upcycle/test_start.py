@@ -110,7 +110,7 @@ def test_a_start_that_is_not_the_dense_model_is_a_fault_and_leaves_nothing(make,
     monkeypatch.setattr(start, "initial_routers", lambda config: ((name, each * 1e11) for name, each in right(config)))
     with pytest.raises(Fault, match=r"source: with all heads active the KL divergence of the MoH model made of it is"):
         start.prepare(config, print)
-    assert not any(Path(config.run.dir).iterdir())
+    assert not Path(config.run.dir).exists(), "nor the folder that was made for it"
 
 
 def test_a_small_divergence_is_one_too(make, monkeypatch):
