@@ -238,6 +238,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "field_missing": (edit_config(hidden_size=...), "config.json: hidden_size is missing"),
     "field_wrong": (edit_config(num_hidden_layers="2"), "num_hidden_layers must be a whole number above 0. Got '2'"),
     "heads": (edit_config(num_key_value_heads=3), "model.num_query_groups must divide model.num_attention_heads (8)"),
+    "field_true": (edit_config(num_hidden_layers=True), "num_hidden_layers must be a whole number above 0. Got True"),
     "hidden_size_beyond_reason": (
         edit_config(hidden_size=1e30),
         "hidden_size must be a whole number below 2147483648",

@@ -216,7 +216,7 @@ class MoHForCausalLM(LlamaForCausalLM):
     """
 
     config_class = MoHConfig
-    _keep_in_fp32_modules = ("router",)
+    _keep_in_fp32_modules = ["router"]  # noqa: RUF012 - as Transformers declares it
     """A new router's weights are too small for fp16."""
 
     def __init__(self, config: MoHConfig):
