@@ -10,7 +10,14 @@ from moh_megatron.checkpoint.whole import place_of, refuse_inside, refuse_unless
 from moh_megatron.config.errors import UserError
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    """A request to end that nobody handles or ignores; under nohup SIGHUP is ignored."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, capsys):
     def make() -> None:
         with whole_folder(tmp_path / "out") as folder:
