@@ -108,7 +108,8 @@ def official_to_hf(
             f"heads shared, {config.moh.active_heads} active."
         )
         hf_import.check_weights(weights, {}, config)
-        hf_import.find_tokenizer(official_dir, config, report)
+        tokenizer = hf_import.find_tokenizer(official_dir, config, report)
+        hf_import.check_side_files(official_dir, tokenizer, config.model.tokens)
         source = HFSource(weights, {})
         with hf.replacing(hf_dir) as folder:
             hf.write_folder(folder, config, source, official_dir, precision, step=0, tokens=0)

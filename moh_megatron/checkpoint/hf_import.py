@@ -204,19 +204,12 @@ def _write(
             )
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         tokenizer = find_tokenizer(hf_dir, config, report)
-        companions = Companions(tokenizer, carried_by(hf_dir))
-        if tokenizer is not None or companions.files.keys() - {TOKEN_IDS}:
-            # Imported here: Transformers takes longer to load than many a model to convert.
-            from moh_megatron.checkpoint import side_files
-
-            side_files.check_generation(hf_dir, config.model.tokens)
-            if tokenizer is not None:
-                side_files.check_tokenizer(tokenizer, config.model.tokens)
+        check_side_files(hf_dir, tokenizer, config.model.tokens)
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
-        write_checkpoint(folder, config, dtypes, pieces(source, config), companions)
+        write_checkpoint(folder, config, dtypes, pieces(source, config), Companions(tokenizer, carried_by(hf_dir)))
         return config, _completed(settings, save_dir, None, (), weights.dtypes)
 
 
@@ -243,6 +236,18 @@ def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) 
             "folder the weights alone are converted."
         )
     return tokenizer
+
+
+def check_side_files(hf_dir: Path, tokenizer: Tokenizer | None, entries: int) -> None:
+    """Raise UserError where an export of a model of ``entries`` tokens could not keep what lies beside the weights."""
+    if tokenizer is None and not carried_by(hf_dir).keys() - {TOKEN_IDS}:
+        return
+    # Imported here: Transformers takes longer to load than many a model to convert.
+    from moh_megatron.checkpoint import side_files
+
+    side_files.check_generation(hf_dir, entries)
+    if tokenizer is not None:
+        side_files.check_tokenizer(tokenizer, entries)
 
 
 def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Config) -> None:

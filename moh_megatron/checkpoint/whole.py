@@ -20,6 +20,7 @@ from moh_megatron.config.errors import Fault, UserError
 
 _LONGEST_PREFIX = 40
 """Of a temporary folder's name; the whole name may be as long as the file system allows."""
+_ROOM = "Free some space, or name another disk."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -29,15 +30,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     What stands at ``target`` then is replaced: the caller has made sure that it may be. A link is followed, and stays.
     Folders above that were missing vanish, too, when the block does not end well. SIGTERM and SIGHUP, where nothing
-    else handles them, end the block as a SystemExit of 128 and their number.
+    else handles them, end the block as a SystemExit of 128 and their number. They and Ctrl-C wait until the folder is
+    in place and what it replaced is gone, or what was begun is.
 
     Raises:
         UserError: a file stands where a folder above ``target`` is needed, or see ``place_of``.
         Fault: the disk is full or refuses. A file elsewhere that cannot be read stays an OSError.
     """
     place = place_of(target)
-    with _ended_by_signal(target), _workplace(target, place) as (new, old):
+    with _requests_to_end(target) as requests, _workplace(target, place, requests) as (new, old):
         yield new
+        requests.wait = True
         try:
             if place.exists():
                 place.rename(old)
@@ -46,6 +49,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if old.exists() and not place.exists():
                 old.rename(place)
             raise
+        requests.whole = True
         flush_names(place.parent)
 
 
@@ -76,7 +80,7 @@ def _resolved(path: Path) -> Path:
 
 
 @contextmanager
-def _workplace(target: Path, place: Path) -> Iterator[tuple[Path, Path]]:
+def _workplace(target: Path, place: Path, requests: _Requests) -> Iterator[tuple[Path, Path]]:
     """The folder that becomes ``place``, and a name for what it replaces; both are gone in the end."""
     missing: list[Path] = []
     workplace = None
@@ -95,8 +99,11 @@ def _workplace(target: Path, place: Path) -> Iterator[tuple[Path, Path]]:
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and not _is_of_writing(error, workplace, place):
                 raise
-            raise Fault(f"{target}: could not be written ({error}). Free some space, or name another disk.") from error
+            refused = isinstance(error, PermissionError)
+            remedy = "Change its permissions, or name another folder." if refused else _ROOM
+            raise Fault(f"{target}: could not be written ({error}). {remedy}") from error
     finally:
+        requests.wait = True
         if workplace is not None:
             shutil.rmtree(workplace, ignore_errors=True)
         for each in missing:  # the deepest first; one that holds something stays
@@ -112,33 +119,53 @@ def _refusal(target: Path, error: OSError) -> UserError | Fault:
     return Fault(f"{target}: cannot write beside it ({error}). Name a folder on a disk that can be written.")
 
 
+class _Requests:
+    """Handles signals that ask this process to end."""
+
+    def __init__(self) -> None:
+        self.wait, self.whole = False, False
+        """Whether the process is not to be interrupted, and whether the folder is in place."""
+        self.received: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        if not self.wait:
+            # A second one must not interrupt the tidying up.
+            self.wait = True
+            self.end()
+
+    def end(self) -> None:
+        """Raise what the first one received stands for, if there was one."""
+        if self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+
 @contextmanager
-def _ended_by_signal(target: Path) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handled = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
-
-    def end(number: int, frame: FrameType | None) -> None:
-        # A second one must not interrupt the tidying up.
-        for each in handled:
-            signal.signal(each, signal.SIG_IGN)
-        received.append(signal.Signals(number).name)
-        raise SystemExit(128 + number)
-
-    received: list[str] = []
-    for each in handled:
-        signal.signal(each, end)
+def _requests_to_end(target: Path) -> Iterator[_Requests]:
+    requests = _Requests()
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    in_charge = threading.current_thread() is threading.main_thread()
+    handled = [number for number in usual if in_charge and signal.getsignal(number) is usual[number]]
+    for number in handled:
+        signal.signal(number, requests)
     try:
-        yield
-    except SystemExit:
-        with suppress(OSError):  # a terminal that hung up takes no words
-            for name in received:
-                print(f"{target}: ended by {name} before it was whole. Nothing was left behind.", file=sys.stderr)
+        yield requests
+        requests.end()
+    except (SystemExit, KeyboardInterrupt):
+        if requests.received is not None:
+            state = ", which is whole" if requests.whole else " before it was whole. Nothing was left behind"
+            with suppress(OSError):  # a terminal that hung up takes no words
+                print(f"{target}: ended by {requests.received.name}{state}.", file=sys.stderr)
         raise
     finally:
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, usual[number])
 
 
 def _is_of_writing(error: OSError, *places: Path) -> bool:
@@ -148,11 +175,11 @@ def _is_of_writing(error: OSError, *places: Path) -> bool:
     return error.filename is not None and any(Path(os.fsdecode(error.filename)).is_relative_to(each) for each in places)
 
 
-def refuse_unless_new(target: Path) -> None:
-    """Raise UserError unless ``target`` is absent or an empty folder."""
+def refuse_unless_new(target: Path, another: str = "name another folder") -> None:
+    """Raise UserError unless ``target`` is absent or an empty folder; ``another`` says how to write elsewhere."""
     place = place_of(target)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{target}: must be new or empty. Got something there; name another folder, or move it away.")
+        raise UserError(f"{target}: must be new or empty. Got something there; {another}, or move it away.")
 
 
 def refuse_inside(target: Path, source: Path) -> None:

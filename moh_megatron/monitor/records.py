@@ -104,15 +104,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """The content of a run's summary.json. Raises UserError where it is none."""
+def read_json(path: Path, expected: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises UserError, ending in ``remedy``, where it is not ``expected``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: must be the summary.json of a run. It cannot be read: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: must be {expected}. It cannot be read: {error}. {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be the summary.json of a run, a JSON object. Got a {type(content).__name__}.")
+        raise UserError(f"{path}: must be {expected}, a JSON object. Got a {type(content).__name__}. {remedy}")
     return content
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of a run's summary.json. Raises UserError where it is none."""
+    return read_json(path, "the summary.json of a run", "Name the folder of a run that ended.")
 
 
 def merge_summary(path: Path, values: dict[str, Any]) -> None:

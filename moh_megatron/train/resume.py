@@ -28,7 +28,7 @@ from moh_megatron.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 _SAME_RUN = (
     "model",
     "moh",
-    "distillation",
+    "distillation.weight",
     "data.document_mask",
     "run.seed",
     "train.sequence_length",
@@ -149,6 +149,9 @@ def check_same_run(
     written_by = read_config(checkpoint)
     there, here = (_values(each, _SAME_RUN) for each in (written_by, config))
     del there[_ANY_BACKEND], here[_ANY_BACKEND]
+    # Which one it is, its weights say: it may lie elsewhere by now.
+    for values, each in ((there, written_by), (here, config)):
+        values["distillation.teacher"] = "null" if each.distillation.teacher is None else "given"
     there["data"], here["data"] = manifest.data[:12], data[:12]
     if config.data.sources:
         there["shares of the sources so far"] = shares_until(read_config(checkpoint), manifest.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from moh_megatron.config.errors import UserError, refuse_differences
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import validate
 from moh_megatron.model.build import build_model
-from moh_megatron.monitor.records import write_json
+from moh_megatron.monitor.records import read_json, write_json
 from moh_megatron.parallel import groups
 
 
@@ -51,18 +50,12 @@ def keep_teacher(config: Config, teacher: Path | None, begun: bool) -> None:
         return
     here = {"weights": native.read_state(teacher).weights_sha256[:12]}
     file = Path(config.run.dir) / "teacher.json"
-    if begun and file.is_file():
+    if begun and file.exists():
+        there = read_json(file, "the teacher of a run", "Delete it to go on with the one named.")
         remedy = "Name the checkpoint that taught it in distillation.teacher, or another run.dir."
-        refuse_differences(f"{config.run.dir} learned from another teacher than {teacher}", _noted(file), here, remedy)
+        refuse_differences(f"{config.run.dir} learned from another teacher than {teacher}", there, here, remedy)
     else:
         write_json(file, here)
-
-
-def _noted(file: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: is no JSON object ({error}). Delete it to go on with the teacher named.") from None
 
 
 def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.Module:

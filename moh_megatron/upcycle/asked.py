@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moh_megatron.checkpoint.manifest import read_manifest
-from moh_megatron.config.errors import UserError, refuse_differences
+from moh_megatron.checkpoint.native import step_folders
+from moh_megatron.config.errors import refuse_differences
 from moh_megatron.config.schema import Config
-from moh_megatron.monitor.records import write_json
+from moh_megatron.monitor.records import read_json, write_json
 
 SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"
@@ -46,15 +48,22 @@ def warn_of_other_weights(start: Path, config: Config, report: Callable[[str], N
     Where a run folder is named, it may have gone on; and what was named may be gone.
     """
     source = Path(config.train.init_from or "")
-    try:
-        now = read_manifest(source).weights_sha256[:12]
-    except ValueError:
+    now = _weights_of(source)
+    if now is None:
         return
     if now != (then := _asked_once(start).get(WEIGHTS)):
         report(
             f"warning: {source} holds other weights, {now}, than {start} was made of, {then}. Delete that folder, or "
             "name another run.dir, to start from them."
         )
+
+
+def _weights_of(source: Path) -> str | None:
+    """As ``write`` keeps them: of a checkpoint, or of the newest one of a run, files unread."""
+    for folder in (source, *step_folders(source), *step_folders(source / "checkpoints")):
+        with suppress(ValueError):
+            return read_manifest(folder).weights_sha256[:12]
+    return None
 
 
 def is_measured(config: Config) -> bool:
@@ -88,11 +97,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 
 def _asked_once(start: Path) -> dict[str, Any]:
-    file = start / _FILE
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON object ({error}). Delete {start} to make it again.") from None
+    return read_json(start / _FILE, "what a start was made of", f"Delete {start} to make it again.")
 
 
 def _same_place(there: Any, here: str | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import model_arguments
-from moh_megatron.monitor.records import write_json
+from moh_megatron.monitor.records import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +109,20 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 def read_calibration(path: Path) -> Calibration:
     """What ``write_calibration`` wrote. Raises UserError where it is something else."""
+    remedy = "Delete it to measure again."
+    content = read_json(path, "a calibration", remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        removal = tuple(map(tuple, content["removal"]))
-        return Calibration(content["tokens"], content["loss"], removal, dict(content.get("of", {})))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: no calibration ({error}). Delete it to measure again.") from None
+        removal = tuple(tuple(map(_finite, layer)) for layer in content["removal"])
+        tokens = int(content["tokens"])
+        return Calibration(tokens, _finite(content["loss"]), removal, dict(content.get("of", {})))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: must be a calibration. Got another content ({error}). {remedy}") from None
+
+
+def _finite(number: Any) -> float:
+    if isinstance(number, str) or not math.isfinite(number):
+        raise ValueError(f"{number!r} is no finite number")
+    return float(number)
 
 
 def settled(config: Config, calibration: Calibration) -> Config:

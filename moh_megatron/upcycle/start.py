@@ -59,6 +59,8 @@ def prepare(config: Config, report: Report) -> Config:
         Fault: the disk refuses, or the new model with all heads active is not the dense one.
     """
     if asked.is_made(start_folder(config)):
+        if not native.step_folders(checkpoint_dir(config)):
+            _require_whole(native.problem_with(start_folder(config), weights_only=True), config)
         if asked.is_measured(config):
             asked.require_same(start_folder(config), config, load_prepared(config).hash)
         asked.warn_of_other_weights(start_folder(config), config, report)
@@ -67,7 +69,7 @@ def prepare(config: Config, report: Report) -> Config:
         there = native.read_config(source)
         if _fits(there, config):
             return config
-        refuse_unless_new(start_folder(config))
+        refuse_unless_new(start_folder(config), "name another run.dir")
         _require_it_would_go_on(config)
         check_source(source, there, config, report)
         find_teacher(config, report)
@@ -98,6 +100,7 @@ def resolve(config: Config, report: Report) -> Config:
         )
     start = start_folder(config)
     asked.require_same(start, config)
+    _require_whole(None if (start / native.CONFIG).is_file() else f"{native.CONFIG} is missing", config)
     made = native.read_config(start)
     moh, train = config.moh, dataclasses.replace(config.train, init_from=str(start))
     if asked.is_measured(config):
@@ -111,6 +114,12 @@ def _source(config: Config, report: Report) -> Path:
     if config.train.init_from is None:
         raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
     return native.resolve_checkpoint(config.train.init_from, report)
+
+
+def _require_whole(problem: str | None, config: Config) -> None:
+    start = start_folder(config)
+    if problem is not None:
+        raise UserError(f"{start} is damaged: {problem}. Delete the folder to make it again.")
 
 
 def _require_it_would_go_on(config: Config) -> None:
@@ -161,7 +170,7 @@ def calibration_of(
         asked.DATA: data.hash[:12],
         **asked.measured_with(config),
     }
-    if file.is_file():
+    if file.exists():
         found = read_calibration(file)
         refuse_differences(f"{file} measured something else", found.of, of, "Delete it to measure again.")
         return found

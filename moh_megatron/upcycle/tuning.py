@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -16,7 +15,7 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import data_dir, require_folder
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.model.single import build_single_process
-from moh_megatron.monitor.records import read_records, write_json
+from moh_megatron.monitor.records import read_json, read_records, write_json
 from moh_megatron.parallel import groups
 from moh_megatron.upcycle.compare import document_losses, mean, recovered
 from moh_megatron.upcycle.documents import held_out
@@ -114,10 +113,8 @@ class Arm:
         return known[key]
 
     def _known(self) -> dict[str, Any]:
-        try:
-            return json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
-        except ValueError as error:
-            raise UserError(f"{self._file}: is no JSON ({error}). Delete it to measure again.") from None
+        remedy = "Delete it to measure again."
+        return read_json(self._file, "losses by document", remedy) if self._file.exists() else {}
 
 
 def as_markdown(control: Arm, arms: Sequence[Arm]) -> str:

@@ -59,6 +59,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "added_of_no_kind": (having(SETTINGS, added_tokens_decoder={"x": 3}), OPENS),
     "extra_of_no_kind": (having(SETTINGS, extra_special_tokens="<x>"), OPENS),
     "further_of_no_kind": (having(SETTINGS, additional_special_tokens=5), OPENS),
+    "otherwise_read": (
+        having(SETTINGS, additional_special_tokens=["e", "o"], split_special_tokens=False),
+        "tokenizer.json alone says: [",
+    ),
     "length_of_no_kind": (having(SETTINGS, model_max_length="abc"), f"{SETTINGS}: model_max_length must be a number"),
     "half_a_character": (having(SETTINGS, mine="\ud800"), OPENS),
     "end_of_no_kind": (having(SETTINGS, eos_token={"x": 1}), f"{SETTINGS}: eos_token must be a token, or an object"),

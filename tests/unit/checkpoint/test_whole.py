@@ -3,11 +3,12 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moh_megatron.checkpoint.whole import place_of, refuse_inside, refuse_unless_new, whole_folder
-from moh_megatron.config.errors import UserError
+from moh_megatron.config.errors import Fault, UserError
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
@@ -31,6 +32,59 @@ def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, ca
     assert not list(tmp_path.iterdir())
     assert f"out: ended by {number.name} before it was whole" in capsys.readouterr().err
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_end_waits_until_what_is_replaced_is_gone(asks, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    unlink = os.unlink
+
+    def asked_to_end(*given: Any, **named: Any) -> None:
+        os.kill(os.getpid(), asks)
+        unlink(*given, **named)
+
+    def replace() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "new").touch()
+            monkeypatch.setattr(os, "unlink", asked_to_end)
+
+    with pytest.raises(BaseException) as ended:
+        replace()
+    signal.signal(signal.SIGTERM, usual)
+    assert isinstance(ended.value, KeyboardInterrupt if asks == signal.SIGINT else SystemExit)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+    assert f"out: ended by {asks.name}, which is whole." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_interrupt_the_tidying_up(tmp_path, capsys, monkeypatch):
+    unlink = os.unlink
+
+    def impatient(*given: Any, **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        unlink(*given, **named)
+
+    def interrupted() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            monkeypatch.setattr(os, "unlink", impatient)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+    assert "out: ended by SIGINT before it was whole. Nothing was left behind." in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_written_says_so(tmp_path):
+    def refused() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            raise PermissionError(13, "Permission denied", str(folder / "x"))
+
+    with pytest.raises(Fault, match=r"Permission denied.*Change its permissions, or name another folder"):
+        refused()
 
 
 def test_who_handles_the_signal_already_goes_on(tmp_path):

@@ -112,6 +112,18 @@ def test_another_value_is_refused_naming_both(config, checkpoint, key, there, he
     assert (f"train.init_from={folder}" in remedy) == (key not in ("model.num_layers", "model.norm_epsilon"))
 
 
+def test_a_teacher_may_lie_elsewhere_and_not_be_missing(config, checkpoint):
+    taught = {"distillation.teacher": "dense"}
+    folder = checkpoint(5, taught)
+    assert check_same_run(folder, config({"distillation.teacher": "/else/dense/step_00000005"}), 1, DATA, print)
+    for changes, difference in (
+        ({}, "distillation.teacher: given there, null here"),
+        ({**taught, "distillation.weight": 0.5}, "distillation.weight: 1.0 there, 0.5 here"),
+    ):
+        with pytest.raises(UserError, match=difference.replace(".", "[.]")):
+            check_same_run(folder, config(changes), 1, DATA, print)
+
+
 def test_another_precision_is_refused(config, checkpoint):
     with pytest.raises(UserError, match=r"  train\.precision: fp32 there, bf16 here"):
         check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA, print)

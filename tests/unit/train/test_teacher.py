@@ -69,8 +69,17 @@ def test_a_run_keeps_its_teacher(tiny, fake_checkpoint, tmp_path):
     keep_teacher(run, first, begun=True)
     with pytest.raises(UserError, match=r"learned from another teacher than .*step_2:\n  weights: \w+ there, \w+ here"):
         keep_teacher(run, other, begun=True)
-    (tmp_path / "run" / "teacher.json").write_text("[")
-    with pytest.raises(UserError, match=r"teacher\.json: is no JSON object"):
-        keep_teacher(run, first, begun=True)
     keep_teacher(run, other, begun=False)
     keep_teacher(run, other, begun=True)
+
+
+@pytest.mark.parametrize("content", [None, "[", "[]", "[" * 100_000])
+def test_a_damaged_note_of_the_teacher_is_named(tiny, fake_checkpoint, tmp_path, content):
+    teacher = fake_checkpoint(tmp_path / "step_00000001", tiny(DENSE))
+    run = tiny({"run.dir": str(tmp_path), "distillation.teacher": str(teacher)})
+    if content is None:
+        (tmp_path / "teacher.json").mkdir()
+    else:
+        (tmp_path / "teacher.json").write_text(content)
+    with pytest.raises(UserError, match=r"teacher\.json: must be the teacher of a run.* Delete it to go on"):
+        keep_teacher(run, teacher, begun=True)

@@ -86,6 +86,34 @@ def test_the_report_is_read_back(tmp_path):
     write_calibration(file, CALIBRATION)
     assert read_calibration(file) == CALIBRATION
     assert json.loads(file.read_text())["ranking"][1][:2] == [7, 0]
-    file.write_text("{}")
-    with pytest.raises(UserError, match="no calibration"):
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"removal": None},
+        {"removal": [["a"] * 8] * 2},
+        {"removal": [[None] * 8] * 2},
+        {"removal": [[float("nan")] * 8] * 2},
+        {"tokens": "x"},
+        {"loss": "1.0"},
+        {"of": 5},
+    ],
+)
+def test_a_damaged_report_is_refused(tmp_path, changes):
+    file = tmp_path / "calibration.json"
+    write_calibration(file, CALIBRATION)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=r"calibration\.json: must be a calibration\. Got .* Delete it to"):
+        read_calibration(file)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "[" * 100_000])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    file = tmp_path / "calibration.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"calibration\.json: must be a calibration.* Delete it to measure again"):
         read_calibration(file)

@@ -173,12 +173,30 @@ def test_the_source_may_be_named_in_another_way(make, tmp_path, monkeypatch):
         assert start.prepare(make({"train.init_from": name}), print) == prepared
 
 
-@pytest.mark.parametrize("content", ["{", "5", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "5", "[]", "[" * 100_000])
 def test_a_damaged_record_of_what_was_asked_is_named(make, content):
     write_source(dense_twin(make()))
     start.prepare(make(), print)
     (start.start_folder(make()) / "asked.json").write_text(content)
-    with pytest.raises(UserError, match=r"asked\.json: is no JSON object .* Delete .*start to make it again"):
+    with pytest.raises(UserError, match=r"asked\.json: must be what a start was made of.* Delete .*start to make"):
+        start.resolve(make(), print)
+    with pytest.raises(UserError, match=r"start is damaged: asked\.json has"):
+        start.prepare(make(), print)
+
+
+def test_a_damaged_start_is_told_before_any_rank_is_started(make, fake_checkpoint):
+    write_source(dense_twin(make()))
+    resolved = start.prepare(make(), print)
+    place = start.start_folder(make())
+    (weights,) = (place / "weights").iterdir()
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"start is damaged: weights/.* Delete the folder to make it again"):
+        start.prepare(make(), print)
+    # A run that has begun does not need them; but how its heads are routed is read there.
+    fake_checkpoint(checkpoint_dir(make()) / "step_00000003", resolved)
+    assert start.prepare(make(), print) == resolved
+    (place / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"start is damaged: config\.yaml is missing\. Delete the folder"):
         start.prepare(make(), print)
 
 
@@ -304,6 +322,17 @@ def test_a_source_that_changed_is_told(make):
     start.prepare(make(), told.append)
     (message,) = told
     assert message.startswith(f"warning: {source} holds other weights, ")
+
+
+def test_a_source_run_that_went_on_is_told(make, tmp_path):
+    for step, seed in ((1, 3), (2, 5)):
+        folder = tmp_path / "dense" / "checkpoints" / f"step_0000000{step}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_source(dense_twin(make({"train.init_from": str(folder)})), seed=seed)
+        told: list[str] = []
+        start.prepare(make({"train.init_from": str(tmp_path / "dense")}), told.append)
+    (message,) = told
+    assert message.startswith(f"warning: {tmp_path / 'dense'} holds other weights, ")
 
 
 def test_calibrated_heads_and_a_larger_vocabulary_exclude_each_other(make):
