@@ -11,14 +11,24 @@ from moh_megatron.checkpoint.whole import place_of, refuse_inside, refuse_unless
 from moh_megatron.config.errors import Fault, UserError
 
 
-@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
-def number(request):
-    """A request to end that nobody handles or ignores; under nohup SIGHUP is ignored."""
-    before = signal.signal(request.param, signal.SIG_DFL)
-    yield request.param
-    signal.signal(request.param, before)
+@pytest.fixture
+def nobody_listens():
+    """Requests to end that nothing handles or ignores; under nohup SIGHUP is ignored, in the background Ctrl-C."""
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    # Each time as it was found.
+    assert {number: signal.getsignal(number) for number in usual} == usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
+@pytest.mark.usefixtures("nobody_listens")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, capsys):
     def make() -> None:
         with whole_folder(tmp_path / "out") as folder:
@@ -31,14 +41,13 @@ def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, ca
     assert ended.value.code == 128 + number
     assert not list(tmp_path.iterdir())
     assert f"out: ended by {number.name} before it was whole" in capsys.readouterr().err
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("nobody_listens")
 @pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_end_waits_until_what_is_replaced_is_gone(asks, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     unlink = os.unlink
 
     def asked_to_end(*given: Any, **named: Any) -> None:
@@ -52,13 +61,12 @@ def test_a_request_to_end_waits_until_what_is_replaced_is_gone(asks, tmp_path, c
 
     with pytest.raises(BaseException) as ended:
         replace()
-    signal.signal(signal.SIGTERM, usual)
     assert isinstance(ended.value, KeyboardInterrupt if asks == signal.SIGINT else SystemExit)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
     assert f"out: ended by {asks.name}, which is whole." in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("nobody_listens")
 def test_a_second_ctrl_c_does_not_interrupt_the_tidying_up(tmp_path, capsys, monkeypatch):
     unlink = os.unlink
 
