@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.checkpoint import hf, hf_import, native
+from moh_megatron.checkpoint.companions import Companions, carried_by
 from moh_megatron.checkpoint.hf_settings import HFSettings
 from moh_megatron.checkpoint.hf_source import open_weights
 from moh_megatron.checkpoint.mapping import rules
@@ -109,7 +110,8 @@ def official_to_hf(
         )
         hf_import.check_weights(weights, {}, config)
         tokenizer = hf_import.find_tokenizer(official_dir, config, report)
-        hf_import.check_side_files(official_dir, tokenizer, config.model.tokens)
+        companions = Companions(tokenizer, carried_by(official_dir))
+        hf_import.check_side_files(official_dir, companions, config.model.tokens)
         source = HFSource(weights, {})
         with hf.replacing(hf_dir) as folder:
             hf.write_folder(folder, config, source, official_dir, precision, step=0, tokens=0)

@@ -204,12 +204,13 @@ def _write(
             )
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
         tokenizer = find_tokenizer(hf_dir, config, report)
-        check_side_files(hf_dir, tokenizer, config.model.tokens)
+        companions = Companions(tokenizer, carried_by(hf_dir))
+        check_side_files(hf_dir, companions, config.model.tokens)
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
         check_weights(weights, added, config)
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
-        write_checkpoint(folder, config, dtypes, pieces(source, config), Companions(tokenizer, carried_by(hf_dir)))
+        write_checkpoint(folder, config, dtypes, pieces(source, config), companions)
         return config, _completed(settings, save_dir, None, (), weights.dtypes)
 
 
@@ -238,9 +239,10 @@ def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) 
     return tokenizer
 
 
-def check_side_files(hf_dir: Path, tokenizer: Tokenizer | None, entries: int) -> None:
+def check_side_files(hf_dir: Path, companions: Companions, entries: int) -> None:
     """Raise UserError where an export of a model of ``entries`` tokens could not keep what lies beside the weights."""
-    if tokenizer is None and not carried_by(hf_dir).keys() - {TOKEN_IDS}:
+    tokenizer = companions.tokenizer
+    if tokenizer is None and not companions.files.keys() - {TOKEN_IDS}:
         return
     # Imported here: Transformers takes longer to load than many a model to convert.
     from moh_megatron.checkpoint import side_files

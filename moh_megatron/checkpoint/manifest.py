@@ -16,6 +16,9 @@ _READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
+_BLOCK_BYTES = 1 << 25
+"""Hashed at once. Between two blocks the interpreter is asked for: beside another thread's imports, of 256 KB as
+hashlib.file_digest takes them, almost nothing was hashed."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,6 @@ class Manifest:
 def package_versions() -> dict[str, str]:
     """Of the packages that make what is saved."""
     return {package: version(package) for package in _PACKAGES}
-
-
-_BLOCK_BYTES = 1 << 25
-"""Hashed at once. Between two blocks the interpreter is asked for: beside another thread's imports, of 256 KB as
-hashlib.file_digest takes them, almost nothing was hashed."""
 
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:

@@ -60,7 +60,7 @@ def prepare(config: Config, report: Report) -> Config:
     """
     if asked.is_made(start_folder(config)):
         if not native.step_folders(checkpoint_dir(config)):
-            _require_whole(native.problem_with(start_folder(config), weights_only=True), config)
+            _require_whole(start_folder(config), native.problem_with(start_folder(config), weights_only=True))
         if asked.is_measured(config):
             asked.require_same(start_folder(config), config, load_prepared(config).hash)
         asked.warn_of_other_weights(start_folder(config), config, report)
@@ -100,7 +100,7 @@ def resolve(config: Config, report: Report) -> Config:
         )
     start = start_folder(config)
     asked.require_same(start, config)
-    _require_whole(None if (start / native.CONFIG).is_file() else f"{native.CONFIG} is missing", config)
+    _require_whole(start, None if (start / native.CONFIG).is_file() else f"{native.CONFIG} is missing")
     made = native.read_config(start)
     moh, train = config.moh, dataclasses.replace(config.train, init_from=str(start))
     if asked.is_measured(config):
@@ -116,8 +116,7 @@ def _source(config: Config, report: Report) -> Path:
     return native.resolve_checkpoint(config.train.init_from, report)
 
 
-def _require_whole(problem: str | None, config: Config) -> None:
-    start = start_folder(config)
+def _require_whole(start: Path, problem: str | None) -> None:
     if problem is not None:
         raise UserError(f"{start} is damaged: {problem}. Delete the folder to make it again.")
 
@@ -125,7 +124,7 @@ def _require_whole(problem: str | None, config: Config) -> None:
 def _require_it_would_go_on(config: Config) -> None:
     """Raise UserError where the run has begun as another model: a start made now would stand in its way."""
     here = {"moh.enabled": config.moh.enabled, "model.vocab_size": config.model.tokens}
-    for newest in native.step_folders(checkpoint_dir(config))[-1:]:
+    for newest in native.step_folders(checkpoint_dir(config))[:1]:
         there = native.read_config(newest)
         known = {"moh.enabled": there.moh.enabled, "model.vocab_size": there.model.tokens}
         refuse_differences(f"{newest} was made with other values", known, here, "Use the same, or another run.dir.")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.convert import llama_folder, run_convert
+from support.convert import into_either_form, llama_folder, run_convert
 
 from moh_megatron.checkpoint import native
 from moh_megatron.checkpoint.hf_source import MARKER
@@ -265,11 +265,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-# Nothing in a folder of the official form tells it from a dense LLaMA, so each of them can be one.
-@pytest.mark.parametrize(
-    ("command", "source", "target"),
-    [("hf-to-megatron", "--hf-dir", "--save-dir"), ("official-to-hf", "--load-dir", "--hf-dir")],
-)
+@into_either_form
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name, command, source, target):
     breaks, message = BROKEN[name]

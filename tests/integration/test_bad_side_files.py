@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.convert import llama_folder, run_convert
+from support.convert import into_either_form, llama_folder, run_convert
 
 from moh_megatron.checkpoint import side_files
 from moh_megatron.data.sentencepiece_bpe import train_tokenizer
@@ -81,10 +81,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("command", "source", "target"),
-    [("hf-to-megatron", "--hf-dir", "--save-dir"), ("official-to-hf", "--load-dir", "--hf-dir")],
-)
+@into_either_form
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_transformers_would_not_take_is_refused(sound, tmp_path, capsys, name, command, source, target):
     breaks, message = BROKEN[name]

@@ -57,6 +57,13 @@ def llama_folder(folder: Path, *, transformers_4: bool = False, dtype: str = "fl
     return folder
 
 
+# Nothing in a folder of the official form tells it from a dense LLaMA, so each of them can be one.
+into_either_form = pytest.mark.parametrize(
+    ("command", "source", "target"),
+    [("hf-to-megatron", "--hf-dir", "--save-dir"), ("official-to-hf", "--load-dir", "--hf-dir")],
+)
+
+
 def run_convert(*arguments: object) -> int:
     """The script's exit code."""
     with patch.object(sys, "argv", [str(SCRIPT), *map(str, arguments)]), pytest.raises(SystemExit) as ended:
