@@ -106,10 +106,11 @@ def run(*command: str, **options: object) -> str:
     return done.stdout
 
 
-def wait_for(what: str, condition: Callable[[], object], seconds: float) -> None:
+def wait_for(what: str, condition: Callable[[], object], seconds: float, log: Callable[[], str] = str) -> None:
+    """``log`` is read at the end: what it says then tells why."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain: {what}"
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain: {what}\n{log()}"
         time.sleep(0.2)
 
 

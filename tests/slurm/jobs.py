@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,10 +98,10 @@ class Job:
             assert self.cluster.job(self.id)["JobState"] not in ("COMPLETED", "FAILED"), self.log
             return metrics.exists() and metrics.read_bytes().count(b"\n") >= step
 
-        wait_for(f"step {step}: {self.log}", reached, seconds)
+        wait_for(f"step {step}", reached, seconds, lambda: self.log)
 
     def wait_for_event(self, event: str, count: int = 1, seconds: float = 200) -> None:
-        wait_for(f"{count} times {event}: {self.log}", lambda: self.events().count(event) >= count, seconds)
+        wait_for(f"{count} times {event}", lambda: self.events().count(event) >= count, seconds, lambda: self.log)
 
     def rank(self, number: int) -> int:
         """Process id of a rank, as seen from outside the cluster."""
@@ -117,3 +119,34 @@ class Job:
 
     def kill_rank(self, number: int) -> None:
         os.kill(self.rank(number), signal.SIGKILL)
+
+    @contextmanager
+    def held(self, number: int) -> Iterator[int]:
+        """The run stands still at the step that it is in: a rank is stopped, and the others wait for it."""
+        process = self.rank(number)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            wait_for(f"stop of {process}", lambda: stopped(process), 10)
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
+
+def fields(process: int) -> dict[str, str]:
+    """What Linux tells of a process, by name; nothing of one that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+def stopped(process: int) -> bool:
+    return fields(process).get("State", "").startswith("T")
+
+
+def signalled(process: int, signum: int) -> bool:
+    """Whether a stopped process has got a signal: it waits there, or Slurm has woken the process together with it."""
+    pending = int(fields(process).get("ShdPnd", "0"), 16)
+    return not stopped(process) or bool(pending >> (signum - 1) & 1)

@@ -75,7 +75,7 @@ def wait_for_merge(cluster: Cluster, array: int, folder: Path) -> None:
         assert not set(states) & {"FAILED", "CANCELLED"}, logs(folder)
         return states == ["COMPLETED"]
 
-    wait_for(f"the merge after {array}: {logs(folder)}", ended, 200)
+    wait_for(f"the merge after {array}", ended, 200, lambda: logs(folder))
 
 
 def test_an_array_makes_what_one_process_makes(cluster, corpus, array, tmp_path):

@@ -61,7 +61,7 @@ def test_a_cut_link(cluster, new_job, undisturbed):
     job.submit(*APART, overrides=(*STRICT, "train.timeout_seconds=20"))
     job.wait_for_step(MIDDLE)
     cluster.plug("n2", "down")
-    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
+    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120, lambda: job.log)
     cluster.plug("n2", "up")
     assert job.wait() == "COMPLETED", job.log
     assert job.repeated() <= INTERVAL
@@ -85,7 +85,7 @@ def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undistur
     job.submit(*APART, overrides=STRICT)
     job.wait_for_step(MIDDLE)
     cluster.crash("n2")
-    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120)
+    wait_for("the requeue", lambda: cluster.job(job.id)["Restarts"] == "1", 120, lambda: job.log)
     cluster.boot("n2")
     assert job.wait() == "COMPLETED", job.log
     assert job.events().count("start") == 2
@@ -194,7 +194,7 @@ def test_gpus_as_asked_for_by_the_script(cluster, new_job):
     script = str(SCRIPTS / "pretrain_moh.sh")
     wide = ["model.num_query_groups=8", "parallel.tensor=8"]
     job.ids.append(cluster.submit(output, script, *job.arguments(*wide), **ENVIRONMENT, MOH_DEVICE="cpu"))
-    wait_for(f"the preflight: {job.log}", lambda: "1 nodes, 8 ranks are fit" in job.log, 200)
+    wait_for("the preflight", lambda: "1 nodes, 8 ranks are fit" in job.log, 200, lambda: job.log)
     assert cluster.job(job.id)["TresPerNode"] == "gres:gpu:8"
 
 

@@ -44,7 +44,7 @@ class Play:
     def trains(self, ranks: int = 2) -> None:
         """Wait until all ranks of the first life can be asked to stop."""
         path = self.run / "trains"
-        wait_for(f"ranks: {self.log}", lambda: path.exists() and path.read_text().count("0\n") == ranks, 60)
+        wait_for("ranks", lambda: path.exists() and path.read_text().count("0\n") == ranks, 60, lambda: self.log)
 
     def state(self) -> str:
         return self.cluster.wait(self.id, 120)["JobState"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
-from jobs import INTERVAL, LONG, LONG_STEPS, STRICT, curve
+from cluster import wait_for
+from jobs import INTERVAL, LONG, LONG_STEPS, STRICT, curve, signalled
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -33,11 +35,15 @@ def test_two_nodes(new_job, four_ranks):
 
 def test_a_signal_before_the_time_limit(new_job, undisturbed):
     job = new_job()
-    # Slurm looks every half a minute, and sends the signal up to a minute early.
-    job.submit("--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@60", overrides=LONG)
+    job.submit("--nodes=2", "--ntasks-per-node=1", "--time=60", "--signal=USR1@540", overrides=LONG)
+    job.wait_for_step(LONG_STEPS // 3)
+    # Slurm looks every half a minute, and sends the signal up to a minute early; a fast machine would be done by then.
+    with job.held(1) as rank:
+        job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+        wait_for("the signal", lambda: signalled(rank, signal.SIGUSR1), 150, lambda: job.log)
+        # One is enough.
+        job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
     job.wait_for_event("saved")
-    # One signal is enough.
-    job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
     assert job.wait() == "COMPLETED", job.log
     assert set(job.events()) == {"start", "saved", "finished"}
     saved = [line for line in job.history() if line[3] == "saved"]
