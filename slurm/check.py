@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.json_file import write_json
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.monitor.records import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _TOLD = re.compile(

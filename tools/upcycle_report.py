@@ -50,9 +50,9 @@ def main() -> None:
     arguments, config = parse_config(parser)
     from moh_megatron.checkpoint import native
     from moh_megatron.config.errors import UserError
+    from moh_megatron.config.json_file import write_json
     from moh_megatron.data.prepared import load_prepared
     from moh_megatron.model.single import build_single_process
-    from moh_megatron.monitor.records import write_json
     from moh_megatron.parallel import groups
     from moh_megatron.train.resume import check_same_tokenizer
     from moh_megatron.upcycle.documents import held_out

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moh_megatron.checkpoint.hf_settings import HFSettings, check_token_ids
-from moh_megatron.checkpoint.hf_source import CONFIG, read_json
+from moh_megatron.checkpoint.hf_source import CONFIG
+from moh_megatron.config.json_file import read_json
 from moh_megatron.data.tokenizer import Tokenizer
 
 TOKEN_IDS, GENERATION = "token_ids.json", "generation_config.json"
+GENERATION_SETTINGS = "settings of generation"
 
 
 class Ends(NamedTuple):
@@ -61,14 +63,14 @@ def carried_by(folder: Path) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {}
     if (folder / GENERATION).is_file():
-        read_json(folder / GENERATION)
+        read_json(folder / GENERATION, GENERATION_SETTINGS)
         found[GENERATION] = (folder / GENERATION).read_bytes()
     if (folder / CONFIG).is_file():
         # A Hugging Face folder: a file of others may bear our file's name.
         if stated := HFSettings(folder).token_ids():
             found[TOKEN_IDS] = (json.dumps(stated, indent=2) + "\n").encode("utf-8")
     elif (folder / TOKEN_IDS).is_file():
-        check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS), sys.maxsize)
+        check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS, "ids of tokens"), sys.maxsize)
         found[TOKEN_IDS] = (folder / TOKEN_IDS).read_bytes()
     return found
 

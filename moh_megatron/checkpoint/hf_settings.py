@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint.hf_source import CONFIG, MARKER, read_json
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.json_file import read_json
 
 _REQUIRED = object()
 _TYPES = ("llama", "moh_llama")
@@ -24,7 +25,7 @@ class HFSettings:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CONFIG
-        self.content = read_json(self.path)
+        self.content = read_json(self.path, "the settings of a Hugging Face model")
         model_type, names = self.content.get("model_type"), self.content.get("architectures") or []
         known = model_type in _TYPES if model_type is not None else bool(names)
         if not known or not isinstance(names, list) or any(name not in _ARCHITECTURES for name in names):
@@ -35,7 +36,7 @@ class HFSettings:
         self.moh = model_type == "moh_llama"
         """Whether this is a Mixture-of-Head model that this project exported."""
         marker = folder / MARKER
-        self.form: str | None = read_json(marker).get("form") if marker.is_file() else None
+        self.form: str | None = read_json(marker, "an export's own note").get("form") if marker.is_file() else None
         """The --format of this project's export, or None: a folder of others, or of before it was recorded."""
         for name, only in (
             ("hidden_act", "silu"),

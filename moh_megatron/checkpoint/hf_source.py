@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.safetensors_io import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.json_file import read_json
 from moh_megatron.config.paths import require_folder
 
 CONFIG = "config.json"
@@ -23,6 +23,7 @@ MARKER = "moh_megatron.json"
 """Names the form and the files of an export, so that a later one may replace them and nothing else."""
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _PICKLE_SUFFIX = ".bin"
+_INDEX = "the index of a model's weights"
 
 
 class Described(Protocol):
@@ -107,19 +108,6 @@ class _PickledFile:
         self.entries.clear()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Expected the folder of a Hugging Face model.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object. Got {type(content).__name__}.")
-    return content
-
-
 def check_index(folder: Path) -> None:
     """Raise UserError where Transformers cannot read the index of the folder's weights, though ``open_weights`` can."""
     for name in (_SAFETENSORS, _PICKLE):
@@ -127,7 +115,7 @@ def check_index(folder: Path) -> None:
         if (folder / name).is_file():
             return
         if index.is_file():
-            if not isinstance(got := read_json(index).get("metadata"), dict):
+            if not isinstance(got := read_json(index, _INDEX).get("metadata"), dict):
                 raise UserError(
                     f"{index}: metadata must be an object where Transformers opens the model too, to compare them. "
                     f'Got {got!r}. Write "metadata": {{}}.'
@@ -180,7 +168,7 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
 
 
 def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must name a file for each tensor.")
     shards: dict[str, Shard] = {}

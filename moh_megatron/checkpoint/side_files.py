@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 from tokenizers import Tokenizer as Encoder
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moh_megatron.checkpoint.companions import GENERATION
+from moh_megatron.checkpoint.companions import GENERATION, GENERATION_SETTINGS
 from moh_megatron.checkpoint.hf_settings import check_token_ids
-from moh_megatron.checkpoint.hf_source import read_json
 from moh_megatron.checkpoint.pretrained import quiet, refusing
 from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.json_file import read_json
 from moh_megatron.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer
 
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
@@ -23,7 +23,7 @@ def check_generation(folder: Path, entries: int) -> None:
     """Raise UserError where the folder's generation_config.json, if it has one, is none of a model of ``entries``."""
     file = folder / GENERATION
     if file.is_file():
-        content = read_json(file)
+        content = read_json(file, GENERATION_SETTINGS)
         check_token_ids(file, content, entries)
         try:
             with quiet(), refusing(file, "settings"):
@@ -72,7 +72,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, entries: int) -> None:
 def _write(tokenizer: Tokenizer, folder: Path) -> None:
     """Fill ``folder``. Raises UserError where a file is no text of its kind, which Transformers would not name."""
     if (tokenizer.folder / SPECIAL_TOKENS).is_file():
-        read_json(tokenizer.folder / SPECIAL_TOKENS)
+        read_json(tokenizer.folder / SPECIAL_TOKENS, "special tokens")
     template = tokenizer.folder / CHAT_TEMPLATE
     try:
         if template.is_file():

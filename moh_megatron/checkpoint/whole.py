@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from safetensors import SafetensorError
-
 from moh_megatron.config.errors import Fault, UserError
 
 _LONGEST_PREFIX = 40
@@ -96,8 +94,8 @@ def _workplace(target: Path, place: Path, requests: _Requests) -> Iterator[tuple
             raise _refusal(target, error) from error
         try:
             yield new, old
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and not _is_of_writing(error, workplace, place):
+        except OSError as error:
+            if not _is_of_writing(error, workplace, place):
                 raise
             refused = isinstance(error, PermissionError)
             remedy = "Change its permissions, or name another folder." if refused else _ROOM

@@ -15,6 +15,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.json_file import read_json
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -223,15 +224,7 @@ def _without_prefix(part: Any) -> Any:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}).") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: expected a JSON object. Got {type(settings).__name__}.")
-    return settings
+    return read_json(file, "the settings of a tokenizer") if file.is_file() else {}
 
 
 def _token_id(encoder: Encoder, settings: dict[str, Any], key: str, file: Path) -> int | None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.config.errors import Fault
+from moh_megatron.config.json_file import read_json, write_json
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -90,29 +91,6 @@ def last_step(path: Path) -> int | None:
     """Step of the last whole record, or None."""
     steps = [record["step"] for _, record in _complete_lines(path)] if path.exists() else []
     return steps[-1] if steps else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path, expected: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises UserError, ending in ``remedy``, where it is not ``expected``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: must be {expected}. It cannot be read: {error}. {remedy}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be {expected}, a JSON object. Got a {type(content).__name__}. {remedy}")
-    return content
 
 
 def read_summary(path: Path) -> dict[str, Any]:

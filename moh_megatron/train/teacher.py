@@ -11,10 +11,10 @@ from torch import nn
 
 from moh_megatron.checkpoint import native, weights
 from moh_megatron.config.errors import UserError, refuse_differences
+from moh_megatron.config.json_file import read_json, write_json
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import validate
 from moh_megatron.model.build import build_model
-from moh_megatron.monitor.records import read_json, write_json
 from moh_megatron.parallel import groups
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from moh_megatron.checkpoint.manifest import read_manifest
 from moh_megatron.checkpoint.native import step_folders
 from moh_megatron.config.errors import refuse_differences
+from moh_megatron.config.json_file import read_json, write_json
 from moh_megatron.config.schema import Config
-from moh_megatron.monitor.records import read_json, write_json
 
 SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.json_file import read_json, write_json
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import model_arguments
-from moh_megatron.monitor.records import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

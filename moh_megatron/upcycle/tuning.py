@@ -11,11 +11,12 @@ from typing import Any
 from moh_megatron.checkpoint import native
 from moh_megatron.config.errors import UserError, refuse_differences
 from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.json_file import read_json, write_json
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import data_dir, require_folder
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.model.single import build_single_process
-from moh_megatron.monitor.records import read_json, read_records, write_json
+from moh_megatron.monitor.records import read_records
 from moh_megatron.parallel import groups
 from moh_megatron.upcycle.compare import document_losses, mean, recovered
 from moh_megatron.upcycle.documents import held_out

@@ -182,7 +182,7 @@ def test_user_mistakes_end_with_2_and_one_message(tokenizer_dir, tmp_path, monke
         assert "Traceback" not in captured
     absent = ("--load-dir", tmp_path / "run", "--hf-dir", tmp_path / "hf", "--summary", tmp_path / "no.json")
     assert run_script(monkeypatch, *absent) == 2
-    assert "must be the summary.json of a run" in capsys.readouterr().err
+    assert "no.json: no such file. Expected the summary.json of a run." in capsys.readouterr().err
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
     assert not (checkpoint / "hf").exists()

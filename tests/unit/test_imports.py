@@ -23,7 +23,7 @@ ARROWS = {
     "hf": {"checkpoint"},
     "model": {"config", "moh", "parallel"},
     "checkpoint": {"config", "data", "model", "parallel"},
-    "evaluate": {"checkpoint", "config", "data", "model", "moh", "monitor"},
+    "evaluate": {"checkpoint", "config", "data", "model", "moh"},
     "train": {"checkpoint", "cli", "config", "data", "evaluate", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "monitor", "train"},
     "upcycle": {"checkpoint", "config", "data", "model", "monitor", "parallel", "train"},

@@ -181,5 +181,5 @@ def test_a_token_is_named_by_text(tmp_path: Path, key: str, token: object) -> No
 def test_settings_nested_beyond_reason(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, ["x", "</s>"])
     (folder / "tokenizer_config.json").write_text('{"a":' * 100_000)
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON \(maximum recursion"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read as JSON \(maximum recursion"):
         load_tokenizer(folder)

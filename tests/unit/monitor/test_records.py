@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moh_megatron.config.errors import Fault
-from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit, write_json
+from moh_megatron.config.json_file import write_json
+from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit
 
 
 def record(step, life=1):
