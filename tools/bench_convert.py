@@ -5,9 +5,11 @@
     python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
 
 The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
-the disk, timed from start to end; they take turns. At most two copies of the model lie on the disk at once, three of
-them before the last of several pairs. The bounds below are those of the full size on one disk; each is printed as held
-or missed, and a missed one ends with 1.
+the disk, timed from start to end; they take turns. Each direction is held against cp of the folder that it reads, and
+that folder is read once before each command, so that both find it in the page cache as far as that reaches.
+
+At most two copies of the model lie on the disk at once, three of them before the last of several pairs. The bounds
+below are those of the full size on one disk; each is printed as held or missed, and a missed one ends with 1.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from statistics import median
 import torch
 from timing import markdown, median_and_range
 
+from moh_megatron.checkpoint.manifest import hash_file
 from moh_megatron.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter, Scratch
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "convert.py"
@@ -131,9 +134,24 @@ def step(*command: object) -> Step:
 
 def copied(source: Path, target: Path) -> Step:
     """cp, flushed to the disk; the copy is removed."""
-    taken = step("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', source, target)
+    read_once(source)
+    taken = step("sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', source, target)
     shutil.rmtree(target)
     return taken
+
+
+def converted(command: str, *, source: Path, **flags: Path) -> Step:
+    """A conversion, flushed to the disk."""
+    read_once(source)
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return step(sys.executable, SCRIPT, command, *words)
+
+
+def read_once(folder: Path) -> None:
+    """Bring it into the page cache, as far as that reaches."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            hash_file(file)
 
 
 def lying(folder: Path) -> int:
@@ -162,19 +180,19 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=1)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    convert = (sys.executable, SCRIPT)
-    there, back, copies, disk = [], [], [], 0
+    there, back, of_source, of_native, disk = [], [], [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        source, native, returned = (Path(name) / each for each in ("source", "native", "returned"))
+        source, native, returned, copy = (Path(name) / each for each in ("source", "native", "returned", "copy"))
         expected = make_folder(source, arguments.layers)
         nbytes = sum(file.stat().st_size for file in source.iterdir())
         for turn in range(arguments.pairs):
-            copies.append(copied(source, Path(name) / "copy"))
-            there.append(step(*convert, "hf-to-megatron", "--hf-dir", source, "--save-dir", native))
+            of_source.append(copied(source, copy))
+            there.append(converted("hf-to-megatron", source=source, hf_dir=source, save_dir=native))
             disk = max(disk, lying(Path(name)))
             if turn == arguments.pairs - 1:
                 shutil.rmtree(source)
-            back.append(step(*convert, "megatron-to-hf", "--load-dir", native, "--hf-dir", returned))
+            of_native.append(copied(native, copy))
+            back.append(converted("megatron-to-hf", source=native, load_dir=native, hf_dir=returned))
             disk = max(disk, lying(Path(name)))
             shutil.rmtree(native)
             if hashes_of(returned) != expected:
@@ -182,11 +200,11 @@ def main() -> int:
             shutil.rmtree(returned)
     print(f"{nbytes / 1e9:.1f} GB, {arguments.pairs} pair(s), every tensor came back bit for bit\n")
     head = ["direction", "seconds", "cp", "over cp", "peak memory, GB"]
-    ways = {"hf-to-megatron": there, "megatron-to-hf": back}
-    print(markdown(head, [row(way, steps, copies) for way, steps in ways.items()]))
+    ways = {"hf-to-megatron": (there, of_source), "megatron-to-hf": (back, of_native)}
+    print(markdown(head, [row(way, *both) for way, both in ways.items()]))
     print()
     held = [judged("on the disk at once", disk / 1e9, MOST_DISK / 1e9, "GB")]
-    for way, steps in ways.items():
+    for way, (steps, copies) in ways.items():
         over = median([taken / copy for (taken, _), (copy, _) in zip(steps, copies, strict=True)])
         held.append(judged(f"{way}, time over cp", over, SLOWEST, "times"))
         held.append(judged(f"{way}, peak memory", max(memory for _, memory in steps) / 1e9, MOST_MEMORY / 1e9, "GB"))

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from moh_megatron.checkpoint.direct_file import read_in_order
 
 FORMAT_VERSION = 2
 """1 held DeepSpeed's own optimizer files, which fit one topology only: its weights are read, a resume is refused."""
@@ -69,14 +72,18 @@ def package_versions() -> dict[str, str]:
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
     """Size and SHA-256 of a file; ``flush`` makes sure first that what was just written is on the disk."""
-    with path.open("rb", buffering=0) as stream:
+    with path.open("rb", buffering=0) as stream, ThreadPoolExecutor(1, "read-ahead") as helper:
         if flush:
             os.fsync(stream.fileno())
+        read_in_order(stream.fileno())
         digest, size = hashlib.sha256(), 0
-        block = memoryview(bytearray(min(_BLOCK_BYTES, os.fstat(stream.fileno()).st_size + 1)))
-        while count := stream.readinto(block):
+        length = min(_BLOCK_BYTES, os.fstat(stream.fileno()).st_size + 1)
+        block, other = (memoryview(bytearray(length)) for _ in range(2))
+        reading = helper.submit(stream.readinto, block)
+        while count := reading.result():
+            reading = helper.submit(stream.readinto, other)
             digest.update(block[:count])
-            size += count
+            block, other, size = other, block, size + count
         return FileEntry(size, digest.hexdigest())
 
 

@@ -6,12 +6,10 @@ memory. The format is eight bytes of length, a JSON header, raw bytes: <https://
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from moh_megatron.checkpoint.direct_file import DirectFile, read_in_order
 from moh_megatron.checkpoint.manifest import FileEntry
 from moh_megatron.config.errors import UserError
 
@@ -28,10 +27,6 @@ WEIGHT_TYPES = "F32, F16 or BF16"
 """Of weights; the fourth is for balancing biases, which count steps."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
-_WRITE_BYTES = 1 << 20
-"""More at once was written two to four times more slowly, to ext4 in the page cache."""
-_FLUSH_BYTES = 1 << 28
-"""So often the disk is told to begin, in place of all of it in the end."""
 
 
 class Entry(NamedTuple):
@@ -82,6 +77,8 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}). Expected a safetensors file.") from None
         try:
+            # Conversions do, but for a few tensors.
+            read_in_order(self._handle)
             self.entries = self._read_header()
         except BaseException:
             self.close()
@@ -192,7 +189,7 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Writes a file whose tensors are known beforehand, a piece at a time and in their order; a context manager.
 
-    At the end the file is on the disk. Flushing it and computing its hash go on along the way, in other threads.
+    At the end the file is on the disk; see ``DirectFile``.
 
     Args:
         tensors: names, in the order of writing, with dtype and shape.
@@ -215,12 +212,8 @@ class SafetensorsWriter:
         self.path, self._size, self._written, self._total = path, 8 + len(text) + offset, 0, offset
         self._names = iter(self._ends)
         self._current, self._end = "", 0
-        self._digest = hashlib.sha256() if hashed else None
-        self._helpers = ThreadPoolExecutor(2, "safetensors")
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
-        self._stream = path.open("wb", buffering=0)
-        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+        self._file = DirectFile(path, hashed=hashed)
+        self._file.write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Self:
         return self
@@ -228,18 +221,16 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._helpers.shutdown()
-        with self._stream:
-            if kind is None:
-                assert self._written == self._total, f"{self._current} is not written whole"
-                self._raise_failed_flush()
-                os.fsync(self._stream.fileno())
+        if kind is None:
+            assert self._written == self._total, f"{self._current} is not written whole"
+            self._file.finish()
+        else:
+            self._file.abandon()
 
     @property
     def entry(self) -> FileEntry:
         """Size and hash of the whole file."""
-        assert self._digest is not None
-        return FileEntry(self._size, self._digest.hexdigest())
+        return FileEntry(self._size, self._file.sha256)
 
     def append(self, name: str, piece: Tensor) -> None:
         """The next rows of ``name``, whose turn it must be."""
@@ -250,21 +241,7 @@ class SafetensorsWriter:
         assert name == self._current, f"{name} is not the next tensor"
         assert self._written <= self._end, f"{name} is larger than announced"
         if data.numel():
-            self._put(data.numpy().data)
-
-    def _put(self, data: memoryview) -> None:
-        hashing = self._helpers.submit(self._digest.update, data) if self._digest is not None else None
-        done = 0
-        while done < len(data):
-            done += self._stream.write(data[done : done + _WRITE_BYTES]) or 0
-        if hashing is not None:
-            hashing.result()
-        self._unflushed += len(data)
-        if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-            self._raise_failed_flush()
-            self._flushing, self._unflushed = self._helpers.submit(os.fdatasync, self._stream.fileno()), 0
-
-    def _raise_failed_flush(self) -> None:
-        # The system tells of a failed write once: a later fsync would say that all is well.
-        if self._flushing is not None:
-            self._flushing.result()
+            self._file.write(data.numpy().data)
+        if self._written == self._total:
+            # Of many shards only those that are being filled hold memory.
+            self._file.finish()
