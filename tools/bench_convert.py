@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Conversion of a LLaMA of LLaMA3-8B's shapes there and back, against cp: time, memory, and whether it is all there.
 
-    python tools/bench_convert.py --work /some/disk --layers 4 --pairs 3     # 3.9 GB, three times
+    python tools/bench_convert.py --work /some/disk --layers 4 --pairs 3     # 3.8 GB, three times
     python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
 
 The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
@@ -65,7 +65,7 @@ SLOWEST, MOST_MEMORY, MOST_DISK = 3.0, 4e9, 45e9
 """Times cp, the median of pairs; bytes of a process; bytes on the disk at once."""
 
 Step = tuple[float, int]
-"""Seconds, and the largest resident memory in bytes."""
+"""Seconds, and the largest resident memory in bytes, at least what this process had when it started the other."""
 
 
 def shapes(layers: int) -> list[dict[str, tuple[int, ...]]]:

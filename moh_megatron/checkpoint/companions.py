@@ -9,6 +9,7 @@ They lie with the tokenizer's files, and in their place where a model came witho
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from moh_megatron.config.json_file import read_json
 from moh_megatron.data.tokenizer import Tokenizer
 
 TOKEN_IDS, GENERATION = "token_ids.json", "generation_config.json"
-GENERATION_SETTINGS = "settings of generation"
+GENERATION_SETTINGS = "the settings of generation"
 
 
 class Ends(NamedTuple):
@@ -62,15 +63,15 @@ def carried_by(folder: Path) -> dict[str, bytes]:
         UserError: one is broken, or an id is no token.
     """
     found: dict[str, bytes] = {}
-    if (folder / GENERATION).is_file():
+    if os.path.lexists(folder / GENERATION):
         read_json(folder / GENERATION, GENERATION_SETTINGS)
         found[GENERATION] = (folder / GENERATION).read_bytes()
     if (folder / CONFIG).is_file():
         # A Hugging Face folder: a file of others may bear our file's name.
         if stated := HFSettings(folder).token_ids():
             found[TOKEN_IDS] = (json.dumps(stated, indent=2) + "\n").encode("utf-8")
-    elif (folder / TOKEN_IDS).is_file():
-        check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS, "ids of tokens"), sys.maxsize)
+    elif os.path.lexists(folder / TOKEN_IDS):
+        check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS, "the ids of a model's tokens"), sys.maxsize)
         found[TOKEN_IDS] = (folder / TOKEN_IDS).read_bytes()
     return found
 

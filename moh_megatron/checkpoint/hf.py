@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from moh_megatron.checkpoint.companions import GENERATION, Ends, carried_by, stated_ends
 from moh_megatron.checkpoint.hf_config import CODE, hf_config
 from moh_megatron.checkpoint.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf_source import CONFIG, MARKER
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER, NOTE
 from moh_megatron.checkpoint.hf_weights import write_weights
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.model_card import model_card
@@ -25,6 +25,7 @@ from moh_megatron.checkpoint.side_files import check_generation, write_tokenizer
 from moh_megatron.checkpoint.sources import WeightSource
 from moh_megatron.checkpoint.whole import place_of, refuse_inside, whole_folder
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.json_file import read_json_if_any
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer import TOKENIZER_JSON, has_tokenizer, load_tokenizer
 
@@ -152,8 +153,7 @@ def write_folder(
 
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError where an exported folder holds another tokenizer than it was written with."""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8")) if (folder / MARKER).is_file() else {}
-    expected = marker.get("tokenizer_sha256")
+    expected = read_json_if_any(folder / MARKER, NOTE).get("tokenizer_sha256")
     if expected is not None and (got := load_tokenizer(folder).sha256) != expected:
         raise UserError(
             f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint.hf_source import CONFIG, MARKER
+from moh_megatron.checkpoint.hf_source import CONFIG, MARKER, NOTE
 from moh_megatron.config.errors import UserError
-from moh_megatron.config.json_file import read_json
+from moh_megatron.config.json_file import read_json, read_json_if_any
 
 _REQUIRED = object()
 _TYPES = ("llama", "moh_llama")
@@ -35,8 +35,7 @@ class HFSettings:
             )
         self.moh = model_type == "moh_llama"
         """Whether this is a Mixture-of-Head model that this project exported."""
-        marker = folder / MARKER
-        self.form: str | None = read_json(marker, "an export's own note").get("form") if marker.is_file() else None
+        self.form: str | None = read_json_if_any(folder / MARKER, NOTE).get("form")
         """The --format of this project's export, or None: a folder of others, or of before it was recorded."""
         for name, only in (
             ("hidden_act", "silu"),

@@ -21,6 +21,7 @@ from moh_megatron.config.paths import require_folder
 CONFIG = "config.json"
 MARKER = "moh_megatron.json"
 """Names the form and the files of an export, so that a later one may replace them and nothing else."""
+NOTE = "the note of an export"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _PICKLE_SUFFIX = ".bin"
 _INDEX = "the index of a model's weights"

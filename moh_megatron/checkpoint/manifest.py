@@ -129,7 +129,15 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest
     except FileNotFoundError as error:
         raise ValueError(f"it has no {Path(error.filename).name}") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
 
 

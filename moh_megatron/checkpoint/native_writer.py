@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.checkpoint import weights
+from moh_megatron.checkpoint.direct_file import BLOCKS
 from moh_megatron.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -65,7 +66,9 @@ def _write_weights(
     files = [weights.shard_file(folder, rank, world) for rank in range(world)]
     files[0].parent.mkdir()
     with one_thread(), ExitStack() as stack:
-        writers = [stack.enter_context(SafetensorsWriter(file, tensors, hashed=True)) for file in files]
+        # All files grow side by side, and share the memory of one. Two blocks are the least: one is filled.
+        chosen = {"hashed": True, "blocks": max(2, BLOCKS // world)}
+        writers = [stack.enter_context(SafetensorsWriter(file, tensors, **chosen)) for file in files]
         current, row = "", 0
         for name, piece in pieces:
             row = row if name == current else 0

@@ -17,7 +17,7 @@ PIECE_BYTES = 1 << 22
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch works in the calling thread alone: between pieces this small its helpers would spin on the cores that hash
-    and flush."""
+    and write."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.direct_file import DirectFile, read_in_order
+from moh_megatron.checkpoint.direct_file import BLOCKS, DirectFile, read_in_order
 from moh_megatron.checkpoint.manifest import FileEntry
 from moh_megatron.config.errors import UserError
 
@@ -77,7 +77,7 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}). Expected a safetensors file.") from None
         try:
-            # Conversions do, but for a few tensors.
+            # A conversion takes the tensors in the order in which files of this project, and most others, hold them.
             read_in_order(self._handle)
             self.entries = self._read_header()
         except BaseException:
@@ -194,10 +194,16 @@ class SafetensorsWriter:
     Args:
         tensors: names, in the order of writing, with dtype and shape.
         hashed: whether ``entry`` is wanted.
+        blocks: see ``DirectFile``.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, hashed: bool = False
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        hashed: bool = False,
+        blocks: int = BLOCKS,
     ) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._ends: list[tuple[str, int]] = []
@@ -212,7 +218,7 @@ class SafetensorsWriter:
         self.path, self._size, self._written, self._total = path, 8 + len(text) + offset, 0, offset
         self._names = iter(self._ends)
         self._current, self._end = "", 0
-        self._file = DirectFile(path, hashed=hashed)
+        self._file = DirectFile(path, hashed=hashed, blocks=blocks)
         self._file.write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Self:
@@ -221,10 +227,11 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            assert self._written == self._total, f"{self._current} is not written whole"
-            self._file.finish()
-        else:
+        try:
+            if kind is None:
+                assert self._written == self._total, f"{self._current} is not written whole"
+                self._file.finish()
+        finally:
             self._file.abandon()
 
     @property

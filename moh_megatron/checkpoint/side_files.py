@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +14,7 @@ from moh_megatron.checkpoint.companions import GENERATION, GENERATION_SETTINGS
 from moh_megatron.checkpoint.hf_settings import check_token_ids
 from moh_megatron.checkpoint.pretrained import quiet, refusing
 from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.config.json_file import read_json
+from moh_megatron.config.json_file import read_json, read_json_if_any
 from moh_megatron.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON, Tokenizer
 
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
@@ -22,7 +23,7 @@ _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </
 def check_generation(folder: Path, entries: int) -> None:
     """Raise UserError where the folder's generation_config.json, if it has one, is none of a model of ``entries``."""
     file = folder / GENERATION
-    if file.is_file():
+    if os.path.lexists(file):
         content = read_json(file, GENERATION_SETTINGS)
         check_token_ids(file, content, entries)
         try:
@@ -71,8 +72,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, entries: int) -> None:
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:
     """Fill ``folder``. Raises UserError where a file is no text of its kind, which Transformers would not name."""
-    if (tokenizer.folder / SPECIAL_TOKENS).is_file():
-        read_json(tokenizer.folder / SPECIAL_TOKENS, "special tokens")
+    read_json_if_any(tokenizer.folder / SPECIAL_TOKENS, "the special tokens of a tokenizer")
     template = tokenizer.folder / CHAT_TEMPLATE
     try:
         if template.is_file():

@@ -18,7 +18,18 @@ from moh_megatron.config.errors import Fault, UserError
 
 _LONGEST_PREFIX = 40
 """Of a temporary folder's name; the whole name may be as long as the file system allows."""
-_ROOM = "Free some space, or name another disk."
+_ROOM, _PERMISSION = "Free some space, or name another disk.", "Change its permissions, or name another folder."
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "Name a folder on a disk that can be written.",
+    errno.EFBIG: "Raise the limit on the size of a file (ulimit -f), or name another file system.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENOMEM: "Give the process more memory (ulimit -v, or the job's).",
+    errno.ENOENT: "It was removed while it was written: start again.",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -97,8 +108,7 @@ def _workplace(target: Path, place: Path, requests: _Requests) -> Iterator[tuple
         except OSError as error:
             if not _is_of_writing(error, workplace, place):
                 raise
-            refused = isinstance(error, PermissionError)
-            remedy = "Change its permissions, or name another folder." if refused else _ROOM
+            remedy = _REMEDIES.get(error.errno or 0, "Start again, or name another folder.")
             raise Fault(f"{target}: could not be written ({error}). {remedy}") from error
     finally:
         requests.wait = True

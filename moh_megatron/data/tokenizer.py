@@ -15,7 +15,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.config.errors import UserError
-from moh_megatron.config.json_file import read_json
+from moh_megatron.config.json_file import read_json_if_any
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -224,7 +224,7 @@ def _without_prefix(part: Any) -> Any:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    return read_json(file, "the settings of a tokenizer") if file.is_file() else {}
+    return read_json_if_any(file, "the settings of a tokenizer")
 
 
 def _token_id(encoder: Encoder, settings: dict[str, Any], key: str, file: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from moh_megatron.checkpoint import native
-from moh_megatron.checkpoint.hf import MARKER, check_tokenizer
+from moh_megatron.checkpoint.hf import check_tokenizer
+from moh_megatron.checkpoint.hf_source import MARKER, NOTE
 from moh_megatron.checkpoint.pretrained import open_causal_lm
 from moh_megatron.config.errors import UserError
+from moh_megatron.config.json_file import read_json, read_json_if_any
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import DTYPES, token_losses
@@ -88,7 +89,7 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Su
 def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
     check_tokenizer(path)
     model = open_causal_lm(path, dtype).to(device)
-    marker = json.loads((path / MARKER).read_text(encoding="utf-8")) if (path / MARKER).is_file() else {}
+    marker = read_json_if_any(path / MARKER, NOTE)
 
     @torch.inference_mode()
     def scores(tokens: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subjec
 
 
 def _context(path: Path) -> int:
-    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings", 2048)
+    return read_json(path / "config.json", "the settings of a Hugging Face model").get("max_position_embeddings", 2048)
 
 
 def training_config(path: Path, overrides: list[str]) -> Config:

@@ -4,9 +4,12 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 
 import pytest
+from support.slow_digest import SlowDigest
 
+from moh_megatron.checkpoint import manifest as manifest_module
 from moh_megatron.checkpoint.manifest import (
     FORMAT_VERSION,
     FileEntry,
@@ -47,10 +50,14 @@ def test_hash_file_is_size_and_sha256(tmp_path):
     assert hash_file(tmp_path / "abc") == FileEntry(3, expected)
 
 
-def test_files_of_more_than_one_chunk_are_read_whole(tmp_path):
-    content = bytes(range(251)) * 5000
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 8192, 5 * 4096 + 3])
+def test_a_file_of_several_blocks_is_read_whole(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(manifest_module, "_BLOCK_BYTES", 4096)
+    content = os.urandom(size)
     (tmp_path / "long").write_bytes(content)
-    assert hash_file(tmp_path / "long") == FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    expected = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(manifest_module.hashlib, "sha256", SlowDigest)
+    assert hash_file(tmp_path / "long") == FileEntry(size, expected)
 
 
 def test_the_manifest_lists_every_file_but_itself(checkpoint):
@@ -162,7 +169,7 @@ def test_any_other_byte_in_the_manifest_or_its_hash(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"step": 7', b"\xff\xfe\x00", b"\0" * 64, b"[]", b"7", b"null", b"{}"]
+    "content", [b"", b"{", b'{"step": 7', b"\xff\xfe\x00", b"\0" * 64, b"[]", b"7", b"null", b"{}", b"[" * 100_000]
 )
 def test_a_manifest_that_is_none(checkpoint, content):
     (checkpoint / "manifest.json").write_bytes(content)

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import struct
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,27 @@ def test_what_the_library_writes_is_read(tmp_path_factory, specification):
         if tensor.dim():
             assert torch.equal(file.rows(name, len(tensor) // 2, len(tensor), scratch), tensor[len(tensor) // 2 :])
     file.close()
+
+
+def test_of_many_files_only_those_that_are_being_filled_hold_threads(tmp_path):
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for number in range(5):
+            path = tmp_path / f"{number}.safetensors"
+            writer = stack.enter_context(SafetensorsWriter(path, {"a": (torch.float32, (4,))}, hashed=True))
+            writer.append("a", torch.ones(4))
+            assert threading.active_count() == before
+            assert torch.equal(load_file(path)["a"], torch.ones(4))
+
+
+def test_a_file_that_is_not_written_whole_is_closed(tmp_path):
+    before = len(os.listdir("/dev/fd"))
+    with (
+        pytest.raises(AssertionError, match="is not written whole"),
+        SafetensorsWriter(tmp_path / "a.safetensors", {"a": (torch.float32, (4,))}),
+    ):
+        pass
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_memory_is_used_again():

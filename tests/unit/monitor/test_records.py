@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moh_megatron.config.errors import Fault
-from moh_megatron.config.json_file import write_json
 from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit
 
 
@@ -91,31 +90,6 @@ def test_last_step_of_nothing_is_none(tmp_path):
     assert last_step(tmp_path / "metrics.jsonl") is None
     (tmp_path / "metrics.jsonl").touch()
     assert last_step(tmp_path / "metrics.jsonl") is None
-
-
-def test_write_json_replaces_makes_folders_and_keeps_letters(tmp_path):
-    path = tmp_path / "a" / "b.json"
-    write_json(path, {"text": "alt"})
-    write_json(path, {"text": "naïve — 漢字", "n": 1.5})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "naïve — 漢字", "n": 1.5}
-    assert "漢字" in path.read_text(encoding="utf-8")
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_write_json_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
-    path = tmp_path / "b.json"
-    write_json(path, {"n": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"n": object()})
-
-    def refuse(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(OSError, match="No space"):
-        write_json(path, {"n": 2})
-    assert json.loads(path.read_text()) == {"n": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("step", [7, None])
