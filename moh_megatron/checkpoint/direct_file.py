@@ -92,7 +92,7 @@ class DirectFile:
             self._unmade -= 1
             # An anonymous map begins at a page, as direct writing asks.
             return mmap(-1, _BLOCK_BYTES)
-        while not self._free:
+        if not self._free:
             self._wait()
         return self._free.pop()
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.messages import NONE_IS
 
 from moh_megatron.checkpoint import native
 from moh_megatron.checkpoint.companions import Companions
@@ -81,5 +82,5 @@ def test_a_damaged_note_of_the_teacher_is_named(tiny, fake_checkpoint, tmp_path,
         (tmp_path / "teacher.json").mkdir()
     else:
         (tmp_path / "teacher.json").write_text(content)
-    with pytest.raises(UserError, match=r"teacher\.json: .* the teacher of a run.* Delete it to go on"):
+    with pytest.raises(UserError, match=rf"teacher\.json: {NONE_IS} the teacher of a run.* Delete it to go on"):
         keep_teacher(run, teacher, begun=True)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from support.messages import NONE_IS
 
 from moh_megatron.checkpoint.mapping import from_hf, to_hf
 from moh_megatron.config.errors import UserError
@@ -115,5 +116,5 @@ def test_what_is_no_report_is_refused(tmp_path, content):
         file.mkdir()
     else:
         file.write_text(content)
-    with pytest.raises(UserError, match=r"calibration\.json: .* a calibration.* Delete it to measure again"):
+    with pytest.raises(UserError, match=rf"calibration\.json: {NONE_IS} a calibration.* Delete it to measure again"):
         read_calibration(file)

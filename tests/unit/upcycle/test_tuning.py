@@ -114,5 +114,7 @@ def test_the_table_holds_every_loss_where_it_belongs(run, prepared, tmp_path, mo
     again = tuning.as_markdown(tuning.Arm(control.folder), [tuning.Arm(arm.folder)])
     assert (again, len(asked)) == (text, 4)
     (arm.folder / "documents.json").write_text("{")
-    with pytest.raises(UserError, match=r"documents\.json: cannot be .*\. Expected losses by document\. Delete it to"):
+    with pytest.raises(
+        UserError, match=r"documents\.json: cannot be read as JSON .*\. Expected losses by document\. Delete it to"
+    ):
         tuning.as_markdown(control, [tuning.Arm(arm.folder)])
