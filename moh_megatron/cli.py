@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import dump_config, load_config
 from moh_megatron.config.paths import refuse_checkpoint
 from moh_megatron.config.schema import Config
-from moh_megatron.config.storage import remedy
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.remedies import remedy
 
 # Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo. Set here, since they
 # begin while a script's other imports run.

@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moh_megatron.checkpoint.hf_model.configuration_moh import MoHConfig
-from moh_megatron.checkpoint.hf_model.modeling_moh import MoHForCausalLM
+from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
+from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
 
 AutoConfig.register(MoHConfig.model_type, MoHConfig)
 AutoModelForCausalLM.register(MoHConfig, MoHForCausalLM)

@@ -17,8 +17,8 @@ import sys
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.train.signals import STOP_SIGNALS, StopRequest, die_with
-from moh_megatron.train.world import PARENT_VARIABLE, World
+from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     world = World.from_environment() if asks_for_rank else None
     if world is not None:
         return rank(config, world)
-    from moh_megatron.upcycle.start import prepare
+    from moh_megatron.upcycle.initial_checkpoint import prepare
 
     config = prepare(config, lambda message: print(message, flush=True))
     return 0 if args.prepare else launch_node(config, args.nproc_per_node or 1)
@@ -46,7 +46,7 @@ def rank(config: Config, world: World) -> int:
     if launcher := os.environ.get(PARENT_VARIABLE):
         die_with(int(launcher))
     from moh_megatron.train.rank import run_rank
-    from moh_megatron.upcycle.start import resolve
+    from moh_megatron.upcycle.initial_checkpoint import resolve
 
     return run_rank(resolve(config, lambda message: None), world, stop)
 

@@ -40,20 +40,20 @@ def report(message: str) -> None:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
-    from moh_megatron.checkpoint import native
+    from moh_megatron.checkpoint import layout
 
-    with loading("moh_megatron.checkpoint.convert"):
-        checkpoint = native.resolve_checkpoint(arguments.load_dir, report)
-    from moh_megatron.checkpoint import convert, hf
+    with loading("moh_megatron.checkpoint.hf.convert"):
+        checkpoint = layout.resolve_checkpoint(arguments.load_dir, report)
+    from moh_megatron.checkpoint.hf import convert, hf_export
     from moh_megatron.config.load import dump_config
     from moh_megatron.monitor.records import merge_summary, read_summary
 
     if arguments.summary is not None:
         read_summary(arguments.summary)
     if arguments.dry_run:
-        hf.check_replaceable(arguments.hf_dir, checkpoint)
-        config = native.read_config(checkpoint)
-        hf.check_form(config, arguments.format)
+        hf_export.check_replaceable(arguments.hf_dir, checkpoint)
+        config = layout.read_config(checkpoint)
+        hf_export.check_form(config, arguments.format)
         print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
         print(dump_config(config), end="")
         return {}
@@ -65,7 +65,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
-    from moh_megatron.checkpoint import hf_import
+    from moh_megatron.checkpoint.hf import hf_import
 
     hf_import.hf_to_megatron(
         arguments.hf_dir,
@@ -81,7 +81,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
-    from moh_megatron.checkpoint import convert
+    from moh_megatron.checkpoint.hf import convert
 
     chosen = {"allow_pickle": arguments.allow_pickle, "verify": arguments.verify, "report": report}
     difference = convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, **chosen)

@@ -11,7 +11,7 @@ from moh_megatron.cli import config_parser, exit_code, parse_config
 def main() -> None:
     parser = config_parser("Continue generate.prompts with an exported folder, or straight from a checkpoint.")
     _, config = parse_config(parser)
-    from moh_megatron.checkpoint.text import model_to_load, open_model
+    from moh_megatron.evaluate.generate import model_to_load, open_model
 
     path = model_to_load(config)
     print(f"model: {path}")

@@ -27,9 +27,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
 
 def main() -> None:
     args, config = parse_arguments()
-    from moh_megatron.data.prepare import prepare, prepare_shard, prepare_tokenizer
+    from moh_megatron.data.prepare.pipeline import prepare, prepare_shard, prepare_tokenizer
     from moh_megatron.data.prepared import load_prepared
-    from moh_megatron.data.sources import source_configs
+    from moh_megatron.data.source_configs import source_configs
 
     if args.tokenizer is not None:
         tokenizer = prepare_tokenizer(config, Path(args.tokenizer).expanduser())

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.train.signals import STOP_SIGNALS, StopRequest, die_with
-from moh_megatron.train.world import PARENT_VARIABLE, World
+from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 def main() -> int:

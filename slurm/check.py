@@ -20,11 +20,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.config.json_file import write_json
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.json_file import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _TOLD = re.compile(
@@ -43,11 +43,11 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
     if not root.is_dir():
         return
     # Imported here: these take seconds, and a new run needs nothing of them.
-    from moh_megatron.checkpoint.native import complete_checkpoints
+    from moh_megatron.checkpoint.layout import complete_checkpoints
     from moh_megatron.train.resume import check_same_run
 
     if config.moh.shared_placement == "calibrated":
-        from moh_megatron.upcycle.start import resolve, start_folder
+        from moh_megatron.upcycle.initial_checkpoint import resolve, start_folder
 
         if start_folder(config).is_dir():  # as its ranks train it
             config = resolve(config, lambda message: None)

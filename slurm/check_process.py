@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 
 READ = ("model", "config", "suite", "against")
 """Arguments of convert.py and evaluate.py that name what is read, besides the folder of a conversion."""
@@ -32,10 +32,10 @@ def _read(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
 def check_data(arguments: argparse.Namespace, config: Config, no_data: bool) -> None:
     """Raise UserError where the inputs or the tokenizer of a dataset are not there."""
-    from moh_megatron.data.inputs import HUB, find_inputs
-    from moh_megatron.data.make_tokenizer import given_tokenizer
-    from moh_megatron.data.prepare import shard_tokenizer
-    from moh_megatron.data.sources import source_configs
+    from moh_megatron.data.prepare.inputs import HUB, find_inputs
+    from moh_megatron.data.prepare.make_tokenizer import given_tokenizer
+    from moh_megatron.data.prepare.pipeline import shard_tokenizer
+    from moh_megatron.data.source_configs import source_configs
 
     for _, each in source_configs(config, arguments.source):
         if each.data.shard is not None and (not no_data or each.tokenizer.path is None):

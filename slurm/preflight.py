@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared import load_prepared
-from moh_megatron.train.world import World
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.train.fault_tolerance.world import World
 
 MEETING_SECONDS = float(os.environ.get("MOH_MEETING_SECONDS") or "120")
 """How long the first rank waits for the last one: starting Python from a shared disk may be slow."""

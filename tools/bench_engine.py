@@ -31,13 +31,13 @@ from moh_megatron.data.dataset import Sequences
 from moh_megatron.model.build import build_model, token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, adamw, initialize_distributed
+from moh_megatron.train.fault_tolerance.signals import StopRequest
+from moh_megatron.train.fault_tolerance.watchdog import Watchdog
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.launcher import ALLOCATOR
 from moh_megatron.train.loop import _Training
 from moh_megatron.train.setup import Session
-from moh_megatron.train.signals import StopRequest
 from moh_megatron.train.startup import StartupClock
-from moh_megatron.train.watchdog import Watchdog
-from moh_megatron.train.world import World
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "llm_s_moh75.yaml"
 GOALS = {0: 1.05, 1: 1.10}

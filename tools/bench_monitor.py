@@ -27,8 +27,8 @@ from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.monitor.accumulator import MetricsAccumulator
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.telemetry import Telemetry
-from moh_megatron.train.world import World
 
 GOAL = 0.01
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from timing import circumstances, markdown, median_and_range, ratios, take_turns
 
-from moh_megatron.checkpoint.hf_model.modeling_moh import attend_active
+from moh_megatron.checkpoint.hf.hf_model.modeling_moh import attend_active
 
 SHAPES = ((12, 12, 64), (32, 8, 64), (9, 3, 64))
 LENGTHS = (256, 512, 1024, 2048)

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
-from moh_megatron.data.inspect import differences, draw_lengths, lengths, problems, sample, unverified
-from moh_megatron.data.manifest import SPLITS, load_manifest
+from moh_megatron.data.dataset_manifest import SPLITS, load_manifest
+from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths, problems, sample, unverified
 
 
 def show(args: argparse.Namespace) -> int:

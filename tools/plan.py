@@ -17,7 +17,7 @@ import sys
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.plan.advice import remedies
 from moh_megatron.plan.plan import make_plan
-from moh_megatron.plan.report import GIB, Fit, as_mapping, as_text
+from moh_megatron.plan.plan_report import GIB, Fit, as_mapping, as_text
 
 
 def ranks(text: str) -> int:

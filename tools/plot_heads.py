@@ -25,11 +25,11 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from moh_megatron.cli import exit_code
-from moh_megatron.config.errors import UserError
-from moh_megatron.config.storage import check_folder
-from moh_megatron.evaluate.heads import HeadStudy, read_text, study
+from moh_megatron.evaluate.head_usage import HeadStudy, read_text, study
+from moh_megatron.evaluate.loaded_model import find_model, open_subject
 from moh_megatron.evaluate.run import default_folder
-from moh_megatron.evaluate.subject import find_model, open_subject
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.remedies import check_folder
 
 _CHARACTERS_A_TOKEN = 16
 """Read at most; a tokenizer needs fewer."""

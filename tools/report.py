@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.cli import exit_code
-from moh_megatron.config.errors import UserError
-from moh_megatron.config.storage import check_folder
 from moh_megatron.evaluate.results import (
     AVERAGE_COLUMNS,
     COMPARISON_COLUMNS,
@@ -33,6 +31,8 @@ from moh_megatron.evaluate.results import (
     task_rows,
     validation_rows,
 )
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.remedies import check_folder
 from moh_megatron.monitor.charts import Series, curves, head_map
 from moh_megatron.monitor.run_folder import RunFolder, open_run
 

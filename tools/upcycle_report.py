@@ -48,16 +48,24 @@ def main() -> None:
     )
     parser.add_argument("--documents", type=at_least(2), default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
-    from moh_megatron.checkpoint import native
-    from moh_megatron.config.errors import UserError
-    from moh_megatron.config.json_file import write_json
+    from moh_megatron.checkpoint import layout
     from moh_megatron.data.prepared import load_prepared
+    from moh_megatron.io.errors import UserError
+    from moh_megatron.io.json_file import write_json
     from moh_megatron.model.single import build_single_process
     from moh_megatron.parallel import groups
     from moh_megatron.train.resume import check_same_tokenizer
-    from moh_megatron.upcycle.documents import held_out
-    from moh_megatron.upcycle.report import MADE, SHARES, as_mapping, as_markdown, compare_choices, planned, possible
-    from moh_megatron.upcycle.start import calibration_of, check_source
+    from moh_megatron.upcycle.held_out import held_out
+    from moh_megatron.upcycle.initial_checkpoint import calibration_of, check_source
+    from moh_megatron.upcycle.untuned_report import (
+        MADE,
+        SHARES,
+        as_mapping,
+        as_markdown,
+        compare_choices,
+        planned,
+        possible,
+    )
 
     if config.train.init_from is None:
         raise UserError("train.init_from must name the dense checkpoint. Got null.")
@@ -68,8 +76,8 @@ def main() -> None:
     asked = ((choice, share) for choice in choices for share in SHARES)
     left_out = [f"{choice} at {share} %" for choice, share in asked if f"{choice} {share}" not in plan]
     documents = held_out(config, arguments.documents)
-    source = native.resolve_checkpoint(config.train.init_from, print)
-    there = native.read_config(source)
+    source = layout.resolve_checkpoint(config.train.init_from, print)
+    there = layout.read_config(source)
     if there.moh.enabled:
         raise UserError(f"train.init_from must name a dense checkpoint. Got {source}, with moh.enabled: true.")
     check_source(source, there, config, print)
@@ -82,7 +90,7 @@ def main() -> None:
     data.check_fits(config)
     tokenizer = data.tokenizer()
     check_same_tokenizer(source, tokenizer)
-    dense = build_single_process(there, native.read_weights(source)).to(groups.device(0))
+    dense = build_single_process(there, layout.read_weights(source)).to(groups.device(0))
     arguments.out.mkdir(parents=True, exist_ok=True)
     calibration = None
     if any(each.moh.shared_placement == "calibrated" for each in plan.values()):

@@ -15,16 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moh_megatron.checkpoint import optimizer_state, random_states, weights
-from moh_megatron.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    hash_file,
-    package_versions,
-    relative_files,
-    write_manifest,
-)
-from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.checkpoint.native import (
+from moh_megatron.checkpoint.layout import (
     CONFIG,
     LATEST,
     PARTIAL,
@@ -34,9 +25,18 @@ from moh_megatron.checkpoint.native import (
     complete_checkpoints,
     topology_of,
 )
-from moh_megatron.checkpoint.whole import flush_names
+from moh_megatron.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    hash_file,
+    package_versions,
+    relative_files,
+    write_manifest,
+)
+from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
+from moh_megatron.io.atomic import flush_names
 from moh_megatron.parallel import groups
 from moh_megatron.parallel.random_states import capture
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moh_megatron.checkpoint.mapping import Rule, merge_shards, rules, split_shard
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import model_tensors
 
 FOLDER = "weights"

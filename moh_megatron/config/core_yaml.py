@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.io.errors import UserError
 
 _PREFIX = "tag:yaml.org,2002:"
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")

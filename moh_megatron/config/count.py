@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config, ModelConfig, MoHConfig
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from moh_megatron.config import core_yaml
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.nesting import leaves, nested, within
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
+from moh_megatron.io.errors import UserError
 
 COMMAND_LINE = "command line"
 

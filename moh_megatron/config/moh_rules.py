@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from moh_megatron.config.heads import active_counts, percentage_of
+from moh_megatron.config.layer_heads import active_counts, percentage_of
 from moh_megatron.config.schema import Config, MoHConfig
 from moh_megatron.config.violation import Violation, nearest_multiples
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 
 
 def data_dir(config: Config) -> Path:

@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 
-from moh_megatron.config.blend import blend_violations
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.moh_rules import moh_violations
 from moh_megatron.config.schema import Config
+from moh_megatron.config.source_weights import blend_violations
 from moh_megatron.config.violation import Violation, nearest_divisors, nearest_multiples
+from moh_megatron.io.errors import UserError
 
 
 def validate(config: Config) -> None:

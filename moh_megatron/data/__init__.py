@@ -1,0 +1,1 @@
+"""Datasets: what prepares them and what training reads."""

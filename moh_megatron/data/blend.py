@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moh_megatron.config.blend import phases
 from moh_megatron.config.schema import Config
+from moh_megatron.config.source_weights import phases
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import distributed
 
-from moh_megatron.config.errors import Fault
+from moh_megatron.io.errors import Fault
 
 
 @dataclass(frozen=True)

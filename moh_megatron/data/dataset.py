@@ -16,13 +16,13 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moh_megatron.config.errors import Fault
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data import blend
 from moh_megatron.data.cache import Cache, build_once
 from moh_megatron.data.prepared import PreparedData, Source
-from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
+from moh_megatron.io.errors import Fault
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from moh_megatron.config.blend import phases
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
-from moh_megatron.data.manifest import Manifest, load_dataset_tokenizer, load_manifest
-from moh_megatron.data.sources import source_folders
-from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.config.source_weights import phases
+from moh_megatron.data.dataset_manifest import Manifest, load_dataset_tokenizer, load_manifest
+from moh_megatron.data.source_configs import source_folders
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
+from moh_megatron.io.errors import UserError
 
 MANY_EPOCHS = 4
 """Beyond so many epochs repeated text teaches much less than new text (arXiv 2305.16264)."""

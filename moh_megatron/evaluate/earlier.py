@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.config.errors import UserError
-from moh_megatron.evaluate.compare import QUESTIONS
+from moh_megatron.evaluate.paired_test import QUESTIONS
 from moh_megatron.evaluate.results import RESULTS
+from moh_megatron.io.errors import UserError
 
 
 def read_earlier(folder: Path, planned: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -25,11 +25,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moh_megatron.checkpoint.pretrained import open_tokenizer
-from moh_megatron.config.errors import UserError
-from moh_megatron.data.tokenizer import load_tokenizer
-from moh_megatron.evaluate.subject import Subject
+from moh_megatron.checkpoint.hf.transformers_io import open_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.evaluate.loaded_model import Subject
 from moh_megatron.evaluate.suite import Suite, Task
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.generation import continue_text
 
 _LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.config.json_file import write_json
-from moh_megatron.evaluate.compare import QUESTIONS
+from moh_megatron.evaluate.paired_test import QUESTIONS
+from moh_megatron.io.json_file import write_json
 
 RESULTS, TABLE = "results.json", "results.md"
 MEASURED, PUBLISHED, NOT_RUN = "measured here", "published", "not run"

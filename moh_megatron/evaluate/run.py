@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.config.storage import check_folder
-from moh_megatron.evaluate.compare import compare, key_of, read_questions
 from moh_megatron.evaluate.earlier import read_earlier
+from moh_megatron.evaluate.held_out_loss import validation_loss
+from moh_megatron.evaluate.loaded_model import Subject, find_model, open_subject, training_config
+from moh_megatron.evaluate.paired_test import compare, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, write_results
-from moh_megatron.evaluate.subject import Subject, find_model, open_subject, training_config
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
-from moh_megatron.evaluate.validation import validation_loss
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.remedies import check_folder
 
 
 def evaluate(arguments: Namespace) -> None:

@@ -11,8 +11,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moh_megatron.config import core_yaml
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.types import NonNegativeInt
+from moh_megatron.io.errors import UserError
 
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 

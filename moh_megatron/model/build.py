@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import heads_after, layer_heads
+from moh_megatron.config.layer_heads import heads_after, layer_heads
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.dtypes import DTYPES
 from moh_megatron.model.norm import RMSNorm

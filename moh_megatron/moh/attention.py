@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
 from moh_megatron.moh.document_attention import document_attention

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moh_megatron.config.count import router_biases, router_weight_rows
 from moh_megatron.config.head_layout import HeadLayout, inverse
-from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.losses import attach_loss, z_loss
 from moh_megatron.moh.routing import (

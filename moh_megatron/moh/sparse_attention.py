@@ -13,7 +13,7 @@ from torch import Tensor
 from moh_megatron.moh.backends.choice import Backend, choose_backend
 from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library, serves
 from moh_megatron.moh.backends.dense import dense_attention
-from moh_megatron.moh.backends.documents import document_length
+from moh_megatron.moh.backends.document_starts import document_length
 from moh_megatron.moh.backends.gathered import GatheredKernel
 from moh_megatron.moh.backends.ragged_function import Kernel, ragged_attention
 

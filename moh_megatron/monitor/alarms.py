@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moh_megatron.config.schema import MonitorConfig
-from moh_megatron.monitor.board import slowest_over_median
-from moh_megatron.monitor.heads import HeadFigures
+from moh_megatron.monitor.head_figures import HeadFigures
+from moh_megatron.monitor.metrics_logger import slowest_over_median
 
 OVER = "over: "
 """How a message about an alarm that has ended starts."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import LayerHeads, heads_after
+from moh_megatron.config.layer_heads import LayerHeads, heads_after
 from moh_megatron.config.schema import Config
 
 _MULTIPLY_ADD = 2

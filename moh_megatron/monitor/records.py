@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.config.errors import Fault
-from moh_megatron.config.json_file import read_json, write_json
+from moh_megatron.io.errors import Fault
+from moh_megatron.io.json_file import read_json, write_json
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import load_config, mapping_of
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_records
 
 _LAYERED = "head_load/layer_"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.writer import Scalar
 
 

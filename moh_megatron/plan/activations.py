@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.flops import skips_heads
 from moh_megatron.plan.memory import ELEMENT

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
+from moh_megatron.io.errors import UserError
 from moh_megatron.plan.plan import make_plan
 
 _RANKS_OF_A_NODE = 8

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moh_megatron.config.count import router_weight_rows
-from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.plan.memory import ELEMENT, zero_settings
+from moh_megatron.plan.parameters import total_size, weights
 from moh_megatron.plan.stage3 import most_kept, persistent_size
-from moh_megatron.plan.weights import total_size, weights
 
 _FP32 = 4
 _TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "reduce": 1}

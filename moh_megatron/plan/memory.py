@@ -10,8 +10,8 @@ from typing import Any
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+from moh_megatron.plan.parameters import Weight, total_size, weights
 from moh_megatron.plan.stage3 import most_gathered, persistent_size
-from moh_megatron.plan.weights import Weight, total_size, weights
 from moh_megatron.train.deepspeed_config import deepspeed_config
 
 ELEMENT = {"fp32": 4, "bf16": 2}

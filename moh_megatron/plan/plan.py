@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moh_megatron.config.count import ParameterCount, parameter_count
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moh_megatron.plan.weights import Weight
+from moh_megatron.plan.parameters import Weight
 
 _DEFAULTS = {
     "param_persistence_threshold": 100_000,

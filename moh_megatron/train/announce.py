@@ -6,7 +6,7 @@ import itertools
 import textwrap
 
 from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
-from moh_megatron.config.heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
 
 

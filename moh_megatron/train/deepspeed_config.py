@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from moh_megatron.config.count import rank_parameters
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import nearest
 from moh_megatron.config.nesting import leaves, nested, within
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 
 _BUCKET_ELEMENTS = 200_000_000
 """What NCCL moves at once: large enough for full bandwidth, small enough to overlap with the backward pass."""

@@ -20,7 +20,7 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.parallel import groups
 from moh_megatron.train.deepspeed_config import check_known, deepspeed_config
-from moh_megatron.train.world import World
+from moh_megatron.train.fault_tolerance.world import World
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -21,14 +21,14 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import last_step, write_exit
-from moh_megatron.train.heartbeat import Verdict, Verdicts
+from moh_megatron.train.fault_tolerance.heartbeat import Verdict, Verdicts
+from moh_megatron.train.fault_tolerance.run_lock import RunLock
+from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE
 from moh_megatron.train.preflight import check_suite, preflight
-from moh_megatron.train.run_lock import RunLock
-from moh_megatron.train.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
-from moh_megatron.train.world import PARENT_VARIABLE
 
 _HANDLED_BY_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)

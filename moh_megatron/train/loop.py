@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from moh_megatron.checkpoint.async_saver import Saver
 from moh_megatron.checkpoint.save import Snapshot
-from moh_megatron.checkpoint.saver import Saver
-from moh_megatron.config.blend import mean_by_shares
 from moh_megatron.config.count import parameter_count
-from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
+from moh_megatron.config.source_weights import mean_by_shares
 from moh_megatron.data.batches import train_batches, validation_batches
+from moh_megatron.io.errors import Fault
 from moh_megatron.model.build import attention_backend, attention_warning, moh_layers, token_losses
 from moh_megatron.model.divergence import distilled_losses
 from moh_megatron.moh.balancing import follow_schedule, update_biases
@@ -32,18 +32,18 @@ from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
-from moh_megatron.train.evaluation import BackgroundEvaluation
-from moh_megatron.train.health import Health, earlier_losses
-from moh_megatron.train.run_lock import RunLock
+from moh_megatron.train.background_evaluation import BackgroundEvaluation
+from moh_megatron.train.fault_tolerance.health import Health, earlier_losses
+from moh_megatron.train.fault_tolerance.run_lock import RunLock
+from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, StopRequest
+from moh_megatron.train.fault_tolerance.watchdog import GRACE_SECONDS, Watchdog
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.schedule import learning_rate
 from moh_megatron.train.setup import Session, prepare_session
-from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.summary import summarise
 from moh_megatron.train.telemetry import Telemetry
 from moh_megatron.train.validation import sample_text, validation_loss
-from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
-from moh_megatron.train.world import World
 
 
 @dataclass(frozen=True)

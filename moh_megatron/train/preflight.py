@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.data.prepared import PreparedData, load_prepared
 from moh_megatron.evaluate.suite import load_suite
+from moh_megatron.io.errors import UserError
 
 _CHECK_SUITE = """
 import sys

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.monitor.records import last_step, write_exit
-from moh_megatron.train.run_lock import Occupied
-from moh_megatron.train.signals import EXIT_STOPPED, StopRequest
-from moh_megatron.train.world import PARENT_VARIABLE, World
+from moh_megatron.train.fault_tolerance.run_lock import Occupied
+from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, StopRequest
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 def run_rank(config: Config, world: World, stop: StopRequest) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
-from moh_megatron.checkpoint.native import (
+from moh_megatron.checkpoint.layout import (
     problem_with,
     read_config,
     read_state,
@@ -18,12 +17,13 @@ from moh_megatron.checkpoint.native import (
     tokenizer_folder,
     topology_of,
 )
-from moh_megatron.config.blend import shares_until
-from moh_megatron.config.errors import Fault, UserError, refuse_differences
+from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from moh_megatron.config.source_weights import shares_until
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from moh_megatron.io.errors import Fault, UserError, refuse_differences
 
 _SAME_RUN = (
     "model",

@@ -11,23 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moh_megatron.checkpoint.companions import Companions, carried_by
-from moh_megatron.checkpoint.native import tokenizer_folder
+from moh_megatron.checkpoint.hf.hf_extras import Companions, carried_by
+from moh_megatron.checkpoint.layout import tokenizer_folder
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.prepared import PreparedData
-from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.build import check_backend
 from moh_megatron.parallel import groups
-from moh_megatron.train import agreement
+from moh_megatron.train.build_engine import build_engine
 from moh_megatron.train.engine import Engine, initialize_distributed
+from moh_megatron.train.fault_tolerance import agreement
+from moh_megatron.train.fault_tolerance.watchdog import GRACE_SECONDS, Watchdog
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.preflight import preflight
-from moh_megatron.train.restore import build_engine
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
-from moh_megatron.train.watchdog import GRACE_SECONDS, Watchdog
-from moh_megatron.train.world import World
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from moh_megatron.train.world import PARENT_VARIABLE
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE
 
 
 def process_age(process: int) -> float:

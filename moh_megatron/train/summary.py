@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moh_megatron.config.count import parameter_count
-from moh_megatron.config.heads import active_share
-from moh_megatron.config.json_file import write_json
+from moh_megatron.config.layer_heads import active_share
+from moh_megatron.io.json_file import write_json
 from moh_megatron.model.build import attention_backend
 from moh_megatron.monitor.records import read_records
 from moh_megatron.train.setup import Session

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moh_megatron.checkpoint import native, weights
-from moh_megatron.config.errors import UserError, refuse_differences
-from moh_megatron.config.json_file import read_json, write_json
+from moh_megatron.checkpoint import layout, weights
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import validate
+from moh_megatron.io.errors import UserError, refuse_differences
+from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 
@@ -26,8 +26,8 @@ def find_teacher(config: Config, report: Callable[[str], None]) -> Path | None:
     """
     if config.distillation.teacher is None:
         return None
-    checkpoint = native.resolve_checkpoint(config.distillation.teacher, report)
-    there = native.read_config(checkpoint)
+    checkpoint = layout.resolve_checkpoint(config.distillation.teacher, report)
+    there = layout.read_config(checkpoint)
     if there.moh.enabled:
         raise UserError(f"distillation.teacher must be a dense model. Got {checkpoint}, with moh.enabled: true.")
     if (found := there.model.tokens) != (own := config.model.tokens):
@@ -48,7 +48,7 @@ def keep_teacher(config: Config, teacher: Path | None, begun: bool) -> None:
     """
     if teacher is None:
         return
-    here = {"weights": native.read_state(teacher).weights_sha256[:12]}
+    here = {"weights": layout.read_state(teacher).weights_sha256[:12]}
     file = Path(config.run.dir) / "teacher.json"
     if begun and file.exists():
         there = read_json(file, "the teacher of a run", "Delete it to go on with the one named.")
@@ -63,7 +63,7 @@ def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.M
 
     The process groups must exist. The random states stay as they are.
     """
-    written_by = native.read_config(checkpoint)
+    written_by = layout.read_config(checkpoint)
     own = _cut_as(config, written_by)
     with torch.random.fork_rng():
         model = build_model(own)

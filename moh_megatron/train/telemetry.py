@@ -20,13 +20,13 @@ from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED, RoutingObserver
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
 from moh_megatron.monitor.alarms import OVER, Alarms, Signs
-from moh_megatron.monitor.board import Board, Vitals
 from moh_megatron.monitor.device import memory_bytes, peak_tflops
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token
-from moh_megatron.monitor.heads import HeadFigures, balance_excess, head_figures
-from moh_megatron.monitor.lives import begin_life, code_version
+from moh_megatron.monitor.head_figures import HeadFigures, balance_excess, head_figures
+from moh_megatron.monitor.metrics_logger import Board, Vitals
 from moh_megatron.monitor.prometheus import PrometheusFile
 from moh_megatron.monitor.records import read_records
+from moh_megatron.monitor.restarts import begin_life, code_version
 from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.monitor.timer import StepTimer
 from moh_megatron.monitor.wandb import WeightsAndBiases

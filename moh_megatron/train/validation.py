@@ -10,7 +10,7 @@ from torch import nn
 
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import ValidationBatch
-from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.generation import continue_text
 from moh_megatron.parallel import groups

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.json_file import read_json, write_json
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.build import model_arguments
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import DTYPES
 
 _DEVIATION = 1e-11

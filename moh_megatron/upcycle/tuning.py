@@ -8,18 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint import native
-from moh_megatron.config.errors import UserError, refuse_differences
-from moh_megatron.config.heads import layer_heads
-from moh_megatron.config.json_file import read_json, write_json
+from moh_megatron.checkpoint import layout
+from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import data_dir, require_folder
 from moh_megatron.data.prepared import load_prepared
+from moh_megatron.io.errors import UserError, refuse_differences
+from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.single import build_single_process
 from moh_megatron.monitor.records import read_records
 from moh_megatron.parallel import groups
-from moh_megatron.upcycle.compare import document_losses, mean, recovered
-from moh_megatron.upcycle.documents import held_out
+from moh_megatron.upcycle.held_out import held_out
+from moh_megatron.upcycle.loss_and_kl import document_losses, mean, recovered
 
 
 class Arm:
@@ -32,9 +32,9 @@ class Arm:
     def __init__(self, folder: Path, most: int | None = None) -> None:
         self.folder, self.most = folder, most
         require_folder(folder, "the folder of a run")
-        if not (folder / native.CONFIG).is_file():
-            raise UserError(f"{folder}: must be the folder of a run. Got one without {native.CONFIG}.")
-        self.config = load_config(folder / native.CONFIG)
+        if not (folder / layout.CONFIG).is_file():
+            raise UserError(f"{folder}: must be the folder of a run. Got one without {layout.CONFIG}.")
+        self.config = load_config(folder / layout.CONFIG)
         if self.config.train.init_from is None:
             raise UserError(f"{folder}: must be a run of pipelines/continue_tune.py. Got train.init_from: null.")
         self._file = folder / "documents.json"
@@ -43,7 +43,7 @@ class Arm:
     def before(self) -> list[float]:
         """Losses of the model that tuning started from."""
         assert self.config.train.init_from is not None, "written by pipelines/continue_tune.py"
-        return self._losses(native.resolve_checkpoint(self.config.train.init_from))
+        return self._losses(layout.resolve_checkpoint(self.config.train.init_from))
 
     @cached_property
     def after(self) -> list[float]:
@@ -53,7 +53,7 @@ class Arm:
     @property
     def tokens(self) -> int:
         """That the newest checkpoint has seen."""
-        return native.read_state(self._newest).tokens
+        return layout.read_state(self._newest).tokens
 
     @property
     def heads(self) -> str:
@@ -68,20 +68,20 @@ class Arm:
 
     @cached_property
     def _newest(self) -> Path:
-        return native.resolve_checkpoint(self.folder)
+        return layout.resolve_checkpoint(self.folder)
 
     @property
     def source(self) -> Path:
         """The checkpoint that tuning began with; of a start, the one it was made of."""
         assert self.config.train.init_from is not None, "checked above"
         start = Path(self.config.train.init_from)
-        made_here = start.name == "start" and (start / native.CONFIG).is_file()
-        return Path(native.read_config(start).train.init_from or start if made_here else start).resolve()
+        made_here = start.name == "start" and (start / layout.CONFIG).is_file()
+        return Path(layout.read_config(start).train.init_from or start if made_here else start).resolve()
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What runs that can be compared have in common."""
-        newest, train = native.read_state(self._newest), self.config.train
+        newest, train = layout.read_state(self._newest), self.config.train
         return {
             "train.init_from": self.source,
             "data": newest.data[:12],
@@ -95,7 +95,7 @@ class Arm:
 
     def require_its_data(self) -> None:
         """Raise UserError unless data.dir holds what the run was trained on: else nothing in it is held out."""
-        there = native.read_state(self._newest).data[:12]
+        there = layout.read_state(self._newest).data[:12]
         if (here := load_prepared(self.config).hash[:12]) != there:
             raise UserError(
                 f"{self.folder}: was trained on the dataset {there}. Got {here} in {data_dir(self.config)}: prepare it "
@@ -104,11 +104,11 @@ class Arm:
 
     def _losses(self, checkpoint: Path) -> list[float]:
         """By document; measured once for each checkpoint and number of documents."""
-        weights = native.read_state(checkpoint).files
+        weights = layout.read_state(checkpoint).files
         key = f"{checkpoint.resolve()} {sorted(weights.items())[-1][1].sha256[:12]} {self.most or 'all'}"
         known = self._known()
         if key not in known:
-            model = build_single_process(native.read_config(checkpoint), native.read_weights(checkpoint))
+            model = build_single_process(layout.read_config(checkpoint), layout.read_weights(checkpoint))
             known[key] = document_losses(model.to(groups.device(0)), held_out(self.config, self.most))
             write_json(self._file, known)
         return known[key]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh_megatron.config.errors import UserError
-from moh_megatron.data.tokenizer import Tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
+from moh_megatron.io.errors import UserError
 
 
 def new_pieces(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]]:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.convert import into_either_form, llama_folder, run_convert
 
-from moh_megatron.checkpoint import native
-from moh_megatron.checkpoint.hf_source import MARKER
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf.hf_reader import MARKER
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -383,5 +383,5 @@ def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_pat
     assert "model.hidden_size: 64 in config.json, 32 in the configuration" in told
     assert "model.kv_channels" not in told, "nobody states it"
     assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
-    config = native.read_config(tmp_path / "ckpt")
+    config = layout.read_config(tmp_path / "ckpt")
     assert (config.train.sequence_length, config.parallel.tensor, config.model.vocab_padding) == (77, 2, 1)

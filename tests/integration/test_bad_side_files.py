@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from support.convert import into_either_form, llama_folder, run_convert
 
-from moh_megatron.checkpoint import side_files
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.checkpoint.hf import hf_tokenizer
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 SETTINGS, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 OPENS = "hf: must hold a tokenizer that Transformers opens. It does not:"
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_was_imported_unchecked_is_not_exported(sound, tmp_pat
     breaks(folder)
     with monkeypatch.context() as patched:
         for check in ("check_generation", "check_tokenizer"):
-            patched.setattr(side_files, check, lambda *given: None)
+            patched.setattr(hf_tokenizer, check, lambda *given: None)
         assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 0
     capsys.readouterr()
     assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.convert import llama_folder, run_convert
 
-from moh_megatron.checkpoint import native
+from moh_megatron.checkpoint import layout
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_links_to_another_place(folder, tmp_path):
         assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 0
     assert all((tmp_path / name).is_symlink() for name in ("ckpt", "back", "dangling"))
     assert (tmp_path / "disk" / "back" / "config.json").is_file()
-    assert all(native.problem_with(tmp_path / "disk" / name) is None for name in ("ckpt", "new"))
+    assert all(layout.problem_with(tmp_path / "disk" / name) is None for name in ("ckpt", "new"))
 
 
 @pytest.mark.parametrize("name", [".", "x/..", "", "n" * 300, "n1/" + "n" * 300])

@@ -21,7 +21,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from support.runs import ENVIRONMENT, REPOSITORY, Run
 
-from moh_megatron.evaluate.compare import Comparison
+from moh_megatron.evaluate.paired_test import Comparison
 from moh_megatron.evaluate.results import write_results
 
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from support.runs import Run, command, finish
 
-from moh_megatron.checkpoint import native
-from moh_megatron.data.tokenizer import load_tokenizer
+from moh_megatron.checkpoint import layout
+from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.upcycle.vocabulary import new_pieces
 
 UPCYCLED = (
@@ -55,11 +55,11 @@ def test_with_all_heads_active_the_start_is_the_dense_model(tuned: tuple[Run, st
 def test_training_starts_from_the_dense_weights_with_the_measured_heads(tuned: tuple[Run, str], dense: Run) -> None:
     run, _ = tuned
     start = run.folder / "start"
-    there, here = native.read_weights(native.resolve_checkpoint(dense.folder)), native.read_weights(start)
+    there, here = layout.read_weights(layout.resolve_checkpoint(dense.folder)), layout.read_weights(start)
     assert all(torch.equal(there[name], here[name]) for name in there)
     report = run.json("calibration.json")
     listed = [sorted(ranking[:2]) for ranking in report["ranking"]]
-    config = native.read_config(native.resolve_checkpoint(run.folder))
+    config = layout.read_config(layout.resolve_checkpoint(run.folder))
     assert [list(heads) for heads in config.moh.shared_heads or ()] == listed  # type: ignore[union-attr]
     assert config.train.init_from == str(start)
     # The schedule begins with every head: the first loss is the dense model's.
@@ -91,8 +91,8 @@ def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[],
     done = tune(run, dense.folder, "--prepare", *grown)
     assert done.returncode == 0, done.stdout + done.stderr
     there, here = (
-        native.read_weights(native.resolve_checkpoint(dense.folder)),
-        native.read_weights(run.folder / "start"),
+        layout.read_weights(layout.resolve_checkpoint(dense.folder)),
+        layout.read_weights(run.folder / "start"),
     )
     pieces = new_pieces(load_tokenizer(old), load_tokenizer(run.data / "tokenizer"))
     assert len(pieces) == 26
@@ -103,7 +103,7 @@ def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[],
             torch.testing.assert_close(here[name][number], there[name][parts].mean(0))
     trained = tune(run, dense.folder, *grown, "parallel.tensor=1", "train.total_tokens=1024")
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert native.read_config(native.resolve_checkpoint(run.folder)).model.vocab_size == 416
+    assert layout.read_config(layout.resolve_checkpoint(run.folder)).model.vocab_size == 416
 
 
 def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import convert, mapping
+from moh_megatron.checkpoint import mapping
+from moh_megatron.checkpoint.hf import convert
+from moh_megatron.checkpoint.hf.verify import verification_tokens
 from moh_megatron.checkpoint.manifest import Manifest, Topology, hash_file, relative_files, write_manifest
 from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
-from moh_megatron.checkpoint.verify import verification_tokens
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import (
     Config,
@@ -25,7 +26,7 @@ from moh_megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.runs import ENVIRONMENT, Run
 
-from moh_megatron.checkpoint.native import problem_with
+from moh_megatron.checkpoint.layout import problem_with
 from moh_megatron.config.load import load_config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared

@@ -13,11 +13,11 @@ import torch
 from packaging.requirements import Requirement
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import hf
+from moh_megatron.checkpoint.hf import hf_export
+from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
 from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.checkpoint.sources import HeldWeights
 from moh_megatron.config.schema import Config, ModelConfig, MoHConfig, OptimizerConfig, RunConfig, TrainConfig
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 TEXT = "a quick brown fox "
 OPEN = """
@@ -66,8 +66,8 @@ def exported(tmp_path_factory) -> Path:
     )
     generator = torch.Generator().manual_seed(2)
     state = {rule.megatron: 0.3 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
-    with hf.replacing(root / "hf") as partial:
-        hf.write_folder(
+    with hf_export.replacing(root / "hf") as partial:
+        hf_export.write_folder(
             partial, config, HeldWeights(state, config), root / "tokenizer", torch.float32, step=1, tokens=64
         )
     return root / "hf"

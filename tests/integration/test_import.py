@@ -6,8 +6,8 @@ from support.convert import LLAMA3, llama_folder, run_convert
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from moh_megatron.checkpoint import native
-from moh_megatron.checkpoint.hf_settings import HFSettings
+from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf.hf_config_reader import HFSettings
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
 
@@ -40,14 +40,14 @@ def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert "has no tokenizer" in warnings[0]
-    checkpoint = native.resolve_checkpoint(save_dir)
-    config = native.read_config(checkpoint)
+    checkpoint = layout.resolve_checkpoint(save_dir)
+    config = layout.read_config(checkpoint)
     assert (config.parallel.tensor, config.model.tokens) == (tensor, model.config.vocab_size)
     assert config.model.vocab_size % tensor == 0
     tokens = torch.randint(model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits
-    ours = build_single_process(config, native.read_weights(checkpoint))
+    ours = build_single_process(config, layout.read_weights(checkpoint))
     got = logits(ours, tokens)
     assert expected.std() > 0.1
     assert (got[..., model.config.vocab_size :] == -torch.inf).all()

@@ -11,9 +11,9 @@ import pytest
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint.hf_config import AUTO_MAP, CODE
-from moh_megatron.checkpoint.hf_model import configuration_moh
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
+from moh_megatron.checkpoint.hf.hf_config import AUTO_MAP, CODE
+from moh_megatron.checkpoint.hf.hf_model import configuration_moh
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import native, sources
+from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf import weight_readers
 from moh_megatron.model.build import moh_layers
 from moh_megatron.model.single import build_single_process, logits
 
@@ -63,9 +64,9 @@ def check_hf(folder: Path, vectors: dict[str, torch.Tensor], *, trust: bool = Tr
 
 
 def test_the_import_computes_what_the_official_file_computes(checkpoint, vectors):
-    config = native.read_config(checkpoint)
+    config = layout.read_config(checkpoint)
     assert config.moh.enabled
-    model = build_single_process(config, native.read_weights(checkpoint))
+    model = build_single_process(config, layout.read_weights(checkpoint))
     masks = []
     for layer in moh_layers(model):
         layer.router.register_forward_hook(lambda _module, _inputs, routing: masks.append(routing.active))
@@ -144,7 +145,7 @@ def test_the_official_form_is_read(official, vectors, tmp_path, capsys, caplog, 
     assert run_convert(*into, "moh.shared_heads=4", "moh.active_heads=75%") == 0
     again = tmp_path / "again"
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", again, "parallel.tensor=4") == 0
-    config = native.read_config(again)
+    config = layout.read_config(again)
     assert (config.moh.router, config.moh.shared_heads, config.moh.active_heads) == ("query_norm", 4, 6)
     assert run_convert("megatron-to-hf", "--load-dir", again, "--hf-dir", folder, "--dtype", "bf16") == 0
     check_hf(folder, vectors)
@@ -191,13 +192,13 @@ def test_a_wrong_import_is_a_fault_and_leaves_nothing(official, tmp_path, monkey
     told = capsys.readouterr().err
     assert ("with all heads active, against the dense model:" in told) == bool(moh)
     assert "KL divergence" in told
-    right = sources.HFSource._checked
+    right = weight_readers.HFSource._checked
 
     def wrong(self, name, start, stop):
         rows = right(self, name, start, stop)
         return rows.roll(8, 0) if "q_proj" in name else rows
 
-    monkeypatch.setattr(sources.HFSource, "_checked", wrong)
+    monkeypatch.setattr(weight_readers.HFSource, "_checked", wrong)
     assert run_convert(*into[:4], tmp_path / "wrong", *into[5:]) == 1
     told = capsys.readouterr().err
     assert "the checkpoint's logits differ from those of" in told

@@ -12,7 +12,7 @@ from support.runs import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from moh_megatron.checkpoint.convert import megatron_to_hf
+from moh_megatron.checkpoint.hf.convert import megatron_to_hf
 
 OPTIONS = (
     "parallel.tensor=1",

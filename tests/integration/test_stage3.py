@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from support.runs import STEPS, Run, command, finish
 
-from moh_megatron.checkpoint.native import read_weights
+from moh_megatron.checkpoint.layout import read_weights
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from support.convert import SCRIPT
 
+from moh_megatron.checkpoint.hf.safetensors_stream import SafetensorsWriter
 from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.checkpoint.safetensors_io import SafetensorsWriter
 from moh_megatron.config.load import config_from_mapping
 
 pytestmark = pytest.mark.slow

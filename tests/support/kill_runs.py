@@ -23,9 +23,9 @@ from typing import Any
 import moh_megatron.train.loop  # noqa: F401  (what every life would import anew)
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
+from moh_megatron.train.fault_tolerance.signals import StopRequest, die_with
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
-from moh_megatron.train.signals import StopRequest, die_with
-from moh_megatron.train.world import World
 
 _LONGEST_LIFE, _LONGEST_END = 180.0, 60.0
 _POLL_SECONDS = 0.001

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moh_megatron.cli import at_least, config_parser, exit_code, new_file, parse_config
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
+from moh_megatron.io.errors import Fault, UserError
 
 _REPOSITORY = Path(__file__).parents[2]
 _SMOKE = str(_REPOSITORY / "configs/smoke.yaml")

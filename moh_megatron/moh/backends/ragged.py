@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.documents import document_starts
+from moh_megatron.moh.backends.document_starts import document_starts
 
 
 class Block(NamedTuple):

@@ -15,8 +15,8 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.schedule import learning_rate
-from moh_megatron.train.world import World
 
 BAD_RANK = 1
 GOOD_STEPS = 2

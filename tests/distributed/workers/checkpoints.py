@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from moh_megatron.checkpoint.async_saver import Saver
+from moh_megatron.checkpoint.layout import checkpoint_name, read_config, read_weights
 from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.checkpoint.native import checkpoint_name, read_config, read_weights
 from moh_megatron.checkpoint.optimizer_state import StoredState
 from moh_megatron.checkpoint.save import Snapshot
-from moh_megatron.checkpoint.saver import Saver
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.moh.balancing import update_biases
 from moh_megatron.parallel import groups
+from moh_megatron.train.build_engine import build_engine
 from moh_megatron.train.engine import Engine
-from moh_megatron.train.restore import build_engine
 from moh_megatron.train.schedule import learning_rate
 
 

@@ -17,8 +17,8 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.train.engine import Engine, adamw, initialize_distributed
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.schedule import learning_rate
-from moh_megatron.train.world import World
 
 STEPS = 4
 MICRO_BATCH = 2

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moh_megatron.config.errors import Fault
 from moh_megatron.config.load import config_from_mapping
 from moh_megatron.config.schema import Config
 from moh_megatron.data import cache
 from moh_megatron.data.dataset import build_train_dataset
-from moh_megatron.data.prepare import prepare
+from moh_megatron.data.prepare.pipeline import prepare
 from moh_megatron.data.prepared import load_prepared
+from moh_megatron.io.errors import Fault
 
 
 def make_config(folder: Path, data: Path) -> Config:

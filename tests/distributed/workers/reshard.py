@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from checkpoints import config_of, save, start_engine, train
 
-from moh_megatron.checkpoint.native import step_folders
+from moh_megatron.checkpoint.layout import step_folders
 from moh_megatron.train.engine import initialize_distributed
-from moh_megatron.train.world import World
+from moh_megatron.train.fault_tolerance.world import World
 
 STEPS = 2
 

@@ -14,13 +14,13 @@ from checkpoints import config_of, differing, save, start_engine, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moh_megatron.checkpoint import save as save_module
-from moh_megatron.checkpoint.hf_import import hf_to_megatron
-from moh_megatron.checkpoint.native import read_config
-from moh_megatron.config.errors import Fault
+from moh_megatron.checkpoint.hf.hf_import import hf_to_megatron
+from moh_megatron.checkpoint.layout import read_config
 from moh_megatron.config.load import config_from_mapping, mapping_of
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import Fault
 from moh_megatron.train.engine import initialize_distributed
-from moh_megatron.train.world import World
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.upcycle.routers import initial_routers
 
 SAME = [

@@ -18,8 +18,8 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.telemetry import Telemetry
-from moh_megatron.train.world import World
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {"tensor": 1},

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.train import watchdog as module
-from moh_megatron.train.watchdog import Watchdog
-from moh_megatron.train.world import World
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.train.fault_tolerance import watchdog as module
+from moh_megatron.train.fault_tolerance.watchdog import Watchdog
+from moh_megatron.train.fault_tolerance.world import World
 
 RANKS = 3
 STEPS = 5

@@ -26,9 +26,9 @@ from moh_megatron.checkpoint import save
 from moh_megatron.config.load import load_config
 from moh_megatron.parallel import groups
 from moh_megatron.train import loop, setup
+from moh_megatron.train.fault_tolerance.signals import StopRequest
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
-from moh_megatron.train.signals import StopRequest
-from moh_megatron.train.world import World
 
 RANKS = 2
 ENDLESS = "train.total_tokens=2560000"

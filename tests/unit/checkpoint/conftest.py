@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moh_megatron.checkpoint.hf_model import modeling_moh
+from moh_megatron.checkpoint.hf.hf_model import modeling_moh
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moh_megatron.checkpoint.mapping import from_hf, merge_shards, rules, split_shard, to_hf
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.schema import Config, ModelConfig, MoHConfig, OptimizerConfig, RunConfig, TrainConfig
+from moh_megatron.io.errors import UserError
 
 
 def make_config(heads=8, groups=4, size=4, layers=2, tie=False, **moh) -> Config:

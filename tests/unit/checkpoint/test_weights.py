@@ -8,8 +8,8 @@ from torch import nn
 
 from moh_megatron.checkpoint import optimizer_state, weights
 from moh_megatron.checkpoint.mapping import Rule, from_hf, rules, split_shard, to_hf
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 
 COUNTS = Rule("router.counts", (), (4,))
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import config_from_mapping, dump_config, load_config, mapping_of
+from moh_megatron.io.errors import UserError
 
 _REPOSITORY = Path(__file__).parents[3]
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps, validate
+from moh_megatron.io.errors import UserError
 
 _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x train.sequence_length))"
 

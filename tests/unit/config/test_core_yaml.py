@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moh_megatron.config.core_yaml import dump, parse
-from moh_megatron.config.errors import UserError
+from moh_megatron.io.errors import UserError
 
 
 @pytest.mark.parametrize(

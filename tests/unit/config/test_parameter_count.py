@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moh_megatron.config.count import ParameterCount, parameter_count, router_weight_rows
-from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import MoHConfig
 

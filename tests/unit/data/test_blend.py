@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moh_megatron.config.blend import shares_until
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config, SourceConfig, WeightChange
+from moh_megatron.config.source_weights import shares_until
 from moh_megatron.config.validate import violations
 from moh_megatron.data.blend import draw
 from moh_megatron.data.dataset import build_train_dataset, build_validation_datasets
-from moh_megatron.data.inputs import find_inputs
-from moh_megatron.data.manifest import SPLITS
-from moh_megatron.data.prepare import prepare, prepare_tokenizer
+from moh_megatron.data.dataset_manifest import SPLITS
+from moh_megatron.data.prepare.inputs import find_inputs
+from moh_megatron.data.prepare.pipeline import prepare, prepare_tokenizer
 from moh_megatron.data.prepared import load_prepared
-from moh_megatron.data.sources import source_configs
-from moh_megatron.train import agreement
+from moh_megatron.data.source_configs import source_configs
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.train.fault_tolerance import agreement
 
 MakeConfig = Callable[..., Config]
 MIXTURE = Path(__file__).parents[3] / "configs" / "data" / "paper_mixture.yaml"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import distributed
 
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
-from moh_megatron.data.manifest import load_dataset_tokenizer
-from moh_megatron.data.prepare import prepare
+from moh_megatron.data.dataset_manifest import load_dataset_tokenizer
+from moh_megatron.data.prepare.pipeline import prepare
 from moh_megatron.data.prepared import load_prepared
+from moh_megatron.io.errors import Fault, UserError
 
 MakeConfig = Callable[..., Config]
 Build = Callable[[Config], tuple[Sequences, Sequences]]

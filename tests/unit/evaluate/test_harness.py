@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.evaluate import harness
 from moh_megatron.evaluate.suite import Suite, Task
+from moh_megatron.io.errors import UserError
 
 SUITE = Suite("s", "d", (Task("a", 0, "acc"),))
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.evaluate import compare, run, validation
+from moh_megatron.evaluate import held_out_loss, paired_test, run
+from moh_megatron.evaluate.held_out_loss import SourceLoss
 from moh_megatron.evaluate.suite import Suite, Task
-from moh_megatron.evaluate.validation import SourceLoss
+from moh_megatron.io.errors import Fault, UserError
 
 SUITE = Suite("s", "d", (Task("a", 0, "acc"), Task("b", 0, "acc")))
 
@@ -93,7 +93,7 @@ def test_the_validation_and_the_suite_of_a_model_stand_side_by_side(evaluated: A
     found = results(tmp_path)
     assert found["validation"]["of"] == {"config": None, "overrides": []}
     assert [each["value"] for each in found["suite"]["tasks"]] == [1.0, 1.0]
-    assert len(compare.read_questions(tmp_path)) == 2
+    assert len(paired_test.read_questions(tmp_path)) == 2
     assert "| a | 0 | acc | 1 | 100.0 | measured here |" in (tmp_path / "results.md").read_text()
 
 
@@ -102,7 +102,7 @@ def test_a_suite_that_is_measured_again_keeps_what_it_does_not_come_to(evaluated
     with pytest.raises(Fault, match="cannot be reached"):
         evaluated([both(0.5)[0], (run._not_run(SUITE.tasks[1], "b: cannot be reached"), [])])
     assert [each["value"] for each in results(tmp_path)["suite"]["tasks"]] == [0.5, 1.0]
-    assert compare.read_questions(tmp_path) == {("a", "a", 0, "h"): 0.5, ("b", "b", 0, "h"): 0.0}
+    assert paired_test.read_questions(tmp_path) == {("a", "a", 0, "h"): 0.5, ("b", "b", 0, "h"): 0.0}
 
 
 @pytest.mark.parametrize(
@@ -151,14 +151,14 @@ def test_sources_count_by_their_shares_at_the_model_s_step(
     config = tiny({"data.sources": sources, "data.weight_changes": changes, "tokenizer.path": "t"})
     tokenizer = SimpleNamespace(sha256="x", eod=0)
     losses = {"a": 1.0, "b": 3.0}
-    monkeypatch.setattr(validation, "be_alone", lambda seed: None)
-    monkeypatch.setattr(validation, "load_prepared", lambda config: SimpleNamespace(tokenizer=lambda: tokenizer))
-    monkeypatch.setattr(validation, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(held_out_loss, "be_alone", lambda seed: None)
+    monkeypatch.setattr(held_out_loss, "load_prepared", lambda config: SimpleNamespace(tokenizer=lambda: tokenizer))
+    monkeypatch.setattr(held_out_loss, "load_tokenizer", lambda folder: tokenizer)
     held_out = losses if step is None else {"a": 1.0}
-    monkeypatch.setattr(validation, "build_validation_datasets", lambda *unused: held_out)
-    monkeypatch.setattr(validation, "_of_source", lambda subject, loss, *unused: SourceLoss(loss, None, 1.0, 1, 16))
+    monkeypatch.setattr(held_out_loss, "build_validation_datasets", lambda *unused: held_out)
+    monkeypatch.setattr(held_out_loss, "_of_source", lambda subject, loss, *unused: SourceLoss(loss, None, 1.0, 1, 16))
     subject: Any = SimpleNamespace(step=step, tokenizer_dir=Path("t"))
-    found = validation.validation_loss(subject, config)
+    found = held_out_loss.validation_loss(subject, config)
     assert found["loss"] == pytest.approx(expected)
-    monkeypatch.setattr(validation, "build_validation_datasets", lambda *unused: {})
-    assert validation.validation_loss(subject, config) == {"loss": None, "sources": {}}
+    monkeypatch.setattr(held_out_loss, "build_validation_datasets", lambda *unused: {})
+    assert held_out_loss.validation_loss(subject, config) == {"loss": None, "sources": {}}

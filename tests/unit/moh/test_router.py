@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from moh_megatron.config.heads import LayerHeads
+from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MonitorConfig
 from moh_megatron.monitor.alarms import Alarms, Signs
-from moh_megatron.monitor.heads import balance_excess, head_figures
+from moh_megatron.monitor.head_figures import balance_excess, head_figures
 
 LAYERS = [LayerHeads(6, (0, 1), 4)] * 2
 TOP_K = [2, 2]

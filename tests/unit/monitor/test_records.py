@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moh_megatron.config.errors import Fault
+from moh_megatron.io.errors import Fault
 from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit
 
 

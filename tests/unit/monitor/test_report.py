@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.charts import curves
 from moh_megatron.monitor.tensorboard import TensorBoard
 

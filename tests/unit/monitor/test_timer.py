@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moh_megatron.monitor.device import known_peak, memory_bytes, peak_tflops
-from moh_megatron.monitor.lives import begin_life, code_version
 from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import read_records
+from moh_megatron.monitor.restarts import begin_life, code_version
 from moh_megatron.monitor.timer import StepTimer
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moh_megatron.config.errors import Fault
+from moh_megatron.io.errors import Fault
 from moh_megatron.monitor.prometheus import PrometheusFile
 from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.monitor.wandb import WeightsAndBiases

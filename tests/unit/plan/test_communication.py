@@ -10,7 +10,7 @@ import pytest
 
 from moh_megatron.config.schema import Config
 from moh_megatron.plan.communication import communication
-from moh_megatron.plan.weights import total_size, weights
+from moh_megatron.plan.parameters import total_size, weights
 
 Tiny = Callable[..., Config]
 

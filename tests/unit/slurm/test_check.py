@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.config.errors import Fault, UserError
-from moh_megatron.upcycle import asked
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.upcycle import provenance
 
 DATA = "d" * 64
 CHECK = runpy.run_path(str(Path(__file__).parents[3] / "slurm/check.py"))
@@ -30,7 +30,7 @@ def test_heads_that_were_measured_are_those_of_the_start(tiny, fake_checkpoint, 
     told = {"run.dir": str(tmp_path), "train.init_from": "dense"}
     chosen = {"moh.shared_heads": [[1, 6], [0, 3]]}
     fake_checkpoint(tmp_path / "start", tiny(told | chosen))
-    asked.write(tmp_path / "start", tiny(told | {"moh.shared_placement": "calibrated"}), "w" * 64, DATA)
+    provenance.write(tmp_path / "start", tiny(told | {"moh.shared_placement": "calibrated"}), "w" * 64, DATA)
     trained = tiny(told | chosen | {"train.init_from": str(tmp_path / "start")})
     fake_checkpoint(tmp_path / "checkpoints/step_00000005", trained, step=5, data=DATA)
     config = tiny(told | {"moh.shared_placement": "calibrated"})

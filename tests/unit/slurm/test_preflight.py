@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from moh_megatron.train.world import World
+from moh_megatron.train.fault_tolerance.world import World
 
 ROUND = 0.4
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
 from moh_megatron.train.deepspeed_config import deepspeed_config
 from moh_megatron.train.engine import check_deepspeed_section
 

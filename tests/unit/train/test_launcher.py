@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.io.errors import UserError
 from moh_megatron.train import launcher
 from moh_megatron.train.launcher import launch, supervise, worst_code
 

@@ -8,10 +8,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from moh_megatron.config.errors import Fault, UserError
+from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.train.fault_tolerance.signals import StopRequest
+from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
-from moh_megatron.train.signals import StopRequest
-from moh_megatron.train.world import World
 
 
 class Left(BaseException):

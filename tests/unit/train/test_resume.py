@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from moh_megatron.config.errors import Fault, UserError
 from moh_megatron.config.validate import gradient_accumulation_steps
-from moh_megatron.data.sentencepiece_bpe import train_tokenizer
-from moh_megatron.data.tokenizer import load_tokenizer
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 
 DATA = "d" * 64

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.messages import NONE_IS
 
-from moh_megatron.checkpoint import native
-from moh_megatron.checkpoint.companions import Companions
+from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
+from moh_megatron.checkpoint.hf.hf_extras import Companions
 from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.checkpoint.native_writer import write_checkpoint
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.schema import DistillationConfig
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
 
@@ -57,7 +57,7 @@ def test_it_is_padded_as_the_model_that_learns(tiny, tmp_path):
     teacher, tokens = load_teacher(folder, config, torch.device("cpu")), torch.arange(16)[None]
     found = logits(teacher, tokens)
     assert found.shape[-1] == 100
-    own = logits(build_single_process(there, native.read_weights(folder)), tokens)
+    own = logits(build_single_process(there, layout.read_weights(folder)), tokens)
     assert torch.equal(found[..., :96], own)
 
 

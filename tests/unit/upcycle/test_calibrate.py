@@ -9,8 +9,8 @@ import torch
 from support.messages import NONE_IS
 
 from moh_megatron.checkpoint.mapping import from_hf, to_hf
-from moh_megatron.config.errors import UserError
-from moh_megatron.config.heads import layer_heads
+from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import build_model, token_losses
 from moh_megatron.model.single import build_single_process
 from moh_megatron.model.tensors import model_tensors

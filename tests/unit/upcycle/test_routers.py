@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moh_megatron.config.errors import UserError
+from moh_megatron.io.errors import UserError
 from moh_megatron.moh.routing import learned_routing
 from moh_megatron.upcycle.routers import initial_routers
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moh_megatron.config.errors import UserError
 from moh_megatron.config.load import dump_config
+from moh_megatron.io.errors import UserError
 from moh_megatron.upcycle import tuning
-from moh_megatron.upcycle.compare import mean, recovered
+from moh_megatron.upcycle.loss_and_kl import mean, recovered
 
 DENSE = {"moh.enabled": False}
 
@@ -93,7 +93,7 @@ def test_the_table_holds_every_loss_where_it_belongs(run, prepared, tmp_path, mo
         arm.folder / "checkpoints" / "step_00000005": [2.5, 3.5, 3.25],
     }
     asked = []
-    monkeypatch.setattr(tuning.native, "read_weights", lambda checkpoint: checkpoint)
+    monkeypatch.setattr(tuning.layout, "read_weights", lambda checkpoint: checkpoint)
     monkeypatch.setattr(
         tuning, "build_single_process", lambda config, weights: SimpleNamespace(to=lambda device: weights)
     )

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from moh_megatron.config.errors import UserError
-from moh_megatron.data.grow import grow_tokenizer
-from moh_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer.grow import grow_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.io.errors import UserError
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
 TEXTS = ["the cat sat on the mat and the cat sat on the hat"] * 30

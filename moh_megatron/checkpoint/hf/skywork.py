@@ -1,0 +1,144 @@
+"""SkyworkAI's published form of MoH-LLaMA: LLaMA's names and settings, the heads hard-coded in the modelling file.
+
+Its file ranks by query norm, shares the first half of the heads and lets each token choose a quarter; config.json, of
+transformers 4.40.2, says nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moh_megatron.checkpoint.hf.hf_extras import Ends
+from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
+
+_UNIT = 4
+"""The heads must be a multiple of it: a half shared, a quarter chosen."""
+
+_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "use_cache": True,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "architectures": ["LlamaForCausalLM"],
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "tokenizer_class": None,
+    "prefix": None,
+    "sep_token_id": None,
+    "decoder_start_token_id": None,
+    "task_specific_params": None,
+    "problem_type": None,
+    "transformers_version": "4.40.2",
+    "model_type": "llama",
+}
+"""What LlamaConfig of transformers 4.40.2 writes beside the model's own settings."""
+
+
+def official_moh(heads: int) -> dict[str, Any]:
+    """The section moh of a model in the official form.
+
+    Raises:
+        UserError: the file's shares of ``heads`` are no whole numbers.
+    """
+    if heads % _UNIT:
+        raise UserError(f"The official form needs num_attention_heads divisible by {_UNIT}. Got {heads}.")
+    shared, chosen = heads // 2, heads // _UNIT
+    return {"enabled": True, "router": "query_norm", "shared_heads": shared, "active_heads": shared + chosen}
+
+
+def official_config(config: Config, dtype: torch.dtype, ends: Ends) -> dict[str, Any]:
+    """config.json for the official modelling file.
+
+    Raises:
+        UserError: that file would compute something else.
+    """
+    model, moh = config.model, config.moh
+    heads = model.num_attention_heads
+    try:
+        expected = official_moh(heads)
+    except UserError as error:
+        raise UserError(f"--format official: {error} Use --format moh.") from None
+    same = all(
+        each.shared == tuple(range(expected["shared_heads"])) and each.active == expected["active_heads"]
+        for each in layer_heads(model, moh)
+    )
+    if not (moh.enabled and moh.router == "query_norm" and moh.balancing == "loss" and same):
+        raise UserError(
+            f"--format official needs moh.router query_norm without biases, the first {expected['shared_heads']} heads "
+            f"shared and {expected['active_heads']} active in every layer: all else is hard-coded there. "
+            f"Got moh.enabled {moh.enabled}, moh.router {moh.router}, moh.balancing {moh.balancing}, moh.shared_heads "
+            f"{moh.shared_heads}, moh.active_heads {moh.active_heads}; use --format moh."
+        )
+    if model.head_dim * heads != model.hidden_size:
+        raise UserError(
+            f"--format official needs heads of model.hidden_size / model.num_attention_heads channels: LlamaConfig "
+            f"of transformers 4.40.2 has no head_dim. Got {model.head_dim}; use --format moh."
+        )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.type != "linear":
+        raise UserError(
+            f"--format official needs model.rope_scaling null or linear: transformers 4.40.2 knows no "
+            f"{scaling.type}. Use --format moh."
+        )
+    return _DEFAULTS | {
+        "vocab_size": model.tokens,
+        "max_position_embeddings": model.max_position_embeddings or config.train.sequence_length,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.query_groups,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": None if scaling is None else {"type": scaling.type, "factor": scaling.factor},
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": ends.bos,
+        "eos_token_id": ends.eos,
+        "pad_token_id": ends.pad,
+    }

@@ -1,0 +1,131 @@
+"""Checkpoints of a run: written whole or not at all, found again newest first, refused where they do not fit.
+
+    checkpoints/step_00000100/
+        manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last, with its own
+        manifest.sha256    hash, as sha256sum writes it
+        config.yaml        the resolved configuration
+        weights/           safetensors, one file a tensor-parallel rank
+        optimizer/         safetensors, one file a rank: Adam's moments and master weights, by parameter name
+        rng/               random states of every rank
+        tokenizer/         and what ``companions`` carries beside it
+    checkpoints/latest     the name of the newest one; changed last
+
+A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. ``latest`` is
+for people and scripts: a run goes on from the newest checkpoint whose files are what its manifest says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from moh_megatron.checkpoint import optimizer_state, weights
+from moh_megatron.checkpoint.hf.hf_reader import CONFIG as HF_CONFIG
+from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
+from moh_megatron.config.load import load_config
+from moh_megatron.config.paths import require_folder
+from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import Fault, UserError
+
+CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
+RANDOM_STATES = "rng"
+_RESUME_ONLY = (optimizer_state.FOLDER, RANDOM_STATES, "engine")
+"""Folders that nothing but a resume needs; the last one is DeepSpeed's, of format version 1."""
+_STEP_PATTERN = "step_" + "[0-9]" * 8
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint of ``step``."""
+    return f"step_{step:08d}"
+
+
+def topology_of(config: Config, world_size: int) -> Topology:
+    """How ``config`` spreads a run over ``world_size`` ranks."""
+    parallel = config.parallel
+    return Topology(parallel.tensor, world_size // parallel.tensor, parallel.zero_stage, config.train.precision)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Folders below ``root`` that are named as checkpoints, newest first; their content is not looked at."""
+    return sorted(root.glob(_STEP_PATTERN), reverse=True) if root.is_dir() else []
+
+
+def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple[Path, Manifest]]:
+    """Checkpoints with a readable manifest, newest first; of steps up to ``up_to``, if that is given.
+
+    What lies after the step a run has come to was passed over as damaged when it went on.
+    """
+    for folder in step_folders(root):
+        try:
+            manifest = read_manifest(folder)
+        except ValueError:
+            continue
+        if up_to is None or manifest.step <= up_to:
+            yield folder, manifest
+
+
+def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda message: None) -> Path:
+    """The checkpoint meant by ``path``: itself, or the newest good one in a folder of checkpoints or a run folder.
+
+    ``report`` is told of every checkpoint passed over because its files are not what its manifest says.
+
+    Raises:
+        UserError: there is none, or the one named is damaged.
+    """
+    path = Path(path)
+    require_folder(path, "a checkpoint, a folder of checkpoints, or a run folder")
+    if path.resolve().match(_STEP_PATTERN) or (path / weights.FOLDER).is_dir():
+        problem = problem_with(path, weights_only=True)
+        if problem is not None:
+            raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one, or make it again.")
+        return path
+    for root in (path, path / "checkpoints"):
+        for folder in step_folders(root):
+            problem = problem_with(folder, weights_only=True)
+            if problem is None:
+                return folder
+            report(f"{folder} is passed over: {problem}")
+    if (path / HF_CONFIG).is_file():
+        raise UserError(
+            f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "
+            f"pipelines/convert.py hf-to-megatron --hf-dir {path} --save-dir CKPT."
+        )
+    raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
+
+
+def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
+    """Why ``folder`` cannot be used as a checkpoint, or None; reads every file.
+
+    ``weights_only`` leaves out what only a resume needs: the optimizer state is by far the largest part.
+    """
+    try:
+        manifest = read_manifest(folder)
+        parts = [name for name in manifest.files if not (weights_only and name.split("/")[0] in _RESUME_ONLY)]
+        return damage(folder, manifest, parts)
+    except ValueError as error:
+        return str(error)
+
+
+def read_state(checkpoint: Path) -> Manifest:
+    """Step, tokens, topology and versions of a complete checkpoint. Raises Fault where it is none any more."""
+    try:
+        return read_manifest(checkpoint)
+    except ValueError as error:
+        raise Fault(f"{checkpoint} cannot be used: {error}. It was found complete before: start again.") from None
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The configuration a checkpoint was written with."""
+    return load_config(checkpoint / CONFIG)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor whole, under Megatron-core's names, heads in physical order."""
+    return weights.read_weights(checkpoint, read_config(checkpoint))
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """The tokenizer a checkpoint was trained with."""
+    return checkpoint / TOKENIZER

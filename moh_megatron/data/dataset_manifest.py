@@ -1,0 +1,185 @@
+"""manifest.json: what a prepared dataset was made of, with which settings, and what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.io.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+SPLITS = ("train", "validation")
+AGAIN = "Run pipelines/prepare_data.py CONFIG again."
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    path: str
+    """Of a file; a hub dataset has its name here, and of the rest only the revision."""
+    bytes: int | None
+    sha256: str | None
+    modified_ns: int | None
+    """When the file was last changed: one that has not been since need not be hashed again."""
+    revision: str | None = None
+    """The commit of a hub dataset, where the hub could be asked."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the records of the inputs."""
+
+    records: int
+    rejects: int
+    """In rejects.jsonl."""
+    too_short: int
+    too_long: int
+    duplicates: int
+    empty: int
+    """Documents without a token, kept as empty entries."""
+    in_pieces: int
+    """Documents above data.max_document_bytes."""
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    text_bytes: int
+    files: tuple[FileRecord, ...]
+    """.bin and .idx, by name."""
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    sha256: str
+    entries: int
+    end_of_document: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: int
+    inputs: tuple[InputRecord, ...]
+    settings: dict[str, Any]
+    """What besides the inputs decides the tokens: two runs with the same inputs and settings give the same dataset."""
+    tokenizer: TokenizerRecord
+    dtype: str
+    train: SplitRecord
+    validation: SplitRecord
+    counts: Counts
+    baselines: dict[str, float] | None
+    versions: dict[str, str]
+    command: str
+    others: tuple[FileRecord, ...] = ()
+    """The files of tokenizer/, and rejects.jsonl; none in a manifest of before they were recorded."""
+
+    def split(self, name: str) -> SplitRecord:
+        return {"train": self.train, "validation": self.validation}[name]
+
+    def check_fits(self, config: Config) -> None:
+        """Raise UserError where this dataset cannot feed the configured model."""
+        if self.tokenizer.entries > config.model.tokens:
+            raise UserError(
+                f"model.vocab_size must be at least {self.tokenizer.entries}, the entries of the tokenizer. "
+                f"Got {config.model.vocab_size}."
+            )
+        documents = self.train.documents + self.validation.documents
+        needed = {"train": "Lower", "validation": "Raise"}
+        if not self.settings["validation_fraction"]:
+            del needed["validation"]
+        for name, remedy in needed.items():
+            if not self.split(name).documents:
+                raise UserError(
+                    f"No document fell to the {name} split: the text has {documents} and data.validation_fraction is "
+                    f"{self.settings['validation_fraction']}. {remedy} data.validation_fraction, choose a smaller "
+                    "data.text_unit, or give more text."
+                )
+        least = config.train.sequence_length + 1
+        for name in needed:
+            if self.split(name).tokens < least:
+                remedy = "raise data.validation_fraction, " if name == "validation" else ""
+                raise UserError(
+                    f"The {name} text has {self.split(name).tokens} tokens, fewer than one sequence: at least {least} "
+                    f"(train.sequence_length + 1) are needed. Give more text, {remedy}or lower train.sequence_length."
+                )
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens ({split.text_bytes / 1e6:.2f} MB of text)"
+            for name in SPLITS
+            for split in [self.split(name)]
+        ]
+        removed = {
+            "rejected (rejects.jsonl)": self.counts.rejects,
+            "too short": self.counts.too_short,
+            "too long": self.counts.too_long,
+            "duplicates": self.counts.duplicates,
+        }
+        if any(removed.values()):
+            lines.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in removed.items() if count))
+        lines.append(f"tokenizer: {self.tokenizer.entries:,} entries, sha256 {self.tokenizer.sha256[:12]}")
+        if self.baselines is not None:
+            nats = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
+            lines.append(f"nats a validation token by counting: {nats}")
+        return "\n".join(lines)
+
+    def to_json(self) -> bytes:
+        return TypeAdapter(Manifest).dump_json(self, indent=2) + b"\n"
+
+
+def hash_file(path: Path) -> str:
+    """sha256, in hexadecimal. Raises UserError where the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared dataset, after a look at the presence and size of its files.
+
+    Raises UserError where there is none or something of it is missing.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"No prepared data at {folder}. Run pipelines/prepare_data.py CONFIG first.") from None
+    except ValidationError as error:
+        raise UserError(f"{file}: not a manifest ({error.errors()[0]['msg']}). {AGAIN}") from None
+    if manifest.format != FORMAT:
+        raise UserError(f"{file}: expected format {FORMAT}. Got {manifest.format}. {AGAIN}")
+    for name in SPLITS:
+        for record in manifest.split(name).files:
+            path = folder / record.path
+            size = os.path.getsize(path) if path.is_file() else None
+            if size != record.bytes:
+                came = "the file is missing" if size is None else f"it has {size}"
+                raise UserError(f"{path}: expected {record.bytes} bytes, but {came}. {AGAIN}")
+    return manifest
+
+
+def load_dataset_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer the dataset was made with. Raises UserError where its file has changed since."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eod != manifest.tokenizer.end_of_document:
+        raise UserError(f"{folder / 'tokenizer'}: not the tokenizer this dataset was made with. {AGAIN}")
+    return tokenizer

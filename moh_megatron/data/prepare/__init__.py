@@ -1,0 +1,1 @@
+"""Raw text becomes a dataset: tokenizer, tokens, manifest."""

@@ -1,0 +1,261 @@
+"""Parts -> tokens, on the cores of one process: a thread reads ahead, threads of the tokenizers library encode.
+
+Encoding lets Python's lock go, so that reading, hashing and writing happen while it works. Texts wait in batches; the
+batches in flight hold at most IN_FLIGHT bytes of text, or two BATCHes a thread, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moh_megatron.config.schema import DataConfig
+from moh_megatron.data.prepare.inputs import Input, Part
+from moh_megatron.data.prepare.memory import return_freed
+from moh_megatron.data.prepare.part import LONG, SHORT, PartFiles, PartWriter
+from moh_megatron.data.prepare.read_documents import Reject, Seen, read_segment
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
+from moh_megatron.io.errors import UserError
+
+BATCH = 1 << 18
+"""Bytes of text encoded at once, or one larger piece."""
+IN_FLIGHT = 1 << 22
+RETURNED = 1 << 24
+"""Bytes of text after which freed memory is given back: what encoding takes for a moment is many times the text."""
+
+
+class Progress(NamedTuple):
+    """What was done since the last report."""
+
+    read: int = 0
+    """Bytes on disk."""
+    text: int = 0
+    documents: int = 0
+    tokens: int = 0
+    rejects: int = 0
+    parts: int = 0
+
+
+Report = Callable[[Progress], object]
+
+
+class End(NamedTuple):
+    """Behind the last piece of a document."""
+
+    text_bytes: int
+    digest: bytes
+    dropped: int
+
+
+class Bad(NamedTuple):
+    segment: int
+    line: int
+    reason: str
+
+
+@dataclass
+class Batch:
+    """Pieces to encode, with what follows each: None (more of its document), its end, or a reject."""
+
+    texts: list[str] = field(default_factory=list)
+    continued: list[bool] = field(default_factory=list)
+    """Whether the text begins inside a document."""
+    steps: list[End | Bad | None] = field(default_factory=list)
+    """None stands for the next text."""
+    size: int = 0
+    read: int = 0
+    lines: tuple[int, ...] | None = None
+    """Of each segment, where the part ends behind this batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know to encode parts."""
+
+    inputs: tuple[Input, ...]
+    data: DataConfig
+    tokenizer: Path
+    folder: Path
+    """The working folder."""
+    dtype: str
+    threads: int
+
+
+def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part]], report: Report) -> None:
+    """Write the numbered parts into the working folder, one after another, without a pause between them.
+
+    Raises UserError for an input that cannot be read and OSError where the disk fails.
+    """
+    writer: PartWriter | None = None
+    dtype = np.dtype(job.dtype)
+    numbered = list(parts)
+    numbers = iter(number for number, _ in numbered)
+    held = 0
+    try:
+        with _ahead(_batches(job, [part for _, part in numbered])) as batches:
+            for batch, encoded in _encoded(tokenizer, dtype, batches, job.threads):
+                if writer is None:
+                    writer = PartWriter(PartFiles(job.folder, next(numbers)), dtype)
+                before = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
+                _write(writer, batch, encoded, tokenizer.eod)
+                held += batch.size
+                if held >= RETURNED:
+                    return_freed()
+                    held = 0
+                after = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
+                finished = batch.lines is not None
+                if batch.lines is not None:
+                    writer.finish(batch.lines)
+                    writer = None
+                done = Progress(*(new - old for new, old in zip(after, before, strict=True)))
+                report(done._replace(read=batch.read, parts=int(finished)))
+    finally:
+        if writer is not None:
+            writer.discard()
+
+
+def _write(writer: PartWriter, batch: Batch, encoded: list[NDArray[Any]], eod: int) -> None:
+    pieces = iter(encoded)
+    for step in batch.steps:
+        match step:
+            case None:
+                writer.add_piece(next(pieces))
+            case End(text_bytes, digest, dropped):
+                writer.end_document(eod, text_bytes, digest, dropped)
+            case Bad(segment, line, reason):
+                writer.reject(segment, line, reason)
+
+
+def _batches(job: Job, parts: Iterable[Part]) -> Iterator[Batch]:
+    for part in parts:
+        batch = Batch()
+        lines: list[int] = []
+        read = 0
+
+        def advance(count: int) -> None:
+            nonlocal read
+            read += count
+
+        for place, segment in enumerate(part):
+            digest, text_bytes, characters, pieces = hashlib.sha256(), 0, 0, 0
+            for event in read_segment(job.inputs[segment.input], segment, job.data, advance):
+                if isinstance(event, Seen):
+                    lines.append(event.lines)
+                    continue
+                if isinstance(event, Reject):
+                    batch.steps.append(Bad(place, event.line, event.reason))
+                else:
+                    digest.update(event.utf8)
+                    text_bytes += len(event.utf8)
+                    characters += len(event.text)
+                    dropped = _dropped(characters, job.data, event.last)
+                    if not dropped and event.text:
+                        if batch.size and batch.size + len(event.utf8) > BATCH:
+                            batch.read, read = read, 0
+                            yield batch
+                            batch = Batch()
+                        batch.texts.append(event.text)
+                        batch.continued.append(pieces > 0)
+                        pieces += 1
+                        batch.steps.append(None)
+                        batch.size += len(event.utf8)
+                    if not event.last:
+                        continue
+                    batch.steps.append(End(text_bytes, digest.digest(), dropped))
+                digest, text_bytes, characters, pieces = hashlib.sha256(), 0, 0, 0
+                if len(batch.steps) >= BATCH // 16:  # very many short or rejected ones
+                    batch.read, read = read, 0
+                    yield batch
+                    batch = Batch()
+        batch.read, batch.lines = read, tuple(lines)
+        yield batch
+
+
+def _dropped(characters: int, data: DataConfig, last: bool) -> int:
+    if data.drop_longer is not None and characters > data.drop_longer:
+        return LONG
+    return SHORT if last and data.drop_shorter is not None and characters < data.drop_shorter else 0
+
+
+def _encoded(
+    tokenizer: Tokenizer, dtype: np.dtype, batches: Iterator[Batch], threads: int
+) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
+    """The batches in order, each with the tokens of its texts; several are encoded at a time."""
+    waiting: deque[tuple[Batch, Future[list[NDArray[Any]]]]] = deque()
+    in_flight, most = 0, max(IN_FLIGHT, 2 * threads * BATCH)
+    with ThreadPoolExecutor(threads + 1) as pool:
+        for batch in batches:
+            while waiting and in_flight + batch.size > most:
+                first, future = waiting.popleft()
+                yield first, future.result()
+                in_flight -= first.size
+            waiting.append((batch, pool.submit(_encode, tokenizer, dtype, batch)))
+            in_flight += batch.size
+            while waiting and (waiting[0][1].done() or len(waiting) > 2 * threads + 2):
+                first, future = waiting.popleft()
+                yield first, future.result()
+                in_flight -= first.size
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, batch: Batch) -> list[NDArray[Any]]:
+    encoded = tokenizer.encode_batch(batch.texts, batch.continued)
+    try:
+        return [np.array(ids, dtype=dtype) for ids in encoded]
+    except OverflowError:
+        most = max(max(ids) for ids in encoded if ids)
+        raise UserError(
+            f"{tokenizer.folder}: token id {most} does not fit {dtype.name}, chosen for {tokenizer.vocab_size} "
+            "entries. Mend the tokenizer: ids must be below the number of its entries."
+        ) from None
+
+
+@contextmanager
+def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """The same batches, made by a thread that is a little ahead; what it raises is raised here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(2)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again by the consumer
+            put(error)
+
+    def taken() -> Iterator[Batch]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, name="reader", daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stop.set()
+        thread.join()

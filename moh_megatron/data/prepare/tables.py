@@ -1,0 +1,166 @@
+"""Rows of Parquet files, of folders written by ``datasets``' save_to_disk, and of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moh_megatron.io.errors import UserError
+
+HUB = "hf:"
+ROWS = 256
+"""Rows held as Python values at once."""
+
+Row = dict[str, Any]
+
+
+class BadRow(NamedTuple):
+    """A row that has bytes for text which are not UTF-8."""
+
+    field: str
+    error: UnicodeDecodeError
+
+
+def row_groups(path: str) -> int:
+    return _parquet(path, None).num_shards
+
+
+def parquet_rows(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row | BadRow]:
+    """The rows of row groups [start, stop), with those of ``fields`` that there are."""
+    known = [field for field in fields if field in (_parquet(path, None).column_names or ())]
+    groups = _parquet(path, known or None)
+    try:
+        yield from _shards(groups, start, stop)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: broken Parquet ({error}). Copy or download the file again.") from None
+
+
+def _parquet(path: str, columns: list[str] | None) -> Any:
+    """One file, of as many shards as it has row groups."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(
+            "parquet", data_files=path, split="train", streaming=True, columns=columns, batch_size=ROWS
+        )
+        return dataset.reshard()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a Parquet file ({error}). Copy or download the file again.") from None
+
+
+def _shards(dataset: Any, start: int, stop: int | None) -> Iterator[Row | BadRow]:
+    """The rows of shards [start, stop) of a streamed dataset."""
+    dataset = dataset.with_format("arrow")
+    total = dataset.num_shards
+    for index in range(start, total if stop is None else stop):
+        for table in dataset.shard(num_shards=total, index=index).iter(batch_size=ROWS):
+            yield from _decoded(table)
+
+
+def _decoded(table: Any) -> Iterator[Row | BadRow]:
+    """The rows of an Arrow table, whose text nobody has looked at before it becomes Python's."""
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError:
+        rows = [_decoded_row(table.slice(place, 1)) for place in range(len(table))]
+    yield from rows
+
+
+def _decoded_row(row: Any) -> Row | BadRow:
+    found: Row = {}
+    for field in row.column_names:
+        try:
+            (found[field],) = row[field].to_pylist()
+        except UnicodeDecodeError as error:
+            return BadRow(field, error)
+    return found
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_files(path: Path) -> list[Path]:
+    """The data files of one saved dataset, in order. Raises UserError for a dictionary of them."""
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(str(path / name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"])
+        raise UserError(f"data.inputs: {path} holds several datasets; name those to read: {splits}.")
+    files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"data.inputs: {missing[0]} is missing. Save or copy the dataset again.")
+    return files
+
+
+def saved_rows(path: str) -> int:
+    return len(_saved(path))
+
+
+def saved_row_range(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row | BadRow]:
+    """Rows [start, stop), with those of ``fields`` that there are."""
+    dataset = _saved(path)
+    known = [field for field in fields if field in dataset.column_names]
+    rows = range(start, len(dataset) if stop is None else stop)
+    if not known:
+        yield from ({} for _ in rows)
+        return
+    tables = dataset.select(rows).select_columns(known).with_format("arrow")
+    for table in tables.iter(batch_size=ROWS):
+        yield from _decoded(table)
+
+
+def _saved(path: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(path, keep_in_memory=False)
+    except Exception as error:  # broken JSON, broken Arrow files, unknown features: no common class
+        raise UserError(f"{path}: not a dataset that save_to_disk wrote ({error}). Save it again.") from None
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit that a hub dataset's name stands for now; None where the hub gives no answer, as without a network."""
+    import huggingface_hub
+
+    repository, revision, _, _ = _hub_parts(name)
+    if Path(repository).exists():  # ``datasets`` opens a folder as it opens a repository
+        return None
+    try:
+        return huggingface_hub.HfApi().dataset_info(repository, revision=revision, timeout=30).sha
+    except Exception:  # no common class; what keeps the dataset itself from being opened is told when it is
+        return None
+
+
+def hub_files(name: str, revision: str | None) -> int:
+    """How many files a hub dataset is read from. ``revision`` None: the one its name asks for."""
+    return _hub(name, revision).num_shards
+
+
+def hub_rows(name: str, revision: str | None, start: int, stop: int | None) -> Iterator[Row | BadRow]:
+    """The rows of files [start, stop) of a hub dataset, streamed."""
+    yield from _shards(_hub(name, revision), start, stop)
+
+
+def _hub_parts(name: str) -> tuple[str, str | None, str | None, str | None]:
+    """Repository, revision, subset, split."""
+    repository, _, rest = name.removeprefix(HUB).partition(":")
+    subset, _, split = rest.partition(":")
+    repository, _, revision = repository.partition("@")
+    return repository, revision or None, subset or None, split or None
+
+
+def _hub(name: str, commit: str | None) -> Any:
+    import datasets
+
+    repository, revision, subset, split = _hub_parts(name)
+    try:
+        return datasets.load_dataset(
+            repository, subset, split=split or "train", revision=commit or revision, streaming=True
+        )
+    except Exception as error:  # no network, no such name, gated, no such split: no common class
+        raise UserError(
+            f"data.inputs: {name} could not be opened ({type(error).__name__}: {error}). Expected "
+            "hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]], a network, and access to the dataset (hf auth login)."
+        ) from None

@@ -1,0 +1,1 @@
+"""Tokenizers: one loader, and those that are trained, imported or grown."""

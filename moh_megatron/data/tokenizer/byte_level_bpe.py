@@ -1,0 +1,57 @@
+"""Train a byte-level BPE with the tokenizers library: GPT-2's cut into words, every byte a token, no unknown text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.io.errors import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], *, vocab_size: int, user_symbols: Sequence[str] = (), out_dir: Path
+) -> None:
+    """Train on ``texts`` and write tokenizer.json and tokenizer_config.json into ``out_dir``.
+
+    ``user_symbols`` are one token each wherever they stand. The same texts give the same files.
+
+    Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
+    """
+    tokenizer: Any = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer: Any = BpeTrainer(
+        vocab_size=vocab_size - len(user_symbols),  # pyright: ignore[reportCallIssue]
+        special_tokens=[AddedToken(END_OF_DOCUMENT, normalized=False, special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in user_symbols])
+    entries = tokenizer.get_vocab_size(with_added_tokens=True)
+    if entries != vocab_size:
+        why = "more than the text of data.inputs can fill" if entries < vocab_size else "too small for the 256 bytes"
+        raise UserError(
+            f"model.vocab_size is {vocab_size}, {why}: it gives {entries}. Set it so, give more text, or name a "
+            "tokenizer in tokenizer.path."
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (out_dir / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

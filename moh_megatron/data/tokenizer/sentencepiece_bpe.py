@@ -1,0 +1,100 @@
+"""Train a SentencePiece BPE or Unigram model and export it as the tokenizer.json that encodes exactly as it does.
+
+The export is the form everything reads; transformers 5 reads a SentencePiece .model with other results.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from moh_megatron.data.tokenizer.sentencepiece_json import to_tokenizer_json
+from moh_megatron.data.tokenizer.tokenizer import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.io.errors import UserError
+
+UNKNOWN = "<unk>"
+END_OF_DOCUMENT = "</s>"
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    character_coverage: float,
+    out_dir: Path,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    user_symbols: Sequence[str] = (),
+) -> None:
+    """Train on ``texts`` and write tokenizer.model, tokenizer.json and tokenizer_config.json into ``out_dir``.
+
+    With byte fallback: any text can be encoded and decodes to itself. No normalisation, no space added or removed;
+    pieces hold no line ends and a space only in front. ``character_coverage`` is the share of the characters of the
+    texts that get a piece each; the others are encoded as bytes. ``user_symbols`` are one token each wherever they
+    stand. The same texts give the same files.
+
+    Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            user_defined_symbols=[symbol.replace(" ", SPACE) for symbol in user_symbols],
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 30,  # longer lines would be left out in silence
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # the number is written into the model: one that varied would change the file
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "tokenizer.model").write_bytes(model.getvalue())
+    exported = to_tokenizer_json(model.getvalue()).to_str(pretty=True)
+    (out_dir / TOKENIZER_JSON).write_text(exported + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Every training sequence after the first document starts behind this token: it stands for "begin" as well.
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (out_dir / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    return (line for text in texts for line in text.split("\n") if line)
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", error):
+        return (
+            f"model.vocab_size is {vocab_size}, more than the text of data.inputs can fill: at most {most[1]}. "
+            "Lower it, or give more text, or name a tokenizer in tokenizer.path."
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"model.vocab_size is {vocab_size}, too small for the characters of data.inputs and the 256 bytes: "
+            f"at least {least[1]}. Raise it, or lower tokenizer.character_coverage."
+        )
+    if "sentences_.empty()" in error:
+        return "data.inputs holds no text to train a tokenizer on."
+    return f"SentencePiece could not train a tokenizer on data.inputs: {error}"

@@ -1,0 +1,42 @@
+"""JSON objects in files: read with a message that says what was expected there, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moh_megatron.io.errors import UserError
+
+
+def read_json(path: Path, expected: str, remedy: str = "Fetch or write it again.") -> dict[str, Any]:
+    """The JSON object in ``path``. Raises UserError, ending in ``remedy``, where it is not what was ``expected``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Expected {expected}. {remedy}") from None
+    except (IsADirectoryError, PermissionError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Expected {expected}. {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be {expected}: a JSON object. Got {type(content).__name__}. {remedy}")
+    return content
+
+
+def read_json_if_any(path: Path, expected: str) -> dict[str, Any]:
+    """As ``read_json``; an empty one where nothing lies at ``path``, not even a link that leads nowhere."""
+    return read_json(path, expected) if os.path.lexists(path) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    # Half a character, which JSON can hold and UTF-8 cannot, becomes the escape that JSON has for it.
+    text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(text + b"\n")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

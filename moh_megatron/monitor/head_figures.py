@@ -1,0 +1,93 @@
+"""Figures about heads that follow from how many tokens used each: dead ones, evenness, the work of each rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from moh_megatron.config.layer_heads import LayerHeads
+
+DEAD = 0.1
+"""A routed head is dead where its load is below this share of its fair one."""
+_CELL = 12
+"""Pixels of a head in the heat map."""
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """Of one interval; L layers, N heads, in logical order."""
+
+    load: Tensor
+    """[L, N] share of tokens that used each head."""
+    relative: list[list[float]]
+    """Of each layer, load over fair load for each routed head: 1 everywhere where the load is even."""
+    routed: list[tuple[int, ...]]
+    """Which heads those are."""
+    load_entropy: list[float]
+    """Of each layer, entropy of the load over the routed heads, over that of an even load; NaN without a choice."""
+    rank_imbalance: list[float]
+    """Of each layer, the busiest tensor-parallel rank's heads over the mean."""
+
+    def dead_share(self, layer: int) -> float:
+        """Share of the routed heads of a layer that are dead."""
+        relative = self.relative[layer]
+        return sum(each < DEAD for each in relative) / len(relative) if relative else 0.0
+
+    def below(self, threshold: float) -> list[tuple[int, int]]:
+        """(layer, head) of each routed head whose load is below ``threshold`` times the fair one."""
+        return [
+            (layer, head)
+            for layer, (heads, relative) in enumerate(zip(self.routed, self.relative, strict=True))
+            for head, each in zip(heads, relative, strict=True)
+            if each < threshold
+        ]
+
+
+def head_figures(
+    load: Tensor, layers: Sequence[LayerHeads], top_k: Sequence[int], ranks: Sequence[Sequence[int]]
+) -> HeadFigures:
+    """``load`` [L, N]; ``top_k`` routed heads a token of each layer uses now; ``ranks`` logical heads of each
+    tensor-parallel rank."""
+    relative, entropy, imbalance = [], [], []
+    for heads, k, shares in zip(layers, top_k, load.tolist(), strict=True):
+        of_routed = [shares[head] for head in heads.routed]
+        relative.append([share * len(of_routed) / k for share in of_routed])
+        entropy.append(_evenness(of_routed))
+        work = [sum(shares[head] for head in local) for local in ranks]
+        imbalance.append(max(work) * len(work) / sum(work) if sum(work) else 1.0)
+    return HeadFigures(load, relative, [each.routed for each in layers], entropy, imbalance)
+
+
+def _evenness(loads: Sequence[float]) -> float:
+    total = sum(loads)
+    if len(loads) < 2 or total == 0:
+        return math.nan
+    shares = [load / total for load in loads if load > 0]
+    return -sum(share * math.log(share) for share in shares) / math.log(len(loads))
+
+
+def balance_excess(balance: float, layers: Sequence[LayerHeads], top_k: Sequence[int], form: str) -> float:
+    """Where a balance loss, the mean over layers, lies between an even load (0) and the same heads for every token (1).
+
+    ``form`` as moh.balance_loss. 0 where no layer has a choice.
+    """
+    even, collapsed = 0.0, 0.0
+    for heads, k in zip(layers, top_k, strict=True):
+        routed = len(heads.routed)
+        if routed:
+            even += k if form == "scaled" else k / routed
+            collapsed += routed if form == "scaled" else 1.0
+    even, collapsed = even / len(layers), collapsed / len(layers)
+    return (balance - even) / (collapsed - even) if collapsed > even else 0.0
+
+
+def heat_map(load: Tensor) -> np.ndarray:
+    """uint8 [height, width, 1]: a row of squares for each layer, the first on top; white is no token, black is all."""
+    shade = (255 * (1 - load.double().clamp(0, 1).numpy())).round().astype(np.uint8)
+    cells = np.kron(shade, np.ones((_CELL, _CELL), dtype=np.uint8))
+    cells[::_CELL, :] = cells[:, ::_CELL] = 128
+    return cells[..., None]

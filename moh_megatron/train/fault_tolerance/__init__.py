@@ -1,0 +1,1 @@
+"""Lost ranks, signals, bad steps: what a run does when something goes wrong."""

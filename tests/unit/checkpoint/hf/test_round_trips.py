@@ -1,0 +1,209 @@
+"""Hugging Face -> checkpoint -> Hugging Face at every tensor-parallel size: every tensor bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.convert import LLAMA3, llama_folder
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import moh_megatron.hf
+from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf import convert, hf_config, hf_export, hf_extras, hf_import, unasked
+from moh_megatron.checkpoint.hf.hf_model import configuration_moh
+from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.io.errors import UserError
+from moh_megatron.upcycle.routers import initial_routers
+
+pytestmark = pytest.mark.usefixtures("small_pieces")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def small_pieces():
+    """Tensors of test size, too, go through in several pieces and several files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moh_megatron.checkpoint.hf.streaming.PIECE_BYTES", 1000)
+        patch.setattr(unasked, "LARGEST_UNASKED", 0)
+        patch.setattr(hf_export, "MAX_SHARD_SIZE", "20KB")
+        yield
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def there_and_back(source: Path, work: Path, *overrides: str) -> Path:
+    hf_import.hf_to_megatron(source, work / "native", None, overrides, new_tensors=initial_routers, report=print)
+    convert.megatron_to_hf(layout.resolve_checkpoint(work / "native"), work / "back")
+    return work / "back"
+
+
+@st.composite
+def llamas(draw: Any) -> dict[str, Any]:
+    groups, width = draw(st.sampled_from([(1, 3), (2, 2), (3, 1), (3, 3), (4, 1), (4, 4), (6, 2), (8, 1)]))
+    size = draw(st.sampled_from([2, 4, 6]))
+    return {
+        "num_key_value_heads": groups,
+        "num_attention_heads": groups * width,
+        "hidden_size": groups * width * draw(st.sampled_from([size, 4])),
+        "head_dim": size,
+        "intermediate_size": 12 * draw(st.integers(1, 3)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "vocab_size": draw(st.integers(5, 70)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(sorted(DTYPES))),
+        "transformers_4": draw(st.booleans()),
+        **(LLAMA3 if draw(st.booleans()) else {}),
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(llamas())
+@example({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "tie_word_embeddings": True})
+@example({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "tie_word_embeddings": False})
+def test_every_tensor_comes_back_bit_for_bit(tmp_path_factory, model):
+    source = llama_folder(tmp_path_factory.mktemp("source"), **model)
+    expected, sizes = tensors(source), [size for size in (1, 2, 3, 4) if not model["num_key_value_heads"] % size]
+    for size in sizes:
+        back = there_and_back(source, tmp_path_factory.mktemp("work"), f"parallel.tensor={size}")
+        got = tensors(back)
+        assert got.keys() == expected.keys()
+        assert all(got[name].dtype == each.dtype and torch.equal(got[name], each) for name, each in expected.items())
+        here, there = (AutoConfig.from_pretrained(folder) for folder in (back, source))
+        for name in ("vocab_size", "num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"):
+            assert getattr(here, name) == getattr(there, name)
+        assert here.dtype == there.dtype
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["some words to learn "] * 9, vocab_size=280, character_coverage=1.0, out_dir=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "moh",
+    [
+        {"shared_heads": 2, "active_heads": 4, "gating": "paper", "balance_loss": "paper"},
+        {"shared_heads": 1, "active_heads": 4, "balancing": "bias", "bias_update_rate": 0.02},
+        {"shared_heads": [[7, 2], [0, 5, 3]], "active_heads": [3, 6], "router": "query_norm"},
+        {"enabled": False},
+    ],
+    ids=["learned", "bias", "lists", "dense"],
+)
+def test_our_exports_come_back(tiny, tokenizer_dir, tmp_path, moh):
+    config = tiny({"model.vocab_size": 280} | {f"moh.{key}": value for key, value in moh.items()})
+    generator = torch.Generator().manual_seed(5)
+    state = {
+        rule.megatron: torch.randn(rule.shape, generator=generator)
+        if rule.dtype is None
+        else torch.randint(-40, 41, rule.shape, generator=generator)
+        for rule in rules(config)
+    }
+    with hf_export.replacing(tmp_path / "hf") as folder:
+        hf_export.write_folder(folder, config, HeldWeights(state, config), tokenizer_dir, None, step=3, tokens=192)
+    for size in (1, 2, 4):
+        back = there_and_back(tmp_path / "hf", tmp_path / f"tp{size}", f"parallel.tensor={size}")
+        again = layout.read_config(tmp_path / f"tp{size}" / "native")
+        assert again.model.head_dim == config.model.head_dim
+        weights = layout.read_weights(tmp_path / f"tp{size}" / "native")
+        assert all(torch.equal(weights[name], each) for name, each in state.items())
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            assert (back / name).read_text() == (tmp_path / "hf" / name).read_text()
+
+
+def test_registered_classes_open_an_export_without_its_code(tiny, tokenizer_dir, tmp_path):
+    config = tiny({"model.vocab_size": 280, "moh.router": "query_norm"})
+    state = {rule.megatron: torch.randn(rule.shape) for rule in rules(config)}
+    with hf_export.replacing(tmp_path / "hf") as folder:
+        hf_export.write_folder(folder, config, HeldWeights(state, config), tokenizer_dir, None, step=3, tokens=192)
+    for file in hf_config.CODE:
+        (tmp_path / "hf" / file).write_text("raise SystemExit('the code of the folder was run')")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model) is moh_megatron.hf.MoHForCausalLM
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("words").input_ids
+    model.save_pretrained(tmp_path / "again")
+    for file in hf_config.CODE:
+        own = Path(configuration_moh.__file__).with_name(file).read_text()
+        assert (tmp_path / "again" / file).read_text() == own, "whoever opens it may lack this package"
+
+
+def test_a_foreign_tokenizers_code_is_left_behind(tokenizer_dir, tmp_path):
+    source = llama_folder(tmp_path / "source", vocab_size=280)
+    for file in tokenizer_dir.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    file = source / "tokenizer_config.json"
+    stated = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    file.write_text(json.dumps(stated))
+    (source / "evil.py").write_text("raise SystemExit('the code of the folder was run')")
+    back = there_and_back(source, tmp_path / "work")
+    assert not (back / "evil.py").exists()
+    assert "auto_map" not in (back / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, with_tokenizer):
+    ids = {"bos_token_id": 5, "eos_token_id": [9, 7], "pad_token_id": 7}
+    source = llama_folder(tmp_path / "source", vocab_size=280, **ids)
+    generation = '{"bos_token_id": 5, "eos_token_id": [9, 8], "do_sample": true, "temperature": 0.6}'
+    (source / "generation_config.json").write_text(generation)
+    beside = ("generation_config.json", "chat_template.jinja") if with_tokenizer else ("generation_config.json",)
+    for file in tokenizer_dir.iterdir() if with_tokenizer else ():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    moh = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
+    forms: dict[hf_export.Form, tuple[str, ...]] = {"llama": (), "moh": moh, "official": moh}
+    for form, overrides in forms.items():
+        checkpoint, back = tmp_path / form / "native", tmp_path / form / "hf"
+        hf_import.hf_to_megatron(source, checkpoint, None, overrides, new_tensors=initial_routers, report=print)
+        convert.megatron_to_hf(checkpoint, back, form=form)
+        again = json.loads((back / "config.json").read_text())
+        assert {key: again[key] for key in ids} == ids
+        assert all((back / each).read_bytes() == (source / each).read_bytes() for each in beside)
+        assert not (back / "token_ids.json").exists()
+    convert.official_to_hf(tmp_path / "official" / "hf", tmp_path / "read")
+    again = json.loads((tmp_path / "read" / "config.json").read_text())
+    assert {key: again[key] for key in ids} == ids
+    if with_tokenizer:
+        assert AutoTokenizer.from_pretrained(tmp_path / "read", trust_remote_code=True).chat_template
+
+
+def test_checkpoints_of_training_carry_them_on(tokenizer_dir, tmp_path):
+    source = llama_folder(tmp_path / "source", vocab_size=280, eos_token_id=[9, 7])
+    carried = hf_extras.carried_by(source)
+    hf_extras.Companions(load_tokenizer(tokenizer_dir), carried).save(tmp_path / "one")
+    hf_extras.Companions(load_tokenizer(tokenizer_dir), hf_extras.carried_by(tmp_path / "one")).save(tmp_path / "two")
+    assert hf_extras.carried_by(tmp_path / "two") == carried
+    assert hf_extras.stated_ends(carried) == hf_extras.Ends(1, [9, 7], None)
+    assert load_tokenizer(tmp_path / "two").sha256 == load_tokenizer(tokenizer_dir).sha256
+    hf_extras.Companions(None, {}).save(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_precision_that_loses_new_routers_is_refused(tmp_path):
+    source = llama_folder(tmp_path / "source")
+    moh = ("moh.enabled=true", "moh.router=learned", "moh.shared_heads=2", "moh.active_heads=4")
+    there_and_back(source, tmp_path / "work", *moh)
+    with pytest.raises(UserError, match=r"router\.\w+: its values, of at most \de-11, all become 0"):
+        convert.megatron_to_hf(tmp_path / "work" / "native", tmp_path / "half", "fp16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_learned_routers_are_added(tmp_path):
+    source = llama_folder(tmp_path / "source", dtype="bfloat16")
+    moh = ("moh.enabled=true", "moh.router=learned", "moh.shared_heads=2", "moh.active_heads=4")
+    back = there_and_back(source, tmp_path / "work", *moh, "parallel.tensor=2")
+    expected, got = tensors(source), tensors(back)
+    assert all(torch.equal(got.pop(name), each) for name, each in expected.items())
+    assert {name.split("router.")[1] for name in got} == {"shared.weight", "routed.weight", "alpha.weight"}
+    assert json.loads((back / "config.json").read_text())["moh_active_heads"] == 4

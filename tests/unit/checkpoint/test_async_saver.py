@@ -1,0 +1,221 @@
+"""Saving behind the training's back: complete or not there, one at a time, errors told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moh_megatron.checkpoint import layout, save
+from moh_megatron.checkpoint.async_saver import Saver
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.save import Snapshot
+from moh_megatron.io.errors import Fault
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+class Tokenizer:
+    def save(self, folder):
+        (folder / "more").mkdir(parents=True)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "more" / "notes.txt").write_text("a file in a folder")
+
+
+class Engine:
+    """What a checkpoint asks of an engine, made of ones."""
+
+    updates = 3
+
+    def __init__(self, config):
+        self.held = {rule.megatron: torch.ones(rule.shape) for rule in rules(config)}
+
+    def weights(self):
+        yield from [*self.held.items(), ("decoder._extra_state", torch.zeros(1))]
+
+    def optimizer_tensors(self):
+        for name, tensor in self.held.items():
+            yield f"exp_avg/{name}", tensor
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saver(root):
+    group = dist.group.WORLD
+    assert group is not None
+    return Saver(root, group)
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """The background write waits until this is set."""
+    event, write_part = threading.Event(), save.write_part
+
+    def wait(*arguments):
+        assert event.wait(60)
+        return write_part(*arguments)
+
+    monkeypatch.setattr(save, "write_part", wait)
+    yield event
+    event.set()
+
+
+def snapshot(config, step):
+    return Snapshot.take(config, step, "d" * 64, Tokenizer(), Engine(config))
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_saved_checkpoint_is_whole(saver, root, tiny):
+    saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005"]
+    assert (root / "latest").read_text() == "step_00000005\n"
+    folder = root / "step_00000005"
+    assert layout.problem_with(folder) is None
+    manifest = layout.read_state(folder)
+    assert (manifest.step, manifest.tokens, manifest.data) == (5, 5 * 4 * 16, "d" * 64)
+    assert "tokenizer/more/notes.txt" in manifest.files
+    assert layout.read_config(folder) == tiny()
+    assert layout.read_weights(folder).keys() == Engine(tiny()).held.keys()
+
+
+def test_nothing_shows_before_it_is_complete(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    for _ in range(3):
+        saver.advance()
+        assert names(root) == [".partial_step_00000005"]
+    held_back.set()
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005"]
+
+
+def test_what_is_trained_meanwhile_is_not_saved(saver, root, tiny, held_back):
+    engine = Engine(tiny())
+    saver.begin(Snapshot.take(tiny(), 5, "d" * 64, Tokenizer(), engine))
+    for tensor in engine.held.values():
+        tensor.zero_()
+    held_back.set()
+    saver.finish()
+    assert all((tensor == 1).all() for tensor in layout.read_weights(root / "step_00000005").values())
+
+
+def test_one_at_a_time(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    second = threading.Thread(target=lambda: saver.begin(snapshot(tiny(), 10)))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    assert names(root) == [".partial_step_00000005"]
+    held_back.set()
+    second.join(60)
+    saver.finish()
+    assert names(root) == ["latest", "step_00000005", "step_00000010"]
+    assert (root / "latest").read_text() == "step_00000010\n"
+
+
+@pytest.mark.parametrize("phase", ["write_part", "publish"])
+def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, phase):
+    saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, phase, refuse)
+    saver.begin(snapshot(tiny(), 10))
+    with pytest.raises(Fault, match=r"step 10 cannot be written .*No space left .* checkpoint: step_00000005\.$"):
+        saver.finish()
+    assert layout.resolve_checkpoint(root).name == "step_00000005"
+    assert (root / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "remedy"),
+    [
+        (errno.EFBIG, "File too large", "ulimit -f"),
+        (errno.EIO, "Input/output error", "The disk or the way to it is failing"),
+        (errno.ESTALE, "Stale file handle", "The file server lost or replaced it"),
+        (errno.ENOTDIR, "Not a directory", "It was deleted, moved or replaced"),
+    ],
+)
+def test_what_the_file_system_refuses_is_told_with_its_path(saver, root, tiny, monkeypatch, number, what, remedy):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number), str(root / "file"))
+
+    monkeypatch.setattr(save, "write_part", refuse)
+    saver.begin(snapshot(tiny(), 10))
+    with pytest.raises(Fault, match=f"cannot be written to {root}.*{what}: '{root}/file'.*{remedy}"):
+        saver.finish()
+
+
+def test_a_folder_that_was_deleted_is_not_made_anew(saver, root, tiny, held_back):
+    saver.begin(snapshot(tiny(), 5))
+    shutil.rmtree(root)
+    held_back.set()
+    with pytest.raises(Fault, match=r"No such file or directory.*It was deleted, moved or replaced"):
+        saver.finish()
+    root.parent.rename(root.parent.with_name("elsewhere"))
+    with pytest.raises(Fault, match=r"No such file or directory.*It was deleted, moved or replaced"):
+        saver.begin(snapshot(tiny(), 10))
+    assert not root.parent.exists()
+
+
+def test_too_little_room_is_told_before_anything_is_written(saver, root, tiny, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(Fault, match=r"MiB needed, 0 MiB free\..*Newest complete checkpoint: none\.$"):
+        saver.begin(snapshot(tiny(), 5))
+    saver.finish()
+    assert not (root / "step_00000005").exists()
+
+
+def test_a_bug_is_no_disk_failure(saver, tiny, monkeypatch):
+    def stumble(*arguments):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(save, "write_part", stumble)
+    saver.begin(snapshot(tiny(), 5))
+    with pytest.raises(KeyError, match="a bug"):
+        saver.finish()
+
+
+def test_a_later_one_that_was_passed_over_is_not_called_the_newest(saver, root, tiny, fake_checkpoint, monkeypatch):
+    for step in (5, 10, 15):
+        fake_checkpoint(root / f"step_{step:08d}", tiny(), step=step)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(Fault, match=r"Newest complete checkpoint: step_00000005\.$"):
+        saver.begin(snapshot(tiny(), 10))
+
+
+def test_what_is_in_use_outlives_retention(saver, root, tiny):
+    for step, in_use in ((4, set()), (5, {4}), (6, {4}), (7, set())):
+        saver.begin(snapshot(tiny({"checkpoint.keep_last": 1}), step), in_use)
+        saver.finish()
+        assert names(root) == ["latest", *(f"step_{each:08d}" for each in sorted({*in_use, step}))]
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(saver, root, tiny):
+    for _ in range(2):
+        saver.begin(snapshot(tiny(), 5))
+        saver.finish()
+        assert layout.problem_with(root / "step_00000005") is None
+        assert names(root) == ["latest", "step_00000005"]
+        (root / "step_00000005" / "config.yaml").write_text("")
+
+
+def test_retention(saver, root, tiny):
+    for step in (4, 5, 6, 7):
+        saver.begin(snapshot(tiny({"checkpoint.keep_last": 1, "checkpoint.keep_every": 5}), step))
+        saver.finish()
+    assert names(root) == ["latest", "step_00000005", "step_00000007"]

@@ -1,0 +1,126 @@
+"""Which heads each layer shares and uses, and which wishes are refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moh_megatron.config.layer_heads import LayerHeads, active_share, layer_heads
+from moh_megatron.config.load import config_from_mapping, dump_config
+from moh_megatron.config.schema import Config
+from moh_megatron.io.errors import UserError
+
+
+def heads(config: Config) -> tuple[LayerHeads, ...]:
+    return layer_heads(config.model, config.moh)
+
+
+def test_numbers_mean_the_first_heads_of_every_layer(configure):
+    assert heads(configure()) == (LayerHeads(8, (0, 1), 4),) * 2
+    assert heads(configure())[0].routed == (2, 3, 4, 5, 6, 7)
+    assert heads(configure())[0].top_k == 2
+
+
+def test_a_dense_model_uses_every_head(configure):
+    config = configure({"moh.enabled": False, "moh.shared_heads": None, "moh.active_heads": None})
+    assert [each.active for each in heads(config)] == [8, 8]
+    assert active_share(config.model, config.moh) == 1.0
+
+
+def test_spread_puts_as_many_in_each_group(configure):
+    config = configure({"model.num_query_groups": 2, "moh.shared_placement": "spread", "moh.shared_heads": 4,
+                        "moh.active_heads": 6})  # fmt: skip
+    assert heads(config)[0].shared == (0, 1, 4, 5)
+    assert heads(config)[0].order == (0, 1, 4, 5, 2, 3, 6, 7)
+
+
+def test_lists_are_one_a_layer(configure):
+    config = configure({"moh.shared_heads": [[7, 0], []], "moh.active_heads": [3, 5]})
+    assert heads(config) == (LayerHeads(8, (0, 7), 3), LayerHeads(8, (), 5))
+    assert heads(config)[0].order == (0, 7, 1, 2, 3, 4, 5, 6)
+    assert active_share(config.model, config.moh) == 0.5
+
+
+@pytest.mark.parametrize(("text", "count"), [("75%", 6), ("50 %", 4), ("62.5%", 5), ("100%", 8), ("100.0%", 8)])
+def test_percentages(configure, text, count):
+    assert [each.active for each in heads(configure({"moh.active_heads": text}))] == [count, count]
+
+
+def test_lists_survive_yaml(configure, tmp_path):
+    from moh_megatron.config.load import load_config
+
+    config = configure({"moh.shared_heads": [[7, 0], []], "moh.active_heads": [3, 5]})
+    (tmp_path / "a.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "a.yaml") == config
+    assert load_config(tmp_path / "a.yaml", ["moh.active_heads=75%", "moh.shared_heads=[[1],[2,3]]"]).moh.active_heads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moh.active_heads": "51%"}, "moh.active_heads must be a whole number of heads. Got 51% of 8, which is 4.08; "
+                                      "nearest: 4 or 5."),
+        ({"moh.active_heads": [4]}, "moh.active_heads must have an entry for each layer (2). Got 1."),
+        ({"moh.active_heads": [4, 2]}, "moh.active_heads[1] must be greater than moh.shared_heads (2) and at most "
+                                       "model.num_attention_heads (8). Got 2."),
+        ({"moh.shared_heads": [[0, 0], [1]]}, "moh.shared_heads[0] must be distinct heads below "
+                                              "model.num_attention_heads (8). Got [0, 0]."),
+        ({"moh.shared_heads": [[0], [8]]}, "moh.shared_heads[1] must be distinct heads below "
+                                           "model.num_attention_heads (8). Got [8]."),
+        ({"moh.shared_placement": "spread", "moh.shared_heads": 3, "model.num_query_groups": 2},
+         "moh.shared_heads must be a multiple of the KV groups (2) with moh.shared_placement: spread. Got 3; nearest: "
+         "2 or 4."),
+        ({"moh.shared_placement": "spread", "moh.shared_heads": [[0], [1]]},
+         "moh.shared_placement: spread needs moh.shared_heads to be a number. Got a list for each layer, which says "
+         "itself where the shared heads are; leave moh.shared_placement out."),
+        ({"moh.straight_through": "all"}, "moh.straight_through: all needs moh.router: query_norm; the gates of the "
+                                          "learned router are no straight-through ones. Got learned."),
+        ({"moh.straight_through": "all", "moh.router": "query_norm", "moh.backend": "cpu"},
+         "moh.backend must be dense or auto with moh.straight_through: all, which computes every head. Got cpu."),
+        ({"moh.router": "query_norm", "moh.z_loss_coefficient": 0.1},
+         "moh.z_loss_coefficient needs moh.router: learned; the query_norm router has no logits and no weights of its "
+         "own. Got query_norm."),
+        ({"moh.router": "query_norm", "moh.freeze_router": True},
+         "moh.freeze_router needs moh.router: learned; the query_norm router has no logits and no weights of its own. "
+         "Got query_norm."),
+        ({"moh.freeze_router": True, "moh.balancing": "bias"},
+         "moh.balancing must be loss with moh.freeze_router: biases would go on changing the routing. Got bias."),
+        ({"moh.activation_schedule_steps": 101},
+         "moh.activation_schedule_steps must be at most the run's 100 steps. Got 101."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told(configure, changes, message):
+    with pytest.raises(UserError) as caught:
+        configure(changes)
+    assert str(caught.value).removeprefix("test: ") == message
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "75", "0x%", "101%", [4, 0], [], [4, "5"], {"a": 1}, 4.5])
+def test_what_is_no_budget(value):
+    minimal = {
+        "run": {"dir": "x"},
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 8, "vocab_size": 8},
+        "moh": {"shared_heads": 0, "active_heads": value},
+        "train": {"sequence_length": 4, "total_tokens": 8, "global_batch_size": 1},
+        "optimizer": {"learning_rate": 1.0},
+    }
+    with pytest.raises(UserError, match=r"moh.active_heads: must be a number of heads above 0, a list of them, one a "):
+        config_from_mapping(minimal, "test")
+    minimal["moh"] = {"shared_heads": "two", "active_heads": 4}
+    with pytest.raises(UserError, match=r"moh.shared_heads: must be a number of heads, or for each layer a list of "):
+        config_from_mapping(minimal, "test")
+
+
+@given(st.integers(1, 64), st.data())
+def test_the_schedule_goes_from_all_heads_down_to_the_target(count, data):
+    shared = data.draw(st.integers(0, count - 1))
+    active = data.draw(st.integers(shared + 1, count))
+    steps = data.draw(st.integers(0, 50))
+    layer = LayerHeads(count, tuple(range(shared)), active)
+    course = [layer.top_k_at(step, steps) for step in range(steps + 3)]
+    assert course == sorted(course, reverse=True)
+    assert course[steps:] == [layer.top_k] * 3
+    if steps:
+        assert course[0] == len(layer.routed)
+        # As even as whole numbers allow.
+        ideal = [len(layer.routed) - (len(layer.routed) - layer.top_k) * step / steps for step in range(steps)]
+        assert all(abs(got - want) < 1 for got, want in zip(course, ideal, strict=False))

@@ -1,0 +1,211 @@
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moh_megatron.config.schema import Config
+from moh_megatron.data.dataset_manifest import load_dataset_tokenizer, load_manifest
+from moh_megatron.data.prepare import tables, workers
+from moh_megatron.data.prepare.inputs import find_inputs
+from moh_megatron.data.prepare.pipeline import prepare
+from moh_megatron.data.prepare.working_folder import Work
+from moh_megatron.io.errors import Fault, UserError
+
+MakeConfig = Callable[..., Config]
+
+
+def texts_of(corpus: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """The split rule, as the manifest's reader may check it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_documents_come_back_in_their_split(make_config: MakeConfig, corpus: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    config = make_config([corpus], data={"ngram_baselines": True})
+    manifest = prepare(config)
+    folder = Path(str(config.data.dir))
+    assert load_manifest(folder) == manifest
+    tokenizer = load_dataset_tokenizer(folder, manifest)
+    for name, held in (("train", False), ("validation", True)):
+        expected = [text for text in texts_of(corpus) if held_out(text, 0.3) == held]
+        stored = IndexedDataset(str(folder / name))
+        documents: Any = stored[:]
+        record = manifest.split(name)
+        assert [tokenizer.decode(ids[:-1].tolist()) for ids in documents] == expected
+        assert all(ids[-1] == tokenizer.eod for ids in documents)
+        assert stored.index.dtype.__name__ == manifest.dtype == "uint16"
+        assert record.documents == len(expected) > 3
+        assert record.tokens == sum(map(len, documents))
+        assert record.text_bytes == sum(len(text.encode()) for text in expected)
+    assert manifest.baselines is not None
+    assert 0 < manifest.baselines["bigram_entropy"] < manifest.baselines["unigram_entropy"] < 5.99  # log(400)
+    assert f"{manifest.train.tokens:,} tokens" in manifest.summary()
+
+
+def test_split_of_a_document_is_its_own(chapters: list[str]) -> None:
+    paragraphs = [paragraph for chapter in chapters[:40] for paragraph in chapter.split("\n")]
+    held = [held_out(paragraph, 0.1) for paragraph in paragraphs]
+    assert sum(held) / len(held) == pytest.approx(0.1, abs=0.03)
+    assert all(held_out(paragraph, 0.2) for paragraph, chosen in zip(paragraphs, held, strict=True) if chosen)
+    assert not any(held_out(paragraph, 0.0) for paragraph in paragraphs)
+
+
+def test_prepared_twice_is_made_once(
+    make_config: MakeConfig, corpus: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config([corpus])
+    first = prepare(config)
+    dataset = Path(str(config.data.dir))
+    before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
+    capsys.readouterr()
+    assert prepare(config) == first
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in dataset.rglob("*")} == before
+
+    damaged = dataset / "train.bin"
+    content = contents(dataset)
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train\.bin: expected \d+ bytes, but it has \d+\. Run pipelines/prepare_data"):
+        load_manifest(dataset)
+    prepare(config)
+    assert contents(dataset) == content
+
+    corpus.write_text(corpus.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    assert prepare(config).train.documents == 2 * first.train.documents
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_given_tokenizer_is_shipped_with_the_data(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+    own = make_config([corpus])
+    trained = prepare(own)
+    tokenizer = Path(str(own.data.dir)) / "tokenizer"
+    config = make_config([corpus], data={"dir": str(tmp_path / "other")}, tokenizer={"path": str(tokenizer)})
+    manifest = prepare(config)
+    assert manifest.tokenizer == trained.tokenizer
+    assert contents(tmp_path / "other" / "tokenizer") == contents(tokenizer)
+    assert manifest.train.files == trained.train.files
+    with pytest.raises(UserError, match=r"has 400 entries, more than model\.vocab_size \(399\)"):
+        prepare(make_config([corpus], vocab_size=399, tokenizer={"path": str(tokenizer)}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"validation_fraction": 1e-9}}, "No document fell to the validation split.*Raise"),
+        ({"data": {"validation_fraction": 0.9999}}, "No document fell to the train split.*Lower"),
+        ({"train": {"sequence_length": 100000}}, r"train text has \d+ tokens, .*at least 100001"),
+        ({"vocab_size": 60000}, r"model\.vocab_size is 60000, more than"),
+    ],
+)
+def test_corpora_that_cannot_be_trained_on_leave_nothing(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, sections: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(make_config([corpus], **sections))
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+
+
+def test_a_full_disk_leaves_the_earlier_dataset(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+    config = make_config([corpus])
+    prepare(config)
+    content = contents(tmp_path / "dataset")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(Fault, match=r"Cannot write the dataset .*dataset: File too large.*data\.dir"):
+            prepare(make_config([corpus], vocab_size=410))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path / "dataset") == content
+    assert {path.name for path in tmp_path.iterdir()} == {corpus.name, "dataset"}
+
+
+def test_an_input_that_grows_meanwhile_is_refused(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, size = workers.encode, corpus.stat().st_size
+
+    def encode_while_another_writes(*arguments: Any) -> None:
+        encode(*arguments)
+        with open(corpus, "a") as file:
+            file.write('{"text": "more"}\n')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "encode", encode_while_another_writes)
+        with pytest.raises(UserError, match=rf"changed while it was read: {size:,} bytes when .*, {size + 17:,} now"):
+            prepare(make_config([corpus]))
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+    assert prepare(make_config([corpus])).inputs[0].bytes == size + 17
+
+
+def test_a_failure_before_anything_is_finished_leaves_nothing(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path
+) -> None:
+    prepare(make_config([corpus]))
+    (tmp_path / "dataset").rename(tmp_path / "other")
+    broken = tmp_path / "corpus.jsonl.gz"
+    broken.write_bytes(gzip.compress(corpus.read_bytes())[:-100])
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="cut off"):
+        prepare(make_config([corpus, broken], tokenizer={"path": str(tmp_path / "other" / "tokenizer")}))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_hub_dataset_is_prepared_anew_when_its_revision_changes(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    corpus.rename(tmp_path / "repository" / "train.jsonl")
+    config = make_config([f"hf:{tmp_path / 'repository'}"])
+    folders = set()
+    for revision in ("1", "2"):
+        monkeypatch.setattr(tables, "hub_revision", lambda name, revision=revision: revision)
+        with Work(config, find_inputs(config.data.inputs), None) as work:
+            folders.add(work.folder)
+        manifest = prepare(config)
+        assert manifest.inputs[0].revision == revision
+        assert prepare(config) == manifest
+    assert len(folders) == 2
+
+
+def test_leftovers_of_dead_runs_are_cleared_and_strange_folders_kept(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path
+) -> None:
+    host = os.uname().nodename
+    dead, alive = (tmp_path / f".dataset.partial.{host}.{number}" for number in (os.getpid(), 1))
+    for folder in (dead, alive):
+        folder.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prepare(make_config([corpus]))
+    os.close(lock)
+    assert not dead.exists()
+    assert alive.exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(UserError, match="thesis exists and is not a prepared dataset"):
+        prepare(make_config([corpus], data={"dir": str(tmp_path / "thesis")}))
+
+
+def test_missing_data_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No prepared data at .*Run pipelines/prepare_data\.py CONFIG first"):
+        load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
+        load_manifest(tmp_path)

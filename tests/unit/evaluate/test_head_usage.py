@@ -1,0 +1,166 @@
+"""Head studies against masks counted by hand, on a checkpoint's model and on its export."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from moh_megatron.checkpoint.hf import hf_export
+from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
+from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.config import head_layout
+from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.evaluate.head_usage import HeadStudy, study
+from moh_megatron.evaluate.loaded_model import open_subject
+from moh_megatron.io.errors import UserError
+from moh_megatron.model.build import moh_layers
+from moh_megatron.model.single import build_single_process, logits
+
+REPOSITORY = Path(__file__).parents[3]
+LETTERS = "the quick brown fox jumps over a lazy dog while vexing jackdaws love my big sphinx of quartz "
+LENGTH, SEQUENCES = 16, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([LETTERS * 3], vocab_size=320, character_coverage=1.0, out_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> Config:
+    # Every interleaving is its own inverse, which would hide a mistake; a rotation is not.
+    monkeypatch.setattr(head_layout, "_interleaved", lambda groups: (*range(1, groups), 0))
+    size = {"model.num_attention_heads": 16, "model.num_query_groups": 8, "model.hidden_size": 64}
+    return tiny({**size, "model.vocab_size": 320, "moh.shared_heads": 4, "moh.active_heads": 9})
+
+
+@pytest.fixture
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {rule.megatron: 0.2 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
+
+
+@pytest.fixture
+def checkpoint(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Path, one_rank: None) -> Any:
+    model = build_single_process(config, weights)
+    return SimpleNamespace(
+        path=Path("checkpoint"),
+        config=config,
+        model=model,
+        tokenizer_dir=tokenizer_dir,
+        context=64,
+        logits=lambda tokens: logits(model, tokens),
+    )
+
+
+@pytest.fixture
+def exported(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Path, tmp_path: Path) -> Path:
+    with hf_export.replacing(tmp_path / "hf") as partial:
+        source = HeldWeights(weights, config)
+        hf_export.write_folder(partial, config, source, tokenizer_dir, torch.float32, step=12, tokens=3456)
+    return tmp_path / "hf"
+
+
+def studied(subject: Any) -> HeadStudy:
+    return study(subject, LETTERS * 4, LENGTH, SEQUENCES)
+
+
+def test_loads_are_the_masks_counted_and_outputs_lie_where_their_heads_are(checkpoint: Any) -> None:
+    found = studied(checkpoint)
+    ids = load_tokenizer(checkpoint.tokenizer_dir).encode(LETTERS * 4)[: LENGTH * SEQUENCES]
+    layers = moh_layers(checkpoint.model)
+    masks: list[list[torch.Tensor]] = [[] for _ in layers]
+    for of_layer, layer in zip(masks, layers, strict=True):
+        layer.router.register_forward_hook(
+            lambda module, inputs, output, of_layer=of_layer: of_layer.append(output.active.flatten(0, 1))
+        )
+    checkpoint.logits(torch.tensor(ids).view(SEQUENCES, LENGTH))
+    counts = torch.stack([torch.cat(of_layer).sum(0) for of_layer in masks]).double()
+    assert found.tokens == LENGTH * SEQUENCES
+    assert torch.equal(found.load, counts / found.tokens)
+    assert len(found.load.unique()) > 3
+    for layer in range(2):
+        own = found.similarity[layer].diagonal()[counts[layer] > 0]
+        assert_close(own, torch.ones_like(own), rtol=0, atol=1e-6)  # less, where another head's output was looked at
+
+
+def test_a_checkpoint_and_its_export_are_alike(checkpoint: Any, exported: Path) -> None:
+    ours, theirs = studied(checkpoint), studied(open_subject(exported, torch.device("cpu")))
+    assert torch.equal(ours.load, theirs.load)
+    assert_close(ours.similarity, theirs.similarity, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.fixture
+def plot_heads(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import plot_heads  # pyright: ignore[reportMissingImports]
+
+    return plot_heads
+
+
+def test_pictures_and_tables(
+    exported: Path, plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(LETTERS * 4)
+    texts = [f"{name}={tmp_path / name}.txt" for name in ("one", "two")]
+    size = ["--length", str(LENGTH), "--sequences", str(SEQUENCES)]
+    monkeypatch.setattr(sys, "argv", ["plot_heads.py", str(exported), "--texts", *texts, *size, "--out", str(tmp_path)])
+    plot_heads.main()
+    found = studied(open_subject(exported, torch.device("cpu")))
+    with (tmp_path / "head_load.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 2 * 16
+    for row in rows:
+        assert float(row["load"]) == pytest.approx(float(found.load[int(row["layer"]), int(row["head"])]), abs=1e-6)
+    with (tmp_path / "head_similarity.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 2 * 2 * 16 * 15 / 2
+    for name in ("head_load.png", "head_similarity.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("L").getcolors() or ()) > 5
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_nothing_of_a_picture_is_cut_off(plot_heads: ModuleType, tmp_path: Path, layers: int) -> None:
+    """Its border is blank, however few layers and however long the names, which may look like formulas."""
+    one = HeadStudy(1024, torch.rand(layers, 8), torch.rand(layers, 8, 8))
+    title = f"head load, runs/{'long/' * 20}step_00000257: $5^{{ to $6"
+    plot_heads.draw_load({"price $5^{ to $6": one}, title, tmp_path / "load.png")
+    plot_heads.draw_similarity(one.similarity, title, tmp_path / "similarity.png")
+    for name in ("load.png", "similarity.png"):
+        with Image.open(tmp_path / name) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("L")))
+        for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+            assert border.min() == 255, name
+
+
+@pytest.mark.parametrize(
+    ("out", "texts", "expected"),
+    [
+        ("out", "novels=nosuch.txt", "^--texts novels: nosuch.txt does not exist"),
+        ("file", "novels=nosuch.txt", "file: must be a folder to write to.*name another with --out"),
+    ],
+)
+def test_mistakes_show_before_the_study(
+    plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, texts: str, expected: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["p", str(tmp_path), "--texts", texts, "--out", str(tmp_path / out)])
+    with pytest.raises(UserError, match=expected):
+        plot_heads.main()
