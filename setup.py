@@ -12,8 +12,28 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moh_megatron", "moh_megatron.*"]),
-    package_data={"moh_megatron": ["py.typed", "moh/backends/*.cpp"]},
+    packages=[*find_packages(include=["moh_megatron", "moh_megatron.*"]), "moh_megatron.configs"],
+    # The example configurations and the text of the smoke run come along, to be found by name.
+    package_dir={"moh_megatron.configs": "configs"},
+    package_data={
+        "moh_megatron": ["py.typed", "moh/backends/*.cpp"],
+        "moh_megatron.configs": ["**/*.yaml", "**/*.jsonl.gz", "**/*.md"],
+    },
+    entry_points={
+        "console_scripts": [
+            f"moh-{name} = moh_megatron.commands.{module}:run"
+            for name, module in (
+                ("prepare", "prepare_data"),
+                ("pretrain", "pretrain"),
+                ("tune", "continue_tune"),
+                ("convert", "convert"),
+                ("generate", "generate"),
+                ("evaluate", "evaluate"),
+                ("plan", "plan"),
+                ("report", "report"),
+            )
+        ]
+    },
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",

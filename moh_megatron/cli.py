@@ -1,8 +1,9 @@
-"""What every pipeline script shares: its arguments, and how it ends."""
+"""What every command shares: its arguments, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 import traceback
@@ -11,11 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from moh_megatron.config.load import dump_config, load_config
 from moh_megatron.config.paths import refuse_checkpoint
 from moh_megatron.config.schema import Config
+from moh_megatron.io.console import console_logging, set_level
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.remedies import remedy
 
@@ -24,10 +28,45 @@ from moh_megatron.io.remedies import remedy
 warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of CONFIG, overrides and --dry-run, to which a script adds its own options."""
+logger = logging.getLogger(__name__)
+
+
+class _SetLevel(argparse.Action):
+    """Sets the level of the package's log records as soon as the option is parsed."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        set_level(self.const)
+
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of --quiet, --verbose and --version, to which a command adds its own options."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/smoke.yaml")
+    add_common_options(parser)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, --verbose and --version to ``parser``."""
+    for name, level, text in (
+        ("quiet", logging.WARNING, "show warnings and errors only, and no progress bars"),
+        ("verbose", logging.DEBUG, "show more, and what the libraries underneath say"),
+    ):
+        parser.add_argument(
+            f"-{name[0]}", f"--{name}", action=_SetLevel, nargs=0, const=level, default=argparse.SUPPRESS, help=text
+        )
+    try:
+        installed = version("moh-megatron")
+    except PackageNotFoundError:
+        installed = "(not installed)"
+    parser.add_argument("--version", action="version", version=f"moh-megatron {installed}")
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of CONFIG, overrides and --dry-run beside the options of ``command_parser``."""
+    parser = command_parser(description)
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, or the name of an example that comes along, such as smoke"
+    )
     parser.add_argument(
         "overrides",
         metavar="section.key=value",
@@ -100,21 +139,28 @@ def exit_code(main: Callable[[], int | None]) -> int:
     """Run ``main`` and turn the way it ends into an exit code: ``sys.exit(exit_code(main))``.
 
     2 for a UserError, 1 for a Fault or a file system that refuses, each with its message alone; 130 when interrupted;
-    1 with a traceback for anything else.
+    1 with a traceback for anything else. Log records are shown on standard error meanwhile.
     """
+    with console_logging():
+        return _exit_code(main)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
         if not error.told:
-            _complain(error)
+            logger.error(error)
         return 2
     except Fault as error:
-        _complain(error)
+        logger.error(error)
         return 1
     except KeyboardInterrupt:
         return 130
     except (NotADirectoryError, FileExistsError) as error:
-        _complain(f"{error.filename}: a file stands where a folder is needed; set run.dir or data.dir to another path.")
+        logger.error(
+            f"{error.filename}: a file stands where a folder is needed; set run.dir or data.dir to another path."
+        )
         return 2
     except OSError as error:
         hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno)
@@ -122,13 +168,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
             traceback.print_exc()
         else:
             place = f"{error.filename}: " if error.filename is not None else ""
-            _complain(f"{place}{error.strerror}; {hint}.")
+            logger.error(f"{place}{error.strerror}; {hint}.")
         return 1
     except Exception:  # whatever is left is a bug: say where
         traceback.print_exc()
         return 1
-
-
-def _complain(message: object) -> None:
-    """Print ``error: ...`` with every further line aligned under the first."""
-    print("error: " + str(message).replace("\n", "\n       "), file=sys.stderr)

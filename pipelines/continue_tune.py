@@ -1,62 +1,9 @@
 #!/usr/bin/env python
-"""Tune a model on: a dense one into MoH, or with a larger vocabulary, or as it is.
+"""Continue-tune a model: the command moh-tune, run from a checkout of the repository."""
 
-python pipelines/continue_tune.py CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   make the start, then train
-python pipelines/continue_tune.py CONFIG.yaml --prepare                   only make the start, in one process; then
-torchrun ... (or srun ...) pipelines/continue_tune.py CONFIG.yaml         one rank of many
-
-The start, <run.dir>/start, is made once of the checkpoint train.init_from; pipelines/convert.py makes that of a
-Hugging Face folder. Training and resuming are those of pipelines/pretrain.py.
-"""
-
-from __future__ import annotations
-
-import os
-import signal
 import sys
 
-from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
-from moh_megatron.config.schema import Config
-from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
-from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
-
-
-def main() -> int:
-    parser = config_parser("Tune a model on: dense into MoH, with a larger vocabulary, or as it is.")
-    parser.add_argument(
-        "--nproc-per-node", type=at_least(1), metavar="N", help="start N ranks on this node (default 1)"
-    )
-    parser.add_argument("--prepare", action="store_true", help="make what training starts from, and stop")
-    args, config = parse_config(parser)
-    # Ranks get the launcher's arguments too, and are told by RANK.
-    asks_for_rank = not args.prepare and (args.nproc_per_node is None or "RANK" in os.environ)
-    world = World.from_environment() if asks_for_rank else None
-    if world is not None:
-        return rank(config, world)
-    from moh_megatron.upcycle.initial_checkpoint import prepare
-
-    config = prepare(config, lambda message: print(message, flush=True))
-    return 0 if args.prepare else launch_node(config, args.nproc_per_node or 1)
-
-
-def rank(config: Config, world: World) -> int:
-    # Until the handlers stand, a request to stop waits instead of killing.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    stop = StopRequest.install()
-    if launcher := os.environ.get(PARENT_VARIABLE):
-        die_with(int(launcher))
-    from moh_megatron.train.rank import run_rank
-    from moh_megatron.upcycle.initial_checkpoint import resolve
-
-    return run_rank(resolve(config, lambda message: None), world, stop)
-
-
-def launch_node(config: Config, ranks: int) -> int:
-    from moh_megatron.train.launcher import supervise
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    return supervise(__file__, sys.argv[1:], config, ranks)
-
+from moh_megatron.commands.continue_tune import run
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

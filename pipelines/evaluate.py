@@ -1,46 +1,9 @@
 #!/usr/bin/env python
-"""Judge a model: validation loss of each source, and the tasks of suites.
+"""Evaluate a model: the command moh-evaluate, run from a checkout of the repository."""
 
-python pipelines/evaluate.py MODEL [section.key=value ...]                      validation loss
-python pipelines/evaluate.py MODEL --suite configs/eval/offline.yaml [...]      and lm-eval's tasks
-python pipelines/evaluate.py MODEL --suite SUITE --against OTHER/results.json   and a paired comparison
-
-MODEL is an exported folder, a checkpoint, a folder of checkpoints or a run folder.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import exit_code
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Validation loss and tasks of an exported folder or a checkpoint.")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported folder, checkpoint or run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="over the training configuration, as data.dir=DIR"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="training configuration; default: the model's own")
-    parser.add_argument("--no-validation", action="store_true", help="leave the validation loss out")
-    parser.add_argument("--suite", type=Path, metavar="FILE", help="tasks to run, as in configs/eval")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="of the tasks, default 8")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="results of another model, to compare with")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model's folder")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto, the default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
-    return parser.parse_intermixed_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from moh_megatron.evaluate.run import evaluate
-
-    evaluate(arguments)
-
+from moh_megatron.commands.evaluate import run
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

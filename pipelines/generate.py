@@ -1,24 +1,9 @@
 #!/usr/bin/env python
-"""Continue prompts with a trained model: python pipelines/generate.py CONFIG.yaml [generate.prompts='["Once"]' ...]"""
-
-from __future__ import annotations
+"""Continue prompts with a model: the command moh-generate, run from a checkout of the repository."""
 
 import sys
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
-
-
-def main() -> None:
-    parser = config_parser("Continue generate.prompts with an exported folder, or straight from a checkpoint.")
-    _, config = parse_config(parser)
-    from moh_megatron.evaluate.generate import model_to_load, open_model
-
-    path = model_to_load(config)
-    print(f"model: {path}")
-    complete = open_model(path, config)
-    for prompt in config.generate.prompts:
-        print(f"\n{complete(prompt)}")
-
+from moh_megatron.commands.generate import run
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

@@ -1,57 +1,9 @@
 #!/usr/bin/env python
-"""Pretrain a MoH (or dense) language model.
+"""Pretrain a language model: the command moh-pretrain, run from a checkout of the repository."""
 
-python pipelines/pretrain.py CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   this node's ranks
-torchrun ... (or srun ...) pipelines/pretrain.py CONFIG.yaml [section.key=value ...]  one rank of many
-"""
-
-from __future__ import annotations
-
-import os
-import signal
 import sys
-from dataclasses import replace
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.config.schema import Config
-from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
-from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
-
-
-def main() -> int:
-    # Until the handlers stand (a rank's, or the launcher's), a request to stop waits instead of killing.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    parser = config_parser("Pretrain a Mixture-of-Head (or dense) language model.")
-    parser.add_argument(
-        "--nproc-per-node",
-        type=int,
-        metavar="N",
-        help="start N ranks on this node (default 1, unless torchrun or srun started this process as a rank)",
-    )
-    parser.add_argument("--profile", action="store_true", help="write a trace of a few steps: monitor.profile=true")
-    args, config = parse_config(parser)
-    if args.profile:
-        config = replace(config, monitor=replace(config.monitor, profile=True))
-    # Ranks get the launcher's arguments too, and are told by RANK.
-    ranks = args.nproc_per_node
-    world = World.from_environment() if ranks is None or "RANK" in os.environ else None
-    return rank(config, world) if world is not None else launch_node(config, 1 if ranks is None else ranks)
-
-
-def rank(config: Config, world: World) -> int:
-    from moh_megatron.train.rank import run_rank
-
-    stop = StopRequest.install()
-    if launcher := os.environ.get(PARENT_VARIABLE):
-        die_with(int(launcher))
-    return run_rank(config, world, stop)
-
-
-def launch_node(config: Config, ranks: int) -> int:
-    from moh_megatron.train.launcher import supervise
-
-    return supervise(__file__, sys.argv[1:], config, ranks)
-
+from moh_megatron.commands.pretrain import run
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

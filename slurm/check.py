@@ -50,9 +50,9 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
         from moh_megatron.upcycle.initial_checkpoint import resolve, start_folder
 
         if start_folder(config).is_dir():  # as its ranks train it
-            config = resolve(config, lambda message: None)
+            config = resolve(config)
     for folder, _ in complete_checkpoints(root):
-        check_same_run(folder, config, world_size, data_hash, lambda message: None)
+        check_same_run(folder, config, world_size, data_hash)
         return
 
 

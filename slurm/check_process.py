@@ -9,9 +9,9 @@ With --no-data only the arguments are checked: what they name is not on this mac
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
@@ -55,7 +55,7 @@ def main() -> None:
     own = parser.parse_args()
     sys.argv = [str(own.pipeline), *own.arguments]
     try:
-        parsed = runpy.run_path(str(own.pipeline))["parse_arguments"]()
+        parsed = import_module(f"moh_megatron.commands.{own.pipeline.stem}").parse_arguments()
     except SystemExit as left:
         # Only help, or the configuration, was asked for: nothing is to be submitted.
         sys.exit(left.code or 1)

@@ -38,7 +38,7 @@ def silent(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], 
     engine, layers = made(config)
     for layer in layers:
         layer.statistics.record = lambda routing: None
-    metrics = MetricsAccumulator(groups.data_group(), config.train.tokens_per_step)
+    metrics = MetricsAccumulator(groups.dp_group(), config.train.tokens_per_step)
 
     def run() -> None:
         for step in range(1, interval + 1):
@@ -57,7 +57,7 @@ def watched(config: Config, tokens: torch.Tensor, interval: int, inside: bench_e
     session: Any = SimpleNamespace(
         config=config, engine=engine, device=torch.device("cpu"), world=World(0, 1, 0), first=True, start_step=0
     )
-    telemetry = Telemetry(session, layers, groups.control_group(), lambda message: None)
+    telemetry = Telemetry(session, layers, groups.control_group())
     begin, before, end, log = map(
         inside.around, (telemetry.begin_step, telemetry.before_update, telemetry.end_step, telemetry.log)
     )

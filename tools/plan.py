@@ -1,59 +1,9 @@
 #!/usr/bin/env python
-"""Say what a run will need before it is queued: memory of a rank, head balance, operations, communication, steps.
+"""Say what a run will need: the command moh-plan, run from a checkout of the repository."""
 
-python tools/plan.py configs/pretrain/llm_b_moh75.yaml --world-size 64 --gpu-memory 80 parallel.tensor=2
-
-Needs no GPU and no torch, and allocates nothing.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import math
-import re
 import sys
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
-from moh_megatron.plan.advice import remedies
-from moh_megatron.plan.plan import make_plan
-from moh_megatron.plan.plan_report import GIB, Fit, as_mapping, as_text
-
-
-def ranks(text: str) -> int:
-    """A number of ranks."""
-    if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"The number of processes must be a whole number of at least 1. Got {text}")
-    return int(text)
-
-
-def gigabytes(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, such as 80. Got {text}")
-    return number
-
-
-def main() -> None:
-    parser = config_parser("Say what a run will need: memory, head balance, operations, communication.")
-    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="ranks of all nodes")
-    parser.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="of one GPU, in GiB: say whether it fits")
-    parser.add_argument("--json", action="store_true", help="every number, in bytes and operations")
-    arguments, config = parse_config(parser)
-    plan, fit = make_plan(config, arguments.world_size), None
-    if arguments.gpu_memory is not None:
-        memory = int(arguments.gpu_memory * GIB)
-        fits = plan.device_bytes <= memory
-        fit = Fit(memory, plan.device_bytes, () if fits else tuple(remedies(config, arguments.world_size)))
-    if arguments.json:
-        print(json.dumps(as_mapping(plan, fit), indent=2))
-    else:
-        print(as_text(config, plan, fit))
-
+from moh_megatron.commands.plan import run
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

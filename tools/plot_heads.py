@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from moh_megatron.cli import exit_code
 from moh_megatron.evaluate.head_usage import HeadStudy, read_text, study
-from moh_megatron.evaluate.loaded_model import find_model, open_subject
+from moh_megatron.evaluate.loaded_model import find_model, load_model
 from moh_megatron.evaluate.run import default_folder
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.remedies import check_folder
@@ -152,7 +152,7 @@ def main() -> None:
             read[name] = read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
         except UserError as error:
             raise UserError(f"--texts {name}: {str(error).removeprefix('data.inputs: ')}") from None
-    subject = open_subject(path, torch.device("cpu"))
+    subject = load_model(path, torch.device("cpu"))
     studies: dict[str, HeadStudy] = {}
     for name, text in tqdm(read.items(), desc="texts", unit="text"):
         try:

@@ -76,11 +76,11 @@ def main() -> None:
     asked = ((choice, share) for choice in choices for share in SHARES)
     left_out = [f"{choice} at {share} %" for choice, share in asked if f"{choice} {share}" not in plan]
     documents = held_out(config, arguments.documents)
-    source = layout.resolve_checkpoint(config.train.init_from, print)
+    source = layout.resolve_checkpoint(config.train.init_from)
     there = layout.read_config(source)
     if there.moh.enabled:
         raise UserError(f"train.init_from must name a dense checkpoint. Got {source}, with moh.enabled: true.")
-    check_source(source, there, config, print)
+    check_source(source, there, config)
     if there.model.tokens != config.model.tokens:
         raise UserError(
             f"model.vocab_size must be the {there.model.tokens} of {source}: what new rows do shows after training. "

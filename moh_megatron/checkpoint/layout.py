@@ -16,7 +16,8 @@ for people and scripts: a run goes on from the newest checkpoint whose files are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -28,6 +29,8 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import require_folder
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
+
+logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
 RANDOM_STATES = "rng"
@@ -66,10 +69,10 @@ def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple
             yield folder, manifest
 
 
-def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda message: None) -> Path:
+def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint meant by ``path``: itself, or the newest good one in a folder of checkpoints or a run folder.
 
-    ``report`` is told of every checkpoint passed over because its files are not what its manifest says.
+    A warning names every checkpoint that is passed over because its files are not what its manifest says.
 
     Raises:
         UserError: there is none, or the one named is damaged.
@@ -86,7 +89,7 @@ def resolve_checkpoint(path: str | Path, report: Callable[[str], None] = lambda 
             problem = problem_with(folder, weights_only=True)
             if problem is None:
                 return folder
-            report(f"{folder} is passed over: {problem}")
+            logger.warning(f"{folder} is passed over: {problem}")
     if (path / HF_CONFIG).is_file():
         raise UserError(
             f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "

@@ -77,7 +77,7 @@ class Snapshot:
     @classmethod
     def take(cls, config: Config, step: int, data: str, tokenizer: SavesFiles, engine: HasState) -> Snapshot:
         """Copy the state; every rank calls it."""
-        replica, listed = groups.data_group(), {rule.megatron for rule in rules(config)}
+        replica, listed = groups.dp_group(), {rule.megatron for rule in rules(config)}
         held = {
             name: tensor.to("cpu", copy=True).contiguous()
             for name, tensor in engine.weights()
@@ -116,7 +116,7 @@ def make_room(root: Path, step: int) -> None:
 def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
     """Write this rank's files and flush them to the disk; returns them by name. Talks to no other rank."""
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
-    tensor, replica = groups.tensor_group(), groups.data_group()
+    tensor, replica = groups.tp_group(), groups.dp_group()
     place = (tensor.rank(), tensor.size(), replica.rank(), replica.size())
     written = [optimizer_state.write_share(folder, snapshot.optimizer, snapshot.updates, place)]
     if snapshot.weights is not None:

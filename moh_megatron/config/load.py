@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from moh_megatron.config import core_yaml
+from moh_megatron.config.examples import find_config
 from moh_megatron.config.nesting import leaves, nested, within
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
@@ -257,7 +258,7 @@ def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, A
     """The file and its bases, nearest first, each with what it states; keys that stand twice go to ``problems``."""
     chain: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
-    current: Path | None = Path(path)
+    current: Path | None = find_config(path)
     named_by = ""
     while current is not None:
         mapping = _read(current, named_by, problems)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moh_megatron.config.schema import Config
@@ -69,7 +69,8 @@ class SplitRecord:
 class TokenizerRecord:
     sha256: str
     entries: int
-    end_of_document: int
+    eos_token_id: Annotated[int, Field(alias="end_of_document")]
+    """Named ``end_of_document`` in manifest.json, as in every dataset made so far."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Manifest:
         return "\n".join(lines)
 
     def to_json(self) -> bytes:
-        return TypeAdapter(Manifest).dump_json(self, indent=2) + b"\n"
+        return TypeAdapter(Manifest).dump_json(self, indent=2, by_alias=True) + b"\n"
 
 
 def hash_file(path: Path) -> str:
@@ -180,6 +181,6 @@ def load_manifest(folder: Path) -> Manifest:
 def load_dataset_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer the dataset was made with. Raises UserError where its file has changed since."""
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eod != manifest.tokenizer.end_of_document:
+    if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eod != manifest.tokenizer.eos_token_id:
         raise UserError(f"{folder / 'tokenizer'}: not the tokenizer this dataset was made with. {AGAIN}")
     return tokenizer

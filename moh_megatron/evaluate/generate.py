@@ -21,7 +21,7 @@ def model_to_load(config: Config) -> Path:
     """generate.load, else the run's exported folder, else the run's newest checkpoint. Raises UserError."""
     if config.generate.load is not None:
         path = Path(config.generate.load)
-        return path if _is_exported(path) else layout.resolve_checkpoint(path, print)
+        return path if _is_exported(path) else layout.resolve_checkpoint(path)
     if _is_exported(hf_dir(config)):
         return hf_dir(config)
     if not Path(config.run.dir).is_dir():
@@ -29,7 +29,7 @@ def model_to_load(config: Config) -> Path:
             f"{config.run.dir}: no such run folder. Train first (pipelines/pretrain.py), or set generate.load to an "
             f"exported folder or a checkpoint."
         )
-    return layout.resolve_checkpoint(config.run.dir, print)
+    return layout.resolve_checkpoint(config.run.dir)
 
 
 def _is_exported(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from moh_megatron.checkpoint.hf.transformers_io import open_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
-from moh_megatron.evaluate.loaded_model import Subject
+from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.generation import continue_text
@@ -105,7 +105,7 @@ def _no_metric(task: Task, columns: Sequence[str]) -> str:
     return f"{task.task}: has no metric {task.metric}. It has {', '.join(columns)}."
 
 
-def language_model(subject: Subject, batch_size: int) -> LM:
+def language_model(subject: LoadedModel, batch_size: int) -> LM:
     """``subject`` as lm-eval wants it."""
     if subject.kind == "folder":
         open_model: Any = HFLM  # its decorators hide its arguments from type checkers
@@ -240,7 +240,7 @@ def _first_line(error: Exception) -> str:
 class CheckpointLM(TemplateLM):
     """A checkpoint's model, which attends causally: rows of a batch are padded behind their end."""
 
-    def __init__(self, subject: Subject, batch_size: int) -> None:
+    def __init__(self, subject: LoadedModel, batch_size: int) -> None:
         super().__init__()
         self._subject, self._batch_size = subject, batch_size
         self._tokenizer: Any = open_tokenizer(subject.tokenizer_dir)

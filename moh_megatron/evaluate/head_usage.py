@@ -19,7 +19,7 @@ from moh_megatron.data.prepare.inputs import Segment, find_inputs
 from moh_megatron.data.prepare.pieces import Piece
 from moh_megatron.data.prepare.read_documents import read_segment
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
-from moh_megatron.evaluate.loaded_model import Subject
+from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.io.errors import UserError
 from moh_megatron.moh.routing import Routing
 
@@ -35,7 +35,7 @@ class HeadStudy:
     """[L, N, N] mean cosine of two heads' outputs over the tokens that used both; NaN where none did."""
 
 
-def study(subject: Subject, text: str, sequence_length: int, sequences: int) -> HeadStudy:
+def study(subject: LoadedModel, text: str, sequence_length: int, sequences: int) -> HeadStudy:
     """The first ``sequences`` stretches of ``text``. Raises UserError where it is shorter than one."""
     ids = load_tokenizer(subject.tokenizer_dir).encode(text)
     length = min(sequence_length, subject.context)
@@ -101,7 +101,7 @@ class _Layer:
                 hook.remove()
 
 
-def _layers(subject: Subject) -> list[_Layer]:
+def _layers(subject: LoadedModel) -> list[_Layer]:
     if subject.config is not None:
         model, moh = subject.config.model, subject.config.moh
         layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)

@@ -15,7 +15,7 @@ from moh_megatron.data.batches import validation_batches
 from moh_megatron.data.dataset import Sequences, build_validation_datasets
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
-from moh_megatron.evaluate.loaded_model import Subject
+from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.single import be_alone
 
@@ -33,7 +33,7 @@ class SourceLoss:
     tokens: int
 
 
-def validation_loss(subject: Subject, config: Config) -> dict[str, Any]:
+def validation_loss(subject: LoadedModel, config: Config) -> dict[str, Any]:
     """``loss``: the sources' losses by their shares at the model's step, None where no text is held out; ``sources``:
     each of them, with its error.
 
@@ -49,16 +49,16 @@ def validation_loss(subject: Subject, config: Config) -> dict[str, Any]:
             f"{subject.path}: its tokenizer must be the one that encoded {data.sources[0].folder} "
             f"({tokenizer.sha256[:12]}). Got {own.sha256[:12]}; prepare the data with the model's tokenizer."
         )
-    end_of_document = tokenizer.eod if config.data.document_mask else None
+    eos_token_id = tokenizer.eod if config.data.document_mask else None
     datasets = build_validation_datasets(config, data, tokenizer)
-    losses = {name: _of_source(subject, dataset, config, name, end_of_document) for name, dataset in datasets.items()}
+    losses = {name: _of_source(subject, dataset, config, name, eos_token_id) for name, dataset in datasets.items()}
     step = config.train.steps if subject.step is None else subject.step
     loss = mean_by_shares(config, step, {name: each.loss for name, each in losses.items()})
     return {"loss": loss, "sources": {name: asdict(each) for name, each in losses.items()}}
 
 
 def _of_source(
-    subject: Subject, dataset: Sequences, config: Config, name: str, end_of_document: int | None
+    subject: LoadedModel, dataset: Sequences, config: Config, name: str, eos_token_id: int | None
 ) -> SourceLoss:
     means: list[float] = []
     batches = validation_batches(
@@ -66,7 +66,7 @@ def _of_source(
     )
     with tqdm(total=len(dataset), desc=f"validation {name}", unit="sequence") as bar:
         for batch in batches:
-            means += subject.losses(batch.tokens, end_of_document)[: batch.samples].double().mean(-1).tolist()
+            means += subject.losses(batch.tokens, eos_token_id)[: batch.samples].double().mean(-1).tolist()
             bar.update(batch.samples)
     loss = statistics.fmean(means)
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None

@@ -22,7 +22,7 @@ from moh_megatron.model.single import build_single_process, logits
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model in this one process, in evaluation mode."""
 
     path: Path
@@ -53,25 +53,25 @@ def find_model(path: Path) -> Path:
 
     Raises UserError where there is none.
     """
-    return path if (path / "config.json").is_file() else layout.resolve_checkpoint(path, print)
+    return path if (path / "config.json").is_file() else layout.resolve_checkpoint(path)
 
 
-def open_subject(path: Path, device: torch.device, dtype: str = "fp32") -> Subject:
+def load_model(path: Path, device: torch.device, dtype: str = "fp32") -> LoadedModel:
     """Load what ``find_model`` found, computing in ``dtype``. Raises UserError where it does not load."""
     if (path / "config.json").is_file():
         return _open_folder(path, device, DTYPES[dtype])
     return _open_checkpoint(path, device, DTYPES[dtype])
 
 
-def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
+def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     config, progress = layout.read_config(path), layout.read_state(path)
     model = build_single_process(config, layout.read_weights(path), dtype=dtype).to(device)
 
     @torch.inference_mode()
-    def losses(tokens: Tensor, end_of_document: int | None) -> Tensor:
-        return token_losses(model, tokens.to(device), end_of_document)
+    def losses(tokens: Tensor, eos_token_id: int | None) -> Tensor:
+        return token_losses(model, tokens.to(device), eos_token_id)
 
-    return Subject(
+    return LoadedModel(
         path=path,
         kind="checkpoint",
         step=progress.step,
@@ -86,7 +86,7 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Su
     )
 
 
-def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subject:
+def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     check_tokenizer(path)
     model = open_causal_lm(path, dtype).to(device)
     marker = read_json_if_any(path / MARKER, NOTE)
@@ -95,8 +95,8 @@ def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subjec
     def scores(tokens: Tensor) -> Tensor:
         return model(tokens.to(device), use_cache=False).logits.float()
 
-    def losses(tokens: Tensor, end_of_document: int | None) -> Tensor:
-        if end_of_document is not None:
+    def losses(tokens: Tensor, eos_token_id: int | None) -> Tensor:
+        if eos_token_id is not None:
             raise UserError(
                 f"{path}: an exported model attends across documents, and the configuration sets data.document_mask. "
                 "Evaluate the checkpoint, or add data.document_mask=false."
@@ -105,7 +105,7 @@ def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Subjec
         labels = tokens[:, 1:].to(device)
         return nn.functional.cross_entropy(predicted.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
-    return Subject(
+    return LoadedModel(
         path=path,
         kind="folder",
         step=marker.get("step"),

@@ -15,7 +15,7 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.evaluate.earlier import read_earlier
 from moh_megatron.evaluate.held_out_loss import validation_loss
-from moh_megatron.evaluate.loaded_model import Subject, find_model, open_subject, training_config
+from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_model, training_config
 from moh_megatron.evaluate.paired_test import compare, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
@@ -37,7 +37,7 @@ def evaluate(arguments: Namespace) -> None:
     other = read_questions(arguments.against) if arguments.against is not None else None
     folder = arguments.out or default_folder(path)
     check_folder(folder)
-    subject = open_subject(path, _device(arguments.device), arguments.dtype)
+    subject = load_model(path, _device(arguments.device), arguments.dtype)
     found: dict[str, Any] = {"model": subject.described(), "dtype": arguments.dtype, "software": _software()}
     given = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}
     planned = {
@@ -131,7 +131,7 @@ def _not_run(task: Task, why: str) -> dict[str, Any]:
 
 
 def _tasks(
-    subject: Subject, suite: Suite, manager: Any, limit: int | None, batch_size: int
+    subject: LoadedModel, suite: Suite, manager: Any, limit: int | None, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Of each task what stands in results.json, and its questions."""
     from moh_megatron.evaluate.harness import language_model, run_task

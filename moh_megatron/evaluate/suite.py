@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moh_megatron.config import core_yaml
+from moh_megatron.config.examples import with_examples
 from moh_megatron.config.types import NonNegativeInt
 from moh_megatron.io.errors import UserError
 
@@ -77,7 +78,7 @@ class Suite:
 def load_suite(path: Path) -> Suite:
     """Read a file as in ``configs/eval``. Raises UserError."""
     try:
-        values, duplicates = core_yaml.parse(path.read_text(encoding="utf-8"))
+        values, duplicates = core_yaml.parse(with_examples(path).read_text(encoding="utf-8"))
         if duplicates:
             raise UserError(duplicates[0])
         return TypeAdapter(Suite).validate_python(values)

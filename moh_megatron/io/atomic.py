@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from moh_megatron.io.errors import Fault, UserError
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_PREFIX = 40
 """Of a temporary folder's name; the whole name may be as long as the file system allows."""
@@ -34,7 +36,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
     What stands at ``target`` then is replaced: the caller has made sure that it may be. A link is followed, and stays.
@@ -169,7 +171,7 @@ def _requests_to_end(target: Path) -> Iterator[_Requests]:
         if requests.received is not None:
             state = ", which is whole" if requests.whole else " before it was whole. Nothing was left behind"
             with suppress(OSError):  # a terminal that hung up takes no words
-                print(f"{target}: ended by {requests.received.name}{state}.", file=sys.stderr)
+                logger.warning(f"{target}: ended by {requests.received.name}{state}.")
         raise
     finally:
         for number in handled:

@@ -173,22 +173,22 @@ def position_ids(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def token_losses(model: torch.nn.Module, tokens: Tensor, end_of_document: int | None = None) -> Tensor:
+def token_losses(model: torch.nn.Module, tokens: Tensor, eos_token_id: int | None = None) -> Tensor:
     """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks.
 
-    With ``end_of_document``, for a model built with data.document_mask, attention stays inside each document and
+    With ``eos_token_id``, for a model built with data.document_mask, attention stays inside each document and
     positions restart there.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return model(*model_arguments(inputs, end_of_document), labels=labels)
+    return model(*model_arguments(inputs, eos_token_id), labels=labels)
 
 
-def model_arguments(inputs: Tensor, end_of_document: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model is called with for tokens [B, S]; ``end_of_document`` as in ``token_losses``."""
-    if end_of_document is None:
+def model_arguments(inputs: Tensor, eos_token_id: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a model is called with for tokens [B, S]; ``eos_token_id`` as in ``token_losses``."""
+    if eos_token_id is None:
         return inputs, position_ids(inputs), None
     # In the place of the mask: Megatron-core hands it to attention unread (see MoHSelfAttention).
-    return inputs, document_positions(inputs, end_of_document), document_ends(inputs, end_of_document)
+    return inputs, document_positions(inputs, eos_token_id), document_ends(inputs, eos_token_id)
 
 
 def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:

@@ -54,16 +54,16 @@ def divergence(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Te
 
 
 def distilled_losses(
-    model: torch.nn.Module, teacher: torch.nn.Module, tokens: Tensor, end_of_document: int | None = None
+    model: torch.nn.Module, teacher: torch.nn.Module, tokens: Tensor, eos_token_id: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and divergence from ``teacher`` of each next token: tokens [B, S + 1] -> two [B, S], nats.
 
-    ``end_of_document`` as in ``token_losses``.
+    ``eos_token_id`` as in ``token_losses``.
     """
-    arguments = model_arguments(tokens[:, :-1].contiguous(), end_of_document)
+    arguments = model_arguments(tokens[:, :-1].contiguous(), eos_token_id)
     with torch.no_grad():
         wanted = teacher(*arguments)
     logits = model(*arguments)
-    distance = divergence(logits, wanted, groups.tensor_group())
+    distance = divergence(logits, wanted, groups.tp_group())
     # Last: Megatron-core's cross-entropy overwrites the logits.
     return vocab_parallel_cross_entropy(logits, tokens[:, 1:].contiguous()), distance

@@ -41,7 +41,7 @@ def continue_text(
     the same tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    group = groups.tensor_group()
+    group = groups.tp_group()
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = tokens[-context:]

@@ -28,6 +28,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.sequence_parallel:
-            weight = sum_gradient(weight, groups.tensor_group())
+            weight = sum_gradient(weight, groups.tp_group())
         normalised = F.rms_norm(x.to(at_least_fp32(x.dtype)), (x.shape[-1],), eps=self.eps)
         return normalised.to(x.dtype) * weight

@@ -17,7 +17,7 @@ def mask_padding(output_layer: nn.Module, tokens: int) -> None:
     def mask(layer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         logits, bias = output
         width = logits.shape[-1]
-        columns = torch.arange(width, device=logits.device) + groups.tensor_group().rank() * width
+        columns = torch.arange(width, device=logits.device) + groups.tp_group().rank() * width
         return logits.masked_fill(columns >= tokens, -torch.inf), bias
 
     output_layer.register_forward_hook(mask)

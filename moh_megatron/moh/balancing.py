@@ -10,7 +10,7 @@ from torch import Tensor
 from moh_megatron.moh.attention import MoHSelfAttention
 
 
-def update_biases(layers: Sequence[MoHSelfAttention], counts: Tensor, data_group: dist.ProcessGroup) -> None:
+def update_biases(layers: Sequence[MoHSelfAttention], counts: Tensor, dp_group: dist.ProcessGroup) -> None:
     """Balance without a loss (arXiv 2408.15664, algorithm 1): after a step, move each routed head's bias by
     ``moh.bias_update_rate`` up where fewer tokens than the mean used the head, down where more did.
 
@@ -20,7 +20,7 @@ def update_biases(layers: Sequence[MoHSelfAttention], counts: Tensor, data_group
     if all(layer.router.bias_steps is None for layer in layers):
         return
     counts = counts.clone()
-    dist.all_reduce(counts, group=data_group)
+    dist.all_reduce(counts, group=dp_group)
     for layer, of_layer in zip(layers, counts, strict=True):
         layer.router.update_bias(of_layer)
 

@@ -20,7 +20,7 @@ _RATES, _RECENT = 50, 5
 
 
 @dataclass(frozen=True)
-class Signs:
+class AlarmInputs:
     """What an interval showed."""
 
     tokens_per_second: float
@@ -29,7 +29,7 @@ class Signs:
     balance_excess: float | None = None
     """As ``heads.balance_excess``."""
     busy: Sequence[float] = ()
-    """As ``Vitals.busy``."""
+    """As ``IntervalStats.busy``."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Alarms:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._busy: deque[Sequence[float]] = deque(maxlen=_RECENT)
 
-    def check(self, signs: Signs) -> list[str]:
+    def check(self, signs: AlarmInputs) -> list[str]:
         """What has begun, changed or ended with this interval; nothing about what goes on as it was."""
         begun, ended = [], []
         for kind, alarm in self._judged(signs):
@@ -66,7 +66,7 @@ class Alarms:
                 ended.append(f"{OVER}{before.message}")
         return begun + ended
 
-    def _judged(self, signs: Signs) -> Iterator[tuple[str, _Alarm | None]]:
+    def _judged(self, signs: AlarmInputs) -> Iterator[tuple[str, _Alarm | None]]:
         """Each kind that is watched and that ``signs`` tell about: what is wrong, None where nothing is."""
         config = self._config
         if config.alarm_dead_heads is not None and signs.heads is not None:

@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Vitals:
+class IntervalStats:
     """Of one interval, beside losses and heads; seconds are those of a step."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Vitals:
     restarts: int = 0
 
 
-class Board:
+class MetricsLogger:
     """Names figures and hands them to a writer.
 
     Args:
@@ -61,7 +61,7 @@ class Board:
         }
         self._writer.scalars(values, metrics.step)
 
-    def interval(self, tokens_per_second: float, vitals: Vitals, step: int) -> None:
+    def interval(self, tokens_per_second: float, vitals: IntervalStats, step: int) -> None:
         """What is known once an interval."""
         values = {f"time/{part}": seconds for part, seconds in vitals.seconds.items()}
         values |= {"health/bad_steps": vitals.bad_steps, "health/restarts": vitals.restarts}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+logger = logging.getLogger(__name__)
+
 _SKIPPED, _WARMING, _RECORDED = 2, 1, 3
 """Steps: the first ones allocate and compile, one more starts the profiler itself."""
 
 
 @contextlib.contextmanager
-def profiled(folder: Path | None, report: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiled(folder: Path | None) -> Iterator[Callable[[], None]]:
     """What is yielded is called after each step; the trace appears in ``folder`` (None: no profiling). A
     folder that cannot be written is a warning."""
     if folder is None:
@@ -26,9 +29,9 @@ def profiled(folder: Path | None, report: Callable[[str], None]) -> Iterator[Cal
         try:
             write(profiler)
         except Exception as error:  # of any library: nothing that only shows a run may end it
-            report(f"warning: profile: {error}. Training goes on without it.")
+            logger.warning(f"profile: {error}. Training goes on without it.")
             return
-        report(f"profile of {_RECORDED} steps: {folder}; see it with: tensorboard --logdir {folder}")
+        logger.info(f"profile of {_RECORDED} steps: {folder}; see it with: tensorboard --logdir {folder}")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     steps = schedule(wait=_SKIPPED, warmup=_WARMING, active=_RECORDED, repeat=1)

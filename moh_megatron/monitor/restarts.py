@@ -35,7 +35,7 @@ def code_version() -> str:
         return "unknown"
 
 
-def begin_life(path: Path, start_step: int, **facts: Any) -> int:
+def record_start(path: Path, start_step: int, **facts: Any) -> int:
     """Add a line; returns how many there were before. Raises OSError."""
     earlier = len(read_records(path))
     life = {"step": start_step, "time": time.time(), "code": code_version(), **facts}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 Scalar = float | int | str | bool
 
@@ -47,11 +50,9 @@ class Writers:
 
     Args:
         makers: of each writer, by what a warning calls it.
-        report: where warnings go.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Writer]], report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, makers: Mapping[str, Callable[[], Writer]]) -> None:
         self._open: dict[str, Writer] = {}
         for name, make in makers.items():
             try:
@@ -90,4 +91,4 @@ class Writers:
                 self._give_up(name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        self._report(f"warning: {name}: {error or type(error).__name__}. Training goes on without it.")
+        logger.warning(f"{name}: {error or type(error).__name__}. Training goes on without it.")

@@ -48,12 +48,12 @@ def initialize(tensor_parallel: int, seed: int, timeout: timedelta = TIMEOUT) ->
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def tensor_group() -> dist.ProcessGroup:
+def tp_group() -> dist.ProcessGroup:
     """The ranks that share one replica of the model."""
     return _a_group(parallel_state.get_tensor_model_parallel_group())
 
 
-def data_group() -> dist.ProcessGroup:
+def dp_group() -> dist.ProcessGroup:
     """The ranks that hold the same part of the model and see different data."""
     return _a_group(parallel_state.get_data_parallel_group())
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moh_megatron.checkpoint.layout import checkpoint_name
@@ -16,23 +17,29 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.evaluate.results import RESULTS
 
+logger = logging.getLogger(__name__)
+
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOG = "log.txt"
+EVALUATE = ("-P", "-m", "moh_megatron.commands.evaluate")
+"""What Python runs as moh-evaluate; -P: nothing is imported from the folder the user stands in."""
 
 
 class BackgroundEvaluation:
     """One evaluation at a time, of the newest checkpoint that was due; for the first rank.
 
     Args:
-        script: pipelines/evaluate.py.
-        tell: where messages go; an evaluation that fails is one of them and nothing more.
+        program: what Python runs, with the arguments of moh-evaluate.
         show: is given the scores of each task and the step.
     """
 
     def __init__(
-        self, config: Config, script: Path, tell: Callable[[str], None], show: Callable[[dict[str, float], int], None]
+        self,
+        config: Config,
+        program: Sequence[str],
+        show: Callable[[dict[str, float], int], None],
     ) -> None:
-        self._config, self._script, self._tell, self._show = config, script, tell, show
+        self._config, self._program, self._show = config, program, show
         self._waiting: int | None = None
         self._running: tuple[int, subprocess.Popen[bytes]] | None = None
 
@@ -58,12 +65,12 @@ class BackgroundEvaluation:
             return
         step, self._waiting = self._waiting, None
         if self._running is not None:
-            self._tell(f"evaluation of step {step} is left out: that of step {self._running[0]} still runs")
+            logger.info(f"evaluation of step {step} is left out: that of step {self._running[0]} still runs")
             return
         try:
             self._running = step, self._start(checkpoint, step)
         except OSError as error:
-            self._tell(f"warning: evaluation of step {step} cannot be started: {error}. Training goes on without it.")
+            logger.warning(f"evaluation of step {step} cannot be started: {error}. Training goes on without it.")
 
     def finish(self, seconds: float) -> None:
         """Wait for what runs, so long at most; what is not finished then is ended."""
@@ -81,7 +88,7 @@ class BackgroundEvaluation:
             process.terminate()
             process.wait()
             self._running = None
-            self._tell(f"evaluation of step {step} was ended before it was finished")
+            logger.info(f"evaluation of step {step} was ended before it was finished")
 
     def _folder(self, step: int) -> Path:
         return Path(self._config.run.dir) / "eval" / checkpoint_name(step)
@@ -89,8 +96,17 @@ class BackgroundEvaluation:
     def _start(self, checkpoint: Path, step: int) -> subprocess.Popen[bytes]:
         evaluate, folder = self._config.evaluate, self._folder(step)
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["nice", "-n", "10", sys.executable, str(self._script), str(checkpoint), "--no-validation"]
-        command += ["--suite", str(evaluate.suite), "--device", evaluate.device, "--out", str(folder)]
+        command = ["nice", "-n", "10", sys.executable, *self._program, str(checkpoint), "--no-validation"]
+        command += [
+            str(checkpoint),
+            "--no-validation",
+            "--suite",
+            str(evaluate.suite),
+            "--device",
+            evaluate.device,
+            "--out",
+            str(folder),
+        ]
         if evaluate.limit is not None:
             command += ["--limit", str(evaluate.limit)]
         environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
@@ -111,11 +127,11 @@ class BackgroundEvaluation:
         scores = {each["task"]: each["value"] for each in suite["tasks"] if "value" in each}
         if scores and process.returncode != 2:  # refused, it has left what an earlier one wrote
             self._show(scores, step)
-            self._tell(
+            logger.info(
                 f"evaluation of step {step}: " + ", ".join(f"{name} {each:.3f}" for name, each in scores.items())
             )
         if process.returncode != 0:
-            self._tell(
-                f"warning: evaluation of step {step} ended with code {process.returncode}; see {folder / _LOG}. "
+            logger.warning(
+                f"evaluation of step {step} ended with code {process.returncode}; see {folder / _LOG}. "
                 "Training goes on."
             )

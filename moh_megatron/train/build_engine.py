@@ -26,7 +26,7 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
     """
     accumulation_steps = gradient_accumulation_steps(config, world_size)
     model = build_model(config, accumulation_steps)
-    tensor_rank = groups.tensor_group().rank()
+    tensor_rank = groups.tp_group().rank()
     written_by = config if source is None else layout.read_config(source)
     if source is not None:
         weights.load_into(model, config, source, written_by, tensor_rank)

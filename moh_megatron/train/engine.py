@@ -192,7 +192,7 @@ class Engine:
 
     def _own_gradient_norm(self) -> Tensor:
         # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.
-        group = groups.tensor_group()
+        group = groups.tp_group()
         gradients = [
             p.grad
             for p in self.module.parameters()
@@ -215,7 +215,7 @@ class Engine:
 
     def parameter_norm(self) -> Tensor:
         """Of all weights, replicated ones counted once; all ranks call it."""
-        group, replicas = groups.tensor_group(), groups.data_group()
+        group, replicas = groups.tp_group(), groups.dp_group()
         held: list[Tensor] = []
         for parameter in cast(Iterator[Any], self._module.parameters()):
             if group.rank() != 0 and not getattr(parameter, "tensor_model_parallel", False):
@@ -279,8 +279,8 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, flat, slot)
         else:
             # DeepSpeed's function for whole tensors does not know the padding of uneven ones.
-            size, rank = parameter.ds_tensor.numel(), groups.data_group().rank()
-            padded = nn.functional.pad(whole.flatten(), (0, size * groups.data_group().size() - whole.numel()))
+            size, rank = parameter.ds_tensor.numel(), groups.dp_group().rank()
+            padded = nn.functional.pad(whole.flatten(), (0, size * groups.dp_group().size() - whole.numel()))
             part = padded[rank * size : (rank + 1) * size].to(parameter.device)
             if slot == _MASTER:
                 safe_set_local_fp32_param(parameter, part)

@@ -6,6 +6,7 @@ this uses torch.distributed's process launcher underneath, but supervises by the
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -24,11 +25,13 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import last_step, write_exit
-from moh_megatron.train.fault_tolerance.heartbeat import Verdict, Verdicts
+from moh_megatron.train.fault_tolerance.heartbeat import FailureReport, FailureReports
 from moh_megatron.train.fault_tolerance.run_lock import RunLock
-from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, STOP_SIGNALS, Insistence
+from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, STOP_SIGNALS, SecondSignal
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE
 from moh_megatron.train.preflight import check_suite, preflight
+
+logger = logging.getLogger(__name__)
 
 _HANDLED_BY_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
@@ -54,13 +57,12 @@ def _ignore(reason: str) -> None:
 
 
 def launch(
-    script: str,
-    arguments: Sequence[str],
+    command: Sequence[str],
     ranks: int,
     patience: float = math.inf,
     failed: Callable[[str], None] = _ignore,
 ) -> dict[int, int]:
-    """Run ``script`` once for each rank with the given arguments; returns each rank's exit code when all have ended.
+    """Run Python with the arguments ``command`` once for each rank; returns their exit codes when all have ended.
 
     A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank; what outlives a
     second one is killed. A rank that still runs ``patience`` seconds after the first one has ended well hangs, and is
@@ -82,7 +84,7 @@ def launch(
     }
     processes: dict[int, subprocess.Popen[bytes]] = {}
     early: list[int] = []
-    insistence, insisted = Insistence(), math.inf
+    insistence, insisted = SecondSignal(), math.inf
 
     def forward(number: int, frame: FrameType | None = None) -> None:
         nonlocal insisted
@@ -109,7 +111,7 @@ def launch(
         context = start_processes(
             name="pretrain",
             entrypoint=sys.executable,
-            args=dict.fromkeys(range(ranks), (script, *arguments)),
+            args=dict.fromkeys(range(ranks), tuple(command)),
             envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)},
             logs_specs=DefaultLogsSpecs(unused),
         )
@@ -121,7 +123,7 @@ def launch(
     for number in early:
         forward(number)
 
-    verdicts, verdict = Verdicts(store), None
+    verdicts, verdict = FailureReports(store), None
     deadline, waited = math.inf, math.inf
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
@@ -144,16 +146,18 @@ def launch(
         time.sleep(_POLL_SECONDS)
 
 
-def _finding(bad: dict[int, int], verdicts: Verdicts, insisted: bool) -> Verdict:
+def _finding(bad: dict[int, int], verdicts: FailureReports, insisted: bool) -> FailureReport:
     """Whose fault it is that ranks ended so: those that a signal ended say nothing, and lead the others to an error."""
     if insisted:
-        return Verdict("a second signal ended the ranks at once.", sorted(bad))
+        return FailureReport("a second signal ended the ranks at once.", sorted(bad))
     culprits = sorted(rank for rank, code in bad.items() if code < 0) or sorted(bad)
-    return Verdict(", ".join(_how(rank, bad[rank], verdicts.last_words(rank)) for rank in culprits) + ".", culprits)
+    return FailureReport(
+        ", ".join(_how(rank, bad[rank], verdicts.last_words(rank)) for rank in culprits) + ".", culprits
+    )
 
 
-def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int) -> int:
-    """Check the configuration for so many ranks, run them, and return the worst rank's code.
+def supervise(command: Sequence[str], config: Config, ranks: int) -> int:
+    """Check the configuration for so many ranks, run them as ``launch`` does, and return the worst rank's code.
 
     exit.json is written by rank 0; where it could not (it was killed, or another rank failed), here.
     """
@@ -169,11 +173,11 @@ def supervise(script: str, arguments: Sequence[str], config: Config, ranks: int)
     RunLock(run_dir).release()  # rank 0 takes it; who would be refused then need not start
     (run_dir / "exit.json").unlink(missing_ok=True)
     reasons: list[str] = []
-    codes = launch(script, arguments, ranks, config.train.timeout_seconds + _GRACE_SECONDS, reasons.append)
+    codes = launch(command, ranks, config.train.timeout_seconds + _GRACE_SECONDS, reasons.append)
     code = worst_code(list(codes.values()))
     if code == 1:
         (reason,) = reasons
-        print(f"{reason}. The same command goes on from the newest checkpoint in {run_dir}.", file=sys.stderr)
+        logger.error(f"{reason}. The same command goes on from the newest checkpoint in {run_dir}.")
         if not (run_dir / "exit.json").exists():
             write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))
     return code

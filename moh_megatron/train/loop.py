@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import StepRecords, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import head_report
-from moh_megatron.train.background_evaluation import BackgroundEvaluation
+from moh_megatron.train.background_evaluation import EVALUATE, BackgroundEvaluation
 from moh_megatron.train.fault_tolerance.health import Health, earlier_losses
 from moh_megatron.train.fault_tolerance.run_lock import RunLock
 from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, StopRequest
@@ -44,6 +44,8 @@ from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.summary import summarise
 from moh_megatron.train.telemetry import Telemetry
 from moh_megatron.train.validation import sample_text, validation_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,16 @@ class _Training:
         self.skips: StepRecords | None = None
         if session.first:
             self._open_run_folder()
-        self.telemetry = Telemetry(session, self.layers, self.control_group, self._tell)
+        self.telemetry = Telemetry(session, self.layers, self.control_group)
         self.metrics, self.timer, self.board = self.telemetry.metrics, self.telemetry.timer, self.telemetry.board
         self.evaluation: BackgroundEvaluation | None = None
         if self.board and config.evaluate.suite is not None:
-            script = Path(sys.argv[0]).with_name("evaluate.py")
-            self.evaluation = BackgroundEvaluation(config, script, self._tell, self.board.evaluation)
+            self.evaluation = BackgroundEvaluation(config, EVALUATE, self.board.evaluation)
         self.health = Health(
             config,
             session.train_dataset,
             self.control_group,
             earlier_losses(config, self.run_dir / "metrics.jsonl", session.start_step, self.control_group),
-            self._tell,
             self.skips,
         )
 
@@ -135,8 +135,8 @@ class _Training:
             self.session.train_dataset,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=groups.data_group().rank(),
-            data_parallel_size=groups.data_group().size(),
+            data_parallel_rank=groups.dp_group().rank(),
+            data_parallel_size=groups.dp_group().size(),
             start_step=self.step,
             end_step=self.steps,
         )
@@ -151,7 +151,7 @@ class _Training:
         self.metrics.restart_clock()
         started = time.monotonic()
         profile = self.run_dir / "tensorboard" if self.config.monitor.profile and self.session.first else None
-        with bar, profiled(profile, self._tell) as profile_step:
+        with bar, profiled(profile) as profile_step:
             if self.step and _due(self.step, train.eval_interval) and self.step < self.steps:
                 self._validate()
                 self.metrics.restart_clock()
@@ -164,7 +164,7 @@ class _Training:
                 profile_step()
                 if self.step == self.session.start_step + 1:
                     self.clock.mark("first step")
-                    self._tell(str(self.clock))
+                    logger.info(str(self.clock))
                 stopping = self._stop_agreed()
                 validating = _due(self.step, train.eval_interval) and self.step < self.steps
                 evaluating = self.config.evaluate.suite is not None and _due(self.step, self.config.evaluate.interval)
@@ -209,7 +209,7 @@ class _Training:
         if self.layers:
             routers = torch.stack([layer.statistics.drain(self.session.device) for layer in self.layers])
             if engine.applied:
-                update_biases(self.layers, routers[:, :-1], groups.data_group())
+                update_biases(self.layers, routers[:, :-1], groups.dp_group())
             follow_schedule(self.layers, self.step + 1)
         self.telemetry.end_step(self.step + 1, lr, losses, grad_norm, routers, skipped=not engine.applied)
         if engine.applied:
@@ -220,17 +220,12 @@ class _Training:
 
     def _losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy of a micro-batch [B, S + 1], and what distillation adds to it."""
-        model, teacher, end = self.session.engine.model, self.session.teacher, self.session.end_of_document
+        model, teacher, end = self.session.engine.model, self.session.teacher, self.session.eos_token_id
         if teacher is None:
             loss = token_losses(model, tokens, end).mean()
             return loss, loss.new_zeros(())
         losses, divergences = distilled_losses(model, teacher, tokens, end)
         return losses.mean(), self.config.distillation.weight * divergences.mean()
-
-    def _tell(self, message: str) -> None:
-        """Print once, around the progress bar."""
-        if self.session.first:
-            tqdm.write(message)
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop; the answer is the same on all."""
@@ -281,10 +276,10 @@ class _Training:
             batches = validation_batches(
                 dataset,
                 micro_batch_size=self.config.train.micro_batch_size,
-                data_parallel_rank=groups.data_group().rank(),
-                data_parallel_size=groups.data_group().size(),
+                data_parallel_rank=groups.dp_group().rank(),
+                data_parallel_size=groups.dp_group().size(),
             )
-            losses[name] = validation_loss(module, batches, session.device, session.end_of_document)
+            losses[name] = validation_loss(module, batches, session.device, session.eos_token_id)
         loss = mean_by_shares(self.config, self.step, losses)
         text = sample_text(module, self.config, session.tokenizer, session.device)
         if session.first:
@@ -305,18 +300,18 @@ class _Training:
         count = parameter_count(config.model, config.moh)
         tensor = config.parallel.tensor
         where = f"resumed after step {self.step}" if self.step else "from the start"
-        self.session.report(
+        logger.info(
             f"{config.run.dir}: {count.total:,} parameters, TP {tensor} x DP {world.size // tensor}, "
             f"ZeRO {config.parallel.zero_stage}, {config.train.precision}, {self.session.device.type}, "
             f"attention {attention_backend(config, self.session.device)}; "
             f"{self.steps:,} steps of {config.train.tokens_per_step:,} tokens, {where}"
         )
         if warning := attention_warning(config, self.session.device):
-            self.session.report(f"warning: {warning}")
+            logger.warning(warning)
         if config.data.sources:
-            self.session.report(self.session.data.budget(config))
+            logger.info(self.session.data.budget(config))
         if config.moh.enabled:
-            self.session.report(head_report(config))
+            logger.info(head_report(config))
 
     def _summarise(self, val_loss: float | None, text: str) -> None:
         if self.session.first:

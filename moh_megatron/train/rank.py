@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.fault_tolerance.run_lock import Occupied
 from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, StopRequest
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
+
+logger = logging.getLogger(__name__)
 
 
 def run_rank(config: Config, world: World, stop: StopRequest) -> int:
@@ -48,6 +51,6 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         write_exit(run_dir, outcome.code, outcome.reason, outcome.step)
         if outcome.code == EXIT_STOPPED:
             last = outcome.step or "none"
-            print(f"{run_dir}: {outcome.reason}. Last step: {last}. The same command goes on.", file=sys.stderr)
+            logger.info(f"{run_dir}: {outcome.reason}. Last step: {last}. The same command goes on.")
     groups.destroy()
     return outcome.code

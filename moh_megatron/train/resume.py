@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import logging
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from moh_megatron.config.schema import Config
 from moh_megatron.config.source_weights import shares_until
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from moh_megatron.io.errors import Fault, UserError, refuse_differences
+
+logger = logging.getLogger(__name__)
 
 _SAME_RUN = (
     "model",
@@ -107,8 +110,8 @@ def _architecture(config: Config) -> dict[str, Any]:
     }
 
 
-def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, or None to start anew; ``report`` is told of damaged ones that are passed over.
+def newest_good(config: Config) -> Path | None:
+    """The checkpoint to go on from, or None to start anew. A warning names damaged ones that are passed over.
 
     Raises:
         UserError: the run folder holds checkpoints and train.resume is never.
@@ -127,16 +130,14 @@ def newest_good(config: Config, report: Callable[[str], None]) -> Path | None:
         problem = problem_with(folder)
         if problem is None:
             return folder
-        report(f"warning: {folder} is passed over: {problem}")
+        logger.warning(f"{folder} is passed over: {problem}")
     raise Fault(f"every checkpoint in {root} is damaged. Move the folder away to start anew.")
 
 
-def check_same_run(
-    checkpoint: Path, config: Config, world_size: int, data: str, report: Callable[[str], None]
-) -> Manifest:
+def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str) -> Manifest:
     """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``.
 
-    The optimizer's settings and the micro-batches may change; ``report`` is told, because the loss curve then is
+    The optimizer's settings and the micro-batches may change; the log says so, because the loss curve then is
     another one. So may the parallelism: then the losses agree to rounding, not bit for bit.
     """
     manifest = read_state(checkpoint)
@@ -162,13 +163,13 @@ def check_same_run(
     refuse_differences(f"{checkpoint} was made with other values", there, here, f"{remedy}.")
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
-        report(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
+        logger.info(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
     for keys, note in _TOLD:
         before, now = _values(written_by, keys), _values(config, keys)
         for key in sorted(before.keys() | now):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")
             if was != is_now:
-                report(f"warning: {key} is {is_now} from here on; it was {was} up to {checkpoint.name}{note}")
+                logger.warning(f"{key} is {is_now} from here on; it was {was} up to {checkpoint.name}{note}")
     return manifest
 
 
@@ -186,21 +187,19 @@ def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def weights_to_start_from(config: Config, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint of train.init_from, checked to fit this model; ``report`` as above. Raises UserError."""
+def weights_to_start_from(config: Config) -> Path | None:
+    """The checkpoint of train.init_from, checked to fit this model. Raises UserError."""
     if config.train.init_from is None:
         return None
-    checkpoint = resolve_checkpoint(config.train.init_from, report)
-    require_same_weights(checkpoint, config, report)
+    checkpoint = resolve_checkpoint(config.train.init_from)
+    require_same_weights(checkpoint, config)
     return checkpoint
 
 
-def require_same_weights(
-    checkpoint: Path, config: Config, report: Callable[[str], None], apart_from: Collection[str] = ()
-) -> None:
+def require_same_weights(checkpoint: Path, config: Config, apart_from: Collection[str] = ()) -> None:
     """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, some of its keys left aside.
 
-    ``report`` is told where positions are told apart in another way: wanted for a longer context, else a model that
+    A warning is given where positions are told apart in another way: wanted for a longer context, else a model that
     has to learn anew where its words are.
     """
     written_by = read_config(checkpoint)
@@ -215,7 +214,7 @@ def require_same_weights(
     there, here = (_values(each, _POSITIONS) for each in (written_by, config))
     for key in _POSITIONS:
         if there[key] != here[key]:
-            report(
+            logger.warning(
                 f"warning: {key} is {here[key]}, and {checkpoint} was made with {there[key]}: the model starts as "
                 "another one than it was. Set the same, unless this is to extend its context."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,8 @@ from moh_megatron.train.preflight import preflight
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup import StartupClock
 from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,9 @@ class Session:
         return self.world.rank == 0
 
     @property
-    def end_of_document(self) -> int | None:
+    def eos_token_id(self) -> int | None:
         """The token at which attention stops, or None where it crosses documents."""
         return self.tokenizer.eod if self.config.data.document_mask else None
-
-    def report(self, message: str) -> None:
-        """Print once, not once a rank."""
-        if self.first:
-            print(message, flush=True)
 
 
 def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:
@@ -78,10 +76,6 @@ def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
-
-
-def _say_nothing(message: str) -> None:
-    pass
 
 
 def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: StartupClock) -> Session:
@@ -106,16 +100,15 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     check_backend(config, device)
     clock.mark("groups")
 
-    report = print if world.rank == 0 else _say_nothing
-    checkpoint = _agreed(world, lambda: newest_good(config, print))
+    checkpoint = _agreed(world, lambda: newest_good(config))
     start_step = 0
     if checkpoint is not None:
-        start_step = check_same_run(checkpoint, config, world.size, data.hash, report).step
-    elsewhere = _agreed(world, lambda: weights_to_start_from(config, print)) if checkpoint is None else None
+        start_step = check_same_run(checkpoint, config, world.size, data.hash).step
+    elsewhere = _agreed(world, lambda: weights_to_start_from(config)) if checkpoint is None else None
 
     tokenizer = data.tokenizer()
     source = checkpoint or elsewhere
-    teacher = _agreed(world, lambda: find_teacher(config, print))
+    teacher = _agreed(world, lambda: find_teacher(config))
     _agreed(world, lambda: keep_teacher(config, teacher, begun=checkpoint is not None))
     for model in (source, teacher):
         if model is not None:
@@ -125,7 +118,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     clock.mark("data")
 
     engine = build_engine(config, world.size, source, resume=checkpoint is not None)
-    agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tensor_group().rank()))
+    agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tp_group().rank()))
     clock.mark("model and engine")
     return Session(
         config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from moh_megatron.config.count import parameter_count
@@ -11,6 +12,8 @@ from moh_megatron.model.build import attention_backend
 from moh_megatron.monitor.records import read_records
 from moh_megatron.train.setup import Session
 from moh_megatron.train.startup import StartupClock
+
+logger = logging.getLogger(__name__)
 
 
 def summarise(
@@ -29,7 +32,7 @@ def summarise(
     """
     path = Path(session.config.run.dir) / "summary.json"
     if step == session.start_step and path.exists():
-        print(f"{path.parent}: finished before, nothing to do; the summary stays as it is")
+        logger.info(f"{path.parent}: finished before, nothing to do; the summary stays as it is")
         return
     config, world, baselines = session.config, session.world, session.data.baselines
     tokens = config.train.tokens_per_step
@@ -58,4 +61,4 @@ def summarise(
     write_json(path, summary)
     for name, value in summary.items():
         if value is not None:
-            print(f"  {name:22} {value}")
+            logger.info(f"  {name:22} {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import torch
@@ -17,16 +17,18 @@ from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 
+logger = logging.getLogger(__name__)
 
-def find_teacher(config: Config, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint of distillation.teacher, which ``report`` is told about as in ``resolve_checkpoint``.
+
+def find_teacher(config: Config) -> Path | None:
+    """The checkpoint of distillation.teacher.
 
     Raises:
         UserError: it is no dense model, or of another vocabulary, or cannot be cut as ``config`` says.
     """
     if config.distillation.teacher is None:
         return None
-    checkpoint = layout.resolve_checkpoint(config.distillation.teacher, report)
+    checkpoint = layout.resolve_checkpoint(config.distillation.teacher)
     there = layout.read_config(checkpoint)
     if there.moh.enabled:
         raise UserError(f"distillation.teacher must be a dense model. Got {checkpoint}, with moh.enabled: true.")
@@ -67,7 +69,7 @@ def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.M
     own = _cut_as(config, written_by)
     with torch.random.fork_rng():
         model = build_model(own)
-    weights.load_into(model, own, checkpoint, written_by, groups.tensor_group().rank())
+    weights.load_into(model, own, checkpoint, written_by, groups.tp_group().rank())
     return model.to(device).eval().requires_grad_(False)
 
 

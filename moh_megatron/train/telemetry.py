@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,14 +20,14 @@ from moh_megatron.model.build import attention_backends
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED, RoutingObserver
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator
-from moh_megatron.monitor.alarms import OVER, Alarms, Signs
+from moh_megatron.monitor.alarms import OVER, AlarmInputs, Alarms
 from moh_megatron.monitor.device import memory_bytes, peak_tflops
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token
 from moh_megatron.monitor.head_figures import HeadFigures, balance_excess, head_figures
-from moh_megatron.monitor.metrics_logger import Board, Vitals
+from moh_megatron.monitor.metrics_logger import IntervalStats, MetricsLogger
 from moh_megatron.monitor.prometheus import PrometheusFile
 from moh_megatron.monitor.records import read_records
-from moh_megatron.monitor.restarts import begin_life, code_version
+from moh_megatron.monitor.restarts import code_version, record_start
 from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.monitor.timer import StepTimer
 from moh_megatron.monitor.wandb import WeightsAndBiases
@@ -34,11 +35,13 @@ from moh_megatron.monitor.writer import Scalar, Writer, Writers
 from moh_megatron.parallel import groups
 from moh_megatron.train.setup import Session
 
+logger = logging.getLogger(__name__)
+
 
 class Telemetry:
     """Every rank has one; the first one writes.
 
-    ``control``: a group of all ranks whose tensors lie on the host. ``tell`` prints once.
+    ``control``: a group of all ranks whose tensors lie on the host.
     """
 
     def __init__(
@@ -46,16 +49,15 @@ class Telemetry:
         session: Session,
         layers: Sequence[MoHSelfAttention],
         control: dist.ProcessGroup,
-        tell: Callable[[str], None],
     ) -> None:
         config = session.config
         self._session, self._config, self._layers = session, config, layers
-        self._control, self._tell = control, tell
+        self._control = control
         self.timer = StepTimer(session.device)
         self.metrics = MetricsAccumulator(
-            groups.data_group(),
+            groups.dp_group(),
             config.train.tokens_per_step,
-            groups.tensor_group() if config.parallel.sequence else None,
+            groups.tp_group() if config.parallel.sequence else None,
         )
         self._observer = RoutingObserver(layers)
         evened_by = "bias_update_rate" if config.moh.balancing == "bias" else "balance_coefficient"
@@ -66,17 +68,17 @@ class Telemetry:
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
         tensor = config.parallel.tensor
         self._local_heads = [layout.local_heads(rank, tensor) for rank in range(tensor)]
-        self.board: Board | None = None
+        self.board: MetricsLogger | None = None
         if session.first:
             self.board = self._open()
 
-    def _open(self) -> Board:
+    def _open(self) -> MetricsLogger:
         session, config, monitor = self._session, self._config, self._config.monitor
         run_dir, start = Path(config.run.dir), session.start_step
         self._bad_steps = sum(record.get("skipped", False) for record in read_records(run_dir / "metrics.jsonl"))
         parallel = config.parallel
         with suppress(OSError):  # what counts lives may not cost one
-            self._restarts = begin_life(
+            self._restarts = record_start(
                 run_dir / "lives.jsonl",
                 start,
                 ranks=session.world.size,
@@ -93,8 +95,8 @@ class Telemetry:
         if monitor.prometheus is not None:
             file = Path(monitor.prometheus)
             makers["the file for Prometheus"] = lambda: PrometheusFile(file, run_dir.name)
-        board = Board(
-            Writers(makers, self._tell),
+        board = MetricsLogger(
+            Writers(makers),
             session.world.size,
             monitor.peak_tflops or peak_tflops(session.device, config.train.precision),
         )
@@ -130,7 +132,7 @@ class Telemetry:
         seconds = {part: spent / steps for part, spent in self.timer.drain().items()}
         busy, memory = self._of_each_rank(seconds)
         router_norm, self._router_norm = self._router_norm, None
-        vitals = Vitals(
+        vitals = IntervalStats(
             seconds={**seconds, "step": interval.seconds_per_step},
             memory=memory,
             busy=busy,
@@ -155,7 +157,7 @@ class Telemetry:
         dist.all_gather(everyone, mine, group=self._control)
         return [float(each[0]) for each in everyone], [int(each[1]) for each in everyone]
 
-    def _show(self, board: Board, interval: Interval, vitals: Vitals, step: int) -> None:
+    def _show(self, board: MetricsLogger, interval: Interval, vitals: IntervalStats, step: int) -> None:
         for metrics in interval.steps:
             board.step(metrics, metrics.lm_loss + self._config.moh.balance_weight * metrics.balance_loss)
         newest = interval.steps[-1]
@@ -176,9 +178,9 @@ class Telemetry:
             excess = balance_excess(
                 math.fsum(applied) / len(applied), self._heads, self._top_k, self._config.moh.balance_loss
             )
-        messages = self._alarms.check(Signs(newest.tokens_per_second, figures, observed, excess, vitals.busy))
+        messages = self._alarms.check(AlarmInputs(newest.tokens_per_second, figures, observed, excess, vitals.busy))
         for message in messages:
-            self._tell(f"{'' if message.startswith(OVER) else 'warning: '}step {step}: {message}")
+            logger.log(logging.INFO if message.startswith(OVER) else logging.WARNING, f"step {step}: {message}")
         if messages:
             board.alarm(messages, step)
         board.flush()

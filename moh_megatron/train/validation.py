@@ -18,19 +18,19 @@ from moh_megatron.parallel import groups
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, batches: Iterable[ValidationBatch], device: torch.device, end_of_document: int | None = None
+    model: nn.Module, batches: Iterable[ValidationBatch], device: torch.device, eos_token_id: int | None = None
 ) -> float:
     """Mean cross-entropy in nats over every token that counts in ``batches``, over all data-parallel ranks.
 
-    ``end_of_document`` as in ``token_losses``.
+    ``eos_token_id`` as in ``token_losses``.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        losses = token_losses(model, batch.tokens.to(device), end_of_document)[: batch.samples]
+        losses = token_losses(model, batch.tokens.to(device), eos_token_id)[: batch.samples]
         totals += torch.stack([losses.double().sum(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
     model.train()
-    dist.all_reduce(totals, group=groups.data_group())
+    dist.all_reduce(totals, group=groups.dp_group())
     return float(totals[0] / totals[1])
 
 

@@ -46,13 +46,13 @@ class Calibration:
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, config: Config, tokens: Tensor, end_of_document: int | None = None) -> Calibration:
-    """Measure ``model``, whole and dense in this process, on tokens [B, S + 1] (``end_of_document`` as in training).
+def calibrate(model: nn.Module, config: Config, tokens: Tensor, eos_token_id: int | None = None) -> Calibration:
+    """Measure ``model``, whole and dense in this process, on tokens [B, S + 1] (``eos_token_id`` as in training).
 
     A head is removed by setting its output to zero. Layers below it are not computed again.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    arguments = model_arguments(inputs, end_of_document)
+    arguments = model_arguments(inputs, eos_token_id)
     decoder: Any = model.decoder
     layers = list(decoder.layers)
     order = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout).head_order

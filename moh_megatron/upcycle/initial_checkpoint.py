@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from moh_megatron.io.atomic import refuse_unless_new, whole_folder
+from moh_megatron.io.atomic import atomic_folder, refuse_unless_new
 from moh_megatron.io.errors import Fault, UserError, refuse_differences
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
@@ -37,7 +38,8 @@ from moh_megatron.upcycle.loss_and_kl import divergence
 from moh_megatron.upcycle.routers import check_gates, initial_routers
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
-Report = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 LARGEST_DIVERGENCE = 1e-8
 """Nats a token between a dense model and the MoH model made of it, with every head active."""
 _CHECKED_TOKENS = 256
@@ -50,7 +52,7 @@ def start_folder(config: Config) -> Path:
     return Path(config.run.dir) / "start"
 
 
-def prepare(config: Config, report: Report) -> Config:
+def prepare(config: Config) -> Config:
     """Make what is missing of ``config``'s start, in this one process; returns what training is given.
 
     Raises:
@@ -63,35 +65,35 @@ def prepare(config: Config, report: Report) -> Config:
             _require_whole(start_folder(config), layout.problem_with(start_folder(config), weights_only=True))
         if provenance.is_measured(config):
             provenance.require_same(start_folder(config), config, load_prepared(config).hash)
-        provenance.warn_of_other_weights(start_folder(config), config, report)
+        provenance.warn_of_other_weights(start_folder(config), config)
     else:
-        source = _source(config, report)
+        source = _source(config)
         there = layout.read_config(source)
         if _fits(there, config):
             return config
         refuse_unless_new(start_folder(config), "name another run.dir")
         _require_it_would_go_on(config)
-        check_source(source, there, config, report)
-        find_teacher(config, report)
+        check_source(source, there, config)
+        find_teacher(config)
         data = load_prepared(config)
         data.check_fits(config)
         tokenizer = data.tokenizer()
-        settled_config = _settle_heads(config, source, there, tokenizer, report)
-        with whole_folder(start_folder(config)) as folder:
+        settled_config = _settle_heads(config, source, there, tokenizer)
+        with atomic_folder(start_folder(config)) as folder:
             provenance.write(folder, config, layout.read_state(source).weights_sha256, data.hash)
-            _write(folder, settled_config, source, there, tokenizer, report)
-        report(f"{start_folder(config)}: made of {source}")
-    return resolve(config, report)
+            _write(folder, settled_config, source, there, tokenizer)
+        logger.info(f"{start_folder(config)}: made of {source}")
+    return resolve(config)
 
 
-def resolve(config: Config, report: Report) -> Config:
+def resolve(config: Config) -> Config:
     """``config`` as training is given it: from the start that ``prepare`` made, with its shared heads.
 
     Raises:
         UserError: there is none, and one is needed; or it was made of something else, or with other heads.
     """
     if not provenance.is_made(start_folder(config)):
-        source = _source(config, report)
+        source = _source(config)
         if _fits(layout.read_config(source), config):
             return config
         raise UserError(
@@ -106,14 +108,14 @@ def resolve(config: Config, report: Report) -> Config:
     if provenance.is_measured(config):
         moh = dataclasses.replace(moh, shared_heads=made.moh.shared_heads, shared_placement="first")
     resolved = dataclasses.replace(config, moh=moh, train=train)
-    require_same_weights(start, resolved, report)
+    require_same_weights(start, resolved)
     return resolved
 
 
-def _source(config: Config, report: Report) -> Path:
+def _source(config: Config) -> Path:
     if config.train.init_from is None:
         raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
-    return layout.resolve_checkpoint(config.train.init_from, report)
+    return layout.resolve_checkpoint(config.train.init_from)
 
 
 def _require_whole(start: Path, problem: str | None) -> None:
@@ -136,10 +138,10 @@ def _fits(there: Config, config: Config) -> bool:
     return not becomes_moh and there.model.tokens == config.model.tokens
 
 
-def check_source(source: Path, there: Config, config: Config, report: Report) -> None:
+def check_source(source: Path, there: Config, config: Config) -> None:
     """Raise UserError where no model of ``config`` can be made of the checkpoint ``source`` of ``there``."""
     may_differ = _MAY_DIFFER if there.moh.enabled else _MAY_DIFFER + _ROUTING
-    require_same_weights(source, config, report, apart_from=may_differ)
+    require_same_weights(source, config, apart_from=may_differ)
     if there.moh.enabled and not config.moh.enabled:
         raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
     if not there.moh.enabled:
@@ -182,7 +184,7 @@ def calibration_of(
     return calibration
 
 
-def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> Config:
+def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> Config:
     if not provenance.is_measured(config):
         return config
     check_same_tokenizer(source, tokenizer)
@@ -194,11 +196,11 @@ def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokeni
     # Training follows while this process waits: it must not keep the first device's memory.
     del model
     torch.cuda.empty_cache()
-    report(f"{file}: what each head is worth, over {calibration.tokens:,} tokens")
+    logger.info(f"{file}: what each head is worth, over {calibration.tokens:,} tokens")
     return settled(config, calibration)
 
 
-def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer: Tokenizer, report: Report) -> None:
+def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> None:
     with opened(source, there) as stored:
         table = rules(config)
         # A source that has routers keeps them.
@@ -219,7 +221,7 @@ def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer:
         companions = Companions(tokenizer, carried_by(layout.tokenizer_folder(source)))
         write_checkpoint(folder, config, dtypes, pieces(), companions)
         if config.moh.enabled and not there.moh.enabled:
-            report(f"with all heads active: KL from the dense model {check(folder, source):.3g} nats a token")
+            logger.info(f"with all heads active: KL from the dense model {check(folder, source):.3g} nats a token")
 
 
 def _new_pieces(source: Path, there: Config, config: Config, tokenizer: Tokenizer) -> dict[int, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from moh_megatron.checkpoint.manifest import read_manifest
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import refuse_differences
 from moh_megatron.io.json_file import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"
@@ -42,8 +44,8 @@ def require_same(start: Path, config: Config, data: str | None = None) -> None:
     refuse_differences(f"{start} was made with other values", there, here, remedy)
 
 
-def warn_of_other_weights(start: Path, config: Config, report: Callable[[str], None]) -> None:
-    """Tell ``report`` where the checkpoint that ``start`` was made of is another one by now.
+def warn_of_other_weights(start: Path, config: Config) -> None:
+    """Warn where the checkpoint that ``start`` was made of is another one by now.
 
     Where a run folder is named, it may have gone on; and what was named may be gone.
     """
@@ -52,7 +54,7 @@ def warn_of_other_weights(start: Path, config: Config, report: Callable[[str], N
     if now is None:
         return
     if now != (then := _asked_once(start).get(WEIGHTS)):
-        report(
+        logger.warning(
             f"warning: {source} holds other weights, {now}, than {start} was made of, {then}. Delete that folder, or "
             "name another run.dir, to start from them."
         )

@@ -17,6 +17,19 @@ ARROWS = {
     "io": set(),
     "config": {"io"},
     "cli": {"config", "io"},
+    "commands": {
+        "checkpoint",
+        "cli",
+        "config",
+        "data",
+        "evaluate",
+        "io",
+        "monitor",
+        "plan",
+        "run_report",
+        "train",
+        "upcycle",
+    },
     "parallel": set(),
     "monitor": {"config", "io"},
     "data": {"config", "io"},
@@ -27,6 +40,7 @@ ARROWS = {
     "evaluate": {"checkpoint", "config", "data", "io", "model", "moh"},
     "train": {"checkpoint", "cli", "config", "data", "evaluate", "io", "model", "moh", "monitor", "parallel"},
     "plan": {"config", "io", "monitor", "train"},
+    "run_report": {"evaluate", "monitor"},
     "upcycle": {"checkpoint", "config", "data", "io", "model", "monitor", "parallel", "train"},
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.dtypes import DTYPES
 
-Report = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def megatron_to_hf(
@@ -31,7 +32,6 @@ def megatron_to_hf(
     *,
     form: hf_export.Form = "moh",
     verify: bool = False,
-    report: Report = lambda message: None,
 ) -> float | None:
     """Export ``checkpoint`` to ``hf_dir``; returns the largest absolute difference of the logits, if it was measured.
 
@@ -41,7 +41,6 @@ def megatron_to_hf(
         form: see ``hf_export.write_folder``.
         verify: open both sides in fp32, the checkpoint's weights rounded to ``dtype`` first, and compare them layer by
             layer; models of up to ``LARGEST_UNASKED`` parameters always are.
-        report: is told what came of it.
 
     Raises:
         UserError: the checkpoint, its tokenizer and its configuration do not fit, or ``hf_dir`` holds something else.
@@ -65,7 +64,7 @@ def megatron_to_hf(
         if not (verify or is_small(config)):
             return None
         weights = layout.read_weights(checkpoint)
-        return _proved(config, weights, precision, hf_dir, folder, form, report)
+        return _proved(config, weights, precision, hf_dir, folder, form)
 
 
 def official_to_hf(
@@ -75,7 +74,6 @@ def official_to_hf(
     *,
     allow_pickle: bool = False,
     verify: bool = False,
-    report: Report = lambda message: None,
 ) -> float | None:
     """Write a model in SkyworkAI's published form as a folder that says itself how its heads are routed.
 
@@ -105,12 +103,12 @@ def official_to_hf(
         stated = [f"moh.{key}={str(value).lower()}" for key, value in official_moh(heads).items()]
         config = hf_import.import_config(official_dir, hf_dir, None, stated, weights.dtypes)
         # Nothing in a folder of others tells it from a dense LLaMA.
-        report(
+        logger.info(
             f"{official_dir} is read as a MoH model by query norm: the first {config.moh.shared_heads} of {heads} "
             f"heads shared, {config.moh.active_heads} active."
         )
         hf_import.check_weights(weights, {}, config)
-        tokenizer = hf_import.find_tokenizer(official_dir, config, report)
+        tokenizer = hf_import.find_tokenizer(official_dir, config)
         companions = Companions(tokenizer, carried_by(official_dir))
         hf_import.check_side_files(official_dir, companions, config.model.tokens)
         source = HFSource(weights, {})
@@ -119,7 +117,7 @@ def official_to_hf(
             if not (verify or is_small(config)):
                 return None
             state = {rule.megatron: source.whole(rule).clone() for rule in rules(config)}
-            return _proved(config, state, precision, hf_dir, folder, "moh", report)
+            return _proved(config, state, precision, hf_dir, folder, "moh")
 
 
 def _proved(
@@ -129,7 +127,6 @@ def _proved(
     hf_dir: Path,
     folder: Path,
     form: hf_export.Form,
-    report: Report,
 ) -> float:
     """The largest difference of the logits between ``weights``, rounded, and ``folder``, which becomes ``hf_dir``."""
     # Imported here: Megatron-core takes longer to load than many a model to convert.
@@ -139,6 +136,6 @@ def _proved(
         weights = {name: each.to(precision) if each.is_floating_point() else each for name, each in weights.items()}
     reopen = proof.open_export if form != "official" else lambda folder: proof.open_foreign(folder, config)
     comparison = proof.compare_forms(config, weights, lambda: reopen(folder))
-    report(str(comparison))
+    logger.info(str(comparison))
     proof.require_agreement(comparison, f"{hf_dir}: the exported model's logits differ from the checkpoint's")
     return comparison.logits.largest

@@ -25,7 +25,7 @@ from moh_megatron.checkpoint.hf.weight_readers import WeightSource
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_JSON, has_tokenizer, load_tokenizer
-from moh_megatron.io.atomic import place_of, refuse_inside, whole_folder
+from moh_megatron.io.atomic import atomic_folder, place_of, refuse_inside
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json_if_any
 
@@ -68,7 +68,7 @@ def replacing(hf_dir: Path) -> Iterator[Path]:
         Fault: the disk is full or refuses.
     """
     check_replaceable(hf_dir)
-    with whole_folder(hf_dir) as folder:
+    with atomic_folder(hf_dir) as folder:
         yield folder
 
 

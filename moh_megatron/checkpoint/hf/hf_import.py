@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import completed_config
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
-from moh_megatron.io.atomic import refuse_inside, refuse_unless_new, whole_folder
+from moh_megatron.io.atomic import atomic_folder, refuse_inside, refuse_unless_new
 from moh_megatron.io.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 NewTensors = Callable[[Config], Iterable[tuple[str, Tensor]]]
 """What a MoH model holds beside its dense twin, under Hugging Face's names."""
@@ -143,7 +146,6 @@ def hf_to_megatron(
     overrides: Sequence[str] = (),
     *,
     new_tensors: NewTensors,
-    report: Callable[[str], None],
     allow_pickle: bool = False,
     verify: bool = False,
 ) -> None:
@@ -152,7 +154,6 @@ def hf_to_megatron(
     Args:
         path, overrides: what the configuration states; with ``moh.enabled`` a dense model becomes a MoH model.
         new_tensors: gives what a MoH model needs beside the weights of a dense one.
-        report: is told what the user should know.
         verify: open both sides in fp32 and compare them layer by layer; a dense model that becomes a MoH model, with
             all heads active. This is done unasked where a model of up to ``LARGEST_UNASKED`` parameters becomes one.
 
@@ -163,23 +164,25 @@ def hf_to_megatron(
     """
     refuse_inside(save_dir, hf_dir)
     refuse_unless_new(save_dir)
-    with whole_folder(save_dir) as folder:
+    with atomic_folder(save_dir) as folder:
         config, source = _write(
-            folder, hf_dir, save_dir, path, overrides, new_tensors=new_tensors, report=report, allow_pickle=allow_pickle
+            folder, hf_dir, save_dir, path, overrides, new_tensors=new_tensors, allow_pickle=allow_pickle
         )
         upcycled = config.moh.enabled and not source.moh.enabled
         if not verify and not (upcycled and is_small(config)):
             if upcycled:
-                report("--verify compares a model of this size with the dense one, all heads active; it was not given.")
+                logger.info(
+                    "--verify compares a model of this size with the dense one, all heads active; it was not given."
+                )
             return
         # Imported here: the two models' libraries take longer to load than many a model to convert.
         from moh_megatron.checkpoint.hf import verify as proof
 
         if upcycled:
-            report("with all heads active, against the dense model:")
+            logger.info("with all heads active, against the dense model:")
             config = replace(config, moh=replace(config.moh, active_heads=config.model.num_attention_heads))
         comparison = proof.compare_forms(config, read_weights(folder), lambda: proof.open_foreign(hf_dir, source))
-        report(str(comparison))
+        logger.info(str(comparison))
         proof.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")
 
 
@@ -191,7 +194,6 @@ def _write(
     overrides: Sequence[str],
     *,
     new_tensors: NewTensors,
-    report: Callable[[str], None],
     allow_pickle: bool,
 ) -> tuple[Config, Config]:
     """Fill the empty ``folder``; returns its configuration, and that of the model as config.json alone says it."""
@@ -203,7 +205,7 @@ def _write(
                 "official, which would be read as a dense model; use official-to-hf, and import what it makes."
             )
         config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
-        tokenizer = find_tokenizer(hf_dir, config, report)
+        tokenizer = find_tokenizer(hf_dir, config)
         companions = Companions(tokenizer, carried_by(hf_dir))
         check_side_files(hf_dir, companions, config.model.tokens)
         added = dict(new_tensors(config)) if config.moh.enabled and not settings.moh else {}
@@ -214,14 +216,14 @@ def _write(
         return config, _completed(settings, save_dir, None, (), weights.dtypes)
 
 
-def find_tokenizer(hf_dir: Path, config: Config, report: Callable[[str], None]) -> Tokenizer | None:
-    """The tokenizer of a folder, or None; ``report`` is told where there is none.
+def find_tokenizer(hf_dir: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer of a folder, or None with a warning.
 
     Raises:
         UserError: it is broken, or has more entries than the model's vocabulary, or many fewer.
     """
     if not has_tokenizer(hf_dir):
-        report(f"warning: {hf_dir} has no tokenizer ({TOKENIZER_JSON} or tokenizer.model): only weights are converted.")
+        logger.warning(f"{hf_dir} has no tokenizer ({TOKENIZER_JSON} or tokenizer.model): only weights are converted.")
         return None
     tokenizer = load_tokenizer(hf_dir)
     if tokenizer.vocab_size > config.model.tokens:

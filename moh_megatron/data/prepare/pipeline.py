@@ -6,6 +6,7 @@ what is finished; the last step puts the parts together.
 
 from __future__ import annotations
 
+import logging
 import platform
 import shlex
 import sys
@@ -36,9 +37,11 @@ from moh_megatron.data.prepare.merge import merge_parts, write_rejects
 from moh_megatron.data.prepare.ngrams import baselines
 from moh_megatron.data.prepare.progress import progress_bar
 from moh_megatron.data.prepare.publish import published_folder
-from moh_megatron.data.prepare.working_folder import REJECTS, Work
+from moh_megatron.data.prepare.working_folder import REJECTS, PrepareJob
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.errors import Fault, UserError
+
+logger = logging.getLogger(__name__)
 
 ALREADY = "already prepared from the same text with the same settings"
 SOON_MADE_AGAIN = 100_000_000
@@ -55,11 +58,11 @@ def prepare(config: Config) -> Manifest:
     Raises UserError for input, settings and sizes the user can mend, Fault where the disk fails.
     """
     folder = data_dir(config)
-    work = Work(config, find_inputs(config.data.inputs), given_tokenizer(config))
+    work = PrepareJob(config, find_inputs(config.data.inputs), given_tokenizer(config))
     if (ready := _existing(folder, work)) is not None:
         _check_share(folder, ready, config.data.max_reject_fraction)
         ready.check_fits(config)
-        print(f"{folder}: {ALREADY}")
+        logger.info(f"{folder}: {ALREADY}")
         return ready
     with _disk_faults(folder), work:
         tokenizer = work.tokenizer()
@@ -77,9 +80,9 @@ def prepare_shard(config: Config, shard: int, shards: int) -> None:
     """
     folder = data_dir(config)
     given = shard_tokenizer(config)
-    work = Work(config, find_inputs(config.data.inputs), given)
+    work = PrepareJob(config, find_inputs(config.data.inputs), given)
     if _existing(folder, work) is not None:
-        print(f"{folder}: {ALREADY}")
+        logger.info(f"{folder}: {ALREADY}")
         return
     with _disk_faults(folder), work:
         work.make_parts(given, shard, shards)
@@ -120,7 +123,7 @@ def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _existing(folder: Path, work: Work) -> Manifest | None:
+def _existing(folder: Path, work: PrepareJob) -> Manifest | None:
     """The manifest of the dataset in ``folder`` where it is whole and the one asked for."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -144,7 +147,7 @@ def _check_share(folder: Path, ready: Manifest, limit: float) -> None:
         )
 
 
-def _merge(config: Config, work: Work, tokenizer: Tokenizer, partial: Path) -> Manifest:
+def _merge(config: Config, work: PrepareJob, tokenizer: Tokenizer, partial: Path) -> Manifest:
     """Fill ``partial``. Raises UserError where too much was rejected or the dataset cannot feed the model."""
     data = config.data
     work.check_rejects()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -29,12 +30,14 @@ from moh_megatron.data.prepare.sample import TOLD
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 REJECTS = "rejects.jsonl"
 PART_FORMAT = 1
 HASH = ".sha256"
 
 
-class Work:
+class PrepareJob:
     """One plan: inputs, as they are now, and every setting that decides a part. Another plan has another folder.
 
     As a context it removes its folder on the way out when nothing in it is finished and nobody else is at work there.
@@ -64,7 +67,7 @@ class Work:
         target = data_dir(config)
         self._root = target.with_name(f"{target.name}.parts")
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> PrepareJob:
         self.plan = plan_parts(self.inputs, self.config.data.text_unit)
         plan = [
             PART_FORMAT,
@@ -128,7 +131,7 @@ class Work:
         mine = list(range(len(self.plan)))[shard - 1 :: shards]
         missing = [number for number in mine if self.parts[number].summary() is None]
         if len(missing) < len(mine):
-            print(f"{self.folder}: {len(mine) - len(missing)} of {len(mine)} parts are finished already")
+            logger.info(f"{self.folder}: {len(mine) - len(missing)} of {len(mine)} parts are finished already")
         with ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(self._hash_files, mine)
             if missing:

@@ -6,8 +6,8 @@ last micro-batch's loss is made NaN before the backward pass.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from moh_megatron.monitor.accumulator import StepMetrics
 from moh_megatron.monitor.records import StepRecords, read_records
 from moh_megatron.parallel import groups
 from moh_megatron.train.fault_tolerance.spikes import SpikeDetector
+
+logger = logging.getLogger(__name__)
 
 _NAMED_SAMPLES = 8
 
@@ -63,11 +65,10 @@ class Health:
         dataset: Sequences,
         control: dist.ProcessGroup,
         earlier: list[float],
-        report: Callable[[str], None],
         records: StepRecords | None,
     ) -> None:
         self._config, self._train, self._dataset, self._control = config, config.train, dataset, control
-        self._report, self._records = report, records
+        self._records = records
         self._spikes = SpikeDetector(self._train.spike_zscore, self._train.spike_window, earlier)
         self._score: float | None = None
         self._in_a_row = 0
@@ -79,7 +80,7 @@ class Health:
         """
         if not self._train.skip_spikes:
             return False
-        group = groups.data_group()
+        group = groups.dp_group()
         mean = torch.stack(losses).double().mean()
         dist.all_reduce(mean, group=group)
         loss = float(mean) / group.size()
@@ -112,10 +113,10 @@ class Health:
         named = [f"  sample {sample}: {_prose(places[sample])}" for sample in samples[:_NAMED_SAMPLES]]
         if len(samples) > _NAMED_SAMPLES:
             named.append(f"  and {len(samples) - _NAMED_SAMPLES} more samples")
-        self._report(
+        logger.warning(
             "\n".join(
                 [
-                    f"warning: step {step} is skipped, {self._in_a_row} in a row (train.max_bad_steps is "
+                    f"step {step} is skipped, {self._in_a_row} in a row (train.max_bad_steps is "
                     f"{self._train.max_bad_steps}): {reason}. Read from {self._dataset.name}:",
                     *named,
                 ]
@@ -141,8 +142,8 @@ class Health:
         score = self._spikes.score(metrics.lm_loss)
         if score is not None:
             last = metrics.step * self._train.global_batch_size - 1
-            self._report(
-                f"warning: step {metrics.step}: the loss {metrics.lm_loss:.4f} is a spike, {score:.1f} standard "
+            logger.warning(
+                f"step {metrics.step}: the loss {metrics.lm_loss:.4f} is a spike, {score:.1f} standard "
                 f"deviations above the last {self._train.spike_window}; samples "
                 f"{last + 1 - self._train.global_batch_size} to {last} of {self._dataset.name}"
             )
@@ -150,7 +151,7 @@ class Health:
 
     def _suspects(self, step: int, losses: list[Tensor]) -> list[_Suspect]:
         """The micro-batches whose loss is not finite, of all ranks; all of them where none is."""
-        group = groups.data_group()
+        group = groups.dp_group()
         samples = micro_batch_samples(
             step - 1, self._train.global_batch_size, self._train.micro_batch_size, group.rank(), group.size()
         )

@@ -15,7 +15,7 @@ from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank last said of itself."""
 
     count: int
@@ -36,7 +36,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FailureReport:
     """What all ranks are to end with, and the ranks that cannot say it themselves."""
 
     message: str
@@ -68,19 +68,19 @@ class StoreHost:
         launcher = os.environ.get(PARENT_VARIABLE)
         return cls(f"the launcher (process {launcher})" if launcher else "torchrun's agent", address, [], False)
 
-    def absent(self, rank: int, patience: float) -> Verdict:
+    def absent(self, rank: int, patience: float) -> FailureReport:
         """It did not come up within ``patience`` seconds of ``rank``."""
-        return Verdict(
+        return FailureReport(
             f"{self.name} did not come up within {patience:.0f} s of rank {rank} on {socket.gethostname()}: the "
             f"store at {self.address} cannot be reached. See whether it runs, and whether MASTER_ADDR and MASTER_PORT "
             f"are the same on every rank.",
             self.ranks,
         )
 
-    def closed(self) -> Verdict:
-        return Verdict(f"{self.name} is gone: the store at {self.address} has closed.", self.ranks)
+    def closed(self) -> FailureReport:
+        return FailureReport(f"{self.name} is gone: the store at {self.address} has closed.", self.ranks)
 
-    def silent(self, patience: float) -> Verdict:
+    def silent(self, patience: float) -> FailureReport:
         """It has not answered for ``patience`` seconds: closed where nobody listens there any more, else stopped."""
         host, _, port = self.address.rpartition(":")
         try:
@@ -90,29 +90,29 @@ class StoreHost:
         except OSError:
             pass  # the machine does not answer either
         silence = f"the store it hosts at {self.address} has not answered for {patience:.0f} s"
-        return Verdict(f"{self.name} is missing: {silence}. Stopped, or its machine is gone.", self.ranks)
+        return FailureReport(f"{self.name} is missing: {silence}. Stopped, or its machine is gone.", self.ranks)
 
 
-class Verdicts:
+class FailureReports:
     """What one side of a run may know of the other: the last words of a rank, and the common verdict."""
 
     def __init__(self, store: Store) -> None:
         # torchrun's store outlives the ranks it starts again.
         self._store = PrefixStore(f"heartbeat_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-    def declare(self, verdict: Verdict) -> Verdict:
+    def declare(self, verdict: FailureReport) -> FailureReport:
         """Make ``verdict`` the common one, unless another process was quicker; returns the one that counts."""
-        return Verdict(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))))
+        return FailureReport(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))))
 
-    def verdict(self) -> Verdict | None:
-        return Verdict(**json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
+    def verdict(self) -> FailureReport | None:
+        return FailureReport(**json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
 
     def last_words(self, rank: int) -> str | None:
         """Why ``rank`` left, as it said itself."""
         return json.loads(self._store.get(str(rank)))["left"] if self._store.check([str(rank)]) else None
 
 
-class Heartbeats(Verdicts):
+class Heartbeats(FailureReports):
     """The beats of all ranks and one verdict, in a store of rank 0's process or of the launcher's.
 
     Waits for ``host`` to come up, for ``patience`` seconds or longer (torch's client may begin once more when they are
@@ -136,15 +136,15 @@ class Heartbeats(Verdicts):
         super().__init__(store)
         self._present: set[int] = set()
 
-    def publish(self, beat: Beat) -> None:
+    def publish(self, beat: Heartbeat) -> None:
         self._store.set(str(self._world.rank), json.dumps(asdict(beat)))
 
-    def read(self, ranks: range) -> dict[int, Beat]:
+    def read(self, ranks: range) -> dict[int, Heartbeat]:
         """The newest beat of each of ``ranks`` that has come up."""
         self._present |= {rank for rank in ranks if rank not in self._present and self._store.check([str(rank)])}
         known = [rank for rank in ranks if rank in self._present]
         beats = self._store.multi_get([str(rank) for rank in known]) if known else []
-        return {rank: Beat(**json.loads(beat)) for rank, beat in zip(known, beats, strict=True)}
+        return {rank: Heartbeat(**json.loads(beat)) for rank, beat in zip(known, beats, strict=True)}
 
     def count(self, name: str, more: int) -> int:
         """Add to a common counter; returns what it is then."""

@@ -17,7 +17,7 @@ _SAME_SIGNAL_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
-class Insistence:
+class SecondSignal:
     """Tells a second request from one that arrives by several ways: only what comes two seconds later is another."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._started = time.monotonic()
-        self._insistence = Insistence()
+        self._insistence = SecondSignal()
 
     @classmethod
     def install(cls) -> StopRequest:

@@ -21,7 +21,7 @@ from torch.distributed import DistError
 
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.parallel.failures import lost_a_peer
-from moh_megatron.train.fault_tolerance.heartbeat import Beat, Heartbeats, StoreHost, Verdict
+from moh_megatron.train.fault_tolerance.heartbeat import FailureReport, Heartbeat, Heartbeats, StoreHost
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 SLOW_SECONDS = 1800.0
@@ -58,9 +58,9 @@ class Watchdog:
         self._step, self._phase, self._limit, self._left = 0, "start", self.slow, None
         self._mistake, self._dispersed = False, False
         self._since = time.monotonic()
-        self._found: dict[int, Beat] = {}
+        self._found: dict[int, Heartbeat] = {}
         self._seen: dict[int, tuple[int, float]] = {}
-        self._verdict: Verdict | None = None
+        self._verdict: FailureReport | None = None
         self._lost_contact = False
         self._last_word = threading.Lock()
         self._stop, self._hurry, self._said = threading.Event(), threading.Event(), threading.Event()
@@ -239,7 +239,7 @@ class Watchdog:
                 self._hurry.wait(self._interval)
                 self._hurry.clear()
         except Fault as unreachable:
-            self._verdict = Verdict(str(unreachable), self._store.ranks)
+            self._verdict = FailureReport(str(unreachable), self._store.ranks)
         except DistError:
             if self._launched:
                 self._stop.set()  # our launcher was killed, with its store; its ranks save and stop by themselves
@@ -259,13 +259,13 @@ class Watchdog:
             elif now - self._since > self._limit + (0 if self._stop.is_set() else self.slow):  # whatever the others say
                 self._end(_hung({self._world.rank: self._beat(0)}))
 
-    def _silent_store(self, patience: float) -> Verdict | None:
+    def _silent_store(self, patience: float) -> FailureReport | None:
         """The store answers to nobody: its host is stopped, or cut off with its machine."""
         if self._beats is None or time.monotonic() - self._contact <= patience:
             return None
         return self._store.silent(patience)
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: FailureReport) -> None:
         if not self._last_word.acquire(blocking=False):
             return  # the main thread is on its way out with a message
         rank = self._world.rank
@@ -278,7 +278,7 @@ class Watchdog:
         self._linger()
         os._exit(verdict.code)
 
-    def _write_down(self, verdict: Verdict) -> None:
+    def _write_down(self, verdict: FailureReport) -> None:
         if self._world.rank == min(set(range(self._world.size)) - set(verdict.missing), default=0):
             self._ended(verdict.message, verdict.code)
 
@@ -287,7 +287,7 @@ class Watchdog:
     def _watched(self) -> range:
         return range(self._world.size if self._world.rank == 0 or self._lost_contact else 1)
 
-    def _judge(self, found: dict[int, Beat]) -> Verdict | None:
+    def _judge(self, found: dict[int, Heartbeat]) -> FailureReport | None:
         """A verdict on the beats of the ranks this one watches, if there is reason for one."""
         watched, now = self._watched(), time.monotonic()
         for rank, beat in found.items():
@@ -295,7 +295,7 @@ class Watchdog:
                 self._seen[rank] = (beat.count, now)
         if failed := [rank for rank, beat in found.items() if beat.left]:
             reasons = "; ".join(f"{_name(rank, found[rank])} ended: {found[rank].left}" for rank in failed)
-            return Verdict(reasons, [], all(found[rank].mistake for rank in failed))
+            return FailureReport(reasons, [], all(found[rank].mistake for rank in failed))
         patience = _STALE_BEATS * self._interval if self._lost_contact else self.timeout
         silent = [
             rank
@@ -304,27 +304,29 @@ class Watchdog:
         ]
         if silent:
             names = ", ".join(_name(rank, found[rank]) for rank in silent)
-            return Verdict(f"{names} is missing: no sign of life for {patience:.0f} s.", silent)
+            return FailureReport(f"{names} is missing: no sign of life for {patience:.0f} s.", silent)
         absent = [rank for rank in watched if rank not in found]
         if absent and now - self._since > self._start:
-            return Verdict(f"rank {_list(absent)} did not come up within {self._start:.0f} s of the others.", absent)
+            return FailureReport(
+                f"rank {_list(absent)} did not come up within {self._start:.0f} s of the others.", absent
+            )
         # Ranks wait for each other: as long as one of them moves, or may take its time, the rest do not hang.
         return _hung(found) if len(watched) == self._world.size and all(beat.stuck for beat in found.values()) else None
 
-    def _beat(self, count: int) -> Beat:
+    def _beat(self, count: int) -> Heartbeat:
         place, waiting = "nowhere", False
         if frame := self._frame():
             code = frame.f_code
             place = f"{code.co_name} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno})"
             waiting = any(part in code.co_filename for part in _COLLECTIVES)
         stuck = time.monotonic() - self._since > self._limit
-        return Beat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left, self._mistake)
+        return Heartbeat(count, self._step, self._phase, self._host, place, waiting, stuck, self._left, self._mistake)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._main)
 
 
-def _name(rank: int, beat: Beat) -> str:
+def _name(rank: int, beat: Heartbeat) -> str:
     return f"rank {rank} ({beat.host}, after step {beat.step}, {beat.phase})"
 
 
@@ -336,14 +338,16 @@ def _list(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _hung(beats: dict[int, Beat]) -> Verdict:
+def _hung(beats: dict[int, Heartbeat]) -> FailureReport:
     """Who keeps the others waiting; where the places do not tell, where everybody stands."""
     culprits = {rank: beat for rank, beat in beats.items() if not beat.waiting} or beats
     if len(culprits) < len(beats) or len(beats) == 1:
         names = "; ".join(f"{_name(rank, beat)} hangs in {beat.place}" for rank, beat in culprits.items())
-        return Verdict(f"{names}.", [])
+        return FailureReport(f"{names}.", [])
     places: dict[str, list[int]] = {}
     for rank, beat in beats.items():
         places.setdefault(f"{beat.place} after step {beat.step}", []).append(rank)
     few_first = sorted(places.items(), key=lambda item: len(item[1]))
-    return Verdict("nothing moves: " + "; ".join(f"rank {_list(each)} in {place}" for place, each in few_first), [])
+    return FailureReport(
+        "nothing moves: " + "; ".join(f"rank {_list(each)} in {place}" for place, each in few_first), []
+    )

@@ -51,7 +51,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def step(engine: Engine, config: Any, number: int, accumulation: int, bad: str | None = None) -> float:
     """One step; ``bad`` says what goes wrong on one rank."""
-    group = groups.data_group()
+    group = groups.dp_group()
     norm = torch.zeros(())
     for micro, rows in enumerate(tiny.tokens(4, seed=100 + number).split(2)[group.rank() :: group.size()]):
         loss = token_losses(engine.model, rows).mean()

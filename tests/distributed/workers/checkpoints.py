@@ -52,7 +52,7 @@ def start_engine(config: Config, source: Path | None = None, *, resume: bool = T
 
 def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the steps [first, last), the loss in fp64 over the whole batch."""
-    replicas, rank = groups.data_group().size(), groups.data_group().rank()
+    replicas, rank = groups.dp_group().size(), groups.dp_group().rank()
     layers = moh_layers(engine.module)
     curve = []
     for step in range(first, last):
@@ -64,8 +64,8 @@ def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[f
         norm = float(engine.step(learning_rate(config.optimizer, step, config.train.steps)))
         if layers:
             counts = torch.stack([layer.statistics.drain(total.device) for layer in layers])[:, :-1]
-            update_biases(layers, counts, groups.data_group())
-        dist.all_reduce(total, group=groups.data_group())
+            update_biases(layers, counts, groups.dp_group())
+        dist.all_reduce(total, group=groups.dp_group())
         curve.append((float(total), norm))
     return curve
 

@@ -120,7 +120,7 @@ def engine_loop(config: Config, teacher_folder: Path) -> dict[str, list[float]]:
     before = torch.get_rng_state()
     teacher = load_teacher(teacher_folder, config, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
-    rank = groups.data_group().rank()
+    rank = groups.dp_group().rank()
     results: dict[str, list[float]] = {"losses": [], "divergences": [], "norms": []}
     for step in range(STEPS):
         both = []
@@ -130,7 +130,7 @@ def engine_loop(config: Config, teacher_folder: Path) -> dict[str, list[float]]:
             both.append(torch.stack([losses.detach().mean(), distances.detach().mean()]))
         results["norms"].append(float(made.step(learning_rate(config.optimizer, step, config.train.steps))))
         mean = torch.stack(both).mean(0)
-        dist.all_reduce(mean, group=groups.data_group())
+        dist.all_reduce(mean, group=groups.dp_group())
         for name, value in zip(("losses", "divergences"), (mean / replicas).tolist(), strict=True):
             results[name].append(value)
     return results

@@ -19,7 +19,7 @@ from moh_megatron.train.engine import adamw
 
 def weight_errors(config: Config, here: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> dict[str, float]:
     """How far each weight of this tensor-parallel rank lies from the reference's, as a share of the latter's norm."""
-    group, errors = groups.tensor_group(), dict[str, float]()
+    group, errors = groups.tp_group(), dict[str, float]()
     for rule in rules(config):
         expected = split_shard(whole[rule.megatron], rule.dim, rule.stride, group.rank(), group.size()).float()
         errors[rule.megatron] = float((here[rule.megatron] - expected).norm() / expected.norm())

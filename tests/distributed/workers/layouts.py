@@ -61,7 +61,7 @@ def biases_of_replicas(config: Config) -> dict[str, Any]:
     layers = moh_layers(tiny.fresh_model(config))
     counts = torch.zeros(len(layers), 8, dtype=torch.float64)
     counts[:, 2 + dist.get_rank()] = 10.0
-    update_biases(layers, counts, groups.data_group())
+    update_biases(layers, counts, groups.dp_group())
     return {"biases": [layer.router.bias_steps for layer in layers]}
 
 

@@ -73,7 +73,7 @@ def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, A
             layer.router.bias_steps[DEAD_HEAD - 2] = -(10**6)
     engine = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
     masks = watch_first_passes(model, accumulation)
-    group = groups.data_group()
+    group = groups.dp_group()
     told: list[str] = []
     first = dist.get_rank() == 0
     if first:

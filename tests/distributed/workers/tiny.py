@@ -89,11 +89,11 @@ def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
     return seen
 
 
-def gradients(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> dict[str, Any]:
+def gradients(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | None = None) -> dict[str, Any]:
     """Loss, every gradient, routing and margins of one forward and backward pass over ``rows``."""
     seen = watch_routing(model)
     set_biases(model)
-    loss = mean_loss(model, rows, end_of_document)
+    loss = mean_loss(model, rows, eos_token_id)
     loss.backward()
     decided = seen[: len(moh_layers(model))]
     return {
@@ -114,15 +114,15 @@ def set_biases(model: torch.nn.Module) -> None:
             steps.copy_(torch.randint(-9, 10, steps.shape, generator=torch.Generator().manual_seed(number)))
 
 
-def mean_loss(model: torch.nn.Module, rows: torch.Tensor, end_of_document: int | None = None) -> torch.Tensor:
+def mean_loss(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | None = None) -> torch.Tensor:
     """The mean loss of ``rows``; of a model in float64 in that precision, which Megatron-core's own loss gives up."""
     if next(model.parameters()).dtype != torch.float64:
-        return token_losses(model, rows, end_of_document).mean()
+        return token_losses(model, rows, eos_token_id).mean()
     inputs, labels = rows[:, :-1], rows[:, 1:]
     positions, ends = position_ids(inputs), None
-    if end_of_document is not None:
-        positions, ends = document_positions(inputs, end_of_document), document_ends(inputs, end_of_document)
-    logits = gather_last_dimension(model(inputs, positions, ends).contiguous(), groups.tensor_group())
+    if eos_token_id is not None:
+        positions, ends = document_positions(inputs, eos_token_id), document_ends(inputs, eos_token_id)
+    logits = gather_last_dimension(model(inputs, positions, ends).contiguous(), groups.tp_group())
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 

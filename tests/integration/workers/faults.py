@@ -97,8 +97,8 @@ def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
     def run(self: Any) -> loop.Outcome:
         every = {
             "all ranks": torch.distributed.group.WORLD,
-            "tensor parallelism": groups.tensor_group(),
-            "data parallelism": groups.data_group(),
+            "tensor parallelism": groups.tp_group(),
+            "data parallelism": groups.dp_group(),
             "control": self.control_group,
         }
         found = {name: timeout_seconds(group) for name, group in every.items()}

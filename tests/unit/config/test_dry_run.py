@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from moh_megatron.commands import pretrain
 from moh_megatron.config.load import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -34,15 +34,10 @@ def test_there_are_configurations() -> None:
 def test_dry_run(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    spec = importlib.util.spec_from_file_location("pretrain_script", REPOSITORY / "pipelines" / "pretrain.py")
-    assert spec
-    assert spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("sys.argv", ["pretrain.py", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as ending:
-        script.main()
+        pretrain.main()
     assert ending.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out, encoding="utf-8")

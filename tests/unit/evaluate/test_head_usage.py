@@ -23,7 +23,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.head_usage import HeadStudy, study
-from moh_megatron.evaluate.loaded_model import open_subject
+from moh_megatron.evaluate.loaded_model import load_model
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import moh_layers
 from moh_megatron.model.single import build_single_process, logits
@@ -99,7 +99,7 @@ def test_loads_are_the_masks_counted_and_outputs_lie_where_their_heads_are(check
 
 
 def test_a_checkpoint_and_its_export_are_alike(checkpoint: Any, exported: Path) -> None:
-    ours, theirs = studied(checkpoint), studied(open_subject(exported, torch.device("cpu")))
+    ours, theirs = studied(checkpoint), studied(load_model(exported, torch.device("cpu")))
     assert torch.equal(ours.load, theirs.load)
     assert_close(ours.similarity, theirs.similarity, rtol=0, atol=1e-4, equal_nan=True)
 
@@ -121,7 +121,7 @@ def test_pictures_and_tables(
     size = ["--length", str(LENGTH), "--sequences", str(SEQUENCES)]
     monkeypatch.setattr(sys, "argv", ["plot_heads.py", str(exported), "--texts", *texts, *size, "--out", str(tmp_path)])
     plot_heads.main()
-    found = studied(open_subject(exported, torch.device("cpu")))
+    found = studied(load_model(exported, torch.device("cpu")))
     with (tmp_path / "head_load.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 2 * 2 * 16

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.io.atomic import place_of, refuse_inside, refuse_unless_new, whole_folder
+from moh_megatron.io.atomic import atomic_folder, place_of, refuse_inside, refuse_unless_new
 from moh_megatron.io.errors import Fault, UserError
 
 
@@ -31,7 +31,7 @@ def nobody_listens():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_end_leaves_nothing_behind_and_says_so(number, tmp_path, capsys):
     def make() -> None:
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             (folder / "half").write_text("half")
             os.kill(os.getpid(), number)
             (folder / "rest").write_text("never written")
@@ -55,7 +55,7 @@ def test_a_request_to_end_waits_until_what_is_replaced_is_gone(asks, tmp_path, c
         unlink(*given, **named)
 
     def replace() -> None:
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             (folder / "new").touch()
             monkeypatch.setattr(os, "unlink", asked_to_end)
 
@@ -75,7 +75,7 @@ def test_a_second_ctrl_c_does_not_interrupt_the_tidying_up(tmp_path, capsys, mon
         unlink(*given, **named)
 
     def interrupted() -> None:
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             (folder / "half").touch()
             monkeypatch.setattr(os, "unlink", impatient)
             os.kill(os.getpid(), signal.SIGINT)
@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_does_not_interrupt_the_tidying_up(tmp_path, capsys, mon
 
 def test_a_folder_that_may_not_be_written_says_so(tmp_path):
     def refused() -> None:
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             raise PermissionError(13, "Permission denied", str(folder / "x"))
 
     with pytest.raises(Fault, match=r"Permission denied.*Change its permissions, or name another folder"):
@@ -99,7 +99,7 @@ def test_who_handles_the_signal_already_goes_on(tmp_path):
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        with whole_folder(tmp_path / "out"):
+        with atomic_folder(tmp_path / "out"):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -120,7 +120,7 @@ def test_what_is_replaced_comes_back_where_the_replacement_is_interrupted(tmp_pa
         return done
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), whole_folder(target):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target):
         pass
     assert (target / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -129,7 +129,7 @@ def test_what_is_replaced_comes_back_where_the_replacement_is_interrupted(tmp_pa
 @pytest.mark.parametrize("name", ["out", "replaced", ".replaced"])
 def test_a_folder_of_any_name_is_replaced(name, tmp_path):
     for content in ("old", "new"):
-        with whole_folder(tmp_path / name) as folder:
+        with atomic_folder(tmp_path / name) as folder:
             (folder / content).write_text(content)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert [path.name for path in (tmp_path / name).iterdir()] == ["new"]
@@ -139,7 +139,7 @@ def test_a_folder_of_any_name_is_replaced(name, tmp_path):
 def test_a_file_in_the_way_is_the_users_mistake(tmp_path, place):
     (tmp_path / "file").write_text("a file")
     stands = r"file/.*: a file stands where a folder is needed, at .*file"
-    with pytest.raises(UserError, match=stands), whole_folder(tmp_path / place):
+    with pytest.raises(UserError, match=stands), atomic_folder(tmp_path / place):
         pass
 
 
@@ -147,7 +147,7 @@ def test_folders_made_on_the_way_vanish_with_a_refusal(tmp_path):
     (tmp_path / "there").mkdir()
 
     def refused() -> None:
-        with whole_folder(tmp_path / "there" / "n1" / "n2" / "out"):
+        with atomic_folder(tmp_path / "there" / "n1" / "n2" / "out"):
             raise UserError("refused")
 
     with pytest.raises(UserError, match="refused"):
@@ -157,7 +157,7 @@ def test_folders_made_on_the_way_vanish_with_a_refusal(tmp_path):
 
 def test_one_that_another_filled_meanwhile_stays(tmp_path):
     def refused() -> None:
-        with whole_folder(tmp_path / "n1" / "out"):
+        with atomic_folder(tmp_path / "n1" / "out"):
             (tmp_path / "n1" / "theirs").touch()
             raise UserError("refused")
 
@@ -174,7 +174,7 @@ def test_a_link_stays_and_what_it_names_is_filled(tmp_path, empty):
         place.mkdir()
     (tmp_path / "link").symlink_to(place)
     refuse_unless_new(tmp_path / "link")
-    with whole_folder(tmp_path / "link") as folder:
+    with atomic_folder(tmp_path / "link") as folder:
         assert folder.is_relative_to(tmp_path / "disk"), "a folder cannot be renamed to another disk"
         (folder / "content").touch()
     assert (tmp_path / "link").is_symlink()
@@ -199,7 +199,7 @@ def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch, name):
 
 
 def test_a_way_back_up_is_followed(tmp_path):
-    with whole_folder(tmp_path / "x" / ".." / "out"):
+    with atomic_folder(tmp_path / "x" / ".." / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -207,14 +207,14 @@ def test_a_way_back_up_is_followed(tmp_path):
 @pytest.mark.parametrize("place", ["{long}", "n1/{long}", "n1/{long}/out"])
 def test_a_name_that_no_file_system_takes(tmp_path, place):
     target = tmp_path / place.format(long="n" * 300)
-    with pytest.raises(UserError, match=r"n: cannot be a folder|out: cannot be a folder"), whole_folder(target):
+    with pytest.raises(UserError, match=r"n: cannot be a folder|out: cannot be a folder"), atomic_folder(target):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_the_longest_name_that_a_file_system_takes(tmp_path):
     for content in ("old", "new"):
-        with whole_folder(tmp_path / ("n" * 255)) as folder:
+        with atomic_folder(tmp_path / ("n" * 255)) as folder:
             (folder / content).touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["n" * 255, "new"]
 

@@ -30,9 +30,9 @@ def make(heads: LayerHeads, *, loss_scale: float = 0.5, **settings: Any) -> Any:
     moh = MoHConfig(shared_heads=len(heads.shared), active_heads=heads.active, **settings)
     if moh.router == "query_norm":
         layout = HeadLayout(HEADS, 4)
-        return QueryNormRouter(moh, heads, loss_scale, layout=layout, group=groups.tensor_group())
+        return QueryNormRouter(moh, heads, loss_scale, layout=layout, group=groups.tp_group())
     return LearnedRouter(
-        moh, heads, loss_scale, hidden_size=D, init_std=0.5, dtype=torch.float32, group=groups.tensor_group(),
+        moh, heads, loss_scale, hidden_size=D, init_std=0.5, dtype=torch.float32, group=groups.tp_group(),
         sequence_parallel=False,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MonitorConfig
-from moh_megatron.monitor.alarms import Alarms, Signs
+from moh_megatron.monitor.alarms import AlarmInputs, Alarms
 from moh_megatron.monitor.head_figures import balance_excess, head_figures
 
 LAYERS = [LayerHeads(6, (0, 1), 4)] * 2
@@ -20,7 +20,7 @@ def figures(*load):
 
 
 def signs(**changes):
-    return Signs(**{"tokens_per_second": 100.0, "heads": figures(EVEN, EVEN), **changes})
+    return AlarmInputs(**{"tokens_per_second": 100.0, "heads": figures(EVEN, EVEN), **changes})
 
 
 def test_a_healthy_run_is_silent():
@@ -80,7 +80,7 @@ def test_an_interval_that_tells_nothing_about_a_kind_leaves_it_as_it_was():
     dead = figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0])
     bad = signs(heads=dead, observed={"entropy": [0.9, 0.01]}, balance_excess=0.9)
     assert len(alarms.check(bad)) == 3
-    assert alarms.check(Signs(100.0)) == [], "a save between two intervals, or skipped steps"
+    assert alarms.check(AlarmInputs(100.0)) == [], "a save between two intervals, or skipped steps"
     assert alarms.check(bad) == []
     ended = alarms.check(signs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.0))
     assert [message.split(":")[0] for message in ended] == ["over"] * 3

@@ -13,7 +13,7 @@ from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.monitor.accumulator import StepMetrics
 from moh_megatron.monitor.flops import Flops, FlopsPerToken
 from moh_megatron.monitor.head_figures import head_figures
-from moh_megatron.monitor.metrics_logger import Board, Vitals
+from moh_megatron.monitor.metrics_logger import IntervalStats, MetricsLogger
 from moh_megatron.monitor.tensorboard import TensorBoard
 
 
@@ -24,7 +24,7 @@ def metrics(step, lm_loss):
 
 
 def board_in(folder, start=0, **options):
-    return Board(TensorBoard(folder, start), **options)
+    return MetricsLogger(TensorBoard(folder, start), **options)
 
 
 def live(folder, start, end, lm_loss):
@@ -73,7 +73,7 @@ def test_scalars_of_a_step(tmp_path):
 def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_path):
     flops = FlopsPerToken(Flops(4e9, 0.0), Flops(3e9, 0.0), Flops(5e9, 0.0))
     board = board_in(tmp_path, devices=2, peak_tflops=100.0)
-    vitals = Vitals(
+    vitals = IntervalStats(
         seconds={"forward": 0.25, "step": 0.5},
         memory=[2**30, 2**31],
         busy=[0.2, 0.1, 0.1],

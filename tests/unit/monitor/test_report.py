@@ -7,26 +7,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moh_megatron import run_report
+from moh_megatron.commands.report import main
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.charts import curves
 from moh_megatron.monitor.tensorboard import TensorBoard
-
-REPOSITORY = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import report  # pyright: ignore[reportMissingImports]
-
-    return report
 
 
 @pytest.fixture
@@ -54,23 +46,21 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def page_of(report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def page_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     out = run.parent / "not" / "there" / "report.html"
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(out)])
-    report.main()
+    main()
     return out.read_text()
 
 
-def test_a_run_without_validation_loss_and_with_many_alarms(
-    report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = page_of(report, run, monkeypatch)
+def test_a_run_without_validation_loss_and_with_many_alarms(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of(run, monkeypatch)
     assert "training loss" in page
     assert "run: a" in page
     assert [int(number) for number in re.findall(r"dead heads: number (\d\d)", page)] == list(range(1, 31))
 
 
-def test_every_part_of_an_evaluation_is_shown(report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_of_an_evaluation_is_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = {"loss": 2.5, "standard_error": 0.1, "perplexity": 12.18, "sequences": 8, "tokens": 128}
     model = {"path": "m", "kind": "checkpoint", "step": 1257, "tokens": 5148672}
     alone, nothing, compared, tasks = ({"model": model, "dtype": "fp32"} for _ in range(4))
@@ -85,7 +75,7 @@ def test_every_part_of_an_evaluation_is_shown(report: ModuleType, run: Path, mon
     for name, found in every.items():
         (run / "eval" / name).mkdir(parents=True)
         (run / "eval" / name / "results.json").write_text(json.dumps(found))
-    page = page_of(report, run, monkeypatch)
+    page = page_of(run, monkeypatch)
     assert "<td>books</td><td>2.5000 ± 0.1000</td><td>12.18</td><td>8</td>" in page
     assert "No text is held out" in page
     assert "Against theirs" in page
@@ -95,12 +85,12 @@ def test_every_part_of_an_evaluation_is_shown(report: ModuleType, run: Path, mon
     assert page.count("Its results.json is not as") == 2
 
 
-def test_files_of_another_form_are_left_out(report: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_another_form_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "exit.json").write_text("null")
     for name in ("metrics.jsonl", "validation.jsonl", "lives.jsonl"):
         with (run / name).open("a") as stream:
             stream.write('{"step": 9}\n')
-    page = page_of(report, run, monkeypatch)
+    page = page_of(run, monkeypatch)
     assert "<td>run</td><td>3</td><td>192</td>" in page
 
 
@@ -112,18 +102,18 @@ def test_files_of_another_form_are_left_out(report: ModuleType, run: Path, monke
     ],
 )
 def test_a_page_that_cannot_be_written(
-    report: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, expected: str
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, expected: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(tmp_path / out)])
     with pytest.raises(UserError, match=expected):
-        report.main()
+        main()
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot(report: ModuleType) -> None:
+def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot() -> None:
     drawn = curves("t", "u", [("none", []), ("dot", [(1.0, 2.0)]), ("line", [(0.0, 1.0), (1.0, 1.0)])])
     alone = curves("t", "u", [(name, [(0.0, 1.0), (1.0, 1.0)]) for name in "abc"])
     keys = re.compile(r'stroke="([^"]*)" stroke-dasharray="([^"]*)"/></svg>')
@@ -133,7 +123,7 @@ def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot(report: Modu
     config: Any = SimpleNamespace(train=SimpleNamespace(tokens_per_step=1))
     validated = [{"step": 1, "loss": 2.0, "sources": {"a": 1.0}}]
     runs: Any = [SimpleNamespace(name=name, config=config, validations=validated) for name in ("one", "two")]
-    assert [name for name, _ in report.validation(runs)] == ["one", "two", "one: a", "two: a"]
+    assert [name for name, _ in run_report.validation(runs)] == ["one", "two", "one: a", "two: a"]
 
 
 def test_no_two_lines_look_alike_without_colour() -> None:

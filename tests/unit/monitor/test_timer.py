@@ -8,7 +8,7 @@ import torch
 from moh_megatron.monitor.device import known_peak, memory_bytes, peak_tflops
 from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.records import read_records
-from moh_megatron.monitor.restarts import begin_life, code_version
+from moh_megatron.monitor.restarts import code_version, record_start
 from moh_megatron.monitor.timer import StepTimer
 
 
@@ -50,19 +50,19 @@ def test_gpus_that_are_known():
 
 def test_lives_are_counted(tmp_path):
     path = tmp_path / "lives.jsonl"
-    assert begin_life(path, 0, ranks=2) == 0
-    assert begin_life(path, 30, ranks=4) == 1
+    assert record_start(path, 0, ranks=2) == 0
+    assert record_start(path, 30, ranks=4) == 1
     assert [line.count('"step"') for line in path.read_text().splitlines()] == [1, 1]
     assert code_version()
 
 
 def test_a_life_that_was_cut_short_while_it_wrote_hides_no_later_one(tmp_path):
     path = tmp_path / "lives.jsonl"
-    begin_life(path, 0)
+    record_start(path, 0)
     with path.open("a") as stream:
         stream.write('{"step": 10, "ti')
-    assert begin_life(path, 20) == 1
-    assert begin_life(path, 30) == 2
+    assert record_start(path, 20) == 1
+    assert record_start(path, 30) == 2
     assert [life["step"] for life in read_records(path)] == [0, 20, 30]
 
 

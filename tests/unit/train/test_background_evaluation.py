@@ -47,7 +47,9 @@ def watched(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monkey
     config = tiny({"run.dir": str(tmp_path / "run"), **settings})
     said: list[str] = []
     shown: list[Any] = []
-    evaluation = BackgroundEvaluation(config, script, said.append, lambda scores, step: shown.append((scores, step)))
+    evaluation = BackgroundEvaluation(
+        config, [str(script)], said.append, lambda scores, step: shown.append((scores, step))
+    )
     return Watched(evaluation, tmp_path / "run", said, shown)
 
 

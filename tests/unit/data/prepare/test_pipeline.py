@@ -19,7 +19,7 @@ from moh_megatron.data.prepare import encode, inputs, part, workers
 from moh_megatron.data.prepare.indexed_writer import Index
 from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.pipeline import prepare, prepare_shard, shard_tokenizer
-from moh_megatron.data.prepare.working_folder import Work
+from moh_megatron.data.prepare.working_folder import PrepareJob
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -124,7 +124,7 @@ def test_a_shard_without_parts_leaves_the_others_their_folder(
     text = write(tmp_path / "text.jsonl", chapters[:20])
     settings = {"dir": str(tmp_path / "data"), "ngram_baselines": False}
     config = make_config([text], tokenizer={"path": str(tokenizer_folder)}, data=settings)
-    with Work(config, find_inputs(config.data.inputs), shard_tokenizer(config)) as other:
+    with PrepareJob(config, find_inputs(config.data.inputs), shard_tokenizer(config)) as other:
         # It has not written anything yet.
         prepare_shard(config, 2, 2)
         assert other.folder.exists()
@@ -139,14 +139,13 @@ def test_a_shard_without_parts_leaves_the_others_their_folder(
 
 KILLED = """
 import sys
-from moh_megatron.data import encode, inputs
+from moh_megatron.data.prepare import encode, inputs
 inputs.SMALLEST_PART = 60_000
 encode.BATCH = 20_000
 encode.IN_FLIGHT = 40_000
-sys.path.insert(0, "pipelines")
-import prepare_data
+from moh_megatron.commands import prepare_data
 sys.argv[0] = "prepare_data.py"
-sys.exit(prepare_data.exit_code(prepare_data.main))
+sys.exit(prepare_data.run())
 """
 
 

@@ -15,7 +15,7 @@ from moh_megatron.data.dataset_manifest import load_dataset_tokenizer, load_mani
 from moh_megatron.data.prepare import tables, workers
 from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.pipeline import prepare
-from moh_megatron.data.prepare.working_folder import Work
+from moh_megatron.data.prepare.working_folder import PrepareJob
 from moh_megatron.io.errors import Fault, UserError
 
 MakeConfig = Callable[..., Config]
@@ -176,7 +176,7 @@ def test_a_hub_dataset_is_prepared_anew_when_its_revision_changes(
     folders = set()
     for revision in ("1", "2"):
         monkeypatch.setattr(tables, "hub_revision", lambda name, revision=revision: revision)
-        with Work(config, find_inputs(config.data.inputs), None) as work:
+        with PrepareJob(config, find_inputs(config.data.inputs), None) as work:
             folders.add(work.folder)
         manifest = prepare(config)
         assert manifest.inputs[0].revision == revision

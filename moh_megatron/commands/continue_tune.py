@@ -1,0 +1,69 @@
+"""Tune a model on: a dense one into MoH, or with a larger vocabulary, or as it is.
+
+moh-tune CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   make the start, then train
+moh-tune CONFIG.yaml --prepare                   only make the start, in one process; then
+torchrun ... (or srun ...) pipelines/continue_tune.py CONFIG.yaml         one rank of many
+
+The start, <run.dir>/start, is made once of the checkpoint train.init_from; pipelines/convert.py makes that of a
+Hugging Face folder. Training and resuming are those of pipelines/pretrain.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
+from moh_megatron.config.schema import Config
+from moh_megatron.io.console import speak_for_rank
+from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
+
+
+def main() -> int:
+    parser = config_parser("Tune a model on: dense into MoH, with a larger vocabulary, or as it is.")
+    parser.add_argument(
+        "--nproc-per-node", type=at_least(1), metavar="N", help="start N ranks on this node (default 1)"
+    )
+    parser.add_argument("--prepare", action="store_true", help="make what training starts from, and stop")
+    args, config = parse_config(parser)
+    # Ranks get the launcher's arguments too, and are told by RANK.
+    asks_for_rank = not args.prepare and (args.nproc_per_node is None or "RANK" in os.environ)
+    world = World.from_environment() if asks_for_rank else None
+    if world is not None:
+        return rank(config, world)
+    from moh_megatron.upcycle.initial_checkpoint import prepare
+
+    config = prepare(config)
+    return 0 if args.prepare else launch_node(config, args.nproc_per_node or 1)
+
+
+def rank(config: Config, world: World) -> int:
+    # Until the handlers stand, a request to stop waits instead of killing.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    stop = StopRequest.install()
+    if launcher := os.environ.get(PARENT_VARIABLE):
+        die_with(int(launcher))
+    speak_for_rank(world.rank)
+    from moh_megatron.train.rank import run_rank
+    from moh_megatron.upcycle.initial_checkpoint import resolve
+
+    return run_rank(resolve(config), world, stop)
+
+
+def launch_node(config: Config, ranks: int) -> int:
+    from moh_megatron.train.launcher import supervise
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # -P: nothing is imported from the folder the user stands in.
+    return supervise(["-P", "-m", "moh_megatron.commands.continue_tune", *sys.argv[1:]], config, ranks)
+
+
+def run() -> int:
+    """The command, as the shell sees it: its exit code."""
+    return exit_code(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,99 @@
+"""Convert checkpoints: moh-convert hf-to-megatron --hf-dir DIR --save-dir CKPT, and back."""
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from moh_megatron.cli import add_common_options, command_parser, exit_code, loading, parse_overrides
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser("Convert models between Megatron-core and Hugging Face.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to_hf = commands.add_parser("megatron-to-hf", help="export a checkpoint as a folder for AutoModelForCausalLM")
+    to_hf.add_argument("--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, or a folder of them")
+    to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
+    to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
+    to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    official = commands.add_parser("official-to-hf", help="read SkyworkAI's published form of a MoH-LLaMA")
+    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="to read")
+    from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
+    from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
+    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what the checkpoint's configuration states")
+    from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
+    for command in (to_hf, official, from_hf):
+        add_common_options(command)
+        command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+    for command in (to_hf, official, from_hf):
+        command.add_argument("--verify", action="store_true", help="open both sides, print how far apart they are")
+    for command in (to_hf, official):
+        command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as the weights are")
+    for command in (official, from_hf):
+        command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    return parse_overrides(parser)
+
+
+def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint import layout
+
+    with loading("moh_megatron.checkpoint.hf.convert"):
+        checkpoint = layout.resolve_checkpoint(arguments.load_dir)
+    from moh_megatron.checkpoint.hf import convert, hf_export
+    from moh_megatron.config.load import dump_config
+    from moh_megatron.monitor.records import merge_summary, read_summary
+
+    if arguments.summary is not None:
+        read_summary(arguments.summary)
+    if arguments.dry_run:
+        hf_export.check_replaceable(arguments.hf_dir, checkpoint)
+        config = layout.read_config(checkpoint)
+        hf_export.check_form(config, arguments.format)
+        print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
+        print(dump_config(config), end="")
+        return {}
+    chosen = {"form": arguments.format, "verify": arguments.verify}
+    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen)
+    if arguments.summary is not None:
+        merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
+    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
+
+
+def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint.hf import hf_import
+
+    hf_import.hf_to_megatron(
+        arguments.hf_dir,
+        arguments.save_dir,
+        arguments.config,
+        arguments.overrides,
+        new_tensors=lambda config: import_module("moh_megatron.upcycle.routers").initial_routers(config),
+        allow_pickle=arguments.allow_pickle,
+        verify=arguments.verify,
+    )
+    return {"save_dir": str(arguments.save_dir)}
+
+
+def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+    from moh_megatron.checkpoint.hf import convert
+
+    chosen = {"allow_pickle": arguments.allow_pickle, "verify": arguments.verify}
+    difference = convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, **chosen)
+    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
+
+
+def main() -> None:
+    commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
+    arguments = parse_arguments()
+    if done := commands[arguments.command](arguments):
+        print(json.dumps(done))
+
+
+def run() -> int:
+    """The command, as the shell sees it: its exit code."""
+    return exit_code(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

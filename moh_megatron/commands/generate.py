@@ -1,0 +1,28 @@
+"""Continue prompts with a trained model: moh-generate CONFIG.yaml [generate.prompts='["Once"]' ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from moh_megatron.cli import config_parser, exit_code, parse_config
+
+
+def main() -> None:
+    parser = config_parser("Continue generate.prompts with an exported folder, or straight from a checkpoint.")
+    _, config = parse_config(parser)
+    from moh_megatron.evaluate.generate import model_to_load, open_model
+
+    path = model_to_load(config)
+    print(f"model: {path}")
+    complete = open_model(path, config)
+    for prompt in config.generate.prompts:
+        print(f"\n{complete(prompt)}")
+
+
+def run() -> int:
+    """The command, as the shell sees it: its exit code."""
+    return exit_code(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

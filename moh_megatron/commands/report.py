@@ -1,0 +1,41 @@
+"""Write one HTML page about runs: moh-report RUN [RUN ...] [--out report.html]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moh_megatron.cli import command_parser, exit_code
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.remedies import check_folder
+from moh_megatron.monitor.run_folder import open_run
+from moh_megatron.run_report import page
+
+
+def main() -> None:
+    parser = command_parser("One self-contained HTML page about runs.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run folder")
+    arguments = parser.parse_args()
+    runs = [open_run(path) for path in arguments.runs]
+    names = [run.name for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"Run folders must differ in their names. Got {', '.join(sorted(twice))} twice.")
+    out = arguments.out or arguments.runs[0] / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out: {out} must be a file. Got a folder; name one in it, such as {out / 'report.html'}.")
+    check_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}")
+    temporary.write_text(page(runs), encoding="utf-8")
+    temporary.replace(out)
+    print(out)
+
+
+def run() -> int:
+    """The command, as the shell sees it: its exit code."""
+    return exit_code(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,76 @@
+"""What a command says on the terminal: log records and progress bars on standard error, results on standard output.
+
+Modules log to ``logging.getLogger(__name__)``. A command installs the handler with ``console_logging``; a program that
+uses the package as a library configures the logger ``moh_megatron`` as it likes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from tqdm import tqdm
+
+_LOGGER = logging.getLogger("moh_megatron")
+_PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to the standard error of the moment, above progress bars; warnings and errors say what they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = _PREFIXES.get(record.levelno, "")
+        message = self.format(record)
+        if record.levelno >= logging.ERROR:
+            message = message.replace("\n", "\n" + " " * len(prefix))
+        with suppress(OSError):  # A terminal that hung up must not end the program.
+            tqdm.write(prefix + message, file=sys.stderr)
+            sys.stderr.flush()
+
+
+@contextmanager
+def console_logging() -> Iterator[None]:
+    """Show this package's log records from INFO on while the block runs; an inner call changes nothing."""
+    if any(isinstance(handler, ConsoleHandler) for handler in _LOGGER.handlers):
+        yield
+        return
+    handler, before = ConsoleHandler(), (_LOGGER.level, _LOGGER.propagate)
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    # Libraries configure the root logger; every record would then appear twice.
+    _LOGGER.propagate = False
+    try:
+        yield
+    finally:
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(before[0])
+        _LOGGER.propagate = before[1]
+
+
+def set_level(level: int) -> None:
+    """Show records from ``level`` on: logging.WARNING under --quiet, logging.DEBUG under --verbose."""
+    _LOGGER.setLevel(level)
+
+
+def speak_for_rank(rank: int) -> None:
+    """Leave everything but errors to rank 0, so that each message appears once and not once a rank."""
+    if rank != 0:
+        _LOGGER.setLevel(logging.ERROR)
+
+
+def is_quiet() -> bool:
+    """Whether neither messages nor progress bars are shown."""
+    return not _LOGGER.isEnabledFor(logging.INFO)
+
+
+def is_verbose() -> bool:
+    """Whether the messages of the libraries underneath are shown, too."""
+    return _LOGGER.isEnabledFor(logging.DEBUG)
+
+
+def progress_bar(description: str, total: int, unit: str, **options: Any) -> tqdm:
+    """A progress bar on standard error, above which log records are written; none under --quiet."""
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=is_quiet(), **options)

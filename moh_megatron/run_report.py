@@ -1,0 +1,232 @@
+"""One page about one run or several, for any browser and without a network.
+
+Curves over tokens, head maps, throughput, restarts, what the configurations differ in, evaluations and samples of text,
+from the files in the run folders; a run may still be going on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
+
+from moh_megatron.evaluate.results import (
+    AVERAGE_COLUMNS,
+    COMPARISON_COLUMNS,
+    NOTHING_HELD_OUT,
+    TASK_COLUMNS,
+    VALIDATION_COLUMNS,
+    averages,
+    compared_rows,
+    model_line,
+    suite_line,
+    task_rows,
+    validation_rows,
+)
+from moh_megatron.monitor.charts import Series, curves, head_map
+from moh_megatron.monitor.run_folder import RunFolder
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; padding: 1rem; max-width: 1180px; color: #111; background: #fff; }
+body { font: 16px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; border-bottom: 2px solid #111; margin-top: 2.2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 1rem; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } .unit { font-weight: 400; color: #444; }
+svg { width: 100%; height: auto; display: block; } .key svg { display: inline; width: 34px; margin-right: .3rem; }
+svg text { font: 13px system-ui, sans-serif; fill: #111; } .grid { stroke: #ccc; }
+.curve { fill: none; stroke-width: 2; } .map rect { stroke: #888; stroke-width: .5; }
+.key { display: inline-block; margin-right: 1rem; }
+.wide { overflow-x: auto; margin: .7rem 0; }
+table { border-collapse: collapse; font-size: .92rem; } th { background: #eee; }
+th, td { border: 1px solid #888; padding: .2rem .5rem; text-align: left; vertical-align: top; }
+td { max-width: 34rem; overflow-wrap: break-word; }
+blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid #111; overflow-wrap: anywhere; }
+blockquote { white-space: pre-wrap; }
+@media (max-width: 600px) {
+  body { padding: .5rem; } table { font-size: .7rem; } th, td { padding: .1rem .2rem; }
+  /* What is still wider casts a shadow at the side where there is more. */
+  .wide { background: linear-gradient(to right, #fff 30%, #fff0) local, linear-gradient(to left, #fff 30%, #fff0) local,
+    linear-gradient(to right, #666, #fff0) left, linear-gradient(to left, #666, #fff0) right;
+    background-repeat: no-repeat; background-size: 40px 100%, 40px 100%, 10px 100%, 10px 100%;
+    background-position: left, right, left, right; }
+}
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Nothing without rows."""
+    lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    if not lines:
+        return ""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def section(title: str, *parts: str) -> str:
+    """Nothing where all parts are empty."""
+    content = "".join(parts)
+    return f"<h2>{escape(title)}</h2>{content}" if content else ""
+
+
+def over_tokens(runs: Sequence[RunFolder], key: str) -> list[Series]:
+    """A column of metrics.jsonl."""
+    return [(run.name, [(each["tokens"], each.get(key)) for each in run.steps]) for run in runs]
+
+
+def tagged(runs: Sequence[RunFolder], tag: str) -> list[Series]:
+    """A scalar of the event files."""
+    return [
+        (run.name, [(step * run.config.train.tokens_per_step, value) for step, value in run.series(tag)])
+        for run in runs
+    ]
+
+
+def validation(runs: Sequence[RunFolder]) -> list[Series]:
+    """The loss, and behind those of all runs that of each source where there are several."""
+    found: list[Series] = [
+        (run.name, [(each["step"] * run.config.train.tokens_per_step, each["loss"]) for each in run.validations])
+        for run in runs
+    ]
+    for run in runs:
+        tokens = run.config.train.tokens_per_step
+        sources = {name for each in run.validations for name in each.get("sources", {})}
+        for name in sorted(sources):
+            points = [(each["step"] * tokens, each.get("sources", {}).get(name)) for each in run.validations]
+            found.append((f"{run.name}: {name}", points))
+    return found
+
+
+def charts(runs: Sequence[RunFolder]) -> str:
+    """Curves of all runs together."""
+    drawn = [
+        curves("training loss", "nats a token", over_tokens(runs, "lm_loss")),
+        curves("validation loss", "nats a token", validation(runs)),
+        curves("balance loss", "mean over layers, before beta", over_tokens(runs, "balance_loss")),
+        curves("gradient norm", "before clipping", over_tokens(runs, "grad_norm")),
+        curves("gradient norm of the routers", "", tagged(runs, "optimizer/router_grad_norm")),
+        curves("learning rate", "", over_tokens(runs, "lr")),
+    ]
+    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def throughput(runs: Sequence[RunFolder]) -> str:
+    """Rates, and where the time of a step goes."""
+    drawn = [
+        curves("tokens a second", "", over_tokens(runs, "tokens_per_second")),
+        curves("executed TFLOP/s", "of each device", tagged(runs, "throughput/tflops_executed")),
+        curves("memory", "GiB, largest rank", tagged(runs, "memory/largest_rank_gib")),
+    ]
+    for run in runs:
+        parts = ("data", "forward", "backward", "optimizer", "save")
+        split = [(part, points) for part in parts for _, points in tagged([run], f"time/{part}")]
+        drawn.append(curves(f"time of a step, {run.name}", "seconds", split))
+    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def overview(runs: Sequence[RunFolder]) -> str:
+    """How far each run is and how it ended."""
+    rows = []
+    for run in runs:
+        last = run.steps[-1] if run.steps else {"step": 0, "tokens": 0}
+        losses = [each["loss"] for each in run.validations if each["loss"] is not None]
+        loss = f"{losses[-1]:.4f}" if losses else ""
+        bad = sum(bool(each.get("skipped")) for each in run.steps)
+        ending = run.ending.get("reason", "still running, or killed")
+        restarts = max(len(run.lives) - 1, 0)
+        rows.append((run.name, f"{last['step']:,}", f"{last['tokens']:,}", loss, bad, restarts, ending))
+    head = ("run", "steps", "tokens", "validation loss", "skipped steps", "restarts", "ended")
+    return table(head, rows)
+
+
+def restarts(runs: Sequence[RunFolder]) -> str:
+    """Every start of every run."""
+    rows = [
+        (
+            run.name,
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(life.get("time", 0))),
+            life["step"],
+            f"{life.get('ranks', '')} ranks, TP {life.get('tensor', '')}, ZeRO {life.get('zero_stage', '')}",
+            life.get("code", ""),
+        )
+        for run in runs
+        for life in run.lives
+    ]
+    return table(("run", "started", "after step", "on", "code"), rows)
+
+
+def differences(runs: Sequence[RunFolder]) -> str:
+    """Keys whose values are not the same in all runs; of a single run all keys."""
+    keys = sorted({key for run in runs for key in run.settings})
+    rows = [(key, *(run.settings.get(key, "") for run in runs)) for key in keys]
+    if len(runs) > 1:
+        rows = [row for row in rows if len(set(row[1:])) > 1]
+        return table(("key", *(run.name for run in runs)), rows)
+    return f"<details><summary>every value</summary>{table(('key', runs[0].name), rows)}</details>"
+
+
+def evaluations(runs: Sequence[RunFolder]) -> str:
+    """Tables of every evaluation; each number says what it is. One that is not as they are written is named."""
+    parts = []
+    for run in runs:
+        for name, found in run.evaluations.items():
+            parts.append(f"<h3>{escape(f'{run.name}, {name}')}</h3>")
+            try:
+                parts.append(evaluation(found))
+            except (LookupError, TypeError, ValueError, AttributeError):
+                parts.append("<p>Its results.json is not as pipelines/evaluate.py writes it.</p>")
+    return "".join(parts)
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """Of one results.json."""
+    parts = [f"<p>{escape(model_line(found))}</p>"]
+    if "validation" in found:
+        rows = validation_rows(found["validation"])
+        parts.append(table(VALIDATION_COLUMNS, rows) or f"<p>{NOTHING_HELD_OUT}</p>")
+    if "suite" in found:
+        parts.append(f"<h4>{escape(suite_line(found['suite']))}</h4>")
+        parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
+        parts.append(table(AVERAGE_COLUMNS, averages(found["suite"])))
+    if "comparison" in found:
+        parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
+        parts.append(table(COMPARISON_COLUMNS, compared_rows(found["comparison"]["tasks"])))
+    return "".join(parts)
+
+
+def for_each(runs: Sequence[RunFolder], part: Callable[[RunFolder], str]) -> str:
+    return "".join(part(run) for run in runs)
+
+
+def page(runs: Sequence[RunFolder]) -> str:
+    """The whole page."""
+    title = "Run report: " + ", ".join(run.name for run in runs)
+    alarms = [(run.name, step, message) for run in runs for step, message in run.alarms]
+    samples = for_each(
+        runs,
+        lambda run: "".join(
+            f"<p>{escape(run.name)}, step {each['step']:,}</p><blockquote>{escape(str(each['sample']))}</blockquote>"
+            for each in run.validations[-3:]
+            if "sample" in each
+        ),
+    )
+    body = [
+        overview(runs),
+        section("Losses", charts(runs)),
+        section("Heads", for_each(runs, lambda run: head_map(f"head load, {run.name}", run.head_load))),
+        section("Throughput", throughput(runs)),
+        section("Alarms", table(("run", "step", "alarm"), alarms)),
+        section("Starts", restarts(runs)),
+        section("Configuration" if len(runs) == 1 else "What the configurations differ in", differences(runs)),
+        section("Evaluation", evaluations(runs)),
+        section("Samples", samples),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(body)}"
+        "</body></html>\n"
+    )
