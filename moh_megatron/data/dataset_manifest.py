@@ -181,6 +181,6 @@ def load_manifest(folder: Path) -> Manifest:
 def load_dataset_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer the dataset was made with. Raises UserError where its file has changed since."""
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eod != manifest.tokenizer.eos_token_id:
+    if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eos_token_id != manifest.tokenizer.eos_token_id:
         raise UserError(f"{folder / 'tokenizer'}: not the tokenizer this dataset was made with. {AGAIN}")
     return tokenizer

@@ -78,11 +78,11 @@ def _open_checkpoint(folder: Path, config: Config) -> Continue:
     def complete(prompt: str) -> str:
         written = continue_text(
             model,
-            tokenizer.encode(prompt) or [tokenizer.eod],
+            tokenizer.encode(prompt) or [tokenizer.eos_token_id],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
-            stop_token=tokenizer.eod,
+            stop_token=tokenizer.eos_token_id,
             context=trained.train.sequence_length,
             seed=config.run.seed,
             device=torch.device("cpu"),

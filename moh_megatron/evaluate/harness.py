@@ -244,7 +244,7 @@ class CheckpointLM(TemplateLM):
         super().__init__()
         self._subject, self._batch_size = subject, batch_size
         self._tokenizer: Any = open_tokenizer(subject.tokenizer_dir)
-        self._end = load_tokenizer(subject.tokenizer_dir).eod
+        self._end = load_tokenizer(subject.tokenizer_dir).eos_token_id
 
     @property
     def eot_token_id(self) -> int:

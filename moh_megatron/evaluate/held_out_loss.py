@@ -49,7 +49,7 @@ def validation_loss(subject: LoadedModel, config: Config) -> dict[str, Any]:
             f"{subject.path}: its tokenizer must be the one that encoded {data.sources[0].folder} "
             f"({tokenizer.sha256[:12]}). Got {own.sha256[:12]}; prepare the data with the model's tokenizer."
         )
-    eos_token_id = tokenizer.eod if config.data.document_mask else None
+    eos_token_id = tokenizer.eos_token_id if config.data.document_mask else None
     datasets = build_validation_datasets(config, data, tokenizer)
     losses = {name: _of_source(subject, dataset, config, name, eos_token_id) for name, dataset in datasets.items()}
     step = config.train.steps if subject.step is None else subject.step

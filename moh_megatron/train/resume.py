@@ -179,7 +179,7 @@ def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     if not has_tokenizer(folder):  # imported from a folder that had none
         return
     there = load_tokenizer(folder)
-    if (there.sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
+    if (there.sha256, there.eos_token_id) != (tokenizer.sha256, tokenizer.eos_token_id):
         raise UserError(
             f"{checkpoint} was made with another tokenizer, {there.sha256[:12]}, than the data, "
             f"{tokenizer.sha256[:12]}. "

@@ -61,7 +61,7 @@ class Session:
     @property
     def eos_token_id(self) -> int | None:
         """The token at which attention stops, or None where it crosses documents."""
-        return self.tokenizer.eod if self.config.data.document_mask else None
+        return self.tokenizer.eos_token_id if self.config.data.document_mask else None
 
 
 def _agreed(world: World, look: Callable[[], Path | None]) -> Path | None:

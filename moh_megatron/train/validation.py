@@ -40,11 +40,11 @@ def sample_text(model: nn.Module, config: Config, tokenizer: Tokenizer, device: 
     model.eval()
     written = continue_text(
         model,
-        tokenizer.encode(prompt) or [tokenizer.eod],
+        tokenizer.encode(prompt) or [tokenizer.eos_token_id],
         max_new_tokens=config.generate.max_new_tokens,
         temperature=config.generate.temperature,
         top_k=config.generate.top_k,
-        stop_token=tokenizer.eod,
+        stop_token=tokenizer.eos_token_id,
         context=config.train.sequence_length,
         seed=config.run.seed,
         device=device,

@@ -178,7 +178,9 @@ def calibration_of(
     dataset = build_train_dataset(config, data, tokenizer)
     tokens = torch.stack([dataset[index] for index in range(min(config.moh.calibration_sequences, len(dataset)))])
     device = next(model.parameters()).device
-    calibration = calibrate(model, there, tokens.to(device), tokenizer.eod if config.data.document_mask else None)
+    calibration = calibrate(
+        model, there, tokens.to(device), tokenizer.eos_token_id if config.data.document_mask else None
+    )
     calibration = dataclasses.replace(calibration, of=of)
     write_calibration(file, calibration)
     return calibration

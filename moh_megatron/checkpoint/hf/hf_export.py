@@ -24,7 +24,8 @@ from moh_megatron.checkpoint.hf.skywork import official_config
 from moh_megatron.checkpoint.hf.weight_readers import WeightSource
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_JSON, has_tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
+from moh_megatron.data.tokenizer.tokenizer import has_tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder, place_of, refuse_inside
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json_if_any
@@ -129,7 +130,7 @@ def write_folder(
     if GENERATION in carried:
         (folder / GENERATION).write_bytes(carried[GENERATION])
     else:
-        pad = ends.pad if tokenizer is None or stated else tokenizer.pad
+        pad = ends.pad if tokenizer is None or stated else tokenizer.pad_token_id
         GenerationConfig(bos_token_id=ends.bos, eos_token_id=ends.eos, pad_token_id=pad).save_pretrained(folder)
     if config.moh.enabled and form == "moh":
         for name in CODE:

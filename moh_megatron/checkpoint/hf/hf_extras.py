@@ -36,7 +36,8 @@ class Ends(NamedTuple):
     def of(cls, tokenizer: Tokenizer) -> Ends:
         """A document starts behind the token that ended the one before it."""
         # Transformers never trains the embedding of the padding token, so the end token must not be it.
-        return cls(tokenizer.eod, tokenizer.eod, None if tokenizer.pad == tokenizer.eod else tokenizer.pad)
+        end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+        return cls(end, end, None if padding == end else padding)
 
 
 @dataclass(frozen=True)

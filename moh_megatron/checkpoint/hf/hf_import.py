@@ -24,7 +24,8 @@ from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import completed_config
 from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_JSON, Tokenizer, has_tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder, refuse_inside, refuse_unless_new
 from moh_megatron.io.errors import UserError
 

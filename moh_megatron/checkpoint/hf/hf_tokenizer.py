@@ -13,13 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from moh_megatron.checkpoint.hf.hf_config_reader import check_token_ids
 from moh_megatron.checkpoint.hf.hf_extras import GENERATION, GENERATION_SETTINGS
 from moh_megatron.checkpoint.hf.transformers_io import quiet, refusing
-from moh_megatron.data.tokenizer.tokenizer import (
-    CHAT_TEMPLATE,
-    SPECIAL_TOKENS,
-    TOKENIZER_CONFIG,
-    TOKENIZER_JSON,
-    Tokenizer,
-)
+from moh_megatron.data.tokenizer.names import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
 
@@ -55,7 +50,7 @@ def check_tokenizer(tokenizer: Tokenizer, entries: int) -> None:
     if got != (expected := tokenizer.encode(_PROBE)):
         raise UserError(
             f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: {expected} "
-            f"for {_PROBE!r}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS} changes it."
+            f"for {_PROBE!r}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP} changes it."
         )
 
 
@@ -78,7 +73,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, entries: int) -> None:
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:
     """Fill ``folder``. Raises UserError where a file is no text of its kind, which Transformers would not name."""
-    read_json_if_any(tokenizer.folder / SPECIAL_TOKENS, "the special tokens of a tokenizer")
+    read_json_if_any(tokenizer.folder / SPECIAL_TOKENS_MAP, "the special tokens of a tokenizer")
     template = tokenizer.folder / CHAT_TEMPLATE
     try:
         if template.is_file():
@@ -97,7 +92,7 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
     # An imported one may name code of its own.
     settings.pop("auto_map", None)
     encoder = Encoder.from_file(str(folder / TOKENIZER_JSON))
-    settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eod))
+    settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eos_token_id))
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     # Half a character, which JSON can write and UTF-8 cannot, is left to Transformers to refuse.
     file.write_bytes(text.encode("utf-8", errors="surrogatepass"))
@@ -119,7 +114,7 @@ def _encoded(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, entries: int
 
 def _naming(folder: Path, token: str) -> Path:
     """The file in ``folder`` that names a token which tokenizer.json lacks; the folder itself where none shows it."""
-    for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
+    for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
         if any(each in text for each in (json.dumps(token), json.dumps(token, ensure_ascii=False))):
             return folder / name

@@ -108,7 +108,7 @@ def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part
                 if writer is None:
                     writer = PartWriter(PartFiles(job.folder, next(numbers)), dtype)
                 before = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
-                _write(writer, batch, encoded, tokenizer.eod)
+                _write(writer, batch, encoded, tokenizer.eos_token_id)
                 held += batch.size
                 if held >= RETURNED:
                     return_freed()
@@ -125,14 +125,14 @@ def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part
             writer.discard()
 
 
-def _write(writer: PartWriter, batch: Batch, encoded: list[NDArray[Any]], eod: int) -> None:
+def _write(writer: PartWriter, batch: Batch, encoded: list[NDArray[Any]], eos_token_id: int) -> None:
     pieces = iter(encoded)
     for step in batch.steps:
         match step:
             case None:
                 writer.add_piece(next(pieces))
             case End(text_bytes, digest, dropped):
-                writer.end_document(eod, text_bytes, digest, dropped)
+                writer.end_document(eos_token_id, text_bytes, digest, dropped)
             case Bad(segment, line, reason):
                 writer.reject(segment, line, reason)
 

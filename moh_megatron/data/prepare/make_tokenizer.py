@@ -40,7 +40,8 @@ def tokenizer_settings(config: Config, given: Tokenizer | None) -> dict[str, Any
     if given is not None:
         return {
             "sha256": given.sha256,
-            "end_of_document": given.eod,
+            # The manifest's settings of datasets prepared so far have this key: they must be found equal.
+            "end_of_document": given.eos_token_id,
             "split_special_tokens": given.split_special_tokens,
         }
     settings = config.tokenizer

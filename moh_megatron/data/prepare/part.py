@@ -95,12 +95,12 @@ class PartWriter:
         self._open_tokens += len(ids)
         self._pieces += 1
 
-    def end_document(self, eod: int, text_bytes: int, digest: bytes, dropped: int) -> None:
-        """Close the document; one without tokens gets no ``eod``, as in Megatron-LM's tool."""
+    def end_document(self, eos_token_id: int, text_bytes: int, digest: bytes, dropped: int) -> None:
+        """Close the document; one without tokens gets no ``eos_token_id``, as in Megatron-LM's tool."""
         if dropped:
             self._rewind()
         elif self._open_tokens:
-            self._tokens.write(np.array(eod, dtype=self._dtype).tobytes())
+            self._tokens.write(np.array(eos_token_id, dtype=self._dtype).tobytes())
             self._open_tokens += 1
         high, low = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:16]))
         self._documents.write(np.array([(self._open_tokens, text_bytes, high, low, dropped)], RECORD).tobytes())

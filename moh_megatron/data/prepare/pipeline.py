@@ -172,7 +172,7 @@ def _merge(config: Config, work: PrepareJob, tokenizer: Tokenizer, partial: Path
         )
         + tuple(InputRecord(each.name, None, None, None, each.revision) for each in work.inputs if each.kind == "hub"),
         settings=work.settings,
-        tokenizer=TokenizerRecord(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod),
+        tokenizer=TokenizerRecord(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_token_id),
         dtype=dtype.__name__,
         train=merged.train,
         validation=merged.validation,

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE with the tokenizers library: GPT-2's cut into words, every byte a token, no unknown text."""
+"""Trains a byte-level BPE with the tokenizers library: GPT-2's split into words, and a token for every byte."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from moh_megatron.data.tokenizer.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
+from moh_megatron.data.tokenizer.names import TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.io.errors import UserError
 
-END_OF_DOCUMENT = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"
 
 
 def train_byte_level_bpe(
@@ -22,16 +22,16 @@ def train_byte_level_bpe(
 ) -> None:
     """Train on ``texts`` and write tokenizer.json and tokenizer_config.json into ``out_dir``.
 
-    ``user_symbols`` are one token each wherever they stand. The same texts give the same files.
+    Each of ``user_symbols`` becomes one token, wherever it occurs. The same texts give the same files.
 
-    Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
+    Raises UserError if the texts cannot give exactly ``vocab_size`` entries.
     """
     tokenizer: Any = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = BpeTrainer(
         vocab_size=vocab_size - len(user_symbols),  # pyright: ignore[reportCallIssue]
-        special_tokens=[AddedToken(END_OF_DOCUMENT, normalized=False, special=True)],
+        special_tokens=[AddedToken(EOS_TOKEN, normalized=False, special=True)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -39,17 +39,17 @@ def train_byte_level_bpe(
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in user_symbols])
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
     if entries != vocab_size:
-        why = "more than the text of data.inputs can fill" if entries < vocab_size else "too small for the 256 bytes"
+        reason = "more than the text of data.inputs can fill" if entries < vocab_size else "too small for the 256 bytes"
         raise UserError(
-            f"model.vocab_size is {vocab_size}, {why}: it gives {entries}. Set it so, give more text, or name a "
+            f"model.vocab_size is {vocab_size}, {reason}: it gives {entries}. Set it so, give more text, or name a "
             "tokenizer in tokenizer.path."
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_DOCUMENT,
-        "eos_token": END_OF_DOCUMENT,
+        "bos_token": EOS_TOKEN,
+        "eos_token": EOS_TOKEN,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],

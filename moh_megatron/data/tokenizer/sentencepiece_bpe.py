@@ -1,6 +1,6 @@
-"""Train a SentencePiece BPE or Unigram model and export it as the tokenizer.json that encodes exactly as it does.
+"""Trains a SentencePiece BPE or Unigram model and exports it as the tokenizer.json that encodes exactly as it does.
 
-The export is the form everything reads; transformers 5 reads a SentencePiece .model with other results.
+Everything reads the exported form, since transformers 5 reads a SentencePiece .model with other results.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal
 
 import sentencepiece
 
+from moh_megatron.data.tokenizer.names import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.data.tokenizer.sentencepiece_json import to_tokenizer_json
-from moh_megatron.data.tokenizer.tokenizer import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.io.errors import UserError
 
 UNKNOWN = "<unk>"
-END_OF_DOCUMENT = "</s>"
+EOS_TOKEN = "</s>"
 
 
 def train_tokenizer(
@@ -33,12 +33,12 @@ def train_tokenizer(
 ) -> None:
     """Train on ``texts`` and write tokenizer.model, tokenizer.json and tokenizer_config.json into ``out_dir``.
 
-    With byte fallback: any text can be encoded and decodes to itself. No normalisation, no space added or removed;
-    pieces hold no line ends and a space only in front. ``character_coverage`` is the share of the characters of the
-    texts that get a piece each; the others are encoded as bytes. ``user_symbols`` are one token each wherever they
-    stand. The same texts give the same files.
+    With byte fallback any text can be encoded and decodes to itself. The text is not normalised and no space is added
+    or removed. Pieces hold no line ends, and spaces only at their start. ``character_coverage`` is the share of the
+    characters of the texts that get a piece of their own; the others are encoded as bytes. Each of ``user_symbols``
+    becomes one token, wherever it occurs. The same texts give the same files.
 
-    Raises UserError where the texts cannot give exactly ``vocab_size`` entries.
+    Raises UserError if the texts cannot give exactly ``vocab_size`` entries.
     """
     model = io.BytesIO()
     try:
@@ -53,25 +53,25 @@ def train_tokenizer(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            max_sentence_length=1 << 30,  # longer lines would be left out in silence
+            max_sentence_length=1 << 30,  # longer lines would be dropped silently
             unk_id=0,
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            num_threads=1,  # the number is written into the model: one that varied would change the file
+            num_threads=1,  # the number is written into the model, so another one would change the file
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_explain(str(error), vocab_size)) from None
+        raise UserError(_explanation(str(error), vocab_size)) from None
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "tokenizer.model").write_bytes(model.getvalue())
     exported = to_tokenizer_json(model.getvalue()).to_str(pretty=True)
     (out_dir / TOKENIZER_JSON).write_text(exported + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # Every training sequence after the first document starts behind this token: it stands for "begin" as well.
-        "bos_token": END_OF_DOCUMENT,
-        "eos_token": END_OF_DOCUMENT,
+        # In training every document but the first follows this token, so it marks the beginning as well.
+        "bos_token": EOS_TOKEN,
+        "eos_token": EOS_TOKEN,
         "unk_token": UNKNOWN,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
@@ -84,7 +84,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     return (line for text in texts for line in text.split("\n") if line)
 
 
-def _explain(error: str, vocab_size: int) -> str:
+def _explanation(error: str, vocab_size: int) -> str:
+    """A message to the user for what SentencePiece reported."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", error):
         return (
             f"model.vocab_size is {vocab_size}, more than the text of data.inputs can fill: at most {most[1]}. "

@@ -112,7 +112,7 @@ def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
     assert len(train) == 1200
     stored = {name: np.fromfile(tmp_path / "dataset" / name / "train.bin", np.uint16) for name in ("long", "short")}
     documents = {
-        name: {d.tobytes() for d in np.split(tokens, np.flatnonzero(tokens == tokenizer.eod) + 1)}
+        name: {d.tobytes() for d in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)}
         for name, tokens in stored.items()
     }
     sources = draw(blended).sources
@@ -122,7 +122,7 @@ def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
         tokens = train[index].numpy().astype(np.uint16)
         seen[name].append(tokens.tobytes())
         if index < 60:
-            for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eod) + 1):
+            for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1):
                 assert any(part.tobytes() in document for document in documents[name])
     epoch = (len(stored["short"]) - 1) // 16
     assert len(seen["short"]) == 600 > 2 * epoch
@@ -144,12 +144,12 @@ def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
 
 def test_places_name_the_source_and_the_document_in_every_epoch(blended: Config, tmp_path: Path) -> None:
     data = load_prepared(blended)
-    eod = data.tokenizer().eod
+    eos_token_id = data.tokenizer().eos_token_id
     train = build_train_dataset(blended, data, data.tokenizer())
     documents = {}
     for name in ("long", "short"):
         stored = np.fromfile(tmp_path / "dataset" / name / "train.bin", np.uint16)
-        documents[name] = np.split(stored, np.flatnonzero(stored == eod) + 1)
+        documents[name] = np.split(stored, np.flatnonzero(stored == eos_token_id) + 1)
     sources = draw(blended).sources
     for index in range(len(train)):
         places = train.places(index)

@@ -113,7 +113,7 @@ class Letters:
 
 def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int = 8) -> Any:
     monkeypatch.setattr(harness, "open_tokenizer", lambda folder: Letters(bos))
-    monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eod=25))
+    monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=25))
     table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
     subject: Any = SimpleNamespace(
         path=Path("checkpoint"),

@@ -149,7 +149,7 @@ def test_sources_count_by_their_shares_at_the_model_s_step(
     sources = [{"name": name, "inputs": ["x"], "weight": weight} for name, weight in (("a", 2), ("b", 1), ("c", 1))]
     changes = [{"step": 10, "weights": {"a": 1, "b": 3, "c": 0}}]
     config = tiny({"data.sources": sources, "data.weight_changes": changes, "tokenizer.path": "t"})
-    tokenizer = SimpleNamespace(sha256="x", eod=0)
+    tokenizer = SimpleNamespace(sha256="x", eos_token_id=0)
     losses = {"a": 1.0, "b": 3.0}
     monkeypatch.setattr(held_out_loss, "be_alone", lambda seed: None)
     monkeypatch.setattr(held_out_loss, "load_prepared", lambda config: SimpleNamespace(tokenizer=lambda: tokenizer))

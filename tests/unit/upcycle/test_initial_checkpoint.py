@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_rank", "data")
 
 
 class FakeTokenizer:
-    sha256, eod = "t" * 64, 1
+    sha256, eos_token_id = "t" * 64, 1
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)

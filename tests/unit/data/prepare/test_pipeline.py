@@ -66,7 +66,7 @@ def golden(folder: Path, texts: list[str], tokenizer_folder: Path) -> dict[str, 
     for text in texts:
         ids = tokenizer.encode(text)
         if ids:
-            ids.append(tokenizer.eod)
+            ids.append(tokenizer.eos_token_id)
         held = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < FRACTION * 2**64
         lengths = [len(ids)] if ids else []
         builders["validation" if held else "train"].add_document(ids, lengths)  # pyright: ignore[reportArgumentType]

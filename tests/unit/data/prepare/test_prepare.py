@@ -2,6 +2,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import logging
 import os
 import resource
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def test_documents_come_back_in_their_split(make_config: MakeConfig, corpus: Pat
         documents: Any = stored[:]
         record = manifest.split(name)
         assert [tokenizer.decode(ids[:-1].tolist()) for ids in documents] == expected
-        assert all(ids[-1] == tokenizer.eod for ids in documents)
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in documents)
         assert stored.index.dtype.__name__ == manifest.dtype == "uint16"
         assert record.documents == len(expected) > 3
         assert record.tokens == sum(map(len, documents))
@@ -67,15 +68,15 @@ def test_split_of_a_document_is_its_own(chapters: list[str]) -> None:
 
 
 def test_prepared_twice_is_made_once(
-    make_config: MakeConfig, corpus: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    make_config: MakeConfig, corpus: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     config = make_config([corpus])
     first = prepare(config)
     dataset = Path(str(config.data.dir))
     before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
-    capsys.readouterr()
-    assert prepare(config) == first
-    assert "already prepared" in capsys.readouterr().out
+    with caplog.at_level(logging.INFO):
+        assert prepare(config) == first
+    assert any("already prepared" in message for message in caplog.messages)
     assert {path: path.stat().st_mtime_ns for path in dataset.rglob("*")} == before
 
     damaged = dataset / "train.bin"

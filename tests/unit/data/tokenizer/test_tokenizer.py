@@ -85,7 +85,7 @@ def test_any_unicode_text(text: str, tokenizer: Tokenizer, reference: sentencepi
     ids = tokenizer.encode(text)
     assert ids == reference.encode(text)  # pyright: ignore[reportAttributeAccessIssue]
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
-    assert tokenizer.eod not in ids
+    assert tokenizer.eos_token_id not in ids
 
 
 def test_repetitions_of_every_piece(tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor) -> None:
@@ -97,8 +97,8 @@ def test_repetitions_of_every_piece(tokenizer: Tokenizer, reference: sentencepie
 
 def test_ids_and_identity(folder: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 2048
-    assert tokenizer.eod == tokenizer.pad == 1
-    assert tokenizer.decode([tokenizer.eod]) == ""
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
+    assert tokenizer.decode([tokenizer.eos_token_id]) == ""
     assert tokenizer.unique_identifiers["sha256"] == tokenizer.sha256
     assert load_tokenizer(folder / "tokenizer.json").sha256 == tokenizer.sha256
 
@@ -151,10 +151,10 @@ def write_tokenizer(folder: Path, vocabulary: list[str], settings: dict[str, obj
 
 def test_end_of_document_of_other_tokenizers(tmp_path: Path) -> None:
     words = ["x", "</s>", "<|endoftext|>", "<pad>", "<end>"]
-    assert load_tokenizer(write_tokenizer(tmp_path, words)).eod == 1
-    assert load_tokenizer(write_tokenizer(tmp_path, words, {"eos_token": {"content": "<end>"}})).eod == 4
+    assert load_tokenizer(write_tokenizer(tmp_path, words)).eos_token_id == 1
+    assert load_tokenizer(write_tokenizer(tmp_path, words, {"eos_token": {"content": "<end>"}})).eos_token_id == 4
     loaded = load_tokenizer(write_tokenizer(tmp_path, words, {"eos_token": "<end>", "pad_token": "<pad>"}))
-    assert (loaded.eod, loaded.pad, loaded.vocab_size) == (4, 3, 5)
+    assert (loaded.eos_token_id, loaded.pad_token_id, loaded.vocab_size) == (4, 3, 5)
 
 
 def test_broken_tokenizers_are_named(tmp_path: Path) -> None:

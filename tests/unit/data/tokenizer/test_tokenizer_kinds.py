@@ -96,10 +96,10 @@ def test_byte_level_on_any_text(text: str, byte_level: Tokenizer) -> None:
 
 def test_byte_level_entries_and_symbols(byte_level: Tokenizer, chapters: list[str], tmp_path: Path) -> None:
     assert byte_level.vocab_size == 1200
-    assert byte_level.decode([byte_level.eod]) == ""
+    assert byte_level.decode([byte_level.eos_token_id]) == ""
     symbols = [byte_level.encode(symbol) for symbol in SYMBOLS]
     assert all(len(ids) == 1 for ids in symbols)
-    assert byte_level.encode("<|endoftext|>") != [byte_level.eod]
+    assert byte_level.encode("<|endoftext|>") != [byte_level.eos_token_id]
     train_byte_level_bpe(chapters[:60], vocab_size=1200, user_symbols=SYMBOLS, out_dir=tmp_path)
     assert load_tokenizer(tmp_path).sha256 == byte_level.sha256
     with pytest.raises(UserError, match=r"model\.vocab_size is 5000, more than the text .* it gives \d+"):
@@ -136,12 +136,12 @@ def test_a_sentencepiece_model_is_read_as_it_is(
     path.write_bytes(model.getvalue())
     tokenizer = load_tokenizer(path)
     reference: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))  # pyright: ignore[reportCallIssue]
-    assert tokenizer.eod == reference.eos_id() == 2
+    assert tokenizer.eos_token_id == reference.eos_id() == 2
     texts = [*lines[::7], *lines[-3:], *chapters[60:64], *PROBES]
     assert tokenizer.encode_batch(texts) == reference.encode(texts)
     tokenizer.save(tmp_path / "copy")
     again = load_tokenizer(tmp_path / "copy")
-    assert (again.sha256, again.eod) == (tokenizer.sha256, tokenizer.eod)
+    assert (again.sha256, again.eos_token_id) == (tokenizer.sha256, tokenizer.eos_token_id)
     assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == model.getvalue()
     # Pieces inside a document get no space in front: the tokens of the pieces are the tokens of the whole.
     whole = "It was a truth universally acknowledged, that a single man"
@@ -177,11 +177,11 @@ def test_the_name_of_a_special_token_is_what_tokenizer_config_says(
     file.write_text(json.dumps(settings))
     parsing = load_tokenizer(tmp_path)
     text = "It ends <|endoftext|> here"
-    assert byte_level.eod not in byte_level.encode(text)
+    assert byte_level.eos_token_id not in byte_level.encode(text)
     for folder, tokenizer in ((tmp_path, parsing), (byte_level.folder, byte_level)):
         theirs = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-    assert parsing.encode(text).count(parsing.eod) == 1
+    assert parsing.encode(text).count(parsing.eos_token_id) == 1
     assert parsing.encode_batch(chapters[:9]) == byte_level.encode_batch(chapters[:9])
 
 
@@ -199,7 +199,7 @@ def test_a_vocabulary_grows_and_keeps_every_id(byte_level: Tokenizer, chapters: 
         entries = base.vocab_size + 120
         grow_tokenizer(base, [*chinese, *chapters[60:90]], entries=entries, out_dir=folder)
         grown = load_tokenizer(folder)
-        assert (grown.vocab_size, grown.eod) == (entries, base.eod)
+        assert (grown.vocab_size, grown.eos_token_id) == (entries, base.eos_token_id)
         before, after = (json.loads(each.to_json())["model"]["vocab"] for each in (base, grown))
         assert before.items() <= after.items()
         assert sorted(number for number in after.values() if number >= base.vocab_size) == list(
