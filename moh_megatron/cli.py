@@ -149,7 +149,7 @@ def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        if not error.told:
+        if not error.reported:
             logger.error(error)
         return 2
     except Fault as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moh_megatron.parallel import random_states
+from moh_megatron.parallel import rng
 
 FOLDER = "rng"
 
@@ -18,7 +18,7 @@ def _file(checkpoint: Path) -> Path:
 
 
 def write(checkpoint: Path, states: dict[str, Any]) -> Path:
-    """Save what ``parallel.random_states.capture`` gave on this rank; returns the file."""
+    """Save what ``parallel.rng.capture`` gave on this rank; returns the file."""
     with _file(checkpoint).open("wb") as stream:  # torch's own way to open a file hides why it cannot
         torch.save(states, stream)
     return _file(checkpoint)
@@ -26,4 +26,4 @@ def write(checkpoint: Path, states: dict[str, Any]) -> Path:
 
 def restore(checkpoint: Path) -> None:
     """Give this rank the random states it had when ``checkpoint`` was written, at the same topology."""
-    random_states.restore(torch.load(_file(checkpoint), weights_only=True))
+    rng.restore(torch.load(_file(checkpoint), weights_only=True))

@@ -38,7 +38,7 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
 from moh_megatron.io.atomic import flush_names
 from moh_megatron.parallel import groups
-from moh_megatron.parallel.random_states import capture
+from moh_megatron.parallel.rng import capture
 
 
 class SavesFiles(Protocol):

@@ -7,8 +7,8 @@ from typing import Any
 class UserError(ValueError):
     """Something the user can mend: a configuration value, a missing file, a world size. Exit code 2, no traceback."""
 
-    told = False
-    """Whether another process of the same run tells the user."""
+    reported = False
+    """Whether another process of the same run reports this error to the user."""
 
 
 class Fault(RuntimeError):

@@ -84,14 +84,14 @@ def launch(
     }
     processes: dict[int, subprocess.Popen[bytes]] = {}
     early: list[int] = []
-    insistence, insisted = SecondSignal(), math.inf
+    second_signal, insisted = SecondSignal(), math.inf
 
     def forward(number: int, frame: FrameType | None = None) -> None:
         nonlocal insisted
         if not processes:
             early.append(number)
             return
-        if insistence.again():
+        if second_signal.received():
             insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
         for process in processes.values():
             if process.poll() is None:
@@ -131,7 +131,7 @@ def launch(
         bad = {rank: code for rank, code in ended.items() if code not in _EXPECTED_CODES}
         if bad and verdict is None:
             # The ranks that are left say why they end, too.
-            verdict = verdicts.verdict() or verdicts.declare(_finding(bad, verdicts, insisted < math.inf))
+            verdict = verdicts.agreed() or verdicts.declare(_finding(bad, verdicts, insisted < math.inf))
             failed(verdict.message.rstrip("."))
         if len(ended) == ranks:
             return ended
@@ -152,7 +152,7 @@ def _finding(bad: dict[int, int], verdicts: FailureReports, insisted: bool) -> F
         return FailureReport("a second signal ended the ranks at once.", sorted(bad))
     culprits = sorted(rank for rank, code in bad.items() if code < 0) or sorted(bad)
     return FailureReport(
-        ", ".join(_how(rank, bad[rank], verdicts.last_words(rank)) for rank in culprits) + ".", culprits
+        ", ".join(_how(rank, bad[rank], verdicts.exit_reason(rank)) for rank in culprits) + ".", culprits
     )
 
 

@@ -67,7 +67,7 @@ def train(config: Config, world: World, stop: StopRequest) -> Outcome:
 
     watchdog = Watchdog(world, config.train.timeout_seconds, ended)
     with watchdog.watching():
-        together = watchdog.everybody_came(lambda: stop.reason is not None)
+        together = watchdog.all_ranks_up(lambda: stop.reason is not None)
         if world.rank == 0:
             RunLock(run_dir)  # until this process ends; now that the others can be told if another run has it
             (run_dir / "exit.json").unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class _Training:
                 loss, added = self._losses(tokens.to(self.session.device))
             losses.append(loss.detach())
             loss = loss + added
-            if len(losses) == len(micro_batches) and self.health.gives_up(losses):
+            if len(losses) == len(micro_batches) and self.health.skips_spike(losses):
                 loss = loss * math.nan
             with self.timer.part("backward"):
                 engine.backward(loss)

@@ -11,7 +11,7 @@ from moh_megatron.cli import exit_code
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.monitor.records import last_step, write_exit
-from moh_megatron.train.fault_tolerance.run_lock import Occupied
+from moh_megatron.train.fault_tolerance.run_lock import RunFolderInUse
 from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, StopRequest
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
@@ -44,7 +44,7 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
         # Of a lost peer our launcher knows more, and the folder of another run is not this one's.
-        if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ) and not isinstance(error, Occupied):
+        if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ) and not isinstance(error, RunFolderInUse):
             write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
         raise error
     if world.rank == 0:

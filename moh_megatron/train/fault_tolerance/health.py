@@ -1,13 +1,16 @@
-"""Steps that must not count: a loss or gradient that is not finite, a loss spike. Reported, counted, limited.
+"""Detects, reports and limits bad steps: a loss or gradient that is not finite, and loss spikes.
 
-The engine skips a step whose gradient is not finite, on all ranks alike. So a step is given up by one means only: its
-last micro-batch's loss is made NaN before the backward pass.
+The engine skips a step whose gradient is not finite, on all ranks alike. A step is therefore skipped in one way only:
+the loss of its last micro-batch becomes NaN before the backward pass.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,11 +28,32 @@ from moh_megatron.io.errors import Fault
 from moh_megatron.monitor.accumulator import StepMetrics
 from moh_megatron.monitor.records import StepRecords, read_records
 from moh_megatron.parallel import groups
-from moh_megatron.train.fault_tolerance.spikes import SpikeDetector
 
 logger = logging.getLogger(__name__)
 
 _NAMED_SAMPLES = 8
+
+
+class SpikeDetector:
+    """Computes the z-score of a loss over the last ``window`` losses; finds no spike until it has so many."""
+
+    def __init__(self, zscore: float | None, window: int, earlier: Iterable[float] = ()) -> None:
+        self._zscore = zscore
+        self._losses: deque[float] = deque(earlier, window)
+
+    def score(self, loss: float) -> float | None:
+        """Return how many standard deviations ``loss`` lies above the mean, if it is a spike."""
+        if self._zscore is None or len(self._losses) < (self._losses.maxlen or 0):
+            return None
+        mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+        excess = loss - mean
+        score = excess / deviation if deviation else math.inf
+        return score if excess > 0 and score > self._zscore else None
+
+    def add(self, loss: float) -> None:
+        """Add a loss to the window that the next ones are compared with."""
+        if self._zscore is not None and math.isfinite(loss):
+            self._losses.append(loss)
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,7 @@ class _Suspect:
 
 
 def earlier_losses(config: Config, metrics: Path, step: int, control: dist.ProcessGroup) -> list[float]:
-    """The last losses up to ``step`` that a spike is measured by, as rank 0 reads them from metrics.jsonl."""
+    """Return the last losses up to ``step``, which spikes are compared with; rank 0 reads them from metrics.jsonl."""
     found: list[list[float]] = [[]]
     if dist.get_rank() == 0 and step:
         applied = [record for record in read_records(metrics) if not record.get("skipped")]
@@ -53,10 +77,12 @@ def earlier_losses(config: Config, metrics: Path, step: int, control: dist.Proce
 
 
 class Health:
-    """The same on every rank; rank 0 reports.
+    """Decides on every rank alike which steps are skipped, and when there are too many.
 
-    ``earlier``: losses of the steps before, which a resumed run goes on with. ``control``: a group of all ranks whose
-    tensors lie on the host.
+    Args:
+        control: a group of all ranks whose tensors lie on the host.
+        earlier: losses of the steps before, with which a resumed run goes on.
+        records: skipped.jsonl, where this rank writes it.
     """
 
     def __init__(
@@ -71,12 +97,12 @@ class Health:
         self._records = records
         self._spikes = SpikeDetector(self._train.spike_zscore, self._train.spike_window, earlier)
         self._score: float | None = None
-        self._in_a_row = 0
+        self._skipped_in_a_row = 0
 
-    def gives_up(self, losses: list[Tensor]) -> bool:
-        """Whether the step with these micro-batch losses is to be given up as a spike, before its last backward pass.
+    def skips_spike(self, losses: list[Tensor]) -> bool:
+        """Return whether to skip the step with these losses as a spike; called before its last backward pass.
 
-        Without train.skip_spikes it never is, and nothing is computed.
+        Without train.skip_spikes it returns False and computes nothing.
         """
         if not self._train.skip_spikes:
             return False
@@ -90,11 +116,11 @@ class Health:
         return self._score is not None
 
     def skipped(self, step: int, losses: list[Tensor]) -> None:
-        """Step number ``step`` (1 for the first) was skipped; every rank calls it.
+        """Report that step number ``step`` (1 for the first) was skipped; every rank calls this.
 
-        Raises Fault if it is one too many in a row.
+        Raises Fault if more than train.max_bad_steps were skipped in a row.
         """
-        self._in_a_row += 1
+        self._skipped_in_a_row += 1
         suspects = self._suspects(step, losses)
         samples = sorted({sample for suspect in suspects for sample in suspect.samples})
         if self._score is not None:
@@ -106,37 +132,37 @@ class Health:
         else:
             reason = "the gradient is not finite, though every loss is"
         self._score = None
-        places = {sample: self._dataset.places(sample) for sample in samples}
+        documents = {sample: self._dataset.places(sample) for sample in samples}
         if self._records:
-            documents = {sample: [asdict(place) for place in found] for sample, found in places.items()}
-            self._records.write([{"step": step, "reason": reason, "samples": documents}])
-        named = [f"  sample {sample}: {_prose(places[sample])}" for sample in samples[:_NAMED_SAMPLES]]
+            values = {sample: [asdict(document) for document in found] for sample, found in documents.items()}
+            self._records.write([{"step": step, "reason": reason, "samples": values}])
+        lines = [f"  sample {sample}: {_names(documents[sample])}" for sample in samples[:_NAMED_SAMPLES]]
         if len(samples) > _NAMED_SAMPLES:
-            named.append(f"  and {len(samples) - _NAMED_SAMPLES} more samples")
+            lines.append(f"  and {len(samples) - _NAMED_SAMPLES} more samples")
         logger.warning(
             "\n".join(
                 [
-                    f"step {step} is skipped, {self._in_a_row} in a row (train.max_bad_steps is "
+                    f"step {step} is skipped, {self._skipped_in_a_row} in a row (train.max_bad_steps is "
                     f"{self._train.max_bad_steps}): {reason}. Read from {self._dataset.name}:",
-                    *named,
+                    *lines,
                 ]
             )
         )
-        if self._in_a_row > self._train.max_bad_steps:
+        if self._skipped_in_a_row > self._train.max_bad_steps:
             root = checkpoint_dir(self._config)
             good = next((str(path) for path, _ in complete_checkpoints(root, up_to=step - 1)), f"none in {root}")
             raise Fault(
-                f"step {step}: {reason}. {self._in_a_row} steps in a row were skipped, more than train.max_bad_steps "
-                f"({self._train.max_bad_steps}). Last good checkpoint: {good}. Lower optimizer.learning_rate or raise "
-                f"optimizer.warmup_steps and start again."
+                f"step {step}: {reason}. {self._skipped_in_a_row} steps in a row were skipped, more than "
+                f"train.max_bad_steps ({self._train.max_bad_steps}). Last good checkpoint: {good}. Lower "
+                f"optimizer.learning_rate or raise optimizer.warmup_steps and start again."
             )
 
     def applied(self) -> None:
-        """A step went well."""
-        self._in_a_row = 0
+        """Record that a step changed the weights."""
+        self._skipped_in_a_row = 0
 
     def observe(self, metrics: StepMetrics) -> None:
-        """A step's reduced loss, at the logging interval: report it if it is a spike that was not skipped."""
+        """Report the loss of a step, reduced at the logging interval, if it is a spike that was not skipped."""
         if self._train.skip_spikes or metrics.skipped:
             return
         score = self._spikes.score(metrics.lm_loss)
@@ -150,20 +176,22 @@ class Health:
         self._spikes.add(metrics.lm_loss)
 
     def _suspects(self, step: int, losses: list[Tensor]) -> list[_Suspect]:
-        """The micro-batches whose loss is not finite, of all ranks; all of them where none is."""
+        """Return the micro-batches of all ranks whose loss is not finite, or all where there is none."""
         group = groups.dp_group()
         samples = micro_batch_samples(
             step - 1, self._train.global_batch_size, self._train.micro_batch_size, group.rank(), group.size()
         )
-        own = [_Suspect(dist.get_rank(), float(loss), list(each)) for loss, each in zip(losses, samples, strict=True)]
+        own = [
+            _Suspect(dist.get_rank(), float(loss), list(numbers)) for loss, numbers in zip(losses, samples, strict=True)
+        ]
         gathered: list[list[_Suspect]] = [[] for _ in range(self._control.size())]
         dist.all_gather_object(gathered, own, group=self._control)
-        every = [suspect for suspects in gathered for suspect in suspects]
-        return [suspect for suspect in every if not math.isfinite(suspect.loss)] or every
+        micro_batches = [suspect for suspects in gathered for suspect in suspects]
+        return [suspect for suspect in micro_batches if not math.isfinite(suspect.loss)] or micro_batches
 
 
-def _prose(places: list[Place]) -> str:
-    first, *more = (str(place.document) for place in places)
-    start = f"document {first} from token {places[0].token}"
-    source = "" if places[0].source == ONLY else f"{places[0].source} "
+def _names(documents: list[Place]) -> str:
+    first, *more = (str(document.document) for document in documents)
+    start = f"document {first} from token {documents[0].token}"
+    source = "" if documents[0].source == ONLY else f"{documents[0].source} "
     return source + ", ".join([start, *more])

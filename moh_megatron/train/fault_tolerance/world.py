@@ -1,4 +1,4 @@
-"""Which rank of how many this process is, told by the environment of a launcher."""
+"""Reads which rank of how many this process is from the environment that a launcher set."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from moh_megatron.io.errors import UserError
 
 PARENT_VARIABLE = "MOH_LAUNCHER_PID"
-"""Set by our own launcher: the process that reports on all ranks."""
+"""Our own launcher sets this variable to its process id; it reports on all ranks."""
 
 _LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun's names, ours too
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun and our launcher
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
 )
 
@@ -26,7 +26,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World | None:
-        """The place that torchrun, srun or our launcher gave this process; None if it is to start ranks itself.
+        """Return the ranks that torchrun, srun or our launcher set; None where this process is to start the ranks.
 
         Raises:
             UserError: there are several ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet.
@@ -45,7 +45,7 @@ class World:
         return None
 
     def require_gpu(self, gpus: int) -> None:
-        """Raise UserError where the ``gpus`` this rank sees leave none for it: ranks of a node take them in turn."""
+        """Raise UserError where this rank sees too few ``gpus``: the ranks of a node take one each, in order."""
         if self.local_rank >= gpus:
             raise UserError(
                 f"rank {self.rank} is number {self.local_rank + 1} on its node and sees {gpus} "

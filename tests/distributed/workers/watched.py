@@ -1,4 +1,4 @@
-"""Small worlds in which a rank is lost, each a few forked processes: what the others say, and when they end."""
+"""Runs small worlds of forked processes in which a rank is lost; saves what the others report, and when they end."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import torch
 import torch.distributed as dist
 
 from moh_megatron.io.errors import Fault, UserError
-from moh_megatron.train.fault_tolerance import watchdog as module
+from moh_megatron.train.fault_tolerance import watchdog
 from moh_megatron.train.fault_tolerance.watchdog import Watchdog
 from moh_megatron.train.fault_tolerance.world import World
 
 RANKS = 3
 STEPS = 5
 TIMEOUT_SECONDS = START_SECONDS = 8.0
-LONGEST = 45.0
-TOGETHER = 6
+DEADLINE_SECONDS = 45.0
+BATCH_SIZE = 6
 
 
 def nothing(rank: int) -> None:
     pass
 
 
-def by(culprit: int, act: Callable[[], Any]) -> Callable[[int], None]:
-    return lambda rank: act() if rank == culprit else None
+def on_rank(number: int, action: Callable[[], Any]) -> Callable[[int], None]:
+    return lambda rank: action() if rank == number else None
 
 
 def kill() -> None:
@@ -45,14 +45,14 @@ def stop() -> None:
 
 
 def hang() -> None:
-    time.sleep(LONGEST)
+    time.sleep(DEADLINE_SECONDS)
 
 
 def fail() -> None:
     raise Fault("the disk of this rank is full")
 
 
-def mistake() -> None:
+def make_user_error() -> None:
     raise UserError("no such architecture")
 
 
@@ -64,66 +64,66 @@ def slow() -> None:
     time.sleep(1.5 * TIMEOUT_SECONDS)
 
 
-# What a rank does before, in the middle of, and after training.
+# What a rank does before, during and after training.
 CASES: dict[str, tuple[Callable[[int], None], Callable[[int], None], Callable[[int], None]]] = {
     "finished": (nothing, nothing, nothing),
-    "slow_start_save_and_end": (by(1, slow), by(1, slow), nothing),
-    "killed": (nothing, by(1, kill), nothing),
-    "killed_first": (nothing, by(0, kill), nothing),
-    "stopped": (nothing, by(2, stop), nothing),
-    "stopped_first": (nothing, by(0, stop), nothing),
-    "hung": (nothing, by(1, hang), nothing),
-    "failed": (nothing, by(1, fail), nothing),
-    "failed_first": (nothing, by(0, fail), nothing),
-    "failed_at_start": (by(2, fail), nothing, nothing),
-    "hung_after_the_others_finished": (nothing, nothing, by(1, hang)),
-    "stopped_after_the_others_finished": (nothing, nothing, by(2, stop)),
+    "slow_start_save_and_end": (on_rank(1, slow), on_rank(1, slow), nothing),
+    "killed": (nothing, on_rank(1, kill), nothing),
+    "killed_first": (nothing, on_rank(0, kill), nothing),
+    "stopped": (nothing, on_rank(2, stop), nothing),
+    "stopped_first": (nothing, on_rank(0, stop), nothing),
+    "hung": (nothing, on_rank(1, hang), nothing),
+    "failed": (nothing, on_rank(1, fail), nothing),
+    "failed_first": (nothing, on_rank(0, fail), nothing),
+    "failed_at_start": (on_rank(2, fail), nothing, nothing),
+    "hung_after_the_others_finished": (nothing, nothing, on_rank(1, hang)),
+    "stopped_after_the_others_finished": (nothing, nothing, on_rank(2, stop)),
     "never_came": (nothing, nothing, nothing),
     "first_never_came": (nothing, nothing, nothing),
-    "told_to_stop_before_all_came": (nothing, nothing, nothing),
-    "mistake_of_one": (by(1, mistake), nothing, nothing),
-    "mistake_of_all": (lambda rank: mistake(), nothing, nothing),
-    "launcher_stopped": (nothing, by(1, stop_the_host), nothing),
-    "agent_stopped": (nothing, by(1, stop_the_host), nothing),
+    "stop_requested_before_all_came_up": (nothing, nothing, nothing),
+    "user_error_of_one": (on_rank(1, make_user_error), nothing, nothing),
+    "user_error_of_all": (lambda rank: make_user_error(), nothing, nothing),
+    "launcher_stopped": (nothing, on_rank(1, stop_the_host), nothing),
+    "agent_stopped": (nothing, on_rank(1, stop_the_host), nothing),
 }
 
 
 STOPPED = {"stopped": 2, "stopped_first": 0, "stopped_after_the_others_finished": 2}
-"""Who is still there at the end: nobody but the system can end a stopped process."""
+"""The rank that still exists at the end: only the system can end a stopped process."""
 
 
-ABSENT = {"never_came": 1, "first_never_came": 0, "told_to_stop_before_all_came": 1}
-"""Who dies before its first beat."""
+ABSENT = {"never_came": 1, "first_never_came": 0, "stop_requested_before_all_came_up": 1}
+"""The rank that dies before its first heartbeat."""
 HOSTED = ("launcher_stopped", "agent_stopped")
-"""Cases whose store is a process of its own."""
+"""Cases whose store is in a separate process."""
 
 
 def train(rank: int, case: str, folder: Path) -> int:
     before, during, after = CASES[case]
     world = World(rank, RANKS, rank)
 
-    def ended(reason: str, code: int) -> None:
+    def write_reason(reason: str, code: int) -> None:
         (folder / "exit").write_text(reason)
 
-    (folder / f"begun_{rank}").write_text(str(time.time()))
+    (folder / f"event_{rank}").write_text(str(time.time()))
     if rank == ABSENT.get(case):
         kill()
-    born = time.monotonic()
-    watchdog = Watchdog(world, TIMEOUT_SECONDS, ended)
-    with watchdog.watching():
-        if not watchdog.everybody_came(lambda: "told" in case and rank == 2 and time.monotonic() - born > 2):
+    started = time.monotonic()
+    watch = Watchdog(world, TIMEOUT_SECONDS, write_reason)
+    with watch.watching():
+        if not watch.all_ranks_up(lambda: "stop_requested" in case and rank == 2 and time.monotonic() - started > 2):
             return 75
         before(rank)
         dist.init_process_group("gloo", rank=rank, world_size=RANKS)
         for step in range(STEPS):
             if step == 3:
-                (folder / f"begun_{rank}").write_text(str(time.time()))
-                with watchdog.phase("save") if "save" in case else contextlib.nullcontext():
+                (folder / f"event_{rank}").write_text(str(time.time()))
+                with watch.phase("save") if "save" in case else contextlib.nullcontext():
                     during(rank)
                 dist.barrier()
             dist.all_reduce(torch.ones(1))
-            watchdog.progress(step + 1)
-        (folder / f"begun_{rank}").write_text(str(time.time()))
+            watch.progress(step + 1)
+        (folder / f"event_{rank}").write_text(str(time.time()))
         after(rank)
     return 0
 
@@ -136,7 +136,7 @@ def process(rank: int, case: str, folder: Path) -> None:
         code = train(rank, case, folder)
     except BaseException as error:
         code = 2 if isinstance(error, UserError) else 1
-        if not getattr(error, "told", False):
+        if not getattr(error, "reported", False):
             print(f"error: {error}", flush=True)
     sys.stderr.flush()
     os._exit(code)
@@ -149,7 +149,7 @@ def free_port() -> int:
 
 
 def start(case: str, root: Path) -> dict[int, int]:
-    """Process ids of a case's ranks; a store of their own, as without a launcher."""
+    """Start the ranks of a case with a separate store, as without a launcher; return their process ids."""
     folder = root / case
     folder.mkdir()
     os.environ["MASTER_PORT"] = str(free_port())
@@ -167,12 +167,12 @@ def start(case: str, root: Path) -> dict[int, int]:
 
 
 def host_store(case: str) -> None:
-    """A process with the store, which ends with this one; the ranks are told whose it is."""
+    """Start a process that hosts the store and ends with this one; the environment names it to the ranks."""
     inner, outer = os.pipe()
     host = os.fork()
     if host == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(2 * LONGEST))
+        signal.alarm(int(2 * DEADLINE_SECONDS))
         store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
         os.write(outer, b"up")
         while store:
@@ -188,18 +188,18 @@ HOSTS: list[int] = []
 
 
 def batched(cases: Iterable[str]) -> Iterator[list[str]]:
-    left = iter(cases)
-    while some := list(islice(left, TOGETHER)):
-        yield some
+    remaining = iter(cases)
+    while batch := list(islice(remaining, BATCH_SIZE)):
+        yield batch
 
 
 def results(cases: list[str], root: Path) -> dict[str, dict[str, Any]]:
-    """Of each case: exit codes (None: still there), seconds from the event to the last end, what was written."""
+    """Return exit codes (None: still running), seconds from the event to the last end, and output for each case."""
     started = {case: start(case, root) for case in cases}
     running = {(case, rank): pid for case, ranks in started.items() for rank, pid in ranks.items()}
     codes: dict[tuple[str, int], int] = {}
     ends: dict[str, float] = {}
-    deadline = time.time() + LONGEST
+    deadline = time.time() + DEADLINE_SECONDS
     while time.time() < deadline and any(rank != STOPPED.get(case) for case, rank in running):
         for (case, rank), pid in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -216,13 +216,13 @@ def results(cases: list[str], root: Path) -> dict[str, dict[str, Any]]:
     HOSTS.clear()
     found = {}
     for case in cases:
-        begun = [float(file.read_text()) for file in (root / case).glob("begun_*")]
-        note = root / case / "exit"
+        events = [float(file.read_text()) for file in (root / case).glob("event_*")]
+        exit_file = root / case / "exit"
         found[case] = {
             "codes": [codes.get((case, rank)) for rank in range(RANKS)],
-            "seconds": ends.get(case, time.time()) - max(begun, default=0.0),
+            "seconds": ends.get(case, time.time()) - max(events, default=0.0),
             "logs": [(root / case / f"log_{rank}").read_text() for rank in range(RANKS)],
-            "exit": note.read_text() if note.exists() else None,
+            "exit": exit_file.read_text() if exit_file.exists() else None,
         }
     return found
 
@@ -231,8 +231,8 @@ if __name__ == "__main__":
     path = Path(sys.argv[1])
     root = path.with_suffix("")
     root.mkdir()
-    module.START_SECONDS = START_SECONDS
+    watchdog.START_SECONDS = START_SECONDS
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    torch.save({case: found for some in batched(CASES) for case, found in results(some, root).items()}, path)
+    torch.save({case: found for batch in batched(CASES) for case, found in results(batch, root).items()}, path)

@@ -20,7 +20,7 @@ from moh_megatron.model.norm import RMSNorm
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.moh.router import LearnedRouter
-from moh_megatron.parallel import random_states
+from moh_megatron.parallel import rng
 from moh_megatron.train.engine import adamw
 from moh_megatron.train.validation import validation_loss
 
@@ -150,12 +150,12 @@ def test_validation_counts_each_token_once() -> None:
 
 
 def test_random_states_come_back() -> None:
-    states = random_states.capture()
+    states = rng.capture()
     drawn = torch.rand(3)
-    tracker = random_states._tracker()
+    tracker = rng._tracker()
     with tracker.fork():
         inside = torch.rand(3)
-    random_states.restore(states)
+    rng.restore(states)
     assert torch.equal(torch.rand(3), drawn)
     with tracker.fork():
         assert torch.equal(torch.rand(3), inside)

@@ -1,4 +1,4 @@
-"""Whose process the store is, and what is said when it cannot be reached."""
+"""The process that hosts the store, and the messages when it cannot be reached."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def host_at(port: int, monkeypatch: pytest.MonkeyPatch, rank: int = 1, **environ
         monkeypatch.delenv(name, raising=False)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}.items():
         monkeypatch.setenv(name, value)
-    return StoreHost.of(World(rank, 4, rank))
+    return StoreHost.from_environment(World(rank, 4, rank))
 
 
-def test_it_is_whoever_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    assert [host_at(29500, monkeypatch, rank).here for rank in range(2)] == [True, False]
+def test_environment_of_the_launcher_names_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent_store = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert [host_at(29500, monkeypatch, rank).is_self for rank in range(2)] == [True, False]
     assert host_at(29500, monkeypatch).ranks == [0]
-    agent = host_at(29500, monkeypatch, 0, **elsewhere)
-    assert (agent.name, agent.ranks, agent.here) == ("torchrun's agent", [], False)
-    launcher = host_at(29500, monkeypatch, 0, **elsewhere, **{PARENT_VARIABLE: "77"})
-    assert (launcher.name, launcher.ranks, launcher.here) == ("the launcher (process 77)", [], False)
+    agent = host_at(29500, monkeypatch, 0, **agent_store)
+    assert (agent.name, agent.ranks, agent.is_self) == ("torchrun's agent", [], False)
+    launcher = host_at(29500, monkeypatch, 0, **agent_store, **{PARENT_VARIABLE: "77"})
+    assert (launcher.name, launcher.ranks, launcher.is_self) == ("the launcher (process 77)", [], False)
 
 
-def test_a_host_that_is_stopped_is_told_from_one_that_is_gone(
+def test_stopped_host_is_distinguished_from_a_dead_one(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped process still has its port; a dead one has not."""
+    """The port of a stopped process stays open, that of a dead one does not."""
     host = host_at(port := listener.getsockname()[1], monkeypatch)
     stopped = host.silent(8)
     assert f"rank 0 is missing: the store it hosts at 127.0.0.1:{port} has not answered for 8 s" in stopped.message
@@ -48,13 +48,13 @@ def test_a_host_that_is_stopped_is_told_from_one_that_is_gone(
     assert stopped.missing == gone.missing == [0]
 
 
-def test_a_machine_that_does_not_answer_counts_as_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_on_a_machine_that_does_not_answer_counts_as_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     host = host_at(29500, monkeypatch, MASTER_ADDR="no-such-machine.invalid")
     assert "has not answered for 8 s" in host.silent(8).message
 
 
-def test_a_host_that_never_came_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = host_at(29500, monkeypatch).absent(1, 120)
-    assert f"rank 0 did not come up within 120 s of rank 1 on {socket.gethostname()}" in verdict.message
-    assert "MASTER_ADDR and MASTER_PORT are the same on every rank" in verdict.message
-    assert (verdict.missing, verdict.code) == ([0], 1)
+def test_host_that_never_came_up_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = host_at(29500, monkeypatch).absent(1, 120)
+    assert f"rank 0 did not come up within 120 s of rank 1 on {socket.gethostname()}" in report.message
+    assert "MASTER_ADDR and MASTER_PORT are the same on every rank" in report.message
+    assert (report.missing, report.code) == ([0], 1)

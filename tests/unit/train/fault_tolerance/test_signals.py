@@ -1,4 +1,4 @@
-"""Stop requests, in processes of their own that import nothing but the module."""
+"""Stop requests, in separate processes that import only the module."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 PRELUDE = """
 import os, signal, sys, time
-from moh_megatron.train import signals
+from moh_megatron.train.fault_tolerance import signals
 def wait_for(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -33,13 +33,13 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out.strip()
 
 
-def test_the_module_needs_nothing_heavy():
+def test_module_imports_nothing_heavy():
     code, out = finish(start("say(sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))"))
     assert (code, out) == (0, "[]")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stop_signal_becomes_the_reason_and_the_process_lives_on(number):
+def test_stop_signal_becomes_the_reason_and_does_not_end_the_process(number):
     process = start(
         "stop = signals.StopRequest.install(); say(stop.reason); wait_for(lambda: stop.reason); say(stop.reason)"
     )
@@ -48,7 +48,7 @@ def test_a_stop_signal_becomes_the_reason_and_the_process_lives_on(number):
     assert finish(process) == (0, f"received {number.name}")
 
 
-def test_one_request_may_arrive_twice():
+def test_second_signal_at_once_belongs_to_the_same_request():
     process = start(
         "stop = signals.StopRequest.install(); say(); wait_for(lambda: stop.reason); say(); time.sleep(0.3);"
         "say(stop.reason)"
@@ -61,7 +61,7 @@ def test_one_request_may_arrive_twice():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_request_ends_the_process_at_once(number, code):
+def test_second_request_ends_the_process_at_once(number, code):
     process = start(
         "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); say();"
         "wait_for(lambda: stop.reason); time.sleep(0.4); say()\n"
@@ -74,13 +74,13 @@ def test_a_second_request_ends_the_process_at_once(number, code):
     assert finish(process) == (code, "")
 
 
-def test_a_second_request_ends_a_process_whose_main_thread_is_blocked():
-    # As inside a collective: a call that no signal interrupts, so that Python's own handlers do not run.
+def test_second_request_ends_a_process_whose_main_thread_is_blocked():
+    # No signal interrupts this call, as inside a collective, so that Python's own handlers do not run.
     process = start(
         "import ctypes, threading\n"
         "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); inner, outer = os.pipe()\n"
-        "def told(): wait_for(lambda: stop.reason); time.sleep(0.4); say(stop.reason)\n"
-        "threading.Thread(target=told).start(); say()\n"
+        "def report(): wait_for(lambda: stop.reason); time.sleep(0.4); say(stop.reason)\n"
+        "threading.Thread(target=report).start(); say()\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)\n"
         "ctypes.CDLL(None).read(inner, ctypes.create_string_buffer(1), 1)"
     )
@@ -91,11 +91,11 @@ def test_a_second_request_ends_a_process_whose_main_thread_is_blocked():
     assert finish(process) == (143, "")
 
 
-def test_a_time_limit_asks_for_a_stop_and_the_first_signal_after_it_does_not_kill():
+def test_time_limit_requests_a_stop_and_the_first_signal_after_it_does_not_kill():
     process = start(
         "signals._SAME_SIGNAL_SECONDS = 0.2; stop = signals.StopRequest.install(); stop.limit(None); stop.limit(60);"
         "say(stop.reason); time.sleep(0.4); stop.limit(0.3); say(stop.reason);"
-        "wait_for(lambda: stop._insistence.first); say(stop.reason)"
+        "wait_for(lambda: stop._second_signal.first); say(stop.reason)"
     )
     assert line(process) == "None"
     assert line(process) == "train.max_seconds (0.3) is over"
@@ -103,13 +103,13 @@ def test_a_time_limit_asks_for_a_stop_and_the_first_signal_after_it_does_not_kil
     assert finish(process) == (0, "train.max_seconds (0.3) is over")
 
 
-def test_one_request_means_two_seconds():
+def test_a_request_may_repeat_for_two_seconds():
     from moh_megatron.train.fault_tolerance import signals
 
     assert signals._SAME_SIGNAL_SECONDS == 2.0
 
 
-def test_signals_held_back_since_before_the_start_arrive_when_installed():
+def test_blocked_signals_are_delivered_when_handlers_are_installed():
     process = start(
         "say(); wait_for(lambda: signal.sigpending() >= {signal.SIGTERM, signal.SIGUSR1}); say('alive');"
         "stop = signals.StopRequest.install(); say(stop.reason)",
@@ -141,7 +141,7 @@ say(stop.reason)
 )
 
 
-def test_die_with_turns_the_parents_death_into_a_stop_request():
+def test_death_of_the_parent_becomes_a_stop_request():
     code = "import os\n" + PARENT.format(parent="os.getpid()", seconds=60)
     parent = subprocess.Popen([sys.executable, "-c", code, CHILD], stdout=subprocess.PIPE, text=True)
     assert line(parent).isdigit()
@@ -150,7 +150,7 @@ def test_die_with_turns_the_parents_death_into_a_stop_request():
     parent.communicate(timeout=30)
 
 
-def test_die_with_a_parent_that_is_dead_already():
+def test_parent_that_is_already_dead_becomes_a_stop_request():
     started = time.monotonic()
     code = "import os\n" + PARENT.format(parent="os.getpid() + 2**23", seconds=0)
     parent = subprocess.Popen([sys.executable, "-c", code, CHILD], stdout=subprocess.PIPE, text=True)

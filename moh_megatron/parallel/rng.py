@@ -1,4 +1,4 @@
-"""The random states of one rank: the CPU's, the GPU's, and Megatron-core's named ones."""
+"""Captures and restores the random states of one rank: the CPU's, the GPU's and Megatron-core's named ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _tracker() -> CudaRNGStatesTracker:
 
 
 def capture() -> dict[str, Any]:
-    """All of them, as tensors in dictionaries."""
+    """Return all random states of this rank, as tensors in dictionaries."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda, "tracker": _tracker().get_states()}
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put back what ``capture`` returned."""
+    """Set the random states that ``capture`` returned."""
     torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
