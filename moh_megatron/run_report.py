@@ -17,8 +17,8 @@ from moh_megatron.evaluate.results import (
     NOTHING_HELD_OUT,
     TASK_COLUMNS,
     VALIDATION_COLUMNS,
-    averages,
-    compared_rows,
+    average_rows,
+    comparison_rows,
     model_line,
     suite_line,
     task_rows,
@@ -190,10 +190,10 @@ def evaluation(found: dict[str, Any]) -> str:
     if "suite" in found:
         parts.append(f"<h4>{escape(suite_line(found['suite']))}</h4>")
         parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
-        parts.append(table(AVERAGE_COLUMNS, averages(found["suite"])))
+        parts.append(table(AVERAGE_COLUMNS, average_rows(found["suite"])))
     if "comparison" in found:
         parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
-        parts.append(table(COMPARISON_COLUMNS, compared_rows(found["comparison"]["tasks"])))
+        parts.append(table(COMPARISON_COLUMNS, comparison_rows(found["comparison"]["tasks"])))
     return "".join(parts)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Head load by layer and kind of text, and how alike the heads' outputs are, as pictures and tables.
+"""Draws the head load by layer and text and the similarity of the heads' outputs, as pictures and tables.
 
 python tools/plot_heads.py RUN_OR_MODEL --texts novels=configs/data/austen.jsonl.gz code=FILE [--out DIR]
 
-RUN_OR_MODEL is an exported folder, a checkpoint, a folder of checkpoints or a run folder. A text is anything that
-prepare_data reads. Written are head_load.png and .csv (every layer; the paper shows the last), and
-head_similarity.png and .csv: the mean cosine of two heads' outputs, over the tokens that used both.
+RUN_OR_MODEL is an exported folder, a checkpoint, a folder of checkpoints or a run folder. A text is any file that
+prepare_data reads. The tool writes head_load.png and .csv (every layer; the paper shows the last), and
+head_similarity.png and .csv: the mean cosine of two heads' outputs over the tokens that used both.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
 from moh_megatron.cli import exit_code
-from moh_megatron.evaluate.head_usage import HeadStudy, read_text, study
+from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage, read_text
 from moh_megatron.evaluate.loaded_model import find_model, load_model
 from moh_megatron.evaluate.run import default_folder
+from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.remedies import check_folder
 
 _CHARACTERS_A_TOKEN = 16
-"""Read at most; a tokenizer needs fewer."""
+"""Characters that are read for each token; a tokenizer needs fewer."""
 _COLUMNS = 6
 
 
 def named_texts(arguments: Sequence[str]) -> dict[str, str]:
-    """{name: path} of NAME=PATH. Raises UserError."""
+    """{name: path} of arguments NAME=PATH. Raises UserError."""
     texts = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
@@ -49,21 +49,21 @@ def named_texts(arguments: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-def draw_load(studies: dict[str, HeadStudy], title: str, path: Path) -> None:
-    """One map a text: layers down, heads across; black is every token."""
-    layers, heads = next(iter(studies.values())).load.shape
-    columns = min(len(studies), 3)
-    rows = math.ceil(len(studies) / columns)
+def draw_load(usages: dict[str, HeadUsage], title: str, path: Path) -> None:
+    """Draw one map for each text: layers down, heads across; black means that every token used the head."""
+    layers, heads = next(iter(usages.values())).load.shape
+    columns = min(len(usages), 3)
+    rows = math.ceil(len(usages) / columns)
     size = (max(3.5, 0.28 * heads + 1.2) * columns, max(2.2, 0.24 * layers + 1.2) * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     image = None
-    for axis, (name, each) in zip(axes.flat, studies.items(), strict=False):
-        image = axis.imshow(each.load, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set_title(f"{name}, {each.tokens:,} tokens", parse_math=False)
+    for axis, (name, usage) in zip(axes.flat, usages.items(), strict=False):
+        image = axis.imshow(usage.load, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_title(f"{name}, {usage.tokens:,} tokens", parse_math=False)
         axis.set(xlabel="head", ylabel="layer")
         axis.set_xticks(range(0, heads, max(1, heads // 8)))
         axis.set_yticks(range(0, layers, max(1, layers // 8)))
-    for axis in axes.flat[len(studies) :]:
+    for axis in axes.flat[len(usages) :]:
         axis.axis("off")
     assert image is not None
     figure.colorbar(image, ax=axes, label="share of tokens that used the head")
@@ -73,7 +73,7 @@ def draw_load(studies: dict[str, HeadStudy], title: str, path: Path) -> None:
 
 
 def draw_similarity(mean: torch.Tensor, title: str, path: Path) -> None:
-    """``mean`` [L, N, N]: one square a layer."""
+    """Draw ``mean`` [L, N, N] as one square for each layer."""
     columns = min(_COLUMNS, len(mean))
     rows = math.ceil(len(mean) / columns)
     figure, axes = plt.subplots(
@@ -96,7 +96,7 @@ def draw_similarity(mean: torch.Tensor, title: str, path: Path) -> None:
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table, whole or not at all."""
+    """Write a table atomically."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
@@ -105,15 +105,15 @@ def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]])
     temporary.replace(path)
 
 
-def write_tables(studies: dict[str, HeadStudy], folder: Path) -> None:
-    """head_load.csv and head_similarity.csv."""
+def write_tables(usages: dict[str, HeadUsage], folder: Path) -> None:
+    """Write head_load.csv and head_similarity.csv."""
     write_csv(
         folder / "head_load.csv",
         ("text", "layer", "head", "load"),
         (
             (name, layer, head, f"{load:.6f}")
-            for name, each in studies.items()
-            for layer, loads in enumerate(each.load.tolist())
+            for name, usage in usages.items()
+            for layer, loads in enumerate(usage.load.tolist())
             for head, load in enumerate(loads)
         ),
     )
@@ -122,8 +122,8 @@ def write_tables(studies: dict[str, HeadStudy], folder: Path) -> None:
         ("text", "layer", "head", "other", "cosine"),
         (
             (name, layer, head, other, "" if math.isnan(cosine) else f"{cosine:.6f}")
-            for name, each in studies.items()
-            for layer, square in enumerate(each.similarity.tolist())
+            for name, usage in usages.items()
+            for layer, square in enumerate(usage.similarity.tolist())
             for head, row in enumerate(square)
             for other, cosine in enumerate(row)
             if other > head
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model")
     parser.add_argument("--length", type=int, default=256, metavar="S", help="tokens of a sequence, default 256")
-    parser.add_argument("--sequences", type=int, default=16, metavar="N", help="of each text, default 16")
+    parser.add_argument("--sequences", type=int, default=16, metavar="N", help="sequences of each text, default 16")
     arguments = parser.parse_args()
     texts = named_texts(arguments.texts)
     for name in ("length", "sequences"):
@@ -146,24 +146,26 @@ def main() -> None:
     path = find_model(arguments.model)
     folder = arguments.out or default_folder(path)
     check_folder(folder)
-    read: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for name, file in texts.items():
         try:
-            read[name] = read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
+            contents[name] = read_text(file, _CHARACTERS_A_TOKEN * arguments.length * arguments.sequences)
         except UserError as error:
             raise UserError(f"--texts {name}: {str(error).removeprefix('data.inputs: ')}") from None
-    subject = load_model(path, torch.device("cpu"))
-    studies: dict[str, HeadStudy] = {}
-    for name, text in tqdm(read.items(), desc="texts", unit="text"):
-        try:
-            studies[name] = study(subject, text, arguments.length, arguments.sequences)
-        except UserError as error:
-            raise UserError(f"{texts[name]}: {error}") from None
+    loaded = load_model(path, torch.device("cpu"))
+    usages: dict[str, HeadUsage] = {}
+    with progress_bar("texts", len(contents), "text") as bar:
+        for name, text in contents.items():
+            try:
+                usages[name] = measure_head_usage(loaded, text, arguments.length, arguments.sequences)
+            except UserError as error:
+                raise UserError(f"{texts[name]}: {error}") from None
+            bar.update()
     folder.mkdir(parents=True, exist_ok=True)
-    draw_load(studies, f"head load, {path}", folder / "head_load.png")
-    mean = torch.stack([each.similarity for each in studies.values()]).nanmean(0)
+    draw_load(usages, f"head load, {path}", folder / "head_load.png")
+    mean = torch.stack([usage.similarity for usage in usages.values()]).nanmean(0)
     draw_similarity(mean, f"similarity of head outputs, {path}", folder / "head_similarity.png")
-    write_tables(studies, folder)
+    write_tables(usages, folder)
     for name in ("head_load.png", "head_load.csv", "head_similarity.png", "head_similarity.csv"):
         print(folder / name)
 

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model: moh-generate CONFIG.yaml [generate.prompts='["Once"]' ...]"""
+"""Continues prompts with a trained model: moh-generate CONFIG.yaml [generate.prompts='["Once"]' ...]"""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from moh_megatron.cli import config_parser, exit_code, parse_config
 def main() -> None:
     parser = config_parser("Continue generate.prompts with an exported folder, or straight from a checkpoint.")
     _, config = parse_config(parser)
-    from moh_megatron.evaluate.generate import model_to_load, open_model
+    from moh_megatron.evaluate.generate import model_to_load, text_generator
 
-    path = model_to_load(config)
-    print(f"model: {path}")
-    complete = open_model(path, config)
+    complete = text_generator(model_to_load(config), config)
     for prompt in config.generate.prompts:
         print(f"\n{complete(prompt)}")
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: validation loss, tasks of lm-eval, comparisons."""
+"""Measures how good a model is: validation loss, lm-eval's tasks, comparisons with other models."""

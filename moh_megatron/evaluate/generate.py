@@ -1,92 +1,88 @@
-"""A trained model that continues a prompt: an exported folder through Transformers, or a checkpoint as it is."""
+"""Continues prompts with a trained model, an exported folder or a checkpoint."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moh_megatron.checkpoint import layout
+from moh_megatron.checkpoint.hf.transformers_io import open_tokenizer
 from moh_megatron.config.paths import hf_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, is_exported, load_model
 from moh_megatron.io.errors import UserError
+from moh_megatron.model.generation import continue_text
 
-Continue = Callable[[str], str]
-"""A prompt -> the prompt and what the model adds to it."""
+logger = logging.getLogger(__name__)
 
 
 def model_to_load(config: Config) -> Path:
     """generate.load, else the run's exported folder, else the run's newest checkpoint. Raises UserError."""
     if config.generate.load is not None:
-        path = Path(config.generate.load)
-        return path if _is_exported(path) else layout.resolve_checkpoint(path)
-    if _is_exported(hf_dir(config)):
+        return find_model(Path(config.generate.load))
+    if is_exported(hf_dir(config)):
         return hf_dir(config)
     if not Path(config.run.dir).is_dir():
         raise UserError(
             f"{config.run.dir}: no such run folder. Train first (pipelines/pretrain.py), or set generate.load to an "
             f"exported folder or a checkpoint."
         )
-    return layout.resolve_checkpoint(config.run.dir)
+    return find_model(Path(config.run.dir))
 
 
-def _is_exported(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def text_generator(path: Path, config: Config) -> Callable[[str], str]:
+    """A function from a prompt to the prompt and its continuation by the model in ``path``.
+
+    It samples as the section generate of ``config`` says, from the same seed for every prompt. An exported folder
+    computes in the precision of its weights, a checkpoint in fp32.
+    """
+    logger.info(f"model: {path}")
+    loaded = load_model(path, torch.device("cpu"), dtype=None)
+    return _exported_generator(loaded, config) if loaded.config is None else _checkpoint_generator(loaded, config)
 
 
-def open_model(path: Path, config: Config) -> Continue:
-    """Load ``path``, sampling as the section generate says and run.seed seeds."""
-    return _open_exported(path, config) if _is_exported(path) else _open_checkpoint(path, config)
-
-
-def _open_exported(folder: Path, config: Config) -> Continue:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    from moh_megatron.checkpoint.hf.hf_export import check_tokenizer
-
-    check_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+def _exported_generator(loaded: LoadedModel, config: Config) -> Callable[[str], str]:
+    model: Any = loaded.model
+    tokenizer: Any = open_tokenizer(loaded.tokenizer_dir)
     settings = config.generate
-    sampling = {"do_sample": settings.temperature > 0}
+    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
     if sampling["do_sample"]:
         sampling |= {"temperature": settings.temperature, "top_k": settings.top_k or 0}
 
     def complete(prompt: str) -> str:
-        set_seed(config.run.seed)
+        torch.manual_seed(config.run.seed)
         ids = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
         tokens = torch.tensor([ids])
-        out = model.generate(
+        output = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=settings.max_new_tokens, **sampling
         )
-        return prompt + tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return prompt + tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
     return complete
 
 
-def _open_checkpoint(folder: Path, config: Config) -> Continue:
-    from moh_megatron.model.generation import continue_text
-    from moh_megatron.model.single import build_single_process
-
-    trained = layout.read_config(folder)
-    tokenizer = load_tokenizer(layout.tokenizer_folder(folder))
-    model = build_single_process(trained, layout.read_weights(folder))
+def _checkpoint_generator(loaded: LoadedModel, config: Config) -> Callable[[str], str]:
+    assert loaded.config is not None, "a checkpoint has the configuration of its training"
+    context = loaded.config.train.sequence_length
+    tokenizer = load_tokenizer(loaded.tokenizer_dir)
     settings = config.generate
 
     def complete(prompt: str) -> str:
-        written = continue_text(
-            model,
+        tokens = continue_text(
+            loaded.model,
             tokenizer.encode(prompt) or [tokenizer.eos_token_id],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
             stop_token=tokenizer.eos_token_id,
-            context=trained.train.sequence_length,
+            context=context,
             seed=config.run.seed,
-            device=torch.device("cpu"),
+            device=loaded.device,
         )
-        return prompt + tokenizer.decode(written)
+        return prompt + tokenizer.decode(tokens)
 
     return complete

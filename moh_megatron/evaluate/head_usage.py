@@ -1,4 +1,4 @@
-"""Which heads a model uses for which texts, layer by layer, and how alike the heads' outputs are.
+"""Measures which heads a model uses for a text, layer by layer, and how similar the outputs of the heads are.
 
 Legend: L layers, N query heads (logical numbers), B batch, S sequence, H head size.
 """
@@ -25,8 +25,8 @@ from moh_megatron.moh.routing import Routing
 
 
 @dataclass(frozen=True)
-class HeadStudy:
-    """Of one text."""
+class HeadUsage:
+    """Load and similarity of the heads over one text."""
 
     tokens: int
     load: Tensor
@@ -35,65 +35,71 @@ class HeadStudy:
     """[L, N, N] mean cosine of two heads' outputs over the tokens that used both; NaN where none did."""
 
 
-def study(subject: LoadedModel, text: str, sequence_length: int, sequences: int) -> HeadStudy:
-    """The first ``sequences`` stretches of ``text``. Raises UserError where it is shorter than one."""
-    ids = load_tokenizer(subject.tokenizer_dir).encode(text)
-    length = min(sequence_length, subject.context)
+def measure_head_usage(loaded: LoadedModel, text: str, sequence_length: int, sequences: int) -> HeadUsage:
+    """Measure the heads on the first ``sequences`` sequences of ``text``.
+
+    Raises UserError where the text is shorter than one sequence.
+    """
+    ids = load_tokenizer(loaded.tokenizer_dir).encode(text)
+    length = min(sequence_length, loaded.context)
     count = min(sequences, len(ids) // length)
     if count == 0:
         raise UserError(f"The text must have at least {length} tokens. Got {len(ids)}; name a longer one.")
-    layers = _layers(subject)
-    used = [torch.zeros(0)] * len(layers)
-    alike = [torch.zeros(0)] * len(layers)
-    together = [torch.zeros(0)] * len(layers)
+    layers = _attention_layers(loaded)
+    uses = [torch.zeros(0)] * len(layers)
+    cosines = [torch.zeros(0)] * len(layers)
+    joint_uses = [torch.zeros(0)] * len(layers)
 
     def add(layer: int, outputs: Tensor, active: Tensor) -> None:
-        """[tokens, N, H], [tokens, N]"""
+        """Add the counts and cosines of outputs [tokens, N, H] and active heads [tokens, N]."""
         unit = torch.nn.functional.normalize(outputs.float(), dim=-1) * active.unsqueeze(-1)
-        chosen = active.double()
+        counted = active.double()
         for sums, values in (
-            (used, chosen.sum(0)),
-            (alike, torch.einsum("tnh,tmh->nm", unit, unit).double()),
-            (together, chosen.t() @ chosen),
+            (uses, counted.sum(0)),
+            (cosines, torch.einsum("tnh,tmh->nm", unit, unit).double()),
+            (joint_uses, counted.t() @ counted),
         ):
             sums[layer] = values if not sums[layer].numel() else sums[layer] + values
 
     with ExitStack() as stack:
-        for number, layer in enumerate(layers):
-            stack.enter_context(layer.watched(lambda out, active, number=number: add(number, out, active)))
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.observed(lambda outputs, active, index=index: add(index, outputs, active)))
         for start in range(0, count * length, length):
-            subject.logits(torch.tensor([ids[start : start + length]]))
-    pairs = torch.stack(together)
-    similarity = torch.stack(alike) / pairs.masked_fill(pairs == 0, torch.nan)
-    return HeadStudy(count * length, torch.stack(used) / (count * length), similarity)
+            loaded.logits(torch.tensor([ids[start : start + length]]))
+    pairs = torch.stack(joint_uses)
+    similarity = torch.stack(cosines) / pairs.masked_fill(pairs == 0, torch.nan)
+    return HeadUsage(count * length, torch.stack(uses) / (count * length), similarity)
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One attention layer of either kind of model."""
+class _AttentionLayer:
+    """One attention layer of a checkpoint's model or of an exported one."""
 
     projection: nn.Module
-    """What mixes the heads' outputs; its input is they, one behind the other."""
+    """The output projection; its input is the concatenation of the heads' outputs."""
     router: nn.Module | None
-    place: tuple[int, ...]
-    """Where each logical head lies in the projection's input."""
+    positions: tuple[int, ...]
+    """The position of each logical head in the projection's input."""
 
     @contextmanager
-    def watched(self, tell: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-        """Each forward pass tells outputs [tokens, N, H] (times their gates, which are positive) and which count."""
-        decided: list[Tensor] = []
+    def observed(self, observe: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """Give ``observe`` the outputs [tokens, N, H] and the active heads [tokens, N] of each forward pass.
 
-        def remember(module: nn.Module, inputs: Any, output: Any) -> None:
-            decided.append(_active(output))
+        The outputs are multiplied by their gates, which are positive and do not change a cosine.
+        """
+        active_heads: list[Tensor] = []
 
-        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record_routing(module: nn.Module, inputs: Any, output: Any) -> None:
+            active_heads.append(_active(output))
+
+        def record_outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             flat = inputs[0].flatten(0, 1).cpu()
-            outputs = flat.unflatten(-1, (len(self.place), -1))[:, list(self.place)]
-            tell(outputs, decided.pop() if decided else torch.ones(outputs.shape[:2], dtype=torch.bool))
+            outputs = flat.unflatten(-1, (len(self.positions), -1))[:, list(self.positions)]
+            observe(outputs, active_heads.pop() if active_heads else torch.ones(outputs.shape[:2], dtype=torch.bool))
 
-        hooks = [self.projection.register_forward_pre_hook(look)]
+        hooks = [self.projection.register_forward_pre_hook(record_outputs)]
         if self.router is not None:
-            hooks.append(self.router.register_forward_hook(remember))
+            hooks.append(self.router.register_forward_hook(record_routing))
         try:
             yield
         finally:
@@ -101,28 +107,30 @@ class _Layer:
                 hook.remove()
 
 
-def _layers(subject: LoadedModel) -> list[_Layer]:
-    if subject.config is not None:
-        model, moh = subject.config.model, subject.config.moh
+def _attention_layers(loaded: LoadedModel) -> list[_AttentionLayer]:
+    if loaded.config is not None:
+        model, moh = loaded.config.model, loaded.config.moh
         layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
-        name, place = "linear_proj", tuple(inverse(layout.head_order))
+        name, positions = "linear_proj", tuple(inverse(layout.head_order))
     else:
-        config: Any = subject.model.config
-        name, place = "o_proj", tuple(range(config.num_attention_heads))
-    modules: list[Any] = [each for each in subject.model.modules() if isinstance(getattr(each, name, None), nn.Module)]
+        config: Any = loaded.model.config
+        name, positions = "o_proj", tuple(range(config.num_attention_heads))
+    modules: list[Any] = [
+        module for module in loaded.model.modules() if isinstance(getattr(module, name, None), nn.Module)
+    ]
     if not modules:
-        raise UserError(f"{subject.path}: no attention layers were found; only LLaMA-like models can be looked into.")
-    return [_Layer(getattr(each, name), getattr(each, "router", None), place) for each in modules]
+        raise UserError(f"{loaded.path}: no attention layers were found; only LLaMA-like models can be looked into.")
+    return [_AttentionLayer(getattr(module, name), getattr(module, "router", None), positions) for module in modules]
 
 
 def _active(routed: Any) -> Tensor:
-    """What a router gave -> [tokens, N] bool: our own says which heads are active, an exported one only their gates."""
+    """A router's output -> [tokens, N] bool. Our router returns the active heads, an exported one only their gates."""
     active = routed.active if isinstance(routed, Routing) else routed > 0
     return active.flatten(0, 1).cpu()
 
 
 def read_text(path: str, characters: int) -> str:
-    """The first ``characters`` of a file of any kind prepare_data reads, documents set apart by a blank line.
+    """The first ``characters`` of a file that prepare_data can read, with a blank line between documents.
 
     Raises UserError where it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Loss on the held-out text of each source, as training measures it, with its standard error over sequences."""
+"""Measures the loss on the held-out text of each source as training does, with its standard error over sequences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from moh_megatron.config.schema import Config
 from moh_megatron.config.source_weights import mean_by_shares
 from moh_megatron.data.batches import validation_batches
@@ -16,57 +14,59 @@ from moh_megatron.data.dataset import Sequences, build_validation_datasets
 from moh_megatron.data.prepared import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel
+from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.single import be_alone
 
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """Of one source."""
+    """The held-out loss of one source."""
 
     loss: float
-    """Nats a token."""
+    """In nats a token."""
     standard_error: float | None
-    """Of the loss, from its spread over sequences; None for a single sequence."""
+    """Standard error of the loss, from its spread over sequences; None for a single sequence."""
     perplexity: float
     sequences: int
     tokens: int
 
 
-def validation_loss(subject: LoadedModel, config: Config) -> dict[str, Any]:
-    """``loss``: the sources' losses by their shares at the model's step, None where no text is held out; ``sources``:
-    each of them, with its error.
+def validation_loss(loaded: LoadedModel, config: Config) -> dict[str, Any]:
+    """The validation loss on the data that ``config`` names, over train.eval_samples sequences of each source.
 
-    The data are those ``config`` names, train.eval_samples sequences of each source.
-    Raises UserError where they cannot be read or another tokenizer encoded them.
+    Returns ``sources``, a ``SourceLoss`` for each source as a mapping, and ``loss``, their mean weighted by the shares
+    that the sources have at the model's step; None where no text is held out.
+
+    Raises UserError where the data cannot be read or another tokenizer encoded them.
     """
     be_alone(config.run.seed)
     data = load_prepared(config)
     tokenizer = data.tokenizer()
-    own = load_tokenizer(subject.tokenizer_dir)
+    own = load_tokenizer(loaded.tokenizer_dir)
     if own.sha256 != tokenizer.sha256:
         raise UserError(
-            f"{subject.path}: its tokenizer must be the one that encoded {data.sources[0].folder} "
+            f"{loaded.path}: its tokenizer must be the one that encoded {data.sources[0].folder} "
             f"({tokenizer.sha256[:12]}). Got {own.sha256[:12]}; prepare the data with the model's tokenizer."
         )
     eos_token_id = tokenizer.eos_token_id if config.data.document_mask else None
     datasets = build_validation_datasets(config, data, tokenizer)
-    losses = {name: _of_source(subject, dataset, config, name, eos_token_id) for name, dataset in datasets.items()}
-    step = config.train.steps if subject.step is None else subject.step
-    loss = mean_by_shares(config, step, {name: each.loss for name, each in losses.items()})
-    return {"loss": loss, "sources": {name: asdict(each) for name, each in losses.items()}}
+    losses = {name: _source_loss(loaded, dataset, config, name, eos_token_id) for name, dataset in datasets.items()}
+    step = config.train.steps if loaded.step is None else loaded.step
+    loss = mean_by_shares(config, step, {name: measured.loss for name, measured in losses.items()})
+    return {"loss": loss, "sources": {name: asdict(measured) for name, measured in losses.items()}}
 
 
-def _of_source(
-    subject: LoadedModel, dataset: Sequences, config: Config, name: str, eos_token_id: int | None
+def _source_loss(
+    loaded: LoadedModel, dataset: Sequences, config: Config, name: str, eos_token_id: int | None
 ) -> SourceLoss:
     means: list[float] = []
     batches = validation_batches(
         dataset, micro_batch_size=config.train.micro_batch_size, data_parallel_rank=0, data_parallel_size=1
     )
-    with tqdm(total=len(dataset), desc=f"validation {name}", unit="sequence") as bar:
+    with progress_bar(f"validation {name}", len(dataset), "sequence") as bar:
         for batch in batches:
-            means += subject.losses(batch.tokens, eos_token_id)[: batch.samples].double().mean(-1).tolist()
+            means += loaded.losses(batch.tokens, eos_token_id)[: batch.samples].double().mean(-1).tolist()
             bar.update(batch.samples)
     loss = statistics.fmean(means)
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None

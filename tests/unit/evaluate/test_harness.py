@@ -1,4 +1,4 @@
-"""How lm-eval is asked and answered."""
+"""Running lm-eval's tasks: unknown tasks and metrics, likelihoods of a checkpoint, progress bars."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
+import lm_eval.api.task
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ SUITE = Suite("s", "d", (Task("a", 0, "acc"),))
 
 
 class Manager:
-    """lm-eval's, with the tasks it knows and what happens when one is opened."""
+    """A stand-in for lm-eval's TaskManager that knows a few tasks and loads them by ``load``."""
 
     def __init__(self, load: Any = None) -> None:
         settings: dict[str, Any] = {
@@ -30,11 +32,11 @@ class Manager:
             "made_in_python": None,
         }
         self.all_tasks = [*settings]
-        self.task_index = {name: SimpleNamespace(cfg=each) for name, each in settings.items()}
+        self.task_index = {name: SimpleNamespace(cfg=cfg) for name, cfg in settings.items()}
         self.load = load
 
 
-def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_is_refused_with_similar_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "TaskManager", Manager)
     with pytest.raises(UserError, match=r"s: arc_eazy: lm-eval [\d.]+ knows no such task; near it: arc_easy"):
         harness.find_tasks(Suite("s", "d", (Task("arc_eazy", 0, "acc"),)))
@@ -49,13 +51,17 @@ def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mmlu", "acc_norm", "acc,none"),
     ],
 )
-def test_a_metric_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, task: str, metric: str, own: str) -> None:
+def test_a_metric_that_the_task_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, task: str, metric: str, own: str
+) -> None:
     monkeypatch.setattr(harness, "TaskManager", Manager)
     with pytest.raises(UserError, match=rf"^s: {task}: has no metric {metric}\. It has {own}\.$"):
         harness.find_tasks(Suite("s", "d", (Task(task, 0, metric),)))
 
 
-def test_metrics_that_exist_or_that_settings_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_is_accepted_where_the_task_has_it_or_its_settings_do_not_name_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(harness, "TaskManager", Manager)
     good = [("arc_easy", "acc_norm"), ("gsm8k", "exact_match,strict-match"), ("mmlu", "acc"), ("culture", "acc")]
     unknown = [("custom", "more"), ("made_in_python", "acc")]
@@ -75,7 +81,7 @@ def test_metrics_that_exist_or_that_settings_do_not_tell(monkeypatch: pytest.Mon
         (UserError("a: its data are in the package x"), "^a: its data are in the package x$"),
     ],
 )
-def test_data_that_cannot_be_reached(error: Exception, expected: str) -> None:
+def test_unreachable_data_are_a_user_error_of_the_task(error: Exception, expected: str) -> None:
     def load(specification: Any) -> None:
         raise error
 
@@ -84,21 +90,21 @@ def test_data_that_cannot_be_reached(error: Exception, expected: str) -> None:
         harness.run_task(None, SUITE, SUITE.tasks[0], None, manager)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_answer_is_chosen_as_the_metric_scores() -> None:
+def test_the_reported_answer_is_the_choice_that_the_metric_prefers() -> None:
     choices = ["yes", "certainly not"]
     task = SimpleNamespace(doc_to_choice=lambda doc: choices)
     sample = {"doc": {}, "filtered_resps": [(-3.0, False), (-6.0, False)], "doc_id": 0, "doc_hash": "h"}
     sample |= {"filter": "none", "acc": 1.0, "acc_norm": 0.0}
     for metric, answer in (("acc", "0"), ("acc_norm", "1")):
-        (found,) = harness._questions({"a": [sample]}, Task("a", 0, metric), {"a": task})
-        assert found.answer == answer
+        (question,) = harness._questions({"a": [sample]}, Task("a", 0, metric), {"a": task})
+        assert question.answer == answer
     written = {**sample, "filtered_resps": ["42"]}
-    (found,) = harness._questions({"a": [written]}, Task("a", 0, "acc"), {"a": task})
-    assert found.answer == "42"
+    (question,) = harness._questions({"a": [written]}, Task("a", 0, "acc"), {"a": task})
+    assert question.answer == "42"
 
 
 class Letters:
-    """A tokenizer: a letter a token, with BOS before everything unless it is told otherwise."""
+    """A tokenizer with one token for each letter, which adds BOS by default."""
 
     def __init__(self, bos: int | None) -> None:
         self.bos_token_id = bos
@@ -115,7 +121,7 @@ def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int
     monkeypatch.setattr(harness, "open_tokenizer", lambda folder: Letters(bos))
     monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=25))
     table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
-    subject: Any = SimpleNamespace(
+    loaded: Any = SimpleNamespace(
         path=Path("checkpoint"),
         tokenizer_dir=Path("t"),
         context=context,
@@ -123,11 +129,13 @@ def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int
         device=torch.device("cpu"),
         logits=lambda tokens: table[tokens],
     )
-    return harness.CheckpointLM(subject, 2), table.log_softmax(-1)
+    return harness.CheckpointLM(loaded, 2), table.log_softmax(-1)
 
 
 @pytest.mark.parametrize(("bos", "prefix"), [(None, 25), (24, 24)])
-def test_a_checkpoint_s_likelihoods(monkeypatch: pytest.MonkeyPatch, bos: int | None, prefix: int) -> None:
+def test_likelihoods_of_a_checkpoint_are_those_of_its_logits(
+    monkeypatch: pytest.MonkeyPatch, bos: int | None, prefix: int
+) -> None:
     model, table = checkpoint_lm(monkeypatch, bos)
     assert (model.prefix_token_id, model.eot_token_id) == (prefix, 25)
     requests = [SimpleNamespace(args=args) for args in (("ab", "c"), ("", "de"), ("a" * 20, "fg"))]
@@ -136,12 +144,12 @@ def test_a_checkpoint_s_likelihoods(monkeypatch: pytest.MonkeyPatch, bos: int | 
     assert second[0] == pytest.approx(float(table[prefix, 3] + table[3, 4]), rel=1e-6)
     assert third[0] == pytest.approx(float(table[0, 5] + table[5, 6]), rel=1e-6)
     assert first[1] == (int(table[1].argmax()) == 2)
-    (whole,) = model.loglikelihood_rolling([SimpleNamespace(args=("abc",))], disable_tqdm=True)
+    (total,) = model.loglikelihood_rolling([SimpleNamespace(args=("abc",))], disable_tqdm=True)
     begun = [prefix, *model.tok_encode("abc")]
-    assert whole == pytest.approx(sum(float(table[a, b]) for a, b in pairwise(begun)), rel=1e-6)
+    assert total == pytest.approx(sum(float(table[a, b]) for a, b in pairwise(begun)), rel=1e-6)
 
 
-def test_a_text_that_begins_with_bos_gets_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bos_is_not_added_to_a_text_that_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = checkpoint_lm(monkeypatch, 24)
     assert model.tok_encode("ab") == [24, 0, 1]
     assert model.tok_encode("yab") == [24, 0, 1]
@@ -149,18 +157,37 @@ def test_a_text_that_begins_with_bos_gets_no_second(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("context", "prompt", "longest"), [(8, 4, 4), (300, 20, 256), (260, 4, 256), (1, 1, 1)])
-def test_a_question_and_its_answer_fit_into_the_context(
+def test_prompt_and_answer_fit_into_the_context(
     monkeypatch: pytest.MonkeyPatch, context: int, prompt: int, longest: int
 ) -> None:
     model, _ = checkpoint_lm(monkeypatch, None, context)
-    asked: list[tuple[int, int]] = []
+    lengths: list[tuple[int, int]] = []
 
     def continue_text(model: Any, tokens: list[int], max_new_tokens: int, **unused: Any) -> list[int]:
-        asked.append((len(tokens), max_new_tokens))
+        lengths.append((len(tokens), max_new_tokens))
         return [1] * max_new_tokens
 
     monkeypatch.setattr(harness, "continue_text", continue_text)
     assert model._generate("a" * 20, {}) == "b" * longest
-    assert asked[0][0] == prompt
+    assert lengths[0][0] == prompt
     with pytest.raises(UserError, match="generates greedily only"):
         model._generate("a", {"do_sample": True, "temperature": 0.7})
+
+
+@pytest.mark.parametrize(("quiet", "bars"), [(False, 1), (True, 0)])
+def test_lm_evals_progress_bars_are_hidden_under_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool, bars: int
+) -> None:
+    monkeypatch.setattr(harness, "is_quiet", lambda: quiet)
+
+    def evaluate(**unused: Any) -> None:
+        list(lm_eval.api.task.tqdm([1, 2], disable=False))
+        raise KeyboardInterrupt
+
+    before = lm_eval.api.task.tqdm
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    manager: Any = Manager(lambda specification: {"groups": {}, "tasks": {"a": None}})
+    with pytest.raises(KeyboardInterrupt):
+        harness.run_task(None, SUITE, SUITE.tasks[0], None, manager)  # pyright: ignore[reportArgumentType]
+    assert capsys.readouterr().err.count("2/2") == bars
+    assert lm_eval.api.task.tqdm is before

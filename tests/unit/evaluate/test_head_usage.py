@@ -1,4 +1,4 @@
-"""Head studies against masks counted by hand, on a checkpoint's model and on its export."""
+"""Head usage against masks counted by hand, on a checkpoint's model and on its export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moh_megatron.config import head_layout
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
-from moh_megatron.evaluate.head_usage import HeadStudy, study
+from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage
 from moh_megatron.evaluate.loaded_model import load_model
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import moh_layers
@@ -75,31 +75,31 @@ def exported(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Pa
     return tmp_path / "hf"
 
 
-def studied(subject: Any) -> HeadStudy:
-    return study(subject, LETTERS * 4, LENGTH, SEQUENCES)
+def usage_of(loaded: Any) -> HeadUsage:
+    return measure_head_usage(loaded, LETTERS * 4, LENGTH, SEQUENCES)
 
 
-def test_loads_are_the_masks_counted_and_outputs_lie_where_their_heads_are(checkpoint: Any) -> None:
-    found = studied(checkpoint)
+def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(checkpoint: Any) -> None:
+    usage = usage_of(checkpoint)
     ids = load_tokenizer(checkpoint.tokenizer_dir).encode(LETTERS * 4)[: LENGTH * SEQUENCES]
     layers = moh_layers(checkpoint.model)
     masks: list[list[torch.Tensor]] = [[] for _ in layers]
-    for of_layer, layer in zip(masks, layers, strict=True):
+    for layer_masks, layer in zip(masks, layers, strict=True):
         layer.router.register_forward_hook(
-            lambda module, inputs, output, of_layer=of_layer: of_layer.append(output.active.flatten(0, 1))
+            lambda module, inputs, output, layer_masks=layer_masks: layer_masks.append(output.active.flatten(0, 1))
         )
     checkpoint.logits(torch.tensor(ids).view(SEQUENCES, LENGTH))
-    counts = torch.stack([torch.cat(of_layer).sum(0) for of_layer in masks]).double()
-    assert found.tokens == LENGTH * SEQUENCES
-    assert torch.equal(found.load, counts / found.tokens)
-    assert len(found.load.unique()) > 3
+    counts = torch.stack([torch.cat(layer_masks).sum(0) for layer_masks in masks]).double()
+    assert usage.tokens == LENGTH * SEQUENCES
+    assert torch.equal(usage.load, counts / usage.tokens)
+    assert len(usage.load.unique()) > 3
     for layer in range(2):
-        own = found.similarity[layer].diagonal()[counts[layer] > 0]
-        assert_close(own, torch.ones_like(own), rtol=0, atol=1e-6)  # less, where another head's output was looked at
+        own = usage.similarity[layer].diagonal()[counts[layer] > 0]
+        assert_close(own, torch.ones_like(own), rtol=0, atol=1e-6)  # less where it is the output of another head
 
 
-def test_a_checkpoint_and_its_export_are_alike(checkpoint: Any, exported: Path) -> None:
-    ours, theirs = studied(checkpoint), studied(load_model(exported, torch.device("cpu")))
+def test_a_checkpoint_and_its_export_have_the_same_head_usage(checkpoint: Any, exported: Path) -> None:
+    ours, theirs = usage_of(checkpoint), usage_of(load_model(exported, torch.device("cpu")))
     assert torch.equal(ours.load, theirs.load)
     assert_close(ours.similarity, theirs.similarity, rtol=0, atol=1e-4, equal_nan=True)
 
@@ -112,7 +112,7 @@ def plot_heads(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return plot_heads
 
 
-def test_pictures_and_tables(
+def test_plot_heads_writes_pictures_and_tables(
     exported: Path, plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
@@ -121,12 +121,12 @@ def test_pictures_and_tables(
     size = ["--length", str(LENGTH), "--sequences", str(SEQUENCES)]
     monkeypatch.setattr(sys, "argv", ["plot_heads.py", str(exported), "--texts", *texts, *size, "--out", str(tmp_path)])
     plot_heads.main()
-    found = studied(load_model(exported, torch.device("cpu")))
+    usage = usage_of(load_model(exported, torch.device("cpu")))
     with (tmp_path / "head_load.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 2 * 2 * 16
     for row in rows:
-        assert float(row["load"]) == pytest.approx(float(found.load[int(row["layer"]), int(row["head"])]), abs=1e-6)
+        assert float(row["load"]) == pytest.approx(float(usage.load[int(row["layer"]), int(row["head"])]), abs=1e-6)
     with (tmp_path / "head_similarity.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 2 * 2 * 16 * 15 / 2
     for name in ("head_load.png", "head_similarity.png"):
@@ -136,12 +136,12 @@ def test_pictures_and_tables(
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_nothing_of_a_picture_is_cut_off(plot_heads: ModuleType, tmp_path: Path, layers: int) -> None:
-    """Its border is blank, however few layers and however long the names, which may look like formulas."""
-    one = HeadStudy(1024, torch.rand(layers, 8), torch.rand(layers, 8, 8))
+def test_titles_are_not_cut_off(plot_heads: ModuleType, tmp_path: Path, layers: int) -> None:
+    """The border is blank with few layers and long names, which may look like formulas."""
+    usage = HeadUsage(1024, torch.rand(layers, 8), torch.rand(layers, 8, 8))
     title = f"head load, runs/{'long/' * 20}step_00000257: $5^{{ to $6"
-    plot_heads.draw_load({"price $5^{ to $6": one}, title, tmp_path / "load.png")
-    plot_heads.draw_similarity(one.similarity, title, tmp_path / "similarity.png")
+    plot_heads.draw_load({"price $5^{ to $6": usage}, title, tmp_path / "load.png")
+    plot_heads.draw_similarity(usage.similarity, title, tmp_path / "similarity.png")
     for name in ("load.png", "similarity.png"):
         with Image.open(tmp_path / name) as picture:
             pixels = torch.from_numpy(np.array(picture.convert("L")))
@@ -156,7 +156,7 @@ def test_nothing_of_a_picture_is_cut_off(plot_heads: ModuleType, tmp_path: Path,
         ("file", "novels=nosuch.txt", "file: must be a folder to write to.*name another with --out"),
     ],
 )
-def test_mistakes_show_before_the_study(
+def test_wrong_arguments_are_refused_before_the_model_is_loaded(
     plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, texts: str, expected: str
 ) -> None:
     (tmp_path / "file").touch()

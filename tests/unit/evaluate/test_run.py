@@ -1,4 +1,4 @@
-"""What an evaluation writes, and when."""
+"""When an evaluation writes which results, and what it refuses to replace."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def scored(task: str) -> dict[str, Any]:
 
 @pytest.fixture
 def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """evaluate(tasks, against=...) with everything but the writing replaced."""
+    """evaluate(tasks, other_scores, ...), with everything but the writing of results replaced."""
 
     def evaluate(tasks: Any, other: Any = None, step: int | None = None, out: Path = tmp_path, **changed: Any) -> None:
-        subject = SimpleNamespace(described=lambda: {"path": "m", "kind": "folder", "step": step, "tokens": None})
+        loaded = SimpleNamespace(described=lambda: {"path": "m", "kind": "folder", "step": step, "tokens": None})
         monkeypatch.setattr(run, "find_model", lambda path: path)
-        monkeypatch.setattr(run, "open_subject", lambda *unused: subject)
+        monkeypatch.setattr(run, "load_model", lambda *unused: loaded)
         monkeypatch.setattr(run, "checked_suite", lambda path: (replace(SUITE, name=str(path)), None))
         monkeypatch.setattr(run, "read_questions", lambda path: other)
-        monkeypatch.setattr(run, "_tasks", lambda *unused: tasks)
+        monkeypatch.setattr(run, "_run_tasks", lambda *unused: tasks)
         monkeypatch.setattr(run, "training_config", lambda path, overrides: overrides)
         monkeypatch.setattr(run, "validation_loss", lambda *unused: {"loss": None, "sources": {}})
         against = None if other is None else Path("other")
@@ -52,7 +52,7 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_every_task_is_written_before_the_next(evaluated: Any, tmp_path: Path) -> None:
+def test_the_result_of_a_task_is_written_before_the_next_task_runs(evaluated: Any, tmp_path: Path) -> None:
     def tasks() -> Any:
         yield scored("a"), [question("a", 1.0)]
         raise RuntimeError("out of memory")
@@ -64,44 +64,44 @@ def test_every_task_is_written_before_the_next(evaluated: Any, tmp_path: Path) -
     assert len((tmp_path / "questions.jsonl").read_text().splitlines()) == 1
 
 
-def test_nothing_to_compare_loses_nothing_that_was_measured(evaluated: Any, tmp_path: Path) -> None:
+def test_measured_scores_are_kept_where_the_comparison_fails(evaluated: Any, tmp_path: Path) -> None:
     tasks = [(scored("a"), [question("a", 1.0)]), (scored("b"), [])]
     with pytest.raises(Fault, match="share no question"):
         evaluated(tasks, {("c", "c", 0, "h"): 1.0})
-    assert [each["value"] for each in results(tmp_path)["suite"]["tasks"]] == [1.0, 1.0]
+    assert [task["value"] for task in results(tmp_path)["suite"]["tasks"]] == [1.0, 1.0]
     assert "comparison" not in results(tmp_path)
     evaluated(tasks, {("a", "a", 0, "h"): 0.0})
     (compared,) = results(tmp_path)["comparison"]["tasks"]
     assert (compared["task"], compared["better"], compared["p_value"]) == ("a", 1, None)
 
 
-def test_a_task_that_was_not_run_is_a_fault_at_the_end(evaluated: Any, tmp_path: Path) -> None:
+def test_a_task_that_cannot_run_is_a_fault_at_the_end(evaluated: Any, tmp_path: Path) -> None:
     missing = run._not_run(SUITE.tasks[1], "b: its evaluation set cannot be reached")
     with pytest.raises(Fault, match="not run: b: its evaluation set cannot be reached"):
         evaluated([(scored("a"), []), (missing, [])])
-    assert [each.get("value") for each in results(tmp_path)["suite"]["tasks"]] == [1.0, None]
+    assert [task.get("value") for task in results(tmp_path)["suite"]["tasks"]] == [1.0, None]
 
 
 def both(first: float = 1.0) -> Any:
     return [(scored("a") | {"value": first}, [question("a", first)]), (scored("b"), [question("b", 0.0)])]
 
 
-def test_the_validation_and_the_suite_of_a_model_stand_side_by_side(evaluated: Any, tmp_path: Path) -> None:
+def test_validation_and_suite_of_one_model_are_kept_side_by_side(evaluated: Any, tmp_path: Path) -> None:
     evaluated(both())
     evaluated([], suite=None, no_validation=False)
     evaluated([], suite=None, no_validation=False)
     found = results(tmp_path)
     assert found["validation"]["of"] == {"config": None, "overrides": []}
-    assert [each["value"] for each in found["suite"]["tasks"]] == [1.0, 1.0]
+    assert [task["value"] for task in found["suite"]["tasks"]] == [1.0, 1.0]
     assert len(paired_test.read_questions(tmp_path)) == 2
     assert "| a | 0 | acc | 1 | 100.0 | measured here |" in (tmp_path / "results.md").read_text()
 
 
-def test_a_suite_that_is_measured_again_keeps_what_it_does_not_come_to(evaluated: Any, tmp_path: Path) -> None:
+def test_a_repeated_suite_keeps_earlier_scores_of_tasks_that_cannot_run(evaluated: Any, tmp_path: Path) -> None:
     evaluated(both())
     with pytest.raises(Fault, match="cannot be reached"):
         evaluated([both(0.5)[0], (run._not_run(SUITE.tasks[1], "b: cannot be reached"), [])])
-    assert [each["value"] for each in results(tmp_path)["suite"]["tasks"]] == [0.5, 1.0]
+    assert [task["value"] for task in results(tmp_path)["suite"]["tasks"]] == [0.5, 1.0]
     assert paired_test.read_questions(tmp_path) == {("a", "a", 0, "h"): 0.5, ("b", "b", 0, "h"): 0.0}
 
 
@@ -116,7 +116,7 @@ def test_a_suite_that_is_measured_again_keeps_what_it_does_not_come_to(evaluated
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_nothing_is_replaced_by_the_evaluation_of_something_else(
+def test_an_evaluation_under_other_conditions_does_not_replace_results(
     evaluated: Any, tmp_path: Path, other: dict[str, Any], expected: str
 ) -> None:
     evaluated(both(), no_validation=False)
@@ -130,11 +130,11 @@ def test_nothing_is_replaced_by_the_evaluation_of_something_else(
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_results_that_cannot_be_written_are_not_measured(evaluated: Any, tmp_path: Path, out: str) -> None:
+def test_an_unwritable_folder_is_refused_before_anything_is_measured(evaluated: Any, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").touch()
 
     def tasks() -> Any:
-        pytest.fail("it is measured")
+        pytest.fail("a task was run")
         yield
 
     with pytest.raises(UserError, match=f"{out}: must be a folder to write to.*name another with --out"):
@@ -142,7 +142,7 @@ def test_results_that_cannot_be_written_are_not_measured(evaluated: Any, tmp_pat
 
 
 @pytest.mark.parametrize(("step", "expected"), [(5, 1.0), (None, 2.5)])
-def test_sources_count_by_their_shares_at_the_model_s_step(
+def test_validation_loss_weights_sources_by_their_shares_at_the_models_step(
     tiny: Any, monkeypatch: Any, step: Any, expected: Any
 ) -> None:
     """50 / 25 / 25 of a, b, c, later 25 / 75 / 0; b holds nothing out at first, c never."""
@@ -156,9 +156,9 @@ def test_sources_count_by_their_shares_at_the_model_s_step(
     monkeypatch.setattr(held_out_loss, "load_tokenizer", lambda folder: tokenizer)
     held_out = losses if step is None else {"a": 1.0}
     monkeypatch.setattr(held_out_loss, "build_validation_datasets", lambda *unused: held_out)
-    monkeypatch.setattr(held_out_loss, "_of_source", lambda subject, loss, *unused: SourceLoss(loss, None, 1.0, 1, 16))
-    subject: Any = SimpleNamespace(step=step, tokenizer_dir=Path("t"))
-    found = held_out_loss.validation_loss(subject, config)
+    monkeypatch.setattr(held_out_loss, "_source_loss", lambda loaded, loss, *unused: SourceLoss(loss, None, 1.0, 1, 16))
+    loaded: Any = SimpleNamespace(step=step, tokenizer_dir=Path("t"))
+    found = held_out_loss.validation_loss(loaded, config)
     assert found["loss"] == pytest.approx(expected)
     monkeypatch.setattr(held_out_loss, "build_validation_datasets", lambda *unused: {})
-    assert held_out_loss.validation_loss(subject, config) == {"loss": None, "sources": {}}
+    assert held_out_loss.validation_loss(loaded, config) == {"loss": None, "sources": {}}
