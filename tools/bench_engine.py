@@ -115,7 +115,7 @@ def in_training(config: Config, engine: Engine, rows: torch.Tensor) -> _Training
         device=rows.device,
         engine=engine,
         tokenizer=nothing,
-        companions=nothing,
+        hf_extras=nothing,
         data=nothing,
         train_dataset=Sequences(lambda index: rows[index % len(rows)], config.train.steps),
         validation_datasets={},

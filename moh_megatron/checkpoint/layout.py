@@ -7,7 +7,7 @@
         weights/           safetensors, one file a tensor-parallel rank
         optimizer/         safetensors, one file a rank: Adam's moments and master weights, by parameter name
         rng/               random states of every rank
-        tokenizer/         and what ``companions`` carries beside it
+        tokenizer/         the tokenizer and the ``HFExtras``
     checkpoints/latest     the name of the newest one; changed last
 
 A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. ``latest`` is

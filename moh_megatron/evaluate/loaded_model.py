@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.hf_export import check_tokenizer
-from moh_megatron.checkpoint.hf.hf_reader import MARKER, NOTE
+from moh_megatron.checkpoint.hf.hf_reader import MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.transformers_io import open_causal_lm
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
@@ -100,7 +100,7 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
 def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     check_tokenizer(path)
     model = open_causal_lm(path, dtype).to(device)
-    marker = read_json_if_any(path / MARKER, NOTE)
+    marker = read_json_if_any(path / MARKER, MARKER_CONTENT)
 
     @torch.inference_mode()
     def exported_logits(tokens: Tensor) -> Tensor:

@@ -252,9 +252,9 @@ class _Training:
         with self.watchdog.phase("save"), self.timer.part("save"):
             self.saver.finish()  # two copies of the state need not fit into host memory
             if self.saved_step != self.step:
-                data, companions, engine = session.data.hash, session.companions, session.engine
+                data, hf_extras, engine = session.data.hash, session.hf_extras, session.engine
                 in_use = self.evaluation.in_use if self.evaluation else frozenset[int]()
-                self.saver.begin(Snapshot.take(self.config, self.step, data, companions, engine), in_use)
+                self.saver.begin(Snapshot.take(self.config, self.step, data, hf_extras, engine), in_use)
                 self.saved_step = self.step
             if wait or not self.config.checkpoint.async_:
                 self.saver.finish()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moh_megatron.checkpoint.hf.hf_extras import Companions, carried_by
+from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.layout import tokenizer_folder
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
@@ -42,7 +42,7 @@ class Session:
     device: torch.device
     engine: Engine
     tokenizer: Tokenizer
-    companions: Companions
+    hf_extras: HFExtras
     """What checkpoints keep with it."""
     data: PreparedData
     train_dataset: Sequences
@@ -126,7 +126,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
         device,
         engine,
         tokenizer,
-        Companions(tokenizer, {} if source is None else carried_by(tokenizer_folder(source))),
+        HFExtras(tokenizer, {} if source is None else read_extras(tokenizer_folder(source))),
         data,
         train_dataset,
         validation_datasets,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
-from moh_megatron.checkpoint.hf.hf_extras import Companions, carried_by
+from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.mapping import Rule, rules
 from moh_megatron.checkpoint.weights import Stored, opened
 from moh_megatron.config.paths import checkpoint_dir
@@ -220,8 +220,8 @@ def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer:
                 else:
                     yield rule.megatron, _taken(stored, rule, there, config, grown)
 
-        companions = Companions(tokenizer, carried_by(layout.tokenizer_folder(source)))
-        write_checkpoint(folder, config, dtypes, pieces(), companions)
+        hf_extras = HFExtras(tokenizer, read_extras(layout.tokenizer_folder(source)))
+        write_checkpoint(folder, config, dtypes, pieces(), hf_extras)
         if config.moh.enabled and not there.moh.enabled:
             logger.info(f"with all heads active: KL from the dense model {check(folder, source):.3g} nats a token")
 

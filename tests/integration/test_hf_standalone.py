@@ -66,7 +66,7 @@ def exported(tmp_path_factory) -> Path:
     )
     generator = torch.Generator().manual_seed(2)
     state = {rule.megatron: 0.3 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
-    with hf_export.replacing(root / "hf") as partial:
+    with hf_export.atomic_export(root / "hf") as partial:
         hf_export.write_folder(
             partial, config, HeldWeights(state, config), root / "tokenizer", torch.float32, step=1, tokens=64
         )

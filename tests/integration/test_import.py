@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf.hf_config_reader import HFSettings
+from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
 
@@ -72,12 +72,12 @@ def test_verify_holds_the_reading_of_config_json_against_transformers_own(
         hf_dir = tmp_path / "export"
         assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "moh", "--hf-dir", hf_dir) == 0
     into = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", tmp_path / "native", "--verify")
-    right = HFSettings.sections
+    right = HFConfigReader.sections
     monkeypatch.setattr(
-        HFSettings, "sections", lambda self: (read := right(self)) | {section: read[section] | {key: value}}
+        HFConfigReader, "sections", lambda self: (read := right(self)) | {section: read[section] | {key: value}}
     )
     assert run_convert(*into) == 1
     assert "logits differ from those of" in capsys.readouterr().err
     assert not (tmp_path / "native").exists()
-    monkeypatch.setattr(HFSettings, "sections", right)
+    monkeypatch.setattr(HFConfigReader, "sections", right)
     assert run_convert(*into) == 0

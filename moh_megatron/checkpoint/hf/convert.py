@@ -1,4 +1,4 @@
-"""Conversions that prove themselves: what was written is opened again and held against what it came from."""
+"""Converts checkpoints and official folders to Hugging Face folders, and compares the result with its source."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf import hf_export, hf_import
-from moh_megatron.checkpoint.hf.hf_config_reader import HFSettings
-from moh_megatron.checkpoint.hf.hf_extras import Companions, carried_by
+from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
+from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.hf.hf_reader import open_weights
-from moh_megatron.checkpoint.hf.skywork import official_moh
-from moh_megatron.checkpoint.hf.unasked import is_small
+from moh_megatron.checkpoint.hf.skywork import skywork_moh_section
 from moh_megatron.checkpoint.hf.weight_readers import HFSource, open_checkpoint
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
@@ -37,19 +37,20 @@ def megatron_to_hf(
 
     Args:
         checkpoint: one complete checkpoint.
-        dtype: fp32, bf16 or fp16; None leaves each tensor its own.
+        dtype: fp32, bf16 or fp16; None keeps the precision of each tensor.
         form: see ``hf_export.write_folder``.
         verify: open both sides in fp32, the checkpoint's weights rounded to ``dtype`` first, and compare them layer by
-            layer; models of up to ``LARGEST_UNASKED`` parameters always are.
+            layer. Models of up to ``AUTO_VERIFY_PARAMETERS`` parameters are always compared.
 
     Raises:
-        UserError: the checkpoint, its tokenizer and its configuration do not fit, or ``hf_dir`` holds something else.
-        Fault: the reloaded model differs by ``TOLERANCE`` or more, or the disk refuses; ``hf_dir`` stays as it was.
+        UserError: the checkpoint, its tokenizer and its configuration do not fit together, or ``hf_dir`` holds
+            something other than an earlier export.
+        Fault: the reloaded model differs by ``TOLERANCE`` or more, or writing fails; ``hf_dir`` is left unchanged.
     """
-    config, progress = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    config, manifest = layout.read_config(checkpoint), layout.read_state(checkpoint)
     precision = None if dtype is None else DTYPES[dtype]
     hf_export.check_replaceable(hf_dir, checkpoint)
-    with hf_export.replacing(hf_dir) as folder:
+    with hf_export.atomic_export(hf_dir) as folder:
         with open_checkpoint(checkpoint, config) as source:
             hf_export.write_folder(
                 folder,
@@ -57,14 +58,14 @@ def megatron_to_hf(
                 source,
                 layout.tokenizer_folder(checkpoint),
                 precision,
-                step=progress.step,
-                tokens=progress.tokens,
+                step=manifest.step,
+                tokens=manifest.tokens,
                 form=form,
             )
-        if not (verify or is_small(config)):
+        if not (verify or hf_import.auto_verify(config)):
             return None
         weights = layout.read_weights(checkpoint)
-        return _proved(config, weights, precision, hf_dir, folder, form)
+        return _verify_export(config, weights, precision, hf_dir, folder, form)
 
 
 def official_to_hf(
@@ -75,52 +76,53 @@ def official_to_hf(
     allow_pickle: bool = False,
     verify: bool = False,
 ) -> float | None:
-    """Write a model in SkyworkAI's published form as a folder that says itself how its heads are routed.
+    """Convert a model in SkyworkAI's published form to a folder whose config.json states how heads are routed.
 
     Args:
         verify: open the folder in fp32, and compare it layer by layer with this project's own model of the same
-            weights; see ``megatron_to_hf``, also for what is returned.
+            weights; see ``megatron_to_hf``, also for the returned value.
 
     Raises:
-        UserError: the folder is broken, or of another model than it says, or ``hf_dir`` holds something else.
-        Fault: the two differ by ``TOLERANCE`` or more, or the disk is full or refuses.
+        UserError: the folder is broken, its weights do not fit its config.json, or ``hf_dir`` holds something other
+            than an earlier export.
+        Fault: the two differ by ``TOLERANCE`` or more, or writing fails.
     """
     precision = None if dtype is None else DTYPES[dtype]
     hf_export.check_replaceable(hf_dir, official_dir)
     with open_weights(official_dir, allow_pickle=allow_pickle) as weights:
-        settings = HFSettings(official_dir)
-        if settings.moh:
+        reader = HFConfigReader(official_dir)
+        if reader.is_moh:
             raise UserError(
-                f"{settings.path}: must be of the official form, whose model_type is llama. Got moh_llama, a folder "
+                f"{reader.path}: must be of the official form, whose model_type is llama. Got moh_llama, a folder "
                 "of this project, which says itself how its heads are routed; use hf-to-megatron."
             )
-        if settings.form not in (None, "official"):
+        if reader.form not in (None, "official"):
             raise UserError(
-                f"{official_dir}: must be of the official form. Got an export of --format {settings.form} of a dense "
+                f"{official_dir}: must be of the official form. Got an export of --format {reader.form} of a dense "
                 "model; use hf-to-megatron."
             )
-        heads = settings.sections()["model"]["num_attention_heads"]
-        stated = [f"moh.{key}={str(value).lower()}" for key, value in official_moh(heads).items()]
-        config = hf_import.import_config(official_dir, hf_dir, None, stated, weights.dtypes)
-        # Nothing in a folder of others tells it from a dense LLaMA.
+        heads = reader.sections()["model"]["num_attention_heads"]
+        overrides = [f"moh.{key}={str(value).lower()}" for key, value in skywork_moh_section(heads).items()]
+        config = hf_import.import_config(official_dir, hf_dir, None, overrides, weights.dtypes)
+        # Nothing distinguishes a folder of the official form from a dense LLaMA.
         logger.info(
             f"{official_dir} is read as a MoH model by query norm: the first {config.moh.shared_heads} of {heads} "
             f"heads shared, {config.moh.active_heads} active."
         )
         hf_import.check_weights(weights, {}, config)
         tokenizer = hf_import.find_tokenizer(official_dir, config)
-        companions = Companions(tokenizer, carried_by(official_dir))
-        hf_import.check_side_files(official_dir, companions, config.model.tokens)
+        extras = HFExtras(tokenizer, read_extras(official_dir))
+        hf_import.check_extras(official_dir, extras, config.model.tokens)
         source = HFSource(weights, {})
-        with hf_export.replacing(hf_dir) as folder:
+        with hf_export.atomic_export(hf_dir) as folder:
             hf_export.write_folder(folder, config, source, official_dir, precision, step=0, tokens=0)
-            if not (verify or is_small(config)):
+            if not (verify or hf_import.auto_verify(config)):
                 return None
             state = {rule.megatron: source.whole(rule).clone() for rule in rules(config)}
-            return _proved(config, state, precision, hf_dir, folder, "moh")
+            return _verify_export(config, state, precision, hf_dir, folder, "moh")
 
 
-def _proved(
+def _verify_export(
     config: Config,
     weights: Mapping[str, Tensor],
     precision: torch.dtype | None,
@@ -128,14 +130,24 @@ def _proved(
     folder: Path,
     form: hf_export.Form,
 ) -> float:
-    """The largest difference of the logits between ``weights``, rounded, and ``folder``, which becomes ``hf_dir``."""
-    # Imported here: Megatron-core takes longer to load than many a model to convert.
-    from moh_megatron.checkpoint.hf import verify as proof
+    """Compare ``weights``, rounded to ``precision``, with ``folder``, which is to become ``hf_dir``.
+
+    Returns the largest difference of the logits; raises Fault if it is too large.
+    """
+    # Imported here, because Megatron-core takes long to load.
+    from moh_megatron.checkpoint.hf import verify as verification
 
     if precision is not None:
-        weights = {name: each.to(precision) if each.is_floating_point() else each for name, each in weights.items()}
-    reopen = proof.open_export if form != "official" else lambda folder: proof.open_foreign(folder, config)
-    comparison = proof.compare_forms(config, weights, lambda: reopen(folder))
+        weights = {
+            name: tensor.to(precision) if tensor.is_floating_point() else tensor for name, tensor in weights.items()
+        }
+
+    def reopen() -> PreTrainedModel:
+        if form == "official":
+            return verification.open_without_folder_code(folder, config)
+        return verification.open_export(folder)
+
+    comparison = verification.compare_forms(config, weights, reopen)
     logger.info(str(comparison))
-    proof.require_agreement(comparison, f"{hf_dir}: the exported model's logits differ from the checkpoint's")
+    verification.require_agreement(comparison, f"{hf_dir}: the exported model's logits differ from the checkpoint's")
     return comparison.logits.largest

@@ -1,4 +1,4 @@
-"""config.json of an exported model."""
+"""Builds config.json of an exported model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from moh_megatron.checkpoint.hf.hf_extras import Ends
+from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
 from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
@@ -19,11 +19,11 @@ CODE = ("configuration_moh.py", "modeling_moh.py")
 AUTO_MAP = {"AutoConfig": "configuration_moh.MoHConfig", "AutoModelForCausalLM": "modeling_moh.MoHForCausalLM"}
 
 
-def hf_config(config: Config, dtype: torch.dtype, ends: Ends) -> LlamaConfig:
-    """config.json's content: a MoHConfig, or a plain LlamaConfig for a dense model.
+def hf_config(config: Config, dtype: torch.dtype, token_ids: SpecialTokenIds) -> LlamaConfig:
+    """Build config.json: a MoHConfig, or a plain LlamaConfig for a dense model.
 
     Raises:
-        UserError: transformers has no such model.
+        UserError: transformers cannot express the model.
     """
     model, moh = config.model, config.moh
     fields: dict[str, Any] = {
@@ -39,9 +39,9 @@ def hf_config(config: Config, dtype: torch.dtype, ends: Ends) -> LlamaConfig:
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": _rope_parameters(model),
         "tie_word_embeddings": model.tie_word_embeddings,
-        "bos_token_id": ends.bos,
-        "eos_token_id": ends.eos,
-        "pad_token_id": ends.pad,
+        "bos_token_id": token_ids.bos,
+        "eos_token_id": token_ids.eos,
+        "pad_token_id": token_ids.pad,
         "dtype": dtype,
     }
     if moh.enabled:
@@ -67,16 +67,16 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
         return {"rope_type": "default"} | theta
     if scaling.type == "linear":
         return {"rope_type": "linear", "factor": scaling.factor} | theta
-    stated = asdict(scaling)
-    return {"rope_type": stated.pop("type")} | stated | theta
+    values = asdict(scaling)
+    return {"rope_type": values.pop("type")} | values | theta
 
 
 def _heads(config: Config) -> dict[str, Any]:
-    """Numbers where every layer is alike and shares its first heads, else a list for each layer."""
+    """Numbers where all layers are equal and share their first heads, else lists with an entry for each layer."""
     layers = layer_heads(config.model, config.moh)
-    shared, active = [list(each.shared) for each in layers], [each.active for each in layers]
-    first = list(range(len(shared[0])))
+    shared, active = [list(layer.shared) for layer in layers], [layer.active for layer in layers]
+    first_heads = list(range(len(shared[0])))
     return {
-        "moh_shared_heads": len(first) if all(each == first for each in shared) else shared,
+        "moh_shared_heads": len(first_heads) if all(heads == first_heads for heads in shared) else shared,
         "moh_active_heads": active[0] if len(set(active)) == 1 else active,
     }

@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face folder that needs no package of ours, and check what was written."""
+"""Writes a model as a Hugging Face folder that opens without this package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from moh_megatron.checkpoint.hf.hf_config import CODE, hf_config
-from moh_megatron.checkpoint.hf.hf_extras import GENERATION, Ends, carried_by, stated_ends
+from moh_megatron.checkpoint.hf.hf_extras import GENERATION, SpecialTokenIds, read_extras, special_token_ids
 from moh_megatron.checkpoint.hf.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG, MARKER, NOTE
+from moh_megatron.checkpoint.hf.hf_reader import CONFIG, MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.hf_tokenizer import check_generation, write_tokenizer
 from moh_megatron.checkpoint.hf.hf_writer import write_weights
 from moh_megatron.checkpoint.hf.model_card import model_card
-from moh_megatron.checkpoint.hf.skywork import official_config
+from moh_megatron.checkpoint.hf.skywork import skywork_config
 from moh_megatron.checkpoint.hf.weight_readers import WeightSource
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
@@ -37,54 +37,57 @@ Form = Literal["moh", "llama", "official"]
 def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
     """Raise UserError unless ``hf_dir`` is absent, empty, or holds an earlier export and nothing else.
 
-    Inside the ``source`` it is made of it must not lie either: a checkpoint holds what its manifest says.
+    It must not lie inside the ``source`` that is converted: a checkpoint holds only what its manifest lists.
     """
     if source is not None:
         refuse_inside(hf_dir, source)
-    place = place_of(hf_dir)
-    if not place.exists():
+    path = place_of(hf_dir)
+    if not path.exists():
         return
     remedy = "Name another folder, or move this one away."
-    if not place.is_dir():
+    if not path.is_dir():
         raise UserError(f"{hf_dir}: must be a folder to export into. Got a file. {remedy}")
-    present = {entry.name for entry in place.iterdir()}
+    present = {entry.name for entry in path.iterdir()}
     if not present:
         return
     try:
-        ours = {MARKER, *json.loads((place / MARKER).read_text(encoding="utf-8"))["files"]}
+        exported = {MARKER, *json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{hf_dir}: must be empty or an earlier export. Got a folder of something else. {remedy}"
         ) from None
-    if stray := sorted(present - ours):
-        raise UserError(f"{hf_dir}: holds files that are not of the earlier export: {', '.join(stray[:5])}. {remedy}")
+    if unknown := sorted(present - exported):
+        raise UserError(f"{hf_dir}: holds files that are not of the earlier export: {', '.join(unknown[:5])}. {remedy}")
 
 
 @contextmanager
-def replacing(hf_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of ``hf_dir`` when the block ends well and vanishes when it does not.
+def atomic_export(hf_dir: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it replaces ``hf_dir`` when the block succeeds, and is deleted when the block fails.
 
     Raises:
         UserError: ``hf_dir`` holds something other than an earlier export.
-        Fault: the disk is full or refuses.
+        Fault: the disk is full, or writing fails.
     """
     check_replaceable(hf_dir)
     with atomic_folder(hf_dir) as folder:
         yield folder
 
 
-def _settings(config: Config, dtype: torch.dtype, ends: Ends, form: Form) -> PretrainedConfig | dict[str, Any]:
+def _config_json(
+    config: Config, dtype: torch.dtype, token_ids: SpecialTokenIds, form: Form
+) -> PretrainedConfig | dict[str, Any]:
     if form == "llama" and config.moh.enabled:
         raise UserError(
             "--format llama needs a dense model: LlamaForCausalLM has no routers, and would use every head. "
             "Got moh.enabled: true; use --format moh."
         )
-    return official_config(config, dtype, ends) if form == "official" else hf_config(config, dtype, ends)
+    build = skywork_config if form == "official" else hf_config
+    return build(config, dtype, token_ids)
 
 
 def check_form(config: Config, form: Form) -> None:
-    """Raise UserError where ``form`` cannot express the model."""
-    _settings(config, torch.float32, Ends(), form)
+    """Raise UserError if ``form`` cannot express the model."""
+    _config_json(config, torch.float32, SpecialTokenIds(), form)
 
 
 def write_folder(
@@ -98,18 +101,18 @@ def write_folder(
     tokens: int,
     form: Form = "moh",
 ) -> None:
-    """Fill an empty ``folder`` with what AutoModelForCausalLM and AutoTokenizer open; ``replacing`` puts it in place.
+    """Fill an empty ``folder``, such as one of ``atomic_export``, for AutoModelForCausalLM and AutoTokenizer.
 
     Args:
-        tokenizer_dir: holds the tokenizer's files, where there is one, and its ``companions``, which go before what
-            the tokenizer says.
-        dtype: precision of the written weights; None leaves each tensor its own.
+        tokenizer_dir: holds the tokenizer's files, if there is a tokenizer, and ``HFExtras``, whose token ids have
+            precedence over the tokenizer's.
+        dtype: precision of the written weights; None keeps the precision of each tensor.
         step, tokens: training so far, for the model card.
-        form: moh, with the code of MoH where the model has it; llama, for a dense model; official, LLaMA's names and
-            settings alone, as SkyworkAI's modelling file takes them.
+        form: moh, which includes the code of a MoH model; llama, for a dense model; official, LLaMA's names and
+            settings alone, as SkyworkAI's modelling file reads them.
 
     Raises:
-        UserError: weights, tokenizer and configuration do not fit, or the form cannot express the model.
+        UserError: weights, tokenizer and configuration do not fit together, or the form cannot express the model.
     """
     tokenizer = load_tokenizer(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.tokens:
@@ -117,21 +120,22 @@ def write_folder(
             f"{tokenizer_dir}: the tokenizer must have at most model.vocab_size ({config.model.tokens}) entries. "
             f"Got {tokenizer.vocab_size}: it is another model's."
         )
-    carried = carried_by(tokenizer_dir)
+    extras = read_extras(tokenizer_dir)
     check_generation(tokenizer_dir, config.model.tokens)
-    stated = stated_ends(carried)
-    ends = stated or (Ends() if tokenizer is None else Ends.of(tokenizer))
+    stated_ids = special_token_ids(extras)
+    token_ids = stated_ids or (SpecialTokenIds() if tokenizer is None else SpecialTokenIds.from_tokenizer(tokenizer))
     precision = dtype or source.dtype(rules(config)[0])
-    settings = _settings(config, precision, ends, form)
-    if isinstance(settings, dict):
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config_json = _config_json(config, precision, token_ids, form)
+    if isinstance(config_json, dict):
+        (folder / CONFIG).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
     else:
-        settings.save_pretrained(folder)
-    if GENERATION in carried:
-        (folder / GENERATION).write_bytes(carried[GENERATION])
+        config_json.save_pretrained(folder)
+    if GENERATION in extras:
+        (folder / GENERATION).write_bytes(extras[GENERATION])
     else:
-        pad = ends.pad if tokenizer is None or stated else tokenizer.pad_token_id
-        GenerationConfig(bos_token_id=ends.bos, eos_token_id=ends.eos, pad_token_id=pad).save_pretrained(folder)
+        pad = token_ids.pad if tokenizer is None or stated_ids else tokenizer.pad_token_id
+        generation = GenerationConfig(bos_token_id=token_ids.bos, eos_token_id=token_ids.eos, pad_token_id=pad)
+        generation.save_pretrained(folder)
     if config.moh.enabled and form == "moh":
         for name in CODE:
             shutil.copyfile(Path(configuration_moh.__file__).with_name(name), folder / name)
@@ -153,8 +157,8 @@ def write_folder(
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise UserError where an exported folder holds another tokenizer than it was written with."""
-    expected = read_json_if_any(folder / MARKER, NOTE).get("tokenizer_sha256")
+    """Raise UserError if an exported folder holds another tokenizer than it was written with."""
+    expected = read_json_if_any(folder / MARKER, MARKER_CONTENT).get("tokenizer_sha256")
     if expected is not None and (got := load_tokenizer(folder).sha256) != expected:
         raise UserError(
             f"{folder / TOKENIZER_JSON}: expected sha256 {expected}, the tokenizer the model learned with. Got {got}. "

@@ -1,11 +1,11 @@
-"""The weights of a Hugging Face folder, read a piece at a time; nothing in the folder is executed."""
+"""Reads the weights of a Hugging Face folder in slices; nothing in the folder is executed."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -20,15 +20,15 @@ from moh_megatron.io.json_file import read_json
 
 CONFIG = "config.json"
 MARKER = "moh_megatron.json"
-"""Names the form and the files of an export, so that a later one may replace them and nothing else."""
-NOTE = "the note of an export"
+"""The file that records the form and the files of an export, so that a later export replaces them and nothing else."""
+MARKER_CONTENT = "the record of an export"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _PICKLE_SUFFIX = ".bin"
 _INDEX = "the index of a model's weights"
 
 
-class Described(Protocol):
-    """What is known of a tensor before it is read."""
+class TensorInfo(Protocol):
+    """Shape and dtype of a tensor that has not been read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -43,7 +43,7 @@ class Shard(Protocol):
     path: Path
 
     @property
-    def entries(self) -> Mapping[str, Described]: ...
+    def entries(self) -> Mapping[str, TensorInfo]: ...
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor: ...
 
@@ -53,20 +53,20 @@ class Shard(Protocol):
 
 
 class HFWeights:
-    """All tensors of a folder, each in one of its files."""
+    """All tensors of a folder; each lies in one of its files."""
 
     def __init__(self, folder: Path, shard_of: Mapping[str, Shard]) -> None:
         self.folder = folder
         self._shard_of = shard_of
-        self.entries: dict[str, Described] = {name: shard.entries[name] for name, shard in shard_of.items()}
+        self.entries: dict[str, TensorInfo] = {name: shard.entries[name] for name, shard in shard_of.items()}
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """All that occur."""
-        return {each.dtype for each in self.entries.values()}
+        """All dtypes that occur."""
+        return {entry.dtype for entry in self.entries.values()}
 
-    def place(self, name: str) -> str:
-        """A tensor and its file, for messages."""
+    def location(self, name: str) -> str:
+        """Return a tensor's file and name, for messages."""
         return f"{self._shard_of[name].path}: {name}"
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
@@ -79,7 +79,7 @@ class HFWeights:
 
 
 class _PickledFile:
-    """A file of torch.save, mapped into memory; it may hold tensors and nothing else."""
+    """A file of torch.save that holds tensors and nothing else, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class _PickledFile:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as tensors saved by torch ({error}).") from None
-        if not isinstance(held, Mapping) or not all(isinstance(each, Tensor) for each in held.values()):
+        if not isinstance(held, Mapping) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
             raise UserError(f"{path}: must hold tensors by name. Got something else.")
         self.entries: dict[str, Any] = dict(held)
         for name, tensor in self.entries.items():
@@ -126,13 +126,13 @@ def check_index(folder: Path) -> None:
 
 @contextmanager
 def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeights]:
-    """The weights of ``folder``: one safetensors file, or an index and its shards.
+    """Open the weights of ``folder``: one safetensors file, or an index and its shards.
 
     Args:
         allow_pickle: also read files of torch.save (.bin), as tensors only.
 
     Raises:
-        UserError: a file is missing or broken, or only pickles are there.
+        UserError: a file is missing or broken, or the folder holds pickles only.
     """
     require_folder(folder, "the folder of a Hugging Face model")
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeig
 
 
 def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Shard]:
-    def opened(path: Path) -> Shard:
+    def open_shard(path: Path) -> Shard:
         pickled = path.suffix == _PICKLE_SUFFIX
         if pickled and not allow_pickle:
             raise UserError(
@@ -154,10 +154,10 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
     for name in (_SAFETENSORS, _PICKLE):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
-            shard = opened(single)
+            shard = open_shard(single)
             return dict.fromkeys(shard.entries, shard)
         if index.is_file():
-            return _indexed(folder, index, opened)
+            return _read_index(folder, index, open_shard)
     hint = ""
     if (folder / "config.yaml").is_file():
         exported = (folder / "hf" / CONFIG).is_file()
@@ -168,7 +168,7 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
     )
 
 
-def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
+def _read_index(folder: Path, index: Path, open_shard: Callable[[Path], Shard]) -> dict[str, Shard]:
     weight_map = read_json(index, _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must name a file for each tensor.")
@@ -178,10 +178,10 @@ def _indexed(folder: Path, index: Path, opened: Any) -> dict[str, Shard]:
         if PurePath(file).name != file:
             raise UserError(f"{index}: {name} must lie in a file of this folder. Got {file!r}.")
         if file not in shards:
-            # Unlike pathlib's, it takes a name that is too long for a file system as that of no file.
+            # Unlike Path.is_file, os.path.isfile returns False for a name that is too long for the file system.
             if not os.path.isfile(folder / file):
                 raise UserError(f"{folder / file}: missing; {index.name} says it holds {name}. Fetch it again.")
-            shards[file] = opened(folder / file)
+            shards[file] = open_shard(folder / file)
         if name not in shards[file].entries:
             raise UserError(f"{folder / file}: holds no {name}, though {index.name} says so. Fetch both again.")
         found[name] = shards[file]

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights, tokenizer and generation_config.json, as Transformers opens it."""
+"""Writes tokenizers for exports, and checks tokenizers and generation_config.json as Transformers opens them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from moh_megatron.checkpoint.hf.hf_config_reader import check_token_ids
 from moh_megatron.checkpoint.hf.hf_extras import GENERATION, GENERATION_SETTINGS
-from moh_megatron.checkpoint.hf.transformers_io import quiet, refusing
+from moh_megatron.checkpoint.hf.transformers_io import as_user_error, quiet
 from moh_megatron.data.tokenizer.names import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import Fault, UserError
@@ -21,32 +21,32 @@ from moh_megatron.io.json_file import read_json, read_json_if_any
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
 
-def check_generation(folder: Path, entries: int) -> None:
-    """Raise UserError where the folder's generation_config.json, if it has one, is none of a model of ``entries``."""
+def check_generation(folder: Path, vocab_size: int) -> None:
+    """Raise UserError if the folder has a generation_config.json that does not fit a model of ``vocab_size`` tokens."""
     file = folder / GENERATION
     if os.path.lexists(file):
         content = read_json(file, GENERATION_SETTINGS)
-        check_token_ids(file, content, entries)
+        check_token_ids(file, content, vocab_size)
         try:
-            with quiet(), refusing(file, "settings"):
+            with quiet(), as_user_error(file, "settings"):
                 GenerationConfig.from_dict(content)
         except UserError:
-            # What Transformers raises seldom names the setting.
+            # The errors of Transformers seldom name the setting.
             for name, value in content.items():
-                with quiet(), refusing(file, f"a {name}"):
+                with quiet(), as_user_error(file, f"a {name}"):
                     GenerationConfig.from_dict({name: value})
             raise
 
 
-def check_tokenizer(tokenizer: Tokenizer, entries: int) -> None:
-    """Raise UserError where Transformers would not read ``tokenizer`` in an export of a model of ``entries`` tokens."""
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError if Transformers could not open ``tokenizer`` in an export of a model of ``vocab_size`` tokens."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         _write(tokenizer, folder)
-        with quiet(), refusing(tokenizer.folder, "a tokenizer"):
-            # Unlike AutoTokenizer it runs no code, whatever the files name.
+        with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
+            # Unlike AutoTokenizer, this class runs no code that the files name.
             opened = PreTrainedTokenizerFast.from_pretrained(folder)
-        got = _encoded(tokenizer, opened, entries)
+        got = _encode_probe(tokenizer, opened, vocab_size)
     if got != (expected := tokenizer.encode(_PROBE)):
         raise UserError(
             f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: {expected} "
@@ -54,25 +54,25 @@ def check_tokenizer(tokenizer: Tokenizer, entries: int) -> None:
         )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, entries: int) -> None:
-    """Write ``tokenizer`` into the ``folder`` of a model of ``entries`` tokens, as AutoTokenizer opens it.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+    """Write ``tokenizer`` into the ``folder`` of a model of ``vocab_size`` tokens, as AutoTokenizer opens it.
 
     Raises:
-        UserError: Transformers does not open it, or finds more than ``entries`` in it.
-        Fault: Transformers reads it otherwise than it was trained.
+        UserError: Transformers does not open the tokenizer, or finds more than ``vocab_size`` tokens in it.
+        Fault: Transformers encodes a text differently from the tokenizer that was trained.
     """
     _write(tokenizer, folder)
-    # Without trust_remote_code a terminal is asked about the model's code, which the tokenizer does not even need.
-    with quiet(), refusing(tokenizer.folder, "a tokenizer"):
+    # Without trust_remote_code, Transformers asks on the terminal about the model's code, though no tokenizer needs it.
+    with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
         opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    if (got := _encoded(tokenizer, opened, entries)) != (expected := tokenizer.encode(_PROBE)):
+    if (got := _encode_probe(tokenizer, opened, vocab_size)) != (expected := tokenizer.encode(_PROBE)):
         raise Fault(
-            f"{folder}: transformers reads {TOKENIZER_JSON} otherwise than it was trained: {got}, not {expected}."
+            f"{folder}: transformers reads {TOKENIZER_JSON} differently from how it was trained: {got}, not {expected}."
         )
 
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:
-    """Fill ``folder``. Raises UserError where a file is no text of its kind, which Transformers would not name."""
+    """Fill ``folder``. Raises UserError for a broken file that the errors of Transformers would not name."""
     read_json_if_any(tokenizer.folder / SPECIAL_TOKENS_MAP, "the special tokens of a tokenizer")
     template = tokenizer.folder / CHAT_TEMPLATE
     try:
@@ -83,39 +83,40 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     file = folder / TOKENIZER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    longest = settings.get("model_max_length", 1)
-    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
-        place = tokenizer.folder / TOKENIZER_CONFIG
-        raise UserError(f"{place}: model_max_length must be a number. Got {longest!r}.")
-    # Other classes rebuild the tokenizer from its vocabulary; this one takes tokenizer.json as it is.
+    max_length = settings.get("model_max_length", 1)
+    if isinstance(max_length, bool) or not isinstance(max_length, int | float | None):
+        source = tokenizer.folder / TOKENIZER_CONFIG
+        raise UserError(f"{source}: model_max_length must be a number. Got {max_length!r}.")
+    # Other classes rebuild the tokenizer from its vocabulary; this one reads tokenizer.json unchanged.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # An imported one may name code of its own.
+    # An imported tokenizer may name code of its own.
     settings.pop("auto_map", None)
     encoder = Encoder.from_file(str(folder / TOKENIZER_JSON))
     settings.setdefault("eos_token", encoder.id_to_token(tokenizer.eos_token_id))
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    # Half a character, which JSON can write and UTF-8 cannot, is left to Transformers to refuse.
+    # JSON can hold half of a surrogate pair, UTF-8 cannot: Transformers refuses such a file.
     file.write_bytes(text.encode("utf-8", errors="surrogatepass"))
 
 
-def _encoded(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, entries: int) -> list[int]:
-    """The probe's ids. Raises UserError where ``opened`` holds a token beyond ``entries``, or cannot encode."""
-    added = sorted((number, token) for token, number in opened.get_vocab().items() if number >= entries)
+def _encode_probe(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """Encode the probe. Raises UserError if ``opened`` has an id of ``vocab_size`` or above, or cannot encode."""
+    added = sorted((token_id, token) for token, token_id in opened.get_vocab().items() if token_id >= vocab_size)
     if added:
-        number, token = added[0]
+        token_id, token = added[0]
+        file = _file_with(tokenizer.folder, token)
         raise UserError(
-            f"{_naming(tokenizer.folder, token)}: every token must be one of the model's, 0 to {entries - 1}. Got "
-            f"{token!r}, which {tokenizer.file.name} does not hold: Transformers makes it token {number}. Take it out, "
-            "or put a token of the vocabulary in its place."
+            f"{file}: every token must be one of the model's, 0 to {vocab_size - 1}. Got {token!r}, which "
+            f"{tokenizer.file.name} does not hold: Transformers makes it token {token_id}. Take it out, or put a token "
+            "of the vocabulary in its place."
         )
-    with refusing(tokenizer.folder, "a tokenizer"):
+    with as_user_error(tokenizer.folder, "a tokenizer"):
         return opened(_PROBE, add_special_tokens=False)["input_ids"]
 
 
-def _naming(folder: Path, token: str) -> Path:
-    """The file in ``folder`` that names a token which tokenizer.json lacks; the folder itself where none shows it."""
+def _file_with(folder: Path, token: str) -> Path:
+    """Return the file in ``folder`` that names ``token``, which tokenizer.json lacks, or else ``folder``."""
     for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
-        if any(each in text for each in (json.dumps(token), json.dumps(token, ensure_ascii=False))):
+        if any(json.dumps(token, ensure_ascii=ascii_only) in text for ascii_only in (True, False)):
             return folder / name
     return folder

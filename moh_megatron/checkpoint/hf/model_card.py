@@ -1,4 +1,4 @@
-"""The README.md of an exported model, generated from its configuration."""
+"""Generates the README.md of an exported model from its configuration."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _shared(config: Config) -> str:
     shared = config.moh.shared_heads
     if isinstance(shared, int):
         return str(shared) if config.moh.shared_placement == "first" else f"{shared}, spread over the KV groups"
-    return str([list(each) for each in shared or ()])
+    return str([list(heads) for heads in shared or ()])
 
 
 def _balancing(config: Config) -> str:
@@ -92,16 +92,21 @@ def _balancing(config: Config) -> str:
 
 
 def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
-    """Markdown: what the model is, how to load it, its settings, its data; ``dtype`` is the weights' precision."""
+    """Return Markdown that says what the model is, how to load it, its settings and its training data.
+
+    Args:
+        dtype: precision of the exported weights.
+        step, tokens: training so far; 0 steps for a model that was only converted.
+    """
     moh, heads = config.moh, config.model.num_attention_heads
     if moh.enabled:
         active, layers = active_share(config.model, moh), layer_heads(config.model, moh)
-        shared = sum(len(each.shared) for each in layers) / len(layers)
-        alike = len({(len(each.shared), each.active) for each in layers}) == 1
+        shared = sum(len(layer.shared) for layer in layers) / len(layers)
+        uniform = len({(len(layer.shared), layer.active) for layer in layers}) == 1
         summary = (
             f"A LLaMA-like language model with Mixture-of-Head attention (arXiv 2410.11842): each token uses "
             f"{active * heads:g} of {heads} attention heads ({active:.0%}), {shared:g} of them shared by "
-            f"all tokens{'' if alike else ', on average over layers'}."
+            f"all tokens{'' if uniform else ', on average over layers'}."
         )
         code = (
             "`trust_remote_code=True` runs `configuration_moh.py` and `modeling_moh.py` of this folder; they need only "

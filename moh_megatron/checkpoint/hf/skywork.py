@@ -1,7 +1,7 @@
-"""SkyworkAI's published form of MoH-LLaMA: LLaMA's names and settings, the heads hard-coded in the modelling file.
+"""Describes SkyworkAI's published ("official") form of MoH-LLaMA: LLaMA's names and settings.
 
-Its file ranks by query norm, shares the first half of the heads and lets each token choose a quarter; config.json, of
-transformers 4.40.2, says nothing of it.
+Its modelling file hard-codes the routing: it ranks heads by query norm, shares the first half of them and lets each
+token choose a quarter. Its config.json, of transformers 4.40.2, does not mention that.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from moh_megatron.checkpoint.hf.hf_extras import Ends
+from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 
-_UNIT = 4
-"""The heads must be a multiple of it: a half shared, a quarter chosen."""
+_HEADS_DIVISOR = 4
+"""The number of heads must be a multiple of 4: half of them are shared, a quarter is chosen."""
 
 _DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -75,38 +75,38 @@ _DEFAULTS: dict[str, Any] = {
     "transformers_version": "4.40.2",
     "model_type": "llama",
 }
-"""What LlamaConfig of transformers 4.40.2 writes beside the model's own settings."""
+"""What LlamaConfig of transformers 4.40.2 writes besides the model's own settings."""
 
 
-def official_moh(heads: int) -> dict[str, Any]:
-    """The section moh of a model in the official form.
+def skywork_moh_section(heads: int) -> dict[str, Any]:
+    """Return the section moh of a model in the official form.
 
     Raises:
-        UserError: the file's shares of ``heads`` are no whole numbers.
+        UserError: a quarter of ``heads`` is no whole number.
     """
-    if heads % _UNIT:
-        raise UserError(f"The official form needs num_attention_heads divisible by {_UNIT}. Got {heads}.")
-    shared, chosen = heads // 2, heads // _UNIT
+    if heads % _HEADS_DIVISOR:
+        raise UserError(f"The official form needs num_attention_heads divisible by {_HEADS_DIVISOR}. Got {heads}.")
+    shared, chosen = heads // 2, heads // _HEADS_DIVISOR
     return {"enabled": True, "router": "query_norm", "shared_heads": shared, "active_heads": shared + chosen}
 
 
-def official_config(config: Config, dtype: torch.dtype, ends: Ends) -> dict[str, Any]:
-    """config.json for the official modelling file.
+def skywork_config(config: Config, dtype: torch.dtype, token_ids: SpecialTokenIds) -> dict[str, Any]:
+    """Build config.json for the official modelling file.
 
     Raises:
-        UserError: that file would compute something else.
+        UserError: the official file cannot compute this model.
     """
     model, moh = config.model, config.moh
     heads = model.num_attention_heads
     try:
-        expected = official_moh(heads)
+        expected = skywork_moh_section(heads)
     except UserError as error:
         raise UserError(f"--format official: {error} Use --format moh.") from None
-    same = all(
-        each.shared == tuple(range(expected["shared_heads"])) and each.active == expected["active_heads"]
-        for each in layer_heads(model, moh)
+    same_heads = all(
+        layer.shared == tuple(range(expected["shared_heads"])) and layer.active == expected["active_heads"]
+        for layer in layer_heads(model, moh)
     )
-    if not (moh.enabled and moh.router == "query_norm" and moh.balancing == "loss" and same):
+    if not (moh.enabled and moh.router == "query_norm" and moh.balancing == "loss" and same_heads):
         raise UserError(
             f"--format official needs moh.router query_norm without biases, the first {expected['shared_heads']} heads "
             f"shared and {expected['active_heads']} active in every layer: all else is hard-coded there. "
@@ -138,7 +138,7 @@ def official_config(config: Config, dtype: torch.dtype, ends: Ends) -> dict[str,
         "rope_scaling": None if scaling is None else {"type": scaling.type, "factor": scaling.factor},
         "tie_word_embeddings": model.tie_word_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": ends.bos,
-        "eos_token_id": ends.eos,
-        "pad_token_id": ends.pad,
+        "bos_token_id": token_ids.bos,
+        "eos_token_id": token_ids.eos,
+        "pad_token_id": token_ids.pad,
     }

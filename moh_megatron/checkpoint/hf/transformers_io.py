@@ -1,4 +1,4 @@
-"""Models and tokenizers of Hugging Face folders, our exports and others, opened by Transformers to be judged."""
+"""Opens models and tokenizers of Hugging Face folders with Transformers."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from moh_megatron.io.errors import UserError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers without its bars, and without its remarks on folders whose names Python could not import and on
-    settings of generation that another one makes void."""
+    """Hide the progress bars of Transformers and two of its warnings: that Python cannot import a folder's name, and
+    that one setting of generation has no effect beside another."""
     names = ("transformers.dynamic_module_utils", "transformers.generation.configuration_utils")
-    remarks, bars = [logging.getLogger(name) for name in names], is_progress_bar_enabled()
-    levels = [each.level for each in remarks]
-    for each in remarks:
-        each.setLevel(logging.ERROR)
+    loggers, had_bars = [logging.getLogger(name) for name in names], is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     disable_progress_bar()
     try:
         yield
     finally:
-        for each, level in zip(remarks, levels, strict=True):
-            each.setLevel(level)
-        if bars:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
             enable_progress_bar()
 
 
 @contextmanager
-def refusing(folder: Path, what: str) -> Iterator[None]:
-    """Whatever Transformers raises on ``what`` it opens from ``folder`` becomes a UserError with its first line."""
+def as_user_error(path: Path, what: str) -> Iterator[None]:
+    """Turn every error of Transformers, while it opens ``what`` from ``path``, into a UserError with its first line."""
     try:
         yield
-    except Exception as error:  # values of any kind reach its code unchecked, which then raises anything
+    except Exception as error:  # Unchecked values reach the code of Transformers, which may raise anything.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{folder}: must hold {what} that Transformers opens. It does not: {reason}") from error
+        raise UserError(f"{path}: must hold {what} that Transformers opens. It does not: {reason}") from error
 
 
 def open_causal_lm(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
-    """The model of a folder, in evaluation mode, in the precision of its weights where ``dtype`` is None.
+    """Load the model of a folder, in evaluation mode; ``dtype`` None keeps the precision of its weights.
 
-    Raises UserError where it does not load.
+    Raises UserError if it does not load.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype or "auto")
@@ -60,7 +60,7 @@ def open_causal_lm(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder with a model, or of a checkpoint."""
+    """Load the tokenizer of a folder with a model, or of a checkpoint's folder ``tokenizer``."""
     if (folder / "config.json").is_file():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return PreTrainedTokenizerFast.from_pretrained(folder)

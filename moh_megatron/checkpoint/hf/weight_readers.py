@@ -137,7 +137,7 @@ class HFSource:
         if name in self._added:
             return self._added[name][start:stop]
         rows = self._weights.rows(name, start, stop, self._scratch)
-        check_finite(rows, self._weights.place(name))
+        check_finite(rows, self._weights.location(name))
         return rows
 
 

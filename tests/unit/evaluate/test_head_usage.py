@@ -69,7 +69,7 @@ def checkpoint(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: 
 
 @pytest.fixture
 def exported(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Path, tmp_path: Path) -> Path:
-    with hf_export.replacing(tmp_path / "hf") as partial:
+    with hf_export.atomic_export(tmp_path / "hf") as partial:
         source = HeldWeights(weights, config)
         hf_export.write_folder(partial, config, source, tokenizer_dir, torch.float32, step=12, tokens=3456)
     return tmp_path / "hf"

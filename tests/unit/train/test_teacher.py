@@ -10,7 +10,7 @@ from support.messages import NONE_IS
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
-from moh_megatron.checkpoint.hf.hf_extras import Companions
+from moh_megatron.checkpoint.hf.hf_extras import HFExtras
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import DistillationConfig
 from moh_megatron.io.errors import UserError
@@ -51,7 +51,7 @@ def test_it_is_padded_as_the_model_that_learns(tiny, tmp_path):
     folder.mkdir()
     dtypes = {rule.megatron: torch.float32 for rule in rules(there)}
     weights = ((rule.megatron, 0.2 * torch.randn(rule.shape)) for rule in rules(there))
-    write_checkpoint(folder, there, dtypes, weights, Companions(None, {}))
+    write_checkpoint(folder, there, dtypes, weights, HFExtras(None, {}))
     config = dataclasses.replace(student, distillation=DistillationConfig(teacher=str(folder)))
     assert find_teacher(config, print) == folder
     teacher, tokens = load_teacher(folder, config, torch.device("cpu")), torch.arange(16)[None]

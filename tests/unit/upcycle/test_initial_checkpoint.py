@@ -15,7 +15,7 @@ from support.messages import NONE_IS
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
-from moh_megatron.checkpoint.hf.hf_extras import TOKEN_IDS, Companions, carried_by
+from moh_megatron.checkpoint.hf.hf_extras import TOKEN_IDS, HFExtras, read_extras
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -74,7 +74,7 @@ def write_source(config: Config, seed: int = 4) -> Path:
     dtypes = {rule.megatron: torch.float32 for rule in table}
     weights = ((rule.megatron, 0.2 * torch.randn(rule.shape, generator=generator)) for rule in table)
     ids = {TOKEN_IDS: b'{"bos_token_id": 5, "eos_token_id": [1, 7]}'}
-    write_checkpoint(folder, config, dtypes, weights, Companions(None, ids))
+    write_checkpoint(folder, config, dtypes, weights, HFExtras(None, ids))
     return folder
 
 
@@ -87,7 +87,7 @@ def test_the_start_is_the_dense_model_and_says_so(make):
     assert made.endswith(f"start: made of {source}")
     folder = initial_checkpoint.start_folder(make())
     assert layout.problem_with(folder) is None
-    assert carried_by(folder / "tokenizer") == carried_by(source / "tokenizer") != {}
+    assert read_extras(folder / "tokenizer") == read_extras(source / "tokenizer") != {}
 
 
 def test_other_positions_are_told_and_the_proof_is_against_the_sources_own(make):

@@ -66,7 +66,7 @@ def make_state(config: Config) -> dict[str, torch.Tensor]:
 def export(folder: Path, config: Config, tokenizer_dir: Path, dtype=torch.float32, **changes: Any) -> None:
     settings: dict[str, Any] = {"step": 12, "tokens": 3456} | changes
     source = HeldWeights(settings.pop("state", make_state(config)), config)
-    with hf_export.replacing(folder) as partial:
+    with hf_export.atomic_export(folder) as partial:
         hf_export.write_folder(partial, config, source, tokenizer_dir, dtype, **settings)
 
 
@@ -209,14 +209,14 @@ def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
         export(folder, smaller, tokenizer_dir)
 
     def run_out_of_space() -> None:
-        with hf_export.replacing(folder) as new:
+        with hf_export.atomic_export(folder) as new:
             (new / "half").write_text("half")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(Fault, match=r"could not be written.*No space"):
         run_out_of_space()
     for place, error in ((tmp_path / "elsewhere" / "source", OSError), (folder / "config.json", Fault)):
-        with pytest.raises(error, match="Input/output error"), hf_export.replacing(folder):
+        with pytest.raises(error, match="Input/output error"), hf_export.atomic_export(folder):
             raise OSError(5, "Input/output error", str(place))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

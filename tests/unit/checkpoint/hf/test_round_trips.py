@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import moh_megatron.hf
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf import convert, hf_config, hf_export, hf_extras, hf_import, unasked
+from moh_megatron.checkpoint.hf import convert, hf_config, hf_export, hf_extras, hf_import
 from moh_megatron.checkpoint.hf.hf_model import configuration_moh
 from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
 from moh_megatron.checkpoint.mapping import rules
@@ -32,7 +32,7 @@ def small_pieces():
     """Tensors of test size, too, go through in several pieces and several files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moh_megatron.checkpoint.hf.streaming.PIECE_BYTES", 1000)
-        patch.setattr(unasked, "LARGEST_UNASKED", 0)
+        patch.setattr(hf_import, "AUTO_VERIFY_PARAMETERS", 0)
         patch.setattr(hf_export, "MAX_SHARD_SIZE", "20KB")
         yield
 
@@ -42,7 +42,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def there_and_back(source: Path, work: Path, *overrides: str) -> Path:
-    hf_import.hf_to_megatron(source, work / "native", None, overrides, new_tensors=initial_routers, report=print)
+    hf_import.hf_to_megatron(source, work / "native", None, overrides, new_tensors=initial_routers)
     convert.megatron_to_hf(layout.resolve_checkpoint(work / "native"), work / "back")
     return work / "back"
 
@@ -110,7 +110,7 @@ def test_our_exports_come_back(tiny, tokenizer_dir, tmp_path, moh):
         else torch.randint(-40, 41, rule.shape, generator=generator)
         for rule in rules(config)
     }
-    with hf_export.replacing(tmp_path / "hf") as folder:
+    with hf_export.atomic_export(tmp_path / "hf") as folder:
         hf_export.write_folder(folder, config, HeldWeights(state, config), tokenizer_dir, None, step=3, tokens=192)
     for size in (1, 2, 4):
         back = there_and_back(tmp_path / "hf", tmp_path / f"tp{size}", f"parallel.tensor={size}")
@@ -125,7 +125,7 @@ def test_our_exports_come_back(tiny, tokenizer_dir, tmp_path, moh):
 def test_registered_classes_open_an_export_without_its_code(tiny, tokenizer_dir, tmp_path):
     config = tiny({"model.vocab_size": 280, "moh.router": "query_norm"})
     state = {rule.megatron: torch.randn(rule.shape) for rule in rules(config)}
-    with hf_export.replacing(tmp_path / "hf") as folder:
+    with hf_export.atomic_export(tmp_path / "hf") as folder:
         hf_export.write_folder(folder, config, HeldWeights(state, config), tokenizer_dir, None, step=3, tokens=192)
     for file in hf_config.CODE:
         (tmp_path / "hf" / file).write_text("raise SystemExit('the code of the folder was run')")
@@ -165,7 +165,7 @@ def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, wi
     forms: dict[hf_export.Form, tuple[str, ...]] = {"llama": (), "moh": moh, "official": moh}
     for form, overrides in forms.items():
         checkpoint, back = tmp_path / form / "native", tmp_path / form / "hf"
-        hf_import.hf_to_megatron(source, checkpoint, None, overrides, new_tensors=initial_routers, report=print)
+        hf_import.hf_to_megatron(source, checkpoint, None, overrides, new_tensors=initial_routers)
         convert.megatron_to_hf(checkpoint, back, form=form)
         again = json.loads((back / "config.json").read_text())
         assert {key: again[key] for key in ids} == ids
@@ -180,13 +180,13 @@ def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, wi
 
 def test_checkpoints_of_training_carry_them_on(tokenizer_dir, tmp_path):
     source = llama_folder(tmp_path / "source", vocab_size=280, eos_token_id=[9, 7])
-    carried = hf_extras.carried_by(source)
-    hf_extras.Companions(load_tokenizer(tokenizer_dir), carried).save(tmp_path / "one")
-    hf_extras.Companions(load_tokenizer(tokenizer_dir), hf_extras.carried_by(tmp_path / "one")).save(tmp_path / "two")
-    assert hf_extras.carried_by(tmp_path / "two") == carried
-    assert hf_extras.stated_ends(carried) == hf_extras.Ends(1, [9, 7], None)
+    carried = hf_extras.read_extras(source)
+    hf_extras.HFExtras(load_tokenizer(tokenizer_dir), carried).save(tmp_path / "one")
+    hf_extras.HFExtras(load_tokenizer(tokenizer_dir), hf_extras.read_extras(tmp_path / "one")).save(tmp_path / "two")
+    assert hf_extras.read_extras(tmp_path / "two") == carried
+    assert hf_extras.special_token_ids(carried) == hf_extras.SpecialTokenIds(1, [9, 7], None)
     assert load_tokenizer(tmp_path / "two").sha256 == load_tokenizer(tokenizer_dir).sha256
-    hf_extras.Companions(None, {}).save(tmp_path / "none")
+    hf_extras.HFExtras(None, {}).save(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from moh_megatron.checkpoint.hf.hf_config import hf_config
-from moh_megatron.checkpoint.hf.hf_extras import Ends
+from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
 from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
 from moh_megatron.checkpoint.hf.verify import TOLERANCE, Comparison, Trace, compare, compare_forms, require_agreement
 from moh_megatron.checkpoint.mapping import rules, to_hf
@@ -45,7 +45,7 @@ def drawn(config: Config) -> dict[str, Tensor]:
 
 def exported(config: Config, state: dict[str, Tensor]) -> Any:
     model_class: Any = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
-    model = model_class(hf_config(config, torch.float32, Ends()))
+    model = model_class(hf_config(config, torch.float32, SpecialTokenIds()))
     model.load_state_dict(to_hf(state, config))
     return model.eval()
 
