@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, and how it ends."""
+"""Parses the arguments that all commands share, and turns the way a command ends into its exit code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,9 @@ from moh_megatron.io.console import console_logging, set_level
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.remedies import remedy
 
-# Megatron-core and torch warn of what is chosen here on purpose: no Apex, no fused kernels, gloo. Set here, since they
-# begin while a script's other imports run.
+# Megatron-core and torch warn of what is chosen on purpose: no Apex, no fused kernels, gloo. The filter stands here
+# because the first of these warnings come while a command's other modules are imported.
 warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
-
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ class _SetLevel(argparse.Action):
 
 
 def command_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of --quiet, --verbose and --version, to which a command adds its own options."""
+    """Return a parser of --quiet, --verbose and --version, to which a command adds its own options."""
     parser = argparse.ArgumentParser(description=description)
     add_common_options(parser)
     return parser
@@ -62,7 +58,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of CONFIG, overrides and --dry-run beside the options of ``command_parser``."""
+    """Return a parser of CONFIG, overrides and --dry-run besides the options of ``command_parser``."""
     parser = command_parser(description)
     parser.add_argument(
         "config", metavar="CONFIG", help="YAML file, or the name of an example that comes along, such as smoke"
@@ -80,9 +76,9 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 def parse_config(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
-    """Arguments of a ``config_parser`` and the configuration they name; None takes ``sys.argv``.
+    """Parse the arguments of a ``config_parser``, by default ``sys.argv``, and load the configuration they name.
 
-    With --dry-run it prints the resolved configuration and leaves by SystemExit(0). Raises UserError.
+    With --dry-run it prints the resolved configuration and raises SystemExit(0). Raises UserError.
     """
     namespace = parser.parse_intermixed_args(arguments)
     config = load_config(namespace.config, namespace.overrides)
@@ -94,7 +90,7 @@ def parse_config(
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """What argparse takes as a type: whole numbers from ``least`` on."""
+    """Return an argparse type for whole numbers from ``least`` on."""
 
     def whole_number(text: str) -> int:
         if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) < least:
@@ -105,7 +101,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def new_file(text: str) -> Path:
-    """What argparse takes as a type: a file to write in a folder that is there."""
+    """Argparse type for a file to write, in a folder that exists."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         got = "a folder" if path.is_dir() else "no such folder"
@@ -114,32 +110,21 @@ def new_file(text: str) -> Path:
 
 
 def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """``sys.argv`` of a parser with commands, of which some take ``overrides``, between their options too."""
-    # argparse takes positional arguments in one run only, and what stands behind a later option comes back unknown.
+    """Parse ``sys.argv`` with a parser of subcommands, some of which take ``overrides`` between their options too."""
+    # argparse accepts positional arguments in one sequence only, and returns those behind a later option as unknown.
     arguments, rest = parser.parse_known_args()
-    if unknown := [each for each in rest if each.startswith("-") or "overrides" not in arguments]:
+    if unknown := [word for word in rest if word.startswith("-") or "overrides" not in arguments]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         arguments.overrides += rest
     return arguments
 
 
-@contextmanager
-def loading(module: str) -> Iterator[None]:
-    """Import ``module`` in another thread while the block runs, one that leaves the interpreter free, as hashing does.
-
-    Who imports it afterwards sees what went wrong.
-    """
-    with ThreadPoolExecutor(1) as other:
-        other.submit(import_module, module)
-        yield
-
-
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run ``main`` and turn the way it ends into an exit code: ``sys.exit(exit_code(main))``.
+    """Run ``main`` with log records shown on standard error, and return its exit code for ``sys.exit``.
 
-    2 for a UserError, 1 for a Fault or a file system that refuses, each with its message alone; 130 when interrupted;
-    1 with a traceback for anything else. Log records are shown on standard error meanwhile.
+    The code is 2 for a UserError and 1 for a Fault or an error of the file system, with the message alone; 130 when
+    interrupted; 1 with a traceback for anything else.
     """
     with console_logging():
         return _exit_code(main)
@@ -167,9 +152,9 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         if hint is None:
             traceback.print_exc()
         else:
-            place = f"{error.filename}: " if error.filename is not None else ""
-            logger.error(f"{place}{error.strerror}; {hint}.")
+            path = f"{error.filename}: " if error.filename is not None else ""
+            logger.error(f"{path}{error.strerror}; {hint}.")
         return 1
-    except Exception:  # whatever is left is a bug: say where
+    except Exception:  # Any other error is a bug: show where.
         traceback.print_exc()
         return 1

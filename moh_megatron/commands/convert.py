@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.cli import add_common_options, command_parser, exit_code, loading, parse_overrides
+from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,7 +39,9 @@ def parse_arguments() -> argparse.Namespace:
 def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
     from moh_megatron.checkpoint import layout
 
-    with loading("moh_megatron.checkpoint.hf.convert"):
+    # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
+    with ThreadPoolExecutor(1) as other:
+        other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
         checkpoint = layout.resolve_checkpoint(arguments.load_dir)
     from moh_megatron.checkpoint.hf import convert, hf_export
     from moh_megatron.config.load import dump_config

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="training configuration; default: the model's own")
     parser.add_argument("--no-validation", action="store_true", help="leave the validation loss out")
-    parser.add_argument("--suite", type=Path, metavar="FILE", help="tasks to run, as in configs/eval")
+    parser.add_argument("--suite", type=Path, metavar="FILE", help="tasks to run: a file, or a shipped suite's name")
     parser.add_argument("--limit", type=int, metavar="N", help="run only the first N questions of each task")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="batch size of the tasks, default 8")
     parser.add_argument("--against", type=Path, metavar="DIR", help="results of another model to compare with")

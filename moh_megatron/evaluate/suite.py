@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moh_megatron.config import core_yaml
-from moh_megatron.config.examples import with_examples
+from moh_megatron.config.examples import find_suite
 from moh_megatron.config.types import NonNegativeInt
 from moh_megatron.io.errors import UserError
 
@@ -81,9 +81,10 @@ class Suite:
 
 
 def load_suite(path: Path) -> Suite:
-    """Read a suite from a file as in ``configs/eval``. Raises UserError."""
+    """Read a suite from a file as in ``configs/eval``, or a shipped suite by its name. Raises UserError."""
+    file = find_suite(path)
     try:
-        values, duplicates = core_yaml.parse(with_examples(path).read_text(encoding="utf-8"))
+        values, duplicates = core_yaml.parse(file.read_text(encoding="utf-8"))
         if duplicates:
             raise UserError(duplicates[0])
         return TypeAdapter(Suite).validate_python(values)

@@ -1,1 +1,1 @@
-"""Process groups, the CPU stand-ins Megatron-core needs, and the gradient rules of replicated weights."""
+"""Process groups, gradient rules of replicated tensors, random states, and CPU replacements for CUDA calls."""

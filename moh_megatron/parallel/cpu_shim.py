@@ -1,8 +1,8 @@
-"""What Megatron-core asks of CUDA, answered by the CPU. Active only where CUDA is absent.
+"""Replaces the CUDA calls of Megatron-core by CPU ones, on machines without CUDA.
 
 Megatron-core allocates communication buffers on ``torch.cuda.current_device()`` and keeps its random states through
-the CUDA generator, on a CPU-only machine too. These are the only three places it must be helped at; ``install`` is
-called before Megatron-core's first use, from ``groups.initialize``.
+the CUDA generator, also on a machine without a GPU. No other calls need a replacement. ``groups.initialize`` calls
+``install`` before Megatron-core is first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 
 class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
-    """Megatron-core's tracker of named random states, kept for the CPU generator."""
+    """Megatron-core's tracker of named random states, for the CPU generator."""
 
     def add(self, name: str, seed: int) -> None:
         self._is_initialized = True
@@ -24,13 +24,13 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
-        outside = torch.get_rng_state()
+        previous = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            torch.set_rng_state(previous)
 
 
 def _get_rng_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -42,7 +42,7 @@ def _set_rng_state(new_state: torch.Tensor, device: object = None, graph_safe: b
 
 
 def install() -> None:
-    """Put the stand-ins in place; does nothing where CUDA is available, or the second time."""
+    """Install the replacements; does nothing where CUDA is available, or when called again."""
     if torch.cuda.is_available():
         return
     cpu = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Telling another rank's failure from one's own."""
+"""Tells the failure of another rank from a rank's own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether ``error`` only says that another rank is gone: a broken connection of NCCL, of gloo, or of the store."""
+    """Return whether ``error`` only says that another rank is gone: NCCL, gloo or the store lost a connection."""
     if isinstance(error, dist.DistError):
         return True
-    # gloo's own errors are plain RuntimeErrors that name its source files.
+    # gloo raises plain RuntimeErrors that name its source files.
     return type(error) is RuntimeError and "gloo" in str(error)

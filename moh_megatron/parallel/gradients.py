@@ -1,8 +1,8 @@
-"""Gradient rules for what tensor-parallel ranks hold in common.
+"""Gradient rules for tensors that are replicated over tensor-parallel ranks.
 
-DeepSpeed drives the backward pass and knows nothing of tensor parallelism, so nobody sums the gradients of replicated
-tensors over the tensor-parallel ranks afterwards; with sequence parallelism the norms' gradients were wrong by up to
-75 % in a trial. Here the sum is part of the graph: each rule is an autograd function whose backward pass communicates.
+DeepSpeed drives the backward pass and does not know tensor parallelism, so it does not sum the gradients of replicated
+tensors over the tensor-parallel ranks; with sequence parallelism the norms' gradients were wrong by up to 75 % in a
+trial. Here the sum is part of the graph: each rule is an autograd function whose backward pass communicates.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # Megatron-core 0.16's own reduction drops the result for a gradient that is not contiguous.
+        # The reduction of Megatron-core 0.16 drops the result for a gradient that is not contiguous.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
 
 
 def sum_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Identity forward, sum over ``group`` backward: for a replicated tensor each rank uses a part of.
+    """Identity forward, sum over ``group`` backward, for a replicated tensor of which each rank uses a part.
 
-    The parts may be heads (a gate used only where its head lives) or positions (a norm's weight under sequence
-    parallelism); either way a rank sees only its share of the gradient.
+    The parts may be heads (a gate is used only on the rank of its head) or positions (a norm's weight under sequence
+    parallelism); in both cases a rank computes only its share of the gradient.
     """
     return tensor if group.size() == 1 else _SumGradient.apply(tensor, group)  # type: ignore[return-value]
 
 
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather [S / TP, ...] -> [S, ...] forward, reduce-scatter backward (every rank uses the whole differently)."""
+    """All-gather [S / TP, ...] -> [S, ...] forward, reduce-scatter backward: ranks use the full sequence differently."""
     return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=group)
 
 
 def gather_last_dimension(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather [..., n] -> [..., n * TP] in rank order; backward keeps this rank's part of a shared gradient."""
+    """All-gather [..., n] -> [..., n * TP] in rank order forward; backward keeps this rank's slice of the gradient."""
     return gather_from_tensor_model_parallel_region(tensor, group=group)
 
 
@@ -65,5 +65,5 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Mean over ``group`` of equally weighted parts; every rank computes the same from it, so backward only scales."""
+    """Mean over ``group`` forward; every rank computes the same from it, so the backward pass only scales."""
     return tensor if group.size() == 1 else _MeanOverRanks.apply(tensor, group)  # type: ignore[return-value]

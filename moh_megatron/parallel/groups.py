@@ -1,7 +1,7 @@
-"""The process groups of a run, and DeepSpeed's view of them.
+"""Creates the process groups of a run, and shows them to DeepSpeed.
 
-Megatron-core's ``parallel_state`` holds the groups; DeepSpeed is given an ``mpu`` that answers from it. Ranks of one
-tensor-parallel group are neighbours; data-parallel groups stride over them, as everywhere in Megatron.
+Megatron-core's ``parallel_state`` holds the groups; DeepSpeed gets an ``mpu`` that reads them from there. As usual in
+Megatron, the ranks of a tensor-parallel group are consecutive, and data-parallel groups stride over them.
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ from moh_megatron.parallel import cpu_shim
 
 
 def backend() -> str:
-    """The communication library for the device that is there."""
+    """Return the communication library for the available device."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def device(local_rank: int) -> torch.device:
-    """The device of a rank on its node."""
+    """Return the device of the rank ``local_rank`` of a node."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 TIMEOUT = timedelta(minutes=30)
-"""What torch gives a gloo group."""
+"""The default timeout of a gloo group in torch."""
 
 
 def initialize(tensor_parallel: int, seed: int, timeout: timedelta = TIMEOUT) -> None:
-    """Make the groups and seed the random states. torch.distributed must be initialised.
+    """Create the groups and seed the random states. torch.distributed must be initialised.
 
-    A collective of these groups that waits longer than ``timeout`` is an error.
-
-    The CPU generator, from which all weights are drawn, starts from ``seed`` on every rank: the same seed gives the
-    same model at every tensor-parallel size.
+    A collective of these groups fails after ``timeout``. The CPU generator, from which all weights are drawn, starts
+    from ``seed`` on every rank: the same seed gives the same model at every tensor-parallel size.
     """
     cpu_shim.install()
-    minutes: float = timeout.total_seconds() / 60  # annotated as whole minutes there
+    minutes: float = timeout.total_seconds() / 60  # Megatron-core annotates it as int.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
         distributed_timeout_minutes=minutes,  # pyright: ignore[reportArgumentType]
@@ -49,36 +47,36 @@ def initialize(tensor_parallel: int, seed: int, timeout: timedelta = TIMEOUT) ->
 
 
 def tp_group() -> dist.ProcessGroup:
-    """The ranks that share one replica of the model."""
-    return _a_group(parallel_state.get_tensor_model_parallel_group())
+    """Return the tensor-parallel group: the ranks that share one replica of the model."""
+    return _as_group(parallel_state.get_tensor_model_parallel_group())
 
 
 def dp_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the model and see different data."""
-    return _a_group(parallel_state.get_data_parallel_group())
+    """Return the data-parallel group: the ranks that hold the same shard of the model and train on different data."""
+    return _as_group(parallel_state.get_data_parallel_group())
 
 
 def control_group(timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
-    """A new group of all ranks for small things on the host: NCCL would need a transfer to the device and back."""
-    return _a_group(dist.new_group(backend="gloo", timeout=timeout))
+    """Return a new gloo group of all ranks for small host tensors, which NCCL would have to move to the device."""
+    return _as_group(dist.new_group(backend="gloo", timeout=timeout))
 
 
-def _a_group(group: object) -> dist.ProcessGroup:
+def _as_group(group: object) -> dist.ProcessGroup:
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def destroy() -> None:
-    """Forget the groups and leave torch.distributed."""
+    """Destroy the groups and torch.distributed's."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class DeepSpeedMpu:
-    """The names DeepSpeed asks a *model parallel unit* for, answered by Megatron-core's groups.
+    """Megatron-core's groups under the names that DeepSpeed expects of a *model parallel unit*.
 
-    It must not offer ``initialize_sequence_parallel``: DeepSpeed would take that for its own Ulysses parallelism.
+    It must not have ``initialize_sequence_parallel``, by which DeepSpeed recognises its own Ulysses parallelism.
     """
 
     get_model_parallel_group = get_tensor_model_parallel_group = staticmethod(

@@ -1,20 +1,23 @@
 import argparse
 import errno
+import logging
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from moh_megatron.cli import at_least, config_parser, exit_code, new_file, parse_config
+from moh_megatron.cli import at_least, command_parser, config_parser, exit_code, new_file, parse_config
 from moh_megatron.config.load import load_config
+from moh_megatron.io.console import is_quiet, is_verbose, progress_bar
 from moh_megatron.io.errors import Fault, UserError
 
 _REPOSITORY = Path(__file__).parents[2]
 _SMOKE = str(_REPOSITORY / "configs/smoke.yaml")
 
 
-def ends_with(error):
+def exit_code_of(error):
     def main():
         raise error
 
@@ -22,7 +25,7 @@ def ends_with(error):
 
 
 @pytest.mark.parametrize("result", [None, 0, 2, 75])
-def test_a_returned_code_is_kept(result):
+def test_code_that_main_returns_is_kept(result):
     assert exit_code(lambda: result) == (result or 0)
 
 
@@ -64,14 +67,14 @@ def test_a_returned_code_is_kept(result):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_expected_end_is_one_message(capsys, error, code, printed):
-    assert ends_with(error) == code
+def test_expected_error_is_one_message_on_standard_error(capsys, error, code, printed):
+    assert exit_code_of(error) == code
     assert capsys.readouterr() == ("", printed)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("oops"), FileNotFoundError(errno.ENOENT, "oops", "x")])
-def test_a_bug_leaves_its_traceback(capsys, error):
-    assert ends_with(error) == 1
+def test_bug_shows_its_traceback(capsys, error):
+    assert exit_code_of(error) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback")
     assert "oops" in printed
@@ -86,7 +89,7 @@ def test_a_bug_leaves_its_traceback(capsys, error):
         [_SMOKE, "run.seed=5", "--nproc", "2", "optimizer.learning_rate=1e-3"],
     ],
 )
-def test_overrides_stand_before_and_after_options(arguments):
+def test_overrides_are_accepted_before_and_after_options(arguments):
     parser = config_parser("Do something.")
     parser.add_argument("--nproc", type=int)
     namespace, config = parse_config(parser, arguments)
@@ -94,7 +97,7 @@ def test_overrides_stand_before_and_after_options(arguments):
     assert config == load_config(_SMOKE, ["run.seed=5", "optimizer.learning_rate=1e-3"])
 
 
-def test_a_dry_run_prints_a_configuration_that_can_be_read(capsys, tmp_path):
+def test_dry_run_prints_a_configuration_that_loads_again(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         parse_config(config_parser("Do something."), [_SMOKE, "--dry-run", "run.seed=5"])
     assert caught.value.code == 0
@@ -103,12 +106,12 @@ def test_a_dry_run_prints_a_configuration_that_can_be_read(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "runs/new"])
-def test_a_run_in_a_checkpoint_is_refused(below, tmp_path):
+def test_run_folder_inside_a_checkpoint_is_refused(below, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "manifest.json").touch()
-    place = tmp_path / below
-    with pytest.raises(UserError, match=rf"outside every checkpoint\. Got {place}, and {tmp_path} is one\. Name"):
-        parse_config(config_parser("Do something."), [_SMOKE, f"run.dir={place}"])
+    run_dir = tmp_path / below
+    with pytest.raises(UserError, match=rf"outside every checkpoint\. Got {run_dir}, and {tmp_path} is one\. Name"):
+        parse_config(config_parser("Do something."), [_SMOKE, f"run.dir={run_dir}"])
 
 
 @pytest.mark.parametrize(
@@ -121,26 +124,103 @@ def test_a_run_in_a_checkpoint_is_refused(below, tmp_path):
         (new_file, "absent/file", "Got no such folder: absent/file"),
     ],
 )
-def test_types_of_arguments_say_what_they_take(kind, text, got):
+def test_argument_types_refuse_other_values(kind, text, got):
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         kind(text)
     assert str(caught.value).endswith(got)
 
 
-def test_types_of_arguments_take_what_they_say(tmp_path):
+def test_argument_types_accept_valid_values(tmp_path):
     assert (at_least(2)("2"), at_least(1)("+7")) == (2, 7)
     assert new_file(str(tmp_path / "file")) == tmp_path / "file"
 
 
 @pytest.mark.parametrize("arguments", [[], [_SMOKE, "--no-such-option"]])
-def test_wrong_arguments_exit_with_2(capsys, arguments):
+def test_wrong_arguments_exit_with_2_and_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         parse_config(config_parser("Do something."), arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
 
 
-def test_a_script_ends_with_its_code_and_one_message():
+logger = logging.getLogger("moh_megatron.example")
+
+
+def command(*arguments: str, result: str = "42") -> int:
+    """Exit code of a command that logs at every level, shows a progress bar and prints its result."""
+
+    def main() -> None:
+        command_parser("Do something.").parse_args(arguments)
+        with progress_bar("encode", total=1, unit="document") as bar:
+            bar.update()
+        logger.debug("detail")
+        logger.info("first\nsecond")
+        logger.warning("careful\nit is hot")
+        logger.error("failed\nfor a reason")
+        print(result)
+
+    return exit_code(main)
+
+
+PROBLEMS = "warning: careful\nit is hot\nerror: failed\n       for a reason\n"
+
+
+def test_command_shows_messages_and_progress_on_standard_error_only(capsys):
+    assert command() == 0
+    out, err = capsys.readouterr()
+    assert out == "42\n"
+    assert err.endswith(f"first\nsecond\n{PROBLEMS}")
+    assert "encode: 100%" in err
+    assert "detail" not in err
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet"])
+def test_quiet_command_shows_problems_and_its_result_without_a_progress_bar(capsys, option):
+    assert command(option) == 0
+    assert capsys.readouterr() == ("42\n", PROBLEMS)
+
+
+@pytest.mark.parametrize("option", ["-v", "--verbose"])
+def test_verbose_command_shows_details(capsys, option):
+    assert command(option) == 0
+    out, err = capsys.readouterr()
+    assert out == "42\n"
+    assert err.endswith(f"detail\nfirst\nsecond\n{PROBLEMS}")
+
+
+def test_level_is_known_while_a_command_runs_and_restored_after_it():
+    logger_of_package = logging.getLogger("moh_megatron")
+    before = (logger_of_package.level, logger_of_package.propagate, [*logger_of_package.handlers])
+    levels = {}
+    for option in ("--quiet", "--verbose", None):
+
+        def main(option=option):
+            command_parser("Do something.").parse_args([option] if option else [])
+            levels[option] = (is_quiet(), is_verbose())
+
+        assert exit_code(main) == 0
+    assert levels == {"--quiet": (True, False), "--verbose": (False, True), None: (False, False)}
+    assert (logger_of_package.level, logger_of_package.propagate, logger_of_package.handlers) == before
+
+
+def test_version_prints_that_of_the_package_and_ends_with_0(capsys):
+    with pytest.raises(SystemExit) as caught:
+        command("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr() == (f"moh-megatron {version('moh-megatron')}\n", "")
+
+
+def test_records_are_shown_once_where_a_library_configures_the_root_logger(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        assert exit_code(lambda: logger.warning("once")) == 0
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err == "warning: once\n"
+
+
+def test_process_ends_with_the_exit_code_and_one_message():
     code = (
         "import sys\n"
         "from moh_megatron.cli import config_parser, exit_code, parse_config\n"
@@ -158,7 +238,7 @@ def test_a_script_ends_with_its_code_and_one_message():
     assert ran.stderr == "error: command line: moh.active_head: unknown key; did you mean 'active_heads'?\n"
 
 
-def test_warnings_of_what_is_chosen_on_purpose_are_silent_from_the_first_import():
+def test_warnings_about_deliberate_choices_are_silent_from_the_first_import():
     code = (
         "import warnings\n"
         "import moh_megatron.cli\n"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moh_megatron.config.examples import with_examples
+from moh_megatron.config.examples import shipped_file
 from moh_megatron.config.schema import DataConfig
 from moh_megatron.data.prepare import tables
 from moh_megatron.data.prepare.tables import HUB
@@ -83,7 +83,7 @@ def find_inputs(patterns: Iterable[str]) -> list[Input]:
         if pattern.startswith(HUB):
             found[pattern] = Input(pattern, "hub", (), tables.hub_revision(pattern))
             continue
-        for path in _expand(str(with_examples(os.path.expanduser(pattern)))):
+        for path in _expand(str(shipped_file(os.path.expanduser(pattern)))):
             found[str(path)] = _input(path)
     if not found:
         raise UserError("data.inputs is empty; name the text to prepare, for example data.inputs=[corpus/*.jsonl.gz].")

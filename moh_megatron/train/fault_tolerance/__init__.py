@@ -1,1 +1,1 @@
-"""Lost ranks, signals, bad steps: what a run does when something goes wrong."""
+"""Handles lost ranks, signals, bad steps, ranks that disagree, and two runs in one folder."""
