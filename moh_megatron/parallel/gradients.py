@@ -42,7 +42,7 @@ def sum_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather [S / TP, ...] -> [S, ...] forward, reduce-scatter backward: ranks use the full sequence differently."""
+    """All-gather [S / TP, ...] -> [S, ...] forward, reduce-scatter backward: ranks use the sequence differently."""
     return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=group)
 
 
