@@ -1,1 +1,1 @@
-"""Datasets: what prepares them and what training reads."""
+"""Prepares datasets (prepare/, tokenizer/) and reads them for training."""

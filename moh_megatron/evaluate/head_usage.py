@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moh_megatron.config.head_layout import HeadLayout, inverse
 from moh_megatron.config.schema import DataConfig
+from moh_megatron.data.prepare.chunks import Chunk
 from moh_megatron.data.prepare.inputs import Segment, find_inputs
-from moh_megatron.data.prepare.pieces import Piece
 from moh_megatron.data.prepare.read_documents import read_segment
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel
@@ -138,7 +138,7 @@ def read_text(path: str, characters: int) -> str:
     missing = characters
     for source in find_inputs([path]):
         for event in read_segment(source, Segment(0, 0, None, source.bytes), DataConfig(), lambda position: None):
-            if isinstance(event, Piece):
+            if isinstance(event, Chunk):
                 parts.append(event.text[:missing] + ("\n\n" if event.last else ""))
                 missing -= len(parts[-1])
             if missing <= 0:

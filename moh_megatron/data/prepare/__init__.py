@@ -1,1 +1,1 @@
-"""Raw text becomes a dataset: tokenizer, tokens, manifest."""
+"""Makes datasets from raw text: tokenizer, tokens, manifest."""

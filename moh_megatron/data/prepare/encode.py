@@ -1,18 +1,19 @@
-"""Parts -> tokens, on the cores of one process: a thread reads ahead, threads of the tokenizers library encode.
+"""Encodes parts on the cores of one process: one thread reads ahead, threads of the tokenizers library encode.
 
-Encoding lets Python's lock go, so that reading, hashing and writing happen while it works. Texts wait in batches; the
-batches in flight hold at most IN_FLIGHT bytes of text, or two BATCHes a thread, whatever the corpus.
+Encoding releases Python's global lock, so that reading, hashing and writing happen at the same time. Texts are encoded
+in batches; all batches in flight hold at most IN_FLIGHT bytes of text, or two BATCHes a thread, whatever the corpus.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +23,16 @@ from numpy.typing import NDArray
 
 from moh_megatron.config.schema import DataConfig
 from moh_megatron.data.prepare.inputs import Input, Part
-from moh_megatron.data.prepare.memory import return_freed
 from moh_megatron.data.prepare.part import LONG, SHORT, PartFiles, PartWriter
-from moh_megatron.data.prepare.read_documents import Reject, Seen, read_segment
+from moh_megatron.data.prepare.read_documents import Reject, SegmentEnd, read_segment
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import UserError
 
 BATCH = 1 << 18
-"""Bytes of text encoded at once, or one larger piece."""
+"""Bytes of text encoded at once, or one larger chunk."""
 IN_FLIGHT = 1 << 22
-RETURNED = 1 << 24
-"""Bytes of text after which freed memory is given back: what encoding takes for a moment is many times the text."""
+TRIM_INTERVAL = 1 << 24
+"""Bytes of text after which freed memory is returned to the system: encoding takes many times the text for a moment."""
 
 
 class Progress(NamedTuple):
@@ -41,6 +41,7 @@ class Progress(NamedTuple):
     read: int = 0
     """Bytes on disk."""
     text: int = 0
+    """Bytes of UTF-8."""
     documents: int = 0
     tokens: int = 0
     rejects: int = 0
@@ -50,15 +51,17 @@ class Progress(NamedTuple):
 Report = Callable[[Progress], object]
 
 
-class End(NamedTuple):
-    """Behind the last piece of a document."""
+class DocumentEnd(NamedTuple):
+    """Follows the last chunk of a document."""
 
     text_bytes: int
     digest: bytes
     dropped: int
 
 
-class Bad(NamedTuple):
+class PartReject(NamedTuple):
+    """A rejected record of a part."""
+
     segment: int
     line: int
     reason: str
@@ -66,21 +69,23 @@ class Bad(NamedTuple):
 
 @dataclass
 class Batch:
-    """Pieces to encode, with what follows each: None (more of its document), its end, or a reject."""
+    """Texts of chunks to encode, and in which order they, the ends of documents and rejects follow each other."""
 
     texts: list[str] = field(default_factory=list)
     continued: list[bool] = field(default_factory=list)
     """Whether the text begins inside a document."""
-    steps: list[End | Bad | None] = field(default_factory=list)
+    steps: list[DocumentEnd | PartReject | None] = field(default_factory=list)
     """None stands for the next text."""
     size: int = 0
+    """Bytes of UTF-8 of the texts."""
     read: int = 0
+    """Bytes on disk."""
     lines: tuple[int, ...] | None = None
-    """Of each segment, where the part ends behind this batch."""
+    """The number of lines of each segment, if this is the last batch of a part; else None."""
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What a process needs to know to encode parts."""
 
     inputs: tuple[Input, ...]
@@ -92,27 +97,27 @@ class Job:
     threads: int
 
 
-def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part]], report: Report) -> None:
+def encode_parts(job: EncodeJob, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part]], report: Report) -> None:
     """Write the numbered parts into the working folder, one after another, without a pause between them.
 
-    Raises UserError for an input that cannot be read and OSError where the disk fails.
+    Raises UserError for an input that cannot be read and OSError if the disk fails.
     """
     writer: PartWriter | None = None
     dtype = np.dtype(job.dtype)
     numbered = list(parts)
     numbers = iter(number for number, _ in numbered)
-    held = 0
+    untrimmed = 0
     try:
-        with _ahead(_batches(job, [part for _, part in numbered])) as batches:
+        with _read_ahead(_batches(job, [part for _, part in numbered])) as batches:
             for batch, encoded in _encoded(tokenizer, dtype, batches, job.threads):
                 if writer is None:
                     writer = PartWriter(PartFiles(job.folder, next(numbers)), dtype)
                 before = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
                 _write(writer, batch, encoded, tokenizer.eos_token_id)
-                held += batch.size
-                if held >= RETURNED:
-                    return_freed()
-                    held = 0
+                untrimmed += batch.size
+                if untrimmed >= TRIM_INTERVAL:
+                    _trim_memory()
+                    untrimmed = 0
                 after = Progress(0, writer.text_bytes, writer.documents, writer.tokens, writer.rejects)
                 finished = batch.lines is not None
                 if batch.lines is not None:
@@ -125,19 +130,25 @@ def encode_parts(job: Job, tokenizer: Tokenizer, parts: Iterable[tuple[int, Part
             writer.discard()
 
 
+def _trim_memory() -> None:
+    """Return freed memory to the system; glibc's arenas otherwise grow as blocks of several threads come and go."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _write(writer: PartWriter, batch: Batch, encoded: list[NDArray[Any]], eos_token_id: int) -> None:
-    pieces = iter(encoded)
+    chunks = iter(encoded)
     for step in batch.steps:
         match step:
             case None:
-                writer.add_piece(next(pieces))
-            case End(text_bytes, digest, dropped):
+                writer.add_chunk(next(chunks))
+            case DocumentEnd(text_bytes, digest, dropped):
                 writer.end_document(eos_token_id, text_bytes, digest, dropped)
-            case Bad(segment, line, reason):
+            case PartReject(segment, line, reason):
                 writer.reject(segment, line, reason)
 
 
-def _batches(job: Job, parts: Iterable[Part]) -> Iterator[Batch]:
+def _batches(job: EncodeJob, parts: Iterable[Part]) -> Iterator[Batch]:
     for part in parts:
         batch = Batch()
         lines: list[int] = []
@@ -147,14 +158,14 @@ def _batches(job: Job, parts: Iterable[Part]) -> Iterator[Batch]:
             nonlocal read
             read += count
 
-        for place, segment in enumerate(part):
-            digest, text_bytes, characters, pieces = hashlib.sha256(), 0, 0, 0
+        for index, segment in enumerate(part):
+            digest, text_bytes, characters, chunks = hashlib.sha256(), 0, 0, 0
             for event in read_segment(job.inputs[segment.input], segment, job.data, advance):
-                if isinstance(event, Seen):
+                if isinstance(event, SegmentEnd):
                     lines.append(event.lines)
                     continue
                 if isinstance(event, Reject):
-                    batch.steps.append(Bad(place, event.line, event.reason))
+                    batch.steps.append(PartReject(index, event.line, event.reason))
                 else:
                     digest.update(event.utf8)
                     text_bytes += len(event.utf8)
@@ -166,15 +177,15 @@ def _batches(job: Job, parts: Iterable[Part]) -> Iterator[Batch]:
                             yield batch
                             batch = Batch()
                         batch.texts.append(event.text)
-                        batch.continued.append(pieces > 0)
-                        pieces += 1
+                        batch.continued.append(chunks > 0)
+                        chunks += 1
                         batch.steps.append(None)
                         batch.size += len(event.utf8)
                     if not event.last:
                         continue
-                    batch.steps.append(End(text_bytes, digest.digest(), dropped))
-                digest, text_bytes, characters, pieces = hashlib.sha256(), 0, 0, 0
-                if len(batch.steps) >= BATCH // 16:  # very many short or rejected ones
+                    batch.steps.append(DocumentEnd(text_bytes, digest.digest(), dropped))
+                digest, text_bytes, characters, chunks = hashlib.sha256(), 0, 0, 0
+                if len(batch.steps) >= BATCH // 16:  # very many short or rejected documents
                     batch.read, read = read, 0
                     yield batch
                     batch = Batch()
@@ -183,6 +194,7 @@ def _batches(job: Job, parts: Iterable[Part]) -> Iterator[Batch]:
 
 
 def _dropped(characters: int, data: DataConfig, last: bool) -> int:
+    """LONG, SHORT, or 0 for a document that is kept."""
     if data.drop_longer is not None and characters > data.drop_longer:
         return LONG
     return SHORT if last and data.drop_shorter is not None and characters < data.drop_shorter else 0
@@ -191,12 +203,12 @@ def _dropped(characters: int, data: DataConfig, last: bool) -> int:
 def _encoded(
     tokenizer: Tokenizer, dtype: np.dtype, batches: Iterator[Batch], threads: int
 ) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
-    """The batches in order, each with the tokens of its texts; several are encoded at a time."""
+    """The batches in order, each with the tokens of its texts; several are encoded at the same time."""
     waiting: deque[tuple[Batch, Future[list[NDArray[Any]]]]] = deque()
-    in_flight, most = 0, max(IN_FLIGHT, 2 * threads * BATCH)
+    in_flight, limit = 0, max(IN_FLIGHT, 2 * threads * BATCH)
     with ThreadPoolExecutor(threads + 1) as pool:
         for batch in batches:
-            while waiting and in_flight + batch.size > most:
+            while waiting and in_flight + batch.size > limit:
                 first, future = waiting.popleft()
                 yield first, future.result()
                 in_flight -= first.size
@@ -215,16 +227,16 @@ def _encode(tokenizer: Tokenizer, dtype: np.dtype, batch: Batch) -> list[NDArray
     try:
         return [np.array(ids, dtype=dtype) for ids in encoded]
     except OverflowError:
-        most = max(max(ids) for ids in encoded if ids)
+        largest = max(max(ids) for ids in encoded if ids)
         raise UserError(
-            f"{tokenizer.folder}: token id {most} does not fit {dtype.name}, chosen for {tokenizer.vocab_size} "
+            f"{tokenizer.folder}: token id {largest} does not fit {dtype.name}, chosen for {tokenizer.vocab_size} "
             "entries. Mend the tokenizer: ids must be below the number of its entries."
         ) from None
 
 
 @contextmanager
-def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """The same batches, made by a thread that is a little ahead; what it raises is raised here."""
+def _read_ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """The same batches, made ahead of time by a thread; what it raises is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(2)
     stop = threading.Event()
 
@@ -236,7 +248,7 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
             except queue.Full:
                 pass
 
-    def work() -> None:
+    def read() -> None:
         try:
             for batch in batches:
                 put(batch)
@@ -246,16 +258,16 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
         except BaseException as error:  # raised again by the consumer
             put(error)
 
-    def taken() -> Iterator[Batch]:
+    def read_batches() -> Iterator[Batch]:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    thread = threading.Thread(target=work, name="reader", daemon=True)
+    thread = threading.Thread(target=read, name="reader", daemon=True)
     thread.start()
     try:
-        yield taken()
+        yield read_batches()
     finally:
         stop.set()
         thread.join()

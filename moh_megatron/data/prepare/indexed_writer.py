@@ -1,7 +1,7 @@
-"""Megatron's .bin and .idx, streaming: byte for byte what megatron.core.datasets.indexed_dataset writes and reads.
+"""Writes and reads Megatron's .bin and .idx as a stream, byte for byte as megatron.core.datasets.indexed_dataset does.
 
-Written here because importing megatron.core costs seconds and hundreds of megabytes, and its builder holds the lengths
-of all documents as Python integers.
+We have our own writer because importing megatron.core takes seconds and hundreds of megabytes, and because its builder
+holds the lengths of all documents as Python integers.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ CODES: dict[int, Any] = {
     8: np.uint16,
 }
 LONGEST = 2**31 - 1
-"""Tokens of the longest document the format can hold."""
+"""The most tokens of a document that the format can hold."""
 CHUNK = 1 << 20
-"""Documents, or bytes of tokens, looked at at once."""
+"""Lengths of documents read at once."""
 
 
 def token_dtype(entries: int) -> Any:
-    """The dtype Megatron stores tokens of such a vocabulary in. Raises UserError beyond int32."""
+    """The dtype in which Megatron stores tokens of a vocabulary of ``entries``. Raises UserError beyond int32."""
     if entries > 2**31:
         raise UserError(f"The tokenizer has {entries} entries; token ids must fit int32, the format's largest type.")
     return np.uint16 if entries < 65500 else np.int32
 
 
-class Writer:
-    """Makes PREFIX.bin and PREFIX.idx from tokens and the numbers of tokens of the documents they belong to.
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx from tokens and the lengths of the documents.
 
-    A document without tokens is kept, as Megatron-LM's tool keeps it: an entry that spans no sequence.
+    A document without tokens is kept, as in Megatron-LM's tool: its entry spans no sequence.
     """
 
     def __init__(self, prefix: Path, dtype: Any) -> None:
@@ -56,18 +56,19 @@ class Writer:
         self._digest = hashlib.sha256()
 
     def add_tokens(self, tokens: bytes | memoryview) -> None:
+        """Append tokens, of any number of documents."""
         self._bin.write(tokens)
         self._digest.update(tokens)
 
     def add_documents(self, lengths: NDArray[np.int64]) -> None:
-        """Tokens of each of the next documents."""
+        """Append documents by their numbers of tokens."""
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self._sequences += int(np.count_nonzero(lengths))
         self._lengths.write(lengths.astype("<i8").tobytes())
 
     def finish(self) -> tuple[str, str]:
-        """Write the index; sha256 of .bin and .idx."""
+        """Write the index and return the sha256 of .bin and of .idx."""
         self._bin.close()
         digest = hashlib.sha256()
         with open(f"{self.prefix}.idx", "wb") as index:
@@ -80,21 +81,22 @@ class Writer:
             write(HEADER + struct.pack("<QBQQ", VERSION, code, self._sequences, self.documents + 1))
             for lengths in self._read_lengths():
                 write(lengths[lengths > 0].astype("<i4").tobytes())
-            self._write_running(write, lambda lengths: lengths[lengths > 0] * self.dtype.itemsize, exclusive=True)
+            self._write_running_sums(write, lambda lengths: lengths[lengths > 0] * self.dtype.itemsize, exclusive=True)
             write(struct.pack("<q", 0))
-            self._write_running(write, lambda lengths: (lengths > 0).astype(np.int64), exclusive=False)
+            self._write_running_sums(write, lambda lengths: (lengths > 0).astype(np.int64), exclusive=False)
         self.close()
         return self._digest.hexdigest(), digest.hexdigest()
 
     def close(self) -> None:
+        """Close the files and remove the temporary one."""
         self._bin.close()
         self._lengths.close()
         Path(f"{self.prefix}.lengths").unlink(missing_ok=True)
 
-    def _write_running(
+    def _write_running_sums(
         self, write: Callable[[bytes], None], value: Callable[[NDArray[np.int64]], NDArray[np.int64]], exclusive: bool
     ) -> None:
-        """Running sums of ``value`` over the documents; exclusive: each before its own value is added."""
+        """Write the running sums of ``value`` over the documents, without its own value if ``exclusive``."""
         total = 0
         for lengths in self._read_lengths():
             values = value(lengths)
@@ -110,7 +112,7 @@ class Writer:
 
 
 class Index:
-    """What PREFIX.idx says, mapped, not loaded."""
+    """The content of PREFIX.idx, memory-mapped."""
 
     def __init__(self, prefix: str | Path) -> None:
         path = Path(f"{prefix}.idx")
@@ -127,15 +129,15 @@ class Index:
         if size < needed:
             raise UserError(f"{path}: expected {needed} bytes. Got {size}. Prepare the dataset again.")
         raw = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
-        place = len(head)
-        self.lengths: NDArray[np.int32] = raw[place : place + 4 * sequences].view("<i4")
-        """Tokens of each sequence."""
-        self.pointers: NDArray[np.int64] = raw[place + 4 * sequences : place + 12 * sequences].view("<i8")
-        """Where each begins, in bytes."""
-        self.documents: NDArray[np.int64] = raw[place + 12 * sequences : needed].view("<i8")
-        """The sequence each document begins with, and at the end their number."""
+        start = len(head)
+        self.lengths: NDArray[np.int32] = raw[start : start + 4 * sequences].view("<i4")
+        """The number of tokens of each sequence."""
+        self.pointers: NDArray[np.int64] = raw[start + 4 * sequences : start + 12 * sequences].view("<i8")
+        """The position at which each sequence begins, in bytes."""
+        self.documents: NDArray[np.int64] = raw[start + 12 * sequences : needed].view("<i8")
+        """The index of the first sequence of each document, and at the end the number of sequences."""
 
 
 def open_tokens(prefix: str | Path) -> NDArray[Any]:
-    """All tokens of PREFIX.bin in order, mapped."""
+    """All tokens of PREFIX.bin in order, memory-mapped."""
     return np.memmap(f"{prefix}.bin", dtype=Index(prefix).dtype, mode="r")

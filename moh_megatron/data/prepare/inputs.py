@@ -1,7 +1,8 @@
-"""data.inputs -> inputs -> parts: what there is to read, cut into work that does not depend on who does it.
+"""Finds the inputs that data.inputs names and divides them into parts, independently of who will encode them.
 
-Text: ``.jsonl`` (or ``.json``, one record a line too) and ``.txt``, plain, ``.gz`` or ``.zst``. Tables: ``.parquet``,
-folders written by ``save_to_disk``, and ``hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]]`` for the Hugging Face hub.
+Text is ``.jsonl`` (or ``.json``, also one record a line) and ``.txt``, each plain, ``.gz`` or ``.zst``. Tables are
+``.parquet``, folders written by ``save_to_disk``, and ``hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]]`` for the Hugging
+Face hub.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ JSON_LINES = tuple(f".{kind}{compression}" for kind in ("jsonl", "json") for com
 PLAIN_JSON = (".jsonl", ".json")
 SUFFIXES = (*JSON_LINES, ".txt", ".txt.gz", ".txt.zst", ".parquet")
 SMALLEST_PART, LARGEST_PART, PARTS = 4_000_000, 256_000_000, 64
-"""A part is at most 1/PARTS of the corpus, in bytes on disk, but not smaller or larger than these."""
+"""Bounds of a part, in bytes on disk; between them it is 1/PARTS of the corpus."""
 
 Kind = Literal["text", "parquet", "saved", "hub"]
 
@@ -40,14 +41,14 @@ class File:
 
 @dataclass(frozen=True)
 class Input:
-    """One thing to read in order; its name is what messages call it."""
+    """A file, folder or hub dataset to read in order; messages call it by ``name``."""
 
     name: str
     kind: Kind
     files: tuple[File, ...]
-    """What it is made of; none for a hub dataset."""
+    """Its files; none for a hub dataset."""
     revision: str | None = None
-    """The commit of a hub dataset, where the hub could be asked."""
+    """The commit of a hub dataset, if the hub answered."""
 
     @property
     def bytes(self) -> int:
@@ -56,17 +57,19 @@ class Input:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of an input. Unit of ``start`` and ``stop``: bytes (text), row groups (parquet), rows (saved), data
-    files (hub). ``stop`` None: to the end."""
+    """The range [start, stop) of an input, in bytes (text), row groups (parquet), rows (saved) or data files (hub)."""
 
     input: int
+    """Index of the input."""
     start: int
     stop: int | None
+    """None is the end of the input."""
     bytes: int
-    """On disk, roughly; 0 where nobody knows."""
+    """Approximate size on disk; 0 if unknown."""
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether this is all of the input."""
         return self.start == 0 and self.stop is None
 
 
@@ -74,9 +77,10 @@ Part = tuple[Segment, ...]
 
 
 def find_inputs(patterns: Iterable[str]) -> list[Input]:
-    """The inputs, each once: in the order of the patterns, those of one glob or folder sorted by name.
+    """The inputs in the order of the patterns, those of one glob or folder sorted by name; none occurs twice.
 
-    Raises UserError for no pattern, a missing file, a glob or folder with nothing to read, and an unknown suffix.
+    Raises UserError if there is no pattern, and for a missing file, a glob or folder with nothing to read, and an
+    unknown suffix.
     """
     found: dict[str, Input] = {}
     for pattern in patterns:
@@ -91,75 +95,75 @@ def find_inputs(patterns: Iterable[str]) -> list[Input]:
 
 
 def plan_parts(inputs: list[Input], text_unit: str) -> list[Part]:
-    """All of the inputs, in order, as parts; a function of the inputs and data.text_unit alone.
+    """All inputs in order, divided into parts; the result depends on the inputs and data.text_unit alone.
 
-    Large .jsonl (.json) and parquet files and saved datasets are cut, and .txt where a document is a line; the rest is
-    not. Small ones go together.
+    Large .jsonl (.json) and parquet files, saved datasets, and .txt files in which a document is a line are divided
+    into segments. Small inputs share a part.
     """
-    target = min(LARGEST_PART, max(SMALLEST_PART, sum(each.bytes for each in inputs) // PARTS))
+    target = min(LARGEST_PART, max(SMALLEST_PART, sum(source.bytes for source in inputs) // PARTS))
     parts: list[Part] = []
-    gathered: list[Segment] = []
+    current: list[Segment] = []
     for segment in _segments(inputs, target, text_unit):
         alone = inputs[segment.input].kind == "hub"
-        if gathered and (alone or sum(each.bytes for each in gathered) + segment.bytes > target):
-            parts.append(tuple(gathered))
-            gathered = []
-        gathered.append(segment)
+        if current and (alone or sum(other.bytes for other in current) + segment.bytes > target):
+            parts.append(tuple(current))
+            current = []
+        current.append(segment)
         if alone:
-            parts.append(tuple(gathered))
-            gathered = []
-    if gathered:
-        parts.append(tuple(gathered))
+            parts.append(tuple(current))
+            current = []
+    if current:
+        parts.append(tuple(current))
     return parts
 
 
 def _segments(inputs: list[Input], target: int, text_unit: str) -> Iterator[Segment]:
-    for number, each in enumerate(inputs):
-        count = -(-each.bytes // target)
-        match each.kind:
-            case "text" if each.name.endswith(PLAIN_JSON) or (each.name.endswith(".txt") and text_unit == "line"):
-                yield from _cut(number, each.bytes, count, each.bytes)
+    for index, source in enumerate(inputs):
+        count = -(-source.bytes // target)
+        match source.kind:
+            case "text" if source.name.endswith(PLAIN_JSON) or (source.name.endswith(".txt") and text_unit == "line"):
+                yield from _divide(index, source.bytes, count, source.bytes)
             case "parquet" if count > 1:
-                yield from _cut(number, tables.row_groups(each.name), count, each.bytes)
+                yield from _divide(index, tables.row_groups(source.name), count, source.bytes)
             case "saved" if count > 1:
-                yield from _cut(number, tables.saved_rows(each.name), count, each.bytes)
+                yield from _divide(index, tables.saved_rows(source.name), count, source.bytes)
             case "hub":
-                files = tables.hub_files(each.name, each.revision)
-                yield from _cut(number, files, files, 0)
+                files = tables.hub_files(source.name, source.revision)
+                yield from _divide(index, files, files, 0)
             case _:
-                yield Segment(number, 0, None, each.bytes)
+                yield Segment(index, 0, None, source.bytes)
 
 
 def most_documents(inputs: list[Input], part: Part, data: DataConfig) -> float:
-    """No fewer than the documents of a part, from its size alone; infinite where the size says nothing (compressed)."""
-    return sum(_most(inputs[segment.input], segment, data) for segment in part)
+    """An upper bound of the documents of a part, from its size alone; infinite for compressed text and tables."""
+    return sum(_most_in_segment(inputs[segment.input], segment, data) for segment in part)
 
 
-def _most(source: Input, segment: Segment, data: DataConfig) -> float:
+def _most_in_segment(source: Input, segment: Segment, data: DataConfig) -> float:
     if source.name.endswith(PLAIN_JSON):
-        least = len(text_template(data).shortest_record) + 1
+        shortest = len(text_template(data).shortest_record) + 1
     elif source.name.endswith(".txt"):
-        least = 2  # a character and a line end
+        shortest = 2  # a character and a line end
     else:
         return math.inf
     stop = source.bytes if segment.stop is None else segment.stop
-    return (stop - segment.start) // least + 1  # what begins before ``stop`` may end behind it
+    return (stop - segment.start) // shortest + 1  # the last document may end after ``stop``
 
 
-def _cut(number: int, length: int, count: int, size: int) -> Iterator[Segment]:
-    """[0, length) in ``count`` nearly equal stretches, or as many as there are units."""
+def _divide(source: int, length: int, count: int, size: int) -> Iterator[Segment]:
+    """[0, length) of input number ``source`` in ``count`` nearly equal segments, but none is empty."""
     count = max(1, min(count, length))
-    borders = [length * index // count for index in range(count)]
-    for start, stop in zip(borders, [*borders[1:], None], strict=True):
-        yield Segment(number, start, stop, size // count)
+    starts = [length * index // count for index in range(count)]
+    for start, stop in zip(starts, [*starts[1:], None], strict=True):
+        yield Segment(source, start, stop, size // count)
 
 
 def _expand(pattern: str) -> list[Path]:
     if os.path.isdir(pattern) and not tables.is_saved(pattern):
-        inside = sorted(path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES) and _is_data(path))
-        if not inside:
-            raise UserError(f"data.inputs: {pattern} is a folder without a file of a known kind: {_known()}.")
-        return inside
+        files = sorted(path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES) and _is_data(path))
+        if not files:
+            raise UserError(f"data.inputs: {pattern} is a folder without a file of a known kind: {_known_kinds()}.")
+        return files
     if os.path.exists(pattern):
         return [Path(pattern)]
     if not glob.has_magic(pattern):
@@ -171,7 +175,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    """Whether this is a file, and not one of those in which save_to_disk describes a dataset."""
+    """Whether this is a file of data, and not one in which save_to_disk describes a dataset."""
     return path.is_file() and not (path.suffix == ".json" and tables.is_saved(path.parent))
 
 
@@ -180,7 +184,7 @@ def _input(path: Path) -> Input:
         if path.is_dir():
             return Input(str(path), "saved", tuple(_file(file) for file in tables.saved_files(path)))
         if not path.name.endswith(SUFFIXES):
-            raise UserError(f"data.inputs: {path} is not of a known kind: {_known()}.")
+            raise UserError(f"data.inputs: {path} is not of a known kind: {_known_kinds()}.")
         if not os.access(path, os.R_OK):
             raise UserError(f"data.inputs: {path} cannot be read (Permission denied). Change its permissions.")
         return Input(str(path), "parquet" if path.suffix == ".parquet" else "text", (_file(path),))
@@ -193,5 +197,5 @@ def _file(path: Path) -> File:
     return File(str(path), status.st_size, status.st_mtime_ns)
 
 
-def _known() -> str:
+def _known_kinds() -> str:
     return ", ".join(SUFFIXES) + ", a folder written by save_to_disk, or hf:REPOSITORY"

@@ -1,4 +1,4 @@
-"""What tools/inspect_dataset.py shows of a prepared dataset."""
+"""Reads statistics, documents, damage and differences of prepared datasets, for tools/inspect_dataset.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moh_megatron.io.errors import UserError
 
 
 def lengths(folder: Path, split: str) -> dict[str, int]:
-    """Quantiles of the tokens a document; empty for a split without tokens."""
+    """Quantiles and mean of the tokens a document; empty for a split without tokens."""
     values = Index(folder / split).lengths
     if not len(values):
         return {}
@@ -23,7 +23,7 @@ def lengths(folder: Path, split: str) -> dict[str, int]:
 
 
 def draw_lengths(folder: Path, picture: Path) -> None:
-    """Histograms of the tokens a document, on a logarithmic axis, as a picture file."""
+    """Draw histograms of the tokens a document, on logarithmic axes, into the file ``picture``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -46,14 +46,14 @@ def draw_lengths(folder: Path, picture: Path) -> None:
 
 
 def _label(value: float, _: float) -> str:
-    """Of a place on a logarithmic axis: 1, 2, 5, 10, 20, ..."""
+    """The label of a tick on a logarithmic axis: only 1, 2, 5, 10, 20, ... have one."""
     return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in "125" else ""
 
 
 def sample(folder: Path, split: str, position: int, most: int) -> tuple[int, int, str]:
-    """Number, tokens and text of the document at ``position``, of which a negative one counts from the end.
+    """The number, the number of tokens and the text of the document at ``position``; negative ones count from the end.
 
-    At most ``most`` tokens are decoded. Raises UserError where there is no such document.
+    At most ``most`` tokens are decoded. Raises UserError if there is no such document.
     """
     manifest = load_manifest(folder)
     index = Index(folder / split)
@@ -61,7 +61,7 @@ def sample(folder: Path, split: str, position: int, most: int) -> tuple[int, int
     if not -count <= position < count:
         raise UserError(f"{folder}: {split} has {count:,} documents. Got the position {position}.")
     number = position % count
-    first, end = (int(each) for each in index.documents[number : number + 2])
+    first, end = index.documents[number : number + 2].tolist()
     if first == end:  # a document without tokens
         return number, 0, ""
     start, length = int(index.pointers[first]) // index.dtype.itemsize, int(index.lengths[first:end].sum())
@@ -70,7 +70,7 @@ def sample(folder: Path, split: str, position: int, most: int) -> tuple[int, int
 
 
 def problems(folder: Path) -> list[str]:
-    """What is not as the manifest says: every file of the dataset, the inputs that are there, tokenizer, index."""
+    """One line for each file of the dataset, and each input that exists, that is not as the manifest says."""
     manifest = load_manifest(folder)
     found: list[str] = []
     for split in SPLITS:
@@ -79,7 +79,7 @@ def problems(folder: Path) -> list[str]:
         index, tokens = Index(folder / split), manifest.split(split).tokens
         if int(index.lengths.sum(dtype=np.int64)) != tokens:
             found.append(f"{folder / split}.idx: expected {tokens:,} tokens. Got {int(index.lengths.sum()):,}.")
-        if tokens and (largest := _largest(folder, split)) >= manifest.tokenizer.entries:
+        if tokens and (largest := _largest_token(folder, split)) >= manifest.tokenizer.entries:
             found.append(f"{folder / split}.bin: token {largest} is not among {manifest.tokenizer.entries} entries.")
     try:
         load_dataset_tokenizer(folder, manifest)
@@ -95,10 +95,11 @@ def problems(folder: Path) -> list[str]:
 
 
 def unverified(manifest: Manifest) -> list[str]:
-    """What ``problems`` cannot look at: inputs that are not there, and what an older manifest has no hash of."""
-    gone = [each.path for each in manifest.inputs if each.sha256 is not None and not Path(each.path).is_file()]
-    lines = [f"{path}: the input is not there (working directory: {Path.cwd()}), not compared" for path in gone]
-    lines += [f"{each.path}: a hub dataset, not compared" for each in manifest.inputs if each.sha256 is None]
+    """What ``problems`` cannot compare: inputs that do not exist, and files that an older manifest has no hash of."""
+    files = [record.path for record in manifest.inputs if record.sha256 is not None]
+    missing = [path for path in files if not Path(path).is_file()]
+    lines = [f"{path}: the input is not there (working directory: {Path.cwd()}), not compared" for path in missing]
+    lines += [f"{record.path}: a hub dataset, not compared" for record in manifest.inputs if record.sha256 is None]
     if not manifest.others:
         lines.append("rejects.jsonl and the files of tokenizer/: the manifest is older than their hashes, not compared")
     return lines
@@ -114,31 +115,31 @@ def _changes(path: Path, size: int | None, sha256: str) -> list[str]:
     return [f"{path}: expected sha256 {sha256} ({size:,} bytes). Got {digest} ({path.stat().st_size:,} bytes)."]
 
 
-def _largest(folder: Path, split: str) -> int:
+def _largest_token(folder: Path, split: str) -> int:
     tokens = open_tokens(folder / split)
     return max(int(tokens[start : start + (1 << 24)].max()) for start in range(0, len(tokens), 1 << 24))
 
 
-def differences(here: Manifest, there: Manifest) -> list[str]:
-    """One line for each value that differs, by its place: ``here -> there``. The command is left out."""
-    one, other = (_flat("", {**asdict(each), "command": None}) for each in (here, there))
+def differences(first: Manifest, second: Manifest) -> list[str]:
+    """One line for each value that differs: its path, and both values. The command is left out."""
+    left, right = (_flatten("", {**asdict(manifest), "command": None}) for manifest in (first, second))
     lines = []
-    for key in [*one, *(key for key in other if key not in one)]:
-        if one.get(key) != other.get(key):
-            lines.append(f"{key}: {one.get(key, 'nothing')} -> {other.get(key, 'nothing')}")
+    for key in [*left, *(key for key in right if key not in left)]:
+        if left.get(key) != right.get(key):
+            lines.append(f"{key}: {left.get(key, 'nothing')} -> {right.get(key, 'nothing')}")
     return lines
 
 
-def _flat(place: str, value: Any) -> dict[str, Any]:
+def _flatten(path: str, value: Any) -> dict[str, Any]:
+    """The leaves of ``value`` by their paths below ``path``; a file in a list goes by its own path, not its index."""
     match value:
         case dict():
-            items = [(f"{place}.{key}" if place else str(key), each) for key, each in value.items()]
+            items = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
         case list() | tuple():
-            named = [each.get("path") if isinstance(each, dict) else None for each in value]
+            names = [item.get("path") if isinstance(item, dict) else None for item in value]
             items = [
-                (f"{place}[{name or number}]", each)
-                for number, (name, each) in enumerate(zip(named, value, strict=True))
+                (f"{path}[{name or index}]", item) for index, (name, item) in enumerate(zip(names, value, strict=True))
             ]
         case _:
-            return {place: value}
-    return {key: leaf for name, each in items for key, leaf in _flat(name, each).items()}
+            return {path: value}
+    return {key: leaf for name, item in items for key, leaf in _flatten(name, item).items()}

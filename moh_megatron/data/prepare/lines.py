@@ -1,4 +1,4 @@
-"""Lines of plain and compressed files, each of bounded length, with every fault of the file named."""
+"""Reads lines of plain and compressed files in bounded memory; errors name what is wrong with the file."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import IO
 from moh_megatron.io.errors import UserError
 
 Advance = Callable[[int], object]
-"""Told how many bytes of the files on disk were read since the last call."""
+"""Called with the number of bytes on disk that were read since the last call."""
 
 
 class Lines:
-    """Lines of one file from ``start`` on, as bytes with their ends.
+    """The lines of one file from ``start`` on, as bytes with their line ends.
 
-    ``read(limit)`` gives at most ``limit`` bytes and the rest of a longer line at the next calls; b"" at the end.
+    ``read(limit)`` returns at most ``limit`` bytes, the rest of a longer line at the next calls, and b"" at the end.
     """
 
     def __init__(self, file: IO[bytes], raw: IO[bytes], start: int) -> None:
         self._file, self._raw = file, raw
         self.offset = start
-        """Bytes of the uncompressed file before what is read next."""
+        """Position in the uncompressed file, in bytes."""
         self.number = 0
-        """Of the line read last; 1 is the first that was begun here."""
+        """Number of the line read last; the first that begins at ``start`` or later is 1."""
         self.begun = start
-        """Offset at which the line began that the last read was begun in."""
+        """Offset of the beginning of the line in which the last read began."""
         self._line_start = start
         self._inside = False
 
@@ -36,7 +36,7 @@ class Lines:
         return self._count(self._file.readline(limit))
 
     def block(self, size: int) -> bytes:
-        """The next ``size`` bytes, wherever lines end in them; ``number`` is then of the line the block ends in."""
+        """The next ``size`` bytes, regardless of line ends; ``number`` is then that of the line the block ends in."""
         return self._count(self._file.read(size))
 
     def _count(self, data: bytes) -> bytes:
@@ -50,11 +50,11 @@ class Lines:
 
     @property
     def inside(self) -> bool:
-        """Whether the line read last goes on."""
+        """Whether the line read last continues."""
         return self._inside
 
     def skip_line(self) -> int:
-        """Pass over what is left of the current line; how many bytes that was, the line's end included."""
+        """Skip the rest of the current line with its line end; returns how many bytes that was."""
         skipped = 0
         while self._inside and (chunk := self.read(1 << 20)):
             skipped += len(chunk)
@@ -62,15 +62,15 @@ class Lines:
         return skipped
 
     def on_disk(self) -> int:
-        """Position in the file as it lies on disk."""
+        """Position in the file on disk, which may be compressed."""
         return self._raw.tell()
 
 
 @contextmanager
 def opened(path: str, start: int = 0) -> Iterator[Lines]:
-    """The lines of a plain, .gz or .zst file. ``start`` is for plain files: the first line that begins there or later.
+    """The lines of a plain, .gz or .zst file; of a plain one from the first that begins at ``start`` or later.
 
-    Raises UserError, also while lines are read inside the block, for a file that cannot be read or is cut off.
+    Raises UserError, also while lines are read inside the block, for a file that cannot be read or is truncated.
     """
     again = "Copy or download the file again."
     try:
@@ -88,9 +88,10 @@ def opened(path: str, start: int = 0) -> Iterator[Lines]:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: not a sound gzip file ({error}). {again}") from None
     except OSError as error:
-        if error.errno is None and path.endswith(".zst"):  # pyarrow's own
-            cut = "the zstd stream is cut off" if "Truncated" in str(error) else f"not a sound zstd file ({error})"
-            raise UserError(f"{path}: {cut}. {again}") from None
+        if error.errno is None and path.endswith(".zst"):  # raised by pyarrow, not by the system
+            truncated = "Truncated" in str(error)
+            finding = "the zstd stream is cut off" if truncated else f"not a sound zstd file ({error})"
+            raise UserError(f"{path}: {finding}. {again}") from None
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
 
 

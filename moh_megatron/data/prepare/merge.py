@@ -1,4 +1,4 @@
-"""Finished parts -> the two splits, streaming: what is kept, which split it goes to, in the order of the inputs."""
+"""Merges finished parts into the two splits as a stream, in the order of the inputs, and decides what is kept."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from moh_megatron.data.dataset_manifest import SPLITS, Counts, FileRecord, SplitRecord
 from moh_megatron.data.prepare.duplicates import mark_duplicates
-from moh_megatron.data.prepare.indexed_writer import LONGEST, Writer
+from moh_megatron.data.prepare.indexed_writer import LONGEST, IndexedWriter
 from moh_megatron.data.prepare.inputs import Input, Part
 from moh_megatron.data.prepare.part import LONG, SHORT, PartFiles
 from moh_megatron.io.errors import UserError
 
-COPIED = 1 << 22
-_NOWHERE = len(SPLITS)
+COPY_SIZE = 1 << 22
+"""Bytes copied at once."""
+_LEFT_OUT = len(SPLITS)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Merged:
 
 
 def held_out(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
-    """Whether each document is for validation: by the first 8 bytes of the sha256 of its text alone, so that a growing
-    corpus moves none."""
+    """Whether each document is for validation.
+
+    The first 8 bytes of the sha256 of its text alone decide, so that documents keep their split as the corpus grows.
+    """
     return hashes < np.uint64(math.ceil(fraction * 2**64))
 
 
@@ -45,34 +48,34 @@ def merge_parts(
     deduplicate: bool,
     advance: Callable[[int], object],
 ) -> Merged:
-    """Write train and validation .bin and .idx into ``folder``. ``advance`` is told of finished parts.
+    """Write train and validation .bin and .idx into ``folder``, calling ``advance`` with 1 after each part.
 
-    Memory does not depend on the corpus. Raises UserError for a document too long for the format.
+    The memory needed does not depend on the corpus. Raises UserError for a document too long for the format.
     """
     summaries = [part.summary() for part in parts]
     documents = sum(summary.documents for summary in summaries if summary)
     marks = None
     if deduplicate:
         marks = mark_duplicates((records for part in parts for records in part.records()), documents, folder)
-    writers = [Writer(folder / name, dtype) for name in SPLITS]
+    writers = [IndexedWriter(folder / name, dtype) for name in SPLITS]
     text_bytes = [0, 0]
     removed = {"too_short": 0, "too_long": 0, "duplicates": 0, "empty": 0}
-    place = 0
+    start = 0
     try:
         for part in parts:
             with open(part.path("tokens"), "rb") as tokens:
                 for records in part.records():
-                    goes = np.where(held_out(records["hash"], validation_fraction), 1, 0)
-                    goes[records["dropped"] > 0] = _NOWHERE
+                    splits = np.where(held_out(records["hash"], validation_fraction), 1, 0)
+                    splits[records["dropped"] > 0] = _LEFT_OUT
                     if marks is not None:
-                        repeated = marks[place : place + len(records)] > 0
-                        goes[repeated] = _NOWHERE
+                        repeated = marks[start : start + len(records)] > 0
+                        splits[repeated] = _LEFT_OUT
                         removed["duplicates"] += int(repeated.sum())
-                    place += len(records)
+                    start += len(records)
                     removed["too_short"] += int((records["dropped"] == SHORT).sum())
                     removed["too_long"] += int((records["dropped"] == LONG).sum())
                     for split, writer in enumerate(writers):
-                        chosen = records[goes == split]
+                        chosen = records[splits == split]
                         if len(chosen) and (longest := int(chosen["tokens"].max())) > LONGEST:
                             raise UserError(
                                 f"A document has {longest:,} tokens; Megatron's format holds at most {LONGEST:,} in "
@@ -81,7 +84,7 @@ def merge_parts(
                         writer.add_documents(chosen["tokens"])
                         text_bytes[split] += int(chosen["bytes"].sum())
                         removed["empty"] += int((chosen["tokens"] == 0).sum())
-                    _copy(tokens, records["tokens"] * np.dtype(dtype).itemsize, goes, writers)
+                    _copy(tokens, records["tokens"] * np.dtype(dtype).itemsize, splits, writers)
             advance(1)
         finished = [writer.finish() for writer in writers]
     finally:
@@ -90,63 +93,65 @@ def merge_parts(
         if marks is not None:
             del marks
             (folder / "duplicates").unlink()
-    splits = [
+    split_records = [
         SplitRecord(
             documents=writer.documents,
             tokens=writer.tokens,
             text_bytes=text_bytes[split],
             files=tuple(
-                FileRecord(f"{name}.{end}", (folder / f"{name}.{end}").stat().st_size, sha256)
-                for end, sha256 in zip(("bin", "idx"), finished[split], strict=True)
+                FileRecord(f"{name}.{suffix}", (folder / f"{name}.{suffix}").stat().st_size, sha256)
+                for suffix, sha256 in zip(("bin", "idx"), finished[split], strict=True)
             ),
         )
         for split, (name, writer) in enumerate(zip(SPLITS, writers, strict=True))
     ]
     in_pieces = sum(summary.in_pieces for summary in summaries if summary)
     rejects = sum(summary.rejects for summary in summaries if summary)
-    return Merged(
-        splits[0], splits[1], Counts(records=documents + rejects, rejects=rejects, in_pieces=in_pieces, **removed)
-    )
+    return Merged(*split_records, Counts(records=documents + rejects, rejects=rejects, in_pieces=in_pieces, **removed))
 
 
-def _copy(tokens: IO[bytes], sizes: NDArray[np.int64], goes: NDArray[Any], writers: list[Writer]) -> None:
-    """Copy the next documents of ``tokens``, of so many bytes each, to where they go; neighbours together."""
+def _copy(tokens: IO[bytes], sizes: NDArray[np.int64], splits: NDArray[Any], writers: list[IndexedWriter]) -> None:
+    """Copy the next documents of ``tokens`` to their ``splits``, those next to each other together.
+
+    ``sizes`` are their bytes.
+    """
     if not len(sizes):
         return
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(goes)) + 1])
-    runs = np.add.reduceat(sizes, starts)
-    for split, left in zip(goes[starts].tolist(), runs.tolist(), strict=True):
-        if split == _NOWHERE:
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(splits)) + 1])
+    chunk_sizes = np.add.reduceat(sizes, starts)
+    for split, left in zip(splits[starts].tolist(), chunk_sizes.tolist(), strict=True):
+        if split == _LEFT_OUT:
             tokens.seek(left, 1)
             continue
         while left:
-            data = tokens.read(min(left, COPIED))
+            data = tokens.read(min(left, COPY_SIZE))
             assert data, "a part's tokens end early"
             writers[split].add_tokens(data)
             left -= len(data)
 
 
 def all_rejects(parts: Sequence[PartFiles], plan: Sequence[Part], inputs: Sequence[Input]) -> Iterator[dict[str, Any]]:
-    """Every reject in order: ``file``, ``line`` from 1 (a row for tables), ``reason``."""
-    offsets: dict[int, int] = {}
+    """Every reject in order: its ``file``, its ``line`` (for tables the row) from 1, and the ``reason``."""
+    lines_before: dict[int, int] = {}
     for files, part in zip(parts, plan, strict=True):
         summary = files.summary()
-        if summary is None:  # of another shard, not there yet
+        if summary is None:  # another shard has not finished it yet
             return
-        before = []
+        offsets = []
         for segment, lines in zip(part, summary.lines, strict=True):
-            before.append(offsets.get(segment.input, 0))
-            offsets[segment.input] = before[-1] + lines
+            offsets.append(lines_before.get(segment.input, 0))
+            lines_before[segment.input] = offsets[-1] + lines
         for reject in files.rejects():
-            place = reject["segment"]
+            index = reject["segment"]
             yield {
-                "file": inputs[part[place].input].name,
-                "line": before[place] + reject["line"],
+                "file": inputs[part[index].input].name,
+                "line": offsets[index] + reject["line"],
                 "reason": reject["reason"],
             }
 
 
 def write_rejects(path: Path, rejects: Iterator[dict[str, Any]]) -> None:
+    """Write rejects.jsonl."""
     with open(path, "w", encoding="utf-8") as file:
         for reject in rejects:
             file.write(json.dumps(reject, ensure_ascii=False) + "\n")

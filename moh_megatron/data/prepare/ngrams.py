@@ -1,4 +1,4 @@
-"""How well counting alone predicts the validation tokens: the numbers a language model has to beat."""
+"""Computes how well n-gram counts predict the validation tokens: the baselines a language model has to beat."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from moh_megatron.data.prepare.indexed_writer import open_tokens
 
 CHUNK = 1 << 22
-"""Tokens looked at at once."""
+"""Tokens processed at once."""
 TABLE = 1 << 26
-"""Largest number of bigram counts held at once (256 MiB); larger vocabularies take several passes."""
+"""The most bigram counts held at once (256 MiB); larger vocabularies take several passes."""
 
 
 def baselines(train_prefix: str, validation_prefix: str, vocab_size: int) -> dict[str, float]:
     """Cross-entropies of the validation tokens under the counts of the training tokens, in nats a token.
 
-    Each argument but the last is the path of a Megatron dataset without .bin. A split is read as one stream,
-    its documents in order with their end-of-document tokens between them.
+    The prefixes are paths of Megatron datasets without .bin. A split is read as one stream of its documents in order,
+    with the end-of-document tokens between them.
 
     ``unigram_entropy``: add-one smoothing, P(w) = (c(w) + 1) / (N + V).
     ``bigram_entropy``: Witten-Bell interpolation with that unigram, P(w | h) = (c(h, w) + T(h) P(w)) / (c(h) + T(h)),
-    T(h) being the number of distinct followers of h (Witten and Bell 1991); P(w) after a token never followed, and for
-    the first token.
+    where T(h) is the number of distinct followers of h (Witten and Bell 1991). It is P(w) after a token without
+    followers, and for the first token.
     """
     train, validation = open_tokens(train_prefix), open_tokens(validation_prefix)
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -46,7 +46,7 @@ def baselines(train_prefix: str, validation_prefix: str, vocab_size: int) -> dic
 def _bigram_nats(
     train: NDArray[np.integer], validation: NDArray[np.integer], unigram: NDArray[np.float64], first: int, end: int
 ) -> float:
-    """Sum of -log P over the validation tokens whose predecessor lies in [first, end)."""
+    """The sum of -log P over the validation tokens whose predecessor lies in [first, end)."""
     pairs = np.zeros((end - first, len(unigram)), dtype=np.uint32)
     for chunk in _chunks(train, overlap=1):
         before, after = _pairs(chunk, first, end)
@@ -71,6 +71,6 @@ def _pairs(chunk: NDArray[np.int64], first: int, end: int) -> tuple[NDArray[np.i
 
 
 def _chunks(tokens: NDArray[np.integer], overlap: int) -> Iterator[NDArray[np.int64]]:
-    """Runs of CHUNK tokens, each with the first ``overlap`` tokens of the next one."""
+    """Chunks of CHUNK tokens, each followed by the first ``overlap`` tokens of the next one."""
     for start in range(0, len(tokens), CHUNK):
         yield tokens[start : start + CHUNK + overlap].astype(np.int64)

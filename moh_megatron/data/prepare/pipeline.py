@@ -1,7 +1,7 @@
-"""Raw text -> tokenizer, Megatron .bin/.idx of two splits and a manifest: a folder that is whole or not there.
+"""Prepares a dataset from raw text: tokenizer, Megatron's .bin and .idx of two splits, and a manifest.
 
-The work is done part by part in a folder beside it, ``<data.dir>.parts``, where a killed run or another shard finds
-what is finished; the last step puts the parts together.
+The parts are made in the folder ``<data.dir>.parts`` beside it, where a restarted run or another shard finds what is
+finished. The last step merges them, and the dataset's folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -35,61 +35,61 @@ from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.make_tokenizer import given_tokenizer, train_on_inputs
 from moh_megatron.data.prepare.merge import merge_parts, write_rejects
 from moh_megatron.data.prepare.ngrams import baselines
-from moh_megatron.data.prepare.progress import progress_bar
 from moh_megatron.data.prepare.publish import published_folder
 from moh_megatron.data.prepare.working_folder import REJECTS, PrepareJob
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import Fault, UserError
 
 logger = logging.getLogger(__name__)
 
 ALREADY = "already prepared from the same text with the same settings"
-SOON_MADE_AGAIN = 100_000_000
-"""Bytes of text whose parts are not kept for another try where the dataset cannot feed the model."""
+QUICKLY_REDONE = 100_000_000
+"""Bytes of text below which parts are not kept for another attempt if the dataset does not fit the model."""
 
 
 def prepare(config: Config) -> Manifest:
-    """Make the dataset of ``config.data`` in its folder, or find it there already made.
+    """Make the dataset of ``config.data`` in its folder, unless it is there already.
 
     The folder then holds train.bin, train.idx, validation.bin, validation.idx, rejects.jsonl, tokenizer/ and
     manifest.json. It appears complete or not at all, and an earlier dataset is replaced only when the new one is
-    complete. What shards have finished is taken from there, the rest is done first.
+    complete. Parts that shards have finished are used, the others are made first.
 
-    Raises UserError for input, settings and sizes the user can mend, Fault where the disk fails.
+    Raises UserError for input, settings and sizes that the user can change, Fault if the disk fails.
     """
     folder = data_dir(config)
-    work = PrepareJob(config, find_inputs(config.data.inputs), given_tokenizer(config))
-    if (ready := _existing(folder, work)) is not None:
-        _check_share(folder, ready, config.data.max_reject_fraction)
+    job = PrepareJob(config, find_inputs(config.data.inputs), given_tokenizer(config))
+    if (ready := _existing(folder, job)) is not None:
+        _check_rejects(folder, ready, config.data.max_reject_fraction)
         ready.check_fits(config)
         logger.info(f"{folder}: {ALREADY}")
         return ready
-    with _disk_faults(folder), work:
-        tokenizer = work.tokenizer()
-        work.make_parts(tokenizer, 1, 1)
+    with _disk_faults(folder), job:
+        tokenizer = job.tokenizer()
+        job.make_parts(tokenizer, 1, 1)
         with published_folder(folder) as partial:
-            manifest = _merge(config, work, tokenizer, partial)
-        work.remove()
+            manifest = _merge(config, job, tokenizer, partial)
+        job.remove()
     return manifest
 
 
 def prepare_shard(config: Config, shard: int, shards: int) -> None:
-    """Do share ``shard`` (from 1) of ``shards`` of the work for ``prepare``, which puts it together. Raises as it does.
+    """Make the parts of ``shard`` (from 1) of ``shards``, which ``prepare`` then merges. Raises as ``prepare`` does.
 
-    Does nothing where ``prepare`` would find the dataset made.
+    Does nothing if the dataset is there already.
     """
     folder = data_dir(config)
     given = shard_tokenizer(config)
-    work = PrepareJob(config, find_inputs(config.data.inputs), given)
-    if _existing(folder, work) is not None:
+    job = PrepareJob(config, find_inputs(config.data.inputs), given)
+    if _existing(folder, job) is not None:
         logger.info(f"{folder}: {ALREADY}")
         return
-    with _disk_faults(folder), work:
-        work.make_parts(given, shard, shards)
+    with _disk_faults(folder), job:
+        job.make_parts(given, shard, shards)
 
 
 def shard_tokenizer(config: Config) -> Tokenizer:
-    """The given one. Raises UserError where none is: each shard would train it, and none would wait for another."""
+    """The given tokenizer. Raises UserError if none is given, since every shard would train its own."""
     given = given_tokenizer(config)
     if given is None:
         raise UserError(
@@ -111,8 +111,9 @@ def _disk_faults(folder: Path) -> Iterator[None]:
 
 
 def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """Make in the new ``folder`` the tokenizer of data.inputs, or of all sources; tokenizer.path counts only where
-    tokenizer.grow_to does. Raises UserError.
+    """Make the tokenizer of data.inputs, or of all sources, in the new ``folder``.
+
+    tokenizer.path is used only with tokenizer.grow_to. Raises UserError.
     """
     if folder.exists():
         raise UserError(f"--tokenizer: {folder} exists already. Name a new folder.")
@@ -123,8 +124,8 @@ def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _existing(folder: Path, work: PrepareJob) -> Manifest | None:
-    """The manifest of the dataset in ``folder`` where it is whole and the one asked for."""
+def _existing(folder: Path, job: PrepareJob) -> Manifest | None:
+    """The manifest of the dataset in ``folder`` if it is complete and the one that ``job`` would make; else None."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / MANIFEST).is_file():
@@ -133,11 +134,11 @@ def _existing(folder: Path, work: PrepareJob) -> Manifest | None:
         manifest = load_manifest(folder)
     except UserError:
         return None
-    return manifest if manifest.settings == work.settings and work.same_inputs(manifest.inputs) else None
+    return manifest if manifest.settings == job.settings and job.same_inputs(manifest.inputs) else None
 
 
-def _check_share(folder: Path, ready: Manifest, limit: float) -> None:
-    """Raise UserError where a dataset that is there was made with a larger share of rejects than is allowed now."""
+def _check_rejects(folder: Path, ready: Manifest, limit: float) -> None:
+    """Raise UserError if an existing dataset was made with a larger share of rejects than is allowed now."""
     counts = ready.counts
     if counts.rejects > limit * counts.records:
         raise UserError(
@@ -147,31 +148,33 @@ def _check_share(folder: Path, ready: Manifest, limit: float) -> None:
         )
 
 
-def _merge(config: Config, work: PrepareJob, tokenizer: Tokenizer, partial: Path) -> Manifest:
-    """Fill ``partial``. Raises UserError where too much was rejected or the dataset cannot feed the model."""
+def _merge(config: Config, job: PrepareJob, tokenizer: Tokenizer, partial: Path) -> Manifest:
+    """Fill the folder ``partial``. Raises UserError for too many rejects, and if the dataset does not fit the model."""
     data = config.data
-    work.check_rejects()
+    job.check_rejects()
     dtype = token_dtype(tokenizer.vocab_size)
-    with progress_bar("put together", len(work.parts), "part") as bar:
+    with progress_bar("put together", len(job.parts), "part") as bar:
         merged = merge_parts(
-            work.parts,
+            job.parts,
             partial,
             dtype,
             validation_fraction=data.validation_fraction,
             deduplicate=data.deduplicate,
             advance=bar.update,
         )
-    write_rejects(partial / REJECTS, work.rejects())
+    write_rejects(partial / REJECTS, job.rejects())
     tokenizer.save(partial / "tokenizer")
     manifest = Manifest(
         format=FORMAT,
         inputs=tuple(
-            InputRecord(file.path, file.bytes, work.sha256(file), file.modified_ns)
-            for each in work.inputs
-            for file in each.files
+            InputRecord(file.path, file.bytes, job.sha256(file), file.modified_ns)
+            for source in job.inputs
+            for file in source.files
         )
-        + tuple(InputRecord(each.name, None, None, None, each.revision) for each in work.inputs if each.kind == "hub"),
-        settings=work.settings,
+        + tuple(
+            InputRecord(source.name, None, None, None, source.revision) for source in job.inputs if source.kind == "hub"
+        ),
+        settings=job.settings,
         tokenizer=TokenizerRecord(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_token_id),
         dtype=dtype.__name__,
         train=merged.train,
@@ -188,8 +191,8 @@ def _merge(config: Config, work: PrepareJob, tokenizer: Tokenizer, partial: Path
     try:
         manifest.check_fits(config)
     except UserError:
-        if merged.train.text_bytes + merged.validation.text_bytes < SOON_MADE_AGAIN:
-            work.remove()
+        if merged.train.text_bytes + merged.validation.text_bytes < QUICKLY_REDONE:
+            job.remove()
         raise
     if data.ngram_baselines:
         prefixes = [str(partial / name) for name in SPLITS]

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, of folders written by ``datasets``' save_to_disk, and of the Hugging Face hub."""
+"""Reads rows of Parquet files, of folders written by save_to_disk of ``datasets``, and of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Row = dict[str, Any]
 
 
 class BadRow(NamedTuple):
-    """A row that has bytes for text which are not UTF-8."""
+    """A row with a text field whose bytes are not UTF-8."""
 
     field: str
     error: UnicodeDecodeError
 
 
 def row_groups(path: str) -> int:
+    """The number of row groups of a Parquet file."""
     return _parquet(path, None).num_shards
 
 
 def parquet_rows(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row | BadRow]:
-    """The rows of row groups [start, stop), with those of ``fields`` that there are."""
-    known = [field for field in fields if field in (_parquet(path, None).column_names or ())]
-    groups = _parquet(path, known or None)
+    """The rows of row groups [start, stop), with those of ``fields`` that the file has."""
+    present = [field for field in fields if field in (_parquet(path, None).column_names or ())]
+    groups = _parquet(path, present or None)
     try:
         yield from _shards(groups, start, stop)
     except (OSError, ValueError) as error:
@@ -38,7 +39,7 @@ def parquet_rows(path: str, start: int, stop: int | None, fields: tuple[str, ...
 
 
 def _parquet(path: str, columns: list[str] | None) -> Any:
-    """One file, of as many shards as it has row groups."""
+    """A Parquet file as a streamed dataset with one shard for each row group."""
     import datasets
 
     try:
@@ -60,22 +61,22 @@ def _shards(dataset: Any, start: int, stop: int | None) -> Iterator[Row | BadRow
 
 
 def _decoded(table: Any) -> Iterator[Row | BadRow]:
-    """The rows of an Arrow table, whose text nobody has looked at before it becomes Python's."""
+    """The rows of an Arrow table; Arrow does not check that text is UTF-8."""
     try:
         rows = table.to_pylist()
     except UnicodeDecodeError:
-        rows = [_decoded_row(table.slice(place, 1)) for place in range(len(table))]
+        rows = [_decoded_row(table.slice(index, 1)) for index in range(len(table))]
     yield from rows
 
 
 def _decoded_row(row: Any) -> Row | BadRow:
-    found: Row = {}
+    values: Row = {}
     for field in row.column_names:
         try:
-            (found[field],) = row[field].to_pylist()
+            (values[field],) = row[field].to_pylist()
         except UnicodeDecodeError as error:
             return BadRow(field, error)
-    return found
+    return values
 
 
 def is_saved(path: str | Path) -> bool:
@@ -84,29 +85,30 @@ def is_saved(path: str | Path) -> bool:
 
 
 def saved_files(path: Path) -> list[Path]:
-    """The data files of one saved dataset, in order. Raises UserError for a dictionary of them."""
+    """The data files of a saved dataset, in order. Raises UserError if the folder holds a dictionary of datasets."""
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(str(path / name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"])
         raise UserError(f"data.inputs: {path} holds several datasets; name those to read: {splits}.")
-    files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
+    files = [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"data.inputs: {missing[0]} is missing. Save or copy the dataset again.")
     return files
 
 
 def saved_rows(path: str) -> int:
+    """The number of rows of a saved dataset."""
     return len(_saved(path))
 
 
 def saved_row_range(path: str, start: int, stop: int | None, fields: tuple[str, ...]) -> Iterator[Row | BadRow]:
-    """Rows [start, stop), with those of ``fields`` that there are."""
+    """Rows [start, stop) of a saved dataset, with those of ``fields`` that it has."""
     dataset = _saved(path)
-    known = [field for field in fields if field in dataset.column_names]
+    present = [field for field in fields if field in dataset.column_names]
     rows = range(start, len(dataset) if stop is None else stop)
-    if not known:
+    if not present:
         yield from ({} for _ in rows)
         return
-    tables = dataset.select(rows).select_columns(known).with_format("arrow")
+    tables = dataset.select(rows).select_columns(present).with_format("arrow")
     for table in tables.iter(batch_size=ROWS):
         yield from _decoded(table)
 
@@ -121,7 +123,7 @@ def _saved(path: str) -> Any:
 
 
 def hub_revision(name: str) -> str | None:
-    """The commit that a hub dataset's name stands for now; None where the hub gives no answer, as without a network."""
+    """The commit that a hub dataset's name refers to now; None if the hub does not answer, as without a network."""
     import huggingface_hub
 
     repository, revision, _, _ = _hub_parts(name)
@@ -129,12 +131,12 @@ def hub_revision(name: str) -> str | None:
         return None
     try:
         return huggingface_hub.HfApi().dataset_info(repository, revision=revision, timeout=30).sha
-    except Exception:  # no common class; what keeps the dataset itself from being opened is told when it is
+    except Exception:  # no common class; if the dataset cannot be opened, opening it says why
         return None
 
 
 def hub_files(name: str, revision: str | None) -> int:
-    """How many files a hub dataset is read from. ``revision`` None: the one its name asks for."""
+    """The number of files of a hub dataset; ``revision`` None is the one in its name."""
     return _hub(name, revision).num_shards
 
 
@@ -144,7 +146,7 @@ def hub_rows(name: str, revision: str | None, start: int, stop: int | None) -> I
 
 
 def _hub_parts(name: str) -> tuple[str, str | None, str | None, str | None]:
-    """Repository, revision, subset, split."""
+    """The repository, revision, subset and split that a name stands for."""
     repository, _, rest = name.removeprefix(HUB).partition(":")
     subset, _, split = rest.partition(":")
     repository, _, revision = repository.partition("@")

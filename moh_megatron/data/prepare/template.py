@@ -1,4 +1,4 @@
-"""The text of a record: one field, or several in a template."""
+"""Makes the text of a record from one of its fields, or from several by a template."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from moh_megatron.config.schema import DataConfig
 
 @dataclass(frozen=True)
 class Template:
-    """Literal texts and, behind each but the last, the field that follows it."""
+    """Literal texts, each but the last followed by a field."""
 
     literals: tuple[str, ...]
     fields: tuple[str, ...]
     described: str
+    """What messages call the fields."""
     key: str
-    """The configuration key to change where records do not fit."""
+    """The configuration key to change if records do not fit."""
 
     @property
     def shortest_record(self) -> bytes:
-        """JSON of a record than which none that fits is shorter."""
+        """The JSON of the shortest record that fits."""
         record = dict.fromkeys(self.fields, "")
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
     def fill(self, record: Any) -> str:
-        """Raises ValueError, saying why, for a record that lacks a field or has another type there."""
+        """The text of ``record``. Raises ValueError with the reason if it lacks a field, or if one is not a string."""
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object with {self.described}. Got {type(record).__name__}")
         for field in self.fields:
@@ -43,7 +44,7 @@ class Template:
 
 
 def text_template(data: DataConfig) -> Template:
-    """data.template, else data.text_key as a template of that field alone."""
+    """data.template, or else the template of the field data.text_key alone."""
     if data.template is None:
         return Template(("", ""), (data.text_key,), f"field {data.text_key!r}", "data.text_key")
     parts = list(Formatter().parse(data.template))

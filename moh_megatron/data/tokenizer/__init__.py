@@ -1,1 +1,1 @@
-"""Tokenizers: one loader, and those that are trained, imported or grown."""
+"""Loads tokenizers, and trains, converts and grows them."""

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moh_megatron.config.schema import DataConfig
+from moh_megatron.data.prepare.chunks import Chunk, stream_chunks
 from moh_megatron.data.prepare.inputs import Segment, find_inputs
-from moh_megatron.data.prepare.pieces import Piece, streamed
-from moh_megatron.data.prepare.read_documents import Reject, Seen, read_segment
+from moh_megatron.data.prepare.read_documents import Reject, SegmentEnd, read_segment
 
 # Surrogates are in, as JSON's \ud800 can write them.
 ANY_TEXT = st.text(st.characters(), max_size=40)
@@ -33,14 +33,14 @@ def documents(path: Path, stop: int | None = None, start: int = 0, **settings: o
         if isinstance(event, Reject):
             found.append(event.line)
             text = ""
-        elif isinstance(event, Piece):
+        elif isinstance(event, Chunk):
             assert event.utf8 == event.text.encode()
             text += event.text
             if event.last:
                 found.append(text)
                 text = ""
         else:
-            assert isinstance(event, Seen)
+            assert isinstance(event, SegmentEnd)
     assert not text
     return found
 
@@ -82,7 +82,7 @@ def test_any_bytes(folder: Path, raw: bytes, unit: str) -> None:
 
 @given(text=TRICKY | ENCODABLE, limit=st.integers(16, 40), form=st.sampled_from(["none", "nfc", "nfkc"]))
 def test_pieces_are_the_document(text: str, limit: int, form: str) -> None:
-    pieces = list(streamed([text[:7], text[7:]], limit, form))
+    pieces = list(stream_chunks([text[:7], text[7:]], limit, form))
     whole = text if form == "none" else unicodedata.normalize(form.upper(), text)  # pyright: ignore[reportArgumentType]
     assert "".join(piece.text for piece in pieces) == whole
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -92,7 +92,7 @@ def test_pieces_are_the_document(text: str, limit: int, form: str) -> None:
 
 def test_where_a_document_is_cut() -> None:
     def cut(text: str) -> list[str]:
-        return [piece.text for piece in streamed([text], 16, "none")]
+        return [piece.text for piece in stream_chunks([text], 16, "none")]
 
     assert cut("one two\nthree four five") == ["one two\n", "three four five"]
     assert cut("one two three four five") == ["one two three", " four five"]
@@ -106,7 +106,7 @@ def test_lines_of_100_mb(folder: Path) -> None:
     found = []
     (source,) = find_inputs([str(path)])
     for event in read_segment(source, Segment(0, 0, None, 0), DataConfig(text_unit="line"), lambda count: None):
-        if isinstance(event, Piece):
+        if isinstance(event, Chunk):
             assert len(event.utf8) <= 1 << 20
             found.append((len(event.utf8), event.last))
     assert found[-1] == (5, True)

@@ -9,9 +9,9 @@ import pytest
 
 from moh_megatron.config.schema import DataConfig
 from moh_megatron.data.prepare import inputs
+from moh_megatron.data.prepare.chunks import Chunk
 from moh_megatron.data.prepare.inputs import find_inputs, plan_parts
-from moh_megatron.data.prepare.pieces import Piece
-from moh_megatron.data.prepare.read_documents import Event, Reject, Seen, read_segment
+from moh_megatron.data.prepare.read_documents import Event, Reject, SegmentEnd, read_segment
 from moh_megatron.io.errors import UserError
 
 TEXTS = [f"Text {number} é." * 20 for number in range(500)]
@@ -23,8 +23,8 @@ def read(name: str, **settings: str) -> list[Event]:
     parts = plan_parts(found, "file")
     data = DataConfig(**settings)  # pyright: ignore[reportArgumentType]
     events = [event for part in parts for each in part for event in read_segment(found[0], each, data, lambda n: None)]
-    assert sum(event.lines for event in events if isinstance(event, Seen)) == len(TEXTS)
-    return [event for event in events if not isinstance(event, Seen)]
+    assert sum(event.lines for event in events if isinstance(event, SegmentEnd)) == len(TEXTS)
+    return [event for event in events if not isinstance(event, SegmentEnd)]
 
 
 def parquet(folder: Path) -> str:
@@ -54,14 +54,14 @@ def test_rows_in_order_whatever_the_parts(
     make: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = make(tmp_path)
-    expected = [Piece(text, text.encode(), True) for text in TEXTS]
+    expected = [Chunk(text, text.encode(), True) for text in TEXTS]
     assert read(name) == expected
     monkeypatch.setattr(inputs, "SMALLEST_PART", 1000)
     monkeypatch.setattr(inputs, "PARTS", 6)
     assert len(plan_parts(find_inputs([name]), "file")) > 1
     assert read(name) == expected
     template = read(name, template="{title}: {text}")[0]
-    assert isinstance(template, Piece)
+    assert isinstance(template, Chunk)
     assert template.text.endswith(f": {TEXTS[0]}")
     for key, reason in (("number", "must be a string. Got int"), ("body", "no field 'body'")):
         rejects = read(name, text_key=key)
@@ -74,7 +74,7 @@ def test_null_is_rejected_alone(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [None, *TEXTS[1:]]}), tmp_path / "a.parquet")
     first, second, *_ = read(str(tmp_path / "a.parquet"))
     assert first == Reject(1, "field 'text' must be a string. Got NoneType")
-    assert isinstance(second, Piece)
+    assert isinstance(second, Chunk)
 
 
 def test_bytes_that_are_not_utf8_are_rejected_alone(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_bytes_that_are_not_utf8_are_rejected_alone(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=100)
     found = read(str(tmp_path / "a.parquet"))
     assert found[300] == Reject(301, "field 'text' is not UTF-8 (value 0xff at byte 3); mend the record")
-    assert found[:300] + found[301:] == [Piece(text, text.encode(), True) for text in TEXTS[:300] + TEXTS[301:]]
+    assert found[:300] + found[301:] == [Chunk(text, text.encode(), True) for text in TEXTS[:300] + TEXTS[301:]]
 
 
 def test_the_revision_of_a_hub_dataset_is_that_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

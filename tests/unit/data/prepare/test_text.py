@@ -6,24 +6,24 @@ import pyarrow
 import pytest
 
 from moh_megatron.config.schema import DataConfig
+from moh_megatron.data.prepare.chunks import Chunk
 from moh_megatron.data.prepare.inputs import Segment, find_inputs
-from moh_megatron.data.prepare.pieces import Piece
-from moh_megatron.data.prepare.read_documents import Event, Reject, Seen, read_segment
+from moh_megatron.data.prepare.read_documents import Event, Reject, SegmentEnd, read_segment
 from moh_megatron.io.errors import UserError
 
 
 def events(path: Path, advance=lambda count: None, **settings) -> list[Event]:
     (source,) = find_inputs([str(path)])
     found = list(read_segment(source, Segment(0, 0, None, source.bytes), DataConfig(**settings), advance))
-    assert isinstance(found.pop(), Seen)
+    assert isinstance(found.pop(), SegmentEnd)
     return found
 
 
 def read(path: Path, **settings) -> list[str]:
     """The documents; there must be no reject."""
     found = events(path, **settings)
-    assert all(isinstance(event, Piece) and event.last for event in found), found
-    return [event.text for event in found if isinstance(event, Piece)]
+    assert all(isinstance(event, Chunk) and event.last for event in found), found
+    return [event.text for event in found if isinstance(event, Chunk)]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -102,13 +102,13 @@ def test_a_bad_record_is_rejected_alone(tmp_path: Path, name: str, content: byte
     assert reject.reason.startswith(reason)
     if name.endswith(".jsonl"):
         after = write(tmp_path / name, content + b'\n{"text": "after"}\n')
-        assert events(after)[-1] == Piece("after", b"after", True)
+        assert events(after)[-1] == Chunk("after", b"after", True)
 
 
 def test_a_long_record_is_rejected_with_its_size(tmp_path: Path) -> None:
     exact = b'{"text": "' + b"x" * 88 + b'"}'
     path = write(tmp_path / "a.jsonl", exact + b"\n" + exact + b" \n" + b"y" * 3_000_000 + b"\n" + exact)
-    piece = Piece("x" * 88, b"x" * 88, True)
+    piece = Chunk("x" * 88, b"x" * 88, True)
     assert events(path, max_record_bytes=100) == [
         piece,
         Reject(2, "a record of 102 bytes, more than data.max_record_bytes (100)"),
