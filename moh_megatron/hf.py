@@ -1,4 +1,7 @@
-"""``import moh_megatron.hf``: Transformers' Auto classes then open exported folders with the code of this package."""
+"""Registers the exported model with Transformers.
+
+After ``import moh_megatron.hf``, the Auto classes open exported folders with the code of this package.
+"""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -7,6 +10,6 @@ from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
 
 AutoConfig.register(MoHConfig.model_type, MoHConfig)
 AutoModelForCausalLM.register(MoHConfig, MoHForCausalLM)
-# Whatever is saved then brings its code along, as what trust_remote_code opened does.
+# A model that save_pretrained writes then includes its code, as one opened with trust_remote_code does.
 MoHConfig.register_for_auto_class()
 MoHForCausalLM.register_for_auto_class("AutoModelForCausalLM")

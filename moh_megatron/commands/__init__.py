@@ -1,1 +1,1 @@
-"""The commands: their arguments, and what they call. The scripts in ``pipelines/`` and the console scripts run them."""
+"""Defines the commands that the scripts in ``pipelines/`` and the console scripts run."""

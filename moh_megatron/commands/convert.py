@@ -1,4 +1,9 @@
-"""Convert checkpoints: moh-convert hf-to-megatron --hf-dir DIR --save-dir CKPT, and back."""
+"""Converts models from and to Hugging Face folders.
+
+moh-convert hf-to-megatron --hf-dir DIR --save-dir CKPT [section.key=value ...]
+moh-convert megatron-to-hf --load-dir CKPT --hf-dir DIR
+moh-convert official-to-hf --load-dir DIR --hf-dir DIR
+"""
 
 import argparse
 import json
@@ -17,20 +22,19 @@ def parse_arguments() -> argparse.Namespace:
     to_hf.add_argument("--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, or a folder of them")
     to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
     to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
-    to_hf.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    official = commands.add_parser("official-to-hf", help="read SkyworkAI's published form of a MoH-LLaMA")
-    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="to read")
+    to_hf.add_argument("--dry-run", action="store_true", help="print what would be exported, and stop")
+    official = commands.add_parser("official-to-hf", help="convert SkyworkAI's published form of a MoH-LLaMA")
+    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="its folder")
     from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
     from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
-    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what the checkpoint's configuration states")
+    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what config.json does not say")
     from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
     for command in (to_hf, official, from_hf):
         add_common_options(command)
         command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
-    for command in (to_hf, official, from_hf):
-        command.add_argument("--verify", action="store_true", help="open both sides, print how far apart they are")
+        command.add_argument("--verify", action="store_true", help="load both sides, and print how much they differ")
     for command in (to_hf, official):
-        command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as the weights are")
+        command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the precision of the weights")
     for command in (official, from_hf):
         command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
     return parse_overrides(parser)
@@ -56,8 +60,9 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
         print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
         print(dump_config(config), end="")
         return {}
-    chosen = {"form": arguments.format, "verify": arguments.verify}
-    difference = convert.megatron_to_hf(checkpoint, arguments.hf_dir, arguments.dtype, **chosen)
+    difference = convert.megatron_to_hf(
+        checkpoint, arguments.hf_dir, arguments.dtype, form=arguments.format, verify=arguments.verify
+    )
     if arguments.summary is not None:
         merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
     return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
@@ -81,16 +86,21 @@ def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
 def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
     from moh_megatron.checkpoint.hf import convert
 
-    chosen = {"allow_pickle": arguments.allow_pickle, "verify": arguments.verify}
-    difference = convert.official_to_hf(arguments.load_dir, arguments.hf_dir, arguments.dtype, **chosen)
+    difference = convert.official_to_hf(
+        arguments.load_dir,
+        arguments.hf_dir,
+        arguments.dtype,
+        allow_pickle=arguments.allow_pickle,
+        verify=arguments.verify,
+    )
     return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
 
 
 def main() -> None:
     commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
     arguments = parse_arguments()
-    if done := commands[arguments.command](arguments):
-        print(json.dumps(done))
+    if result := commands[arguments.command](arguments):
+        print(json.dumps(result))
 
 
 def run() -> int:

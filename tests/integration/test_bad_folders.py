@@ -1,4 +1,4 @@
-"""Broken or foreign folders given to pipelines/convert.py: exit code 2, the tensor or field named, nothing left."""
+"""pipelines/convert.py with broken or foreign folders: exit code 2, tensor or field named, nothing left."""
 
 import json
 import pickle
@@ -26,14 +26,14 @@ def folder(tmp_path) -> Path:
 
 
 def sharded(folder: Path) -> dict[str, Any]:
-    """The same weights in two files with an index; returns the index."""
+    """Split the weights into two files with an index; returns the index."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
     parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
-    for file, held in parts.items():
-        save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
-    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    for file, contained in parts.items():
+        save_file({name: tensors[name] for name in contained}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, contained in parts.items() for name in contained}}
     (folder / INDEX).write_text(json.dumps(index))
     return index
 
@@ -70,10 +70,10 @@ def wrong_shard(folder: Path) -> None:
 def in_two_shards(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     index = sharded(folder)
-    held = {name: tensors[name] for name, file in index["weight_map"].items() if file == "b.safetensors"}
-    # Another value: which of the two counts depends on who reads.
-    held["lm_head.weight"] = 2 * tensors["lm_head.weight"]
-    save_file(held, folder / "b.safetensors", {"format": "pt"})
+    contained = {name: tensors[name] for name, file in index["weight_map"].items() if file == "b.safetensors"}
+    # The two files disagree, so the result would depend on the reader.
+    contained["lm_head.weight"] = 2 * tensors["lm_head.weight"]
+    save_file(contained, folder / "b.safetensors", {"format": "pt"})
 
 
 def pickled_shard(folder: Path) -> None:
@@ -89,7 +89,7 @@ def outside(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def endless_name(folder: Path) -> None:
+def overlong_name(folder: Path) -> None:
     index = sharded(folder)
     index["weight_map"]["model.norm.weight"] = "a" * 5000
     (folder / INDEX).write_text(json.dumps(index))
@@ -192,7 +192,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor_not_in_its_shard": (wrong_shard, "a.safetensors: holds no model.norm.weight, though"),
     "tensor_in_two_shards": (in_two_shards, "b.safetensors: holds lm_head.weight, as "),
     "index_leads_outside": (outside, "model.norm.weight must lie in a file of this folder. Got '../a.safetensors'"),
-    "index_names_no_possible_file": (endless_name, "aaa: missing; model.safetensors.index.json says it holds model.n"),
+    "index_names_impossible_file": (overlong_name, "aaa: missing; model.safetensors.index.json says it holds model.n"),
     "deep_config": (deep("config.json"), "config.json: cannot be read as JSON (maximum recursion"),
     "deep_generation": (deep("generation_config.json"), "generation_config.json: cannot be read as JSON (maximum rec"),
     "no_weights": (no_weights, "holds no weights. Expected model.safetensors"),
@@ -239,19 +239,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "field_wrong": (edit_config(num_hidden_layers="2"), "num_hidden_layers must be a whole number above 0. Got '2'"),
     "heads": (edit_config(num_key_value_heads=3), "model.num_query_groups must divide model.num_attention_heads (8)"),
     "field_true": (edit_config(num_hidden_layers=True), "num_hidden_layers must be a whole number above 0. Got True"),
-    "hidden_size_beyond_reason": (
+    "hidden_size_too_large": (
         edit_config(hidden_size=1e30),
         "hidden_size must be a whole number below 2147483648",
     ),
-    "rope_theta_beyond_reason": (
+    "rope_theta_too_large": (
         edit_config(rope_parameters=None, rope_theta=10**400),
         "rope_theta must be a number below 2147483648. Got 1000",
     ),
-    "rope_theta_said_twice": (
+    "rope_theta_stated_twice": (
         edit_config(rope_theta=5e5),
         "config.json: says RoPE in two ways that differ: rope_theta 500000.0, rope_parameters {",
     ),
-    "rope_scaling_said_twice": (
+    "rope_scaling_stated_twice": (
         edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
         "says RoPE in two ways that differ: rope_scaling {'type': 'linear', 'factor': 2.0}, rope_parameters",
     ),
@@ -267,7 +267,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @into_either_form
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name, command, source, target):
+def test_broken_folder_is_refused_and_nothing_left(folder, tmp_path, capsys, name, command, source, target):
     breaks, message = BROKEN[name]
     breaks(folder)
     assert run_convert(command, source, folder, target, tmp_path / "out") == 2
@@ -290,20 +290,20 @@ def test_a_broken_folder_is_refused(folder, tmp_path, capsys, name, command, sou
         (["moh.gatin=paper"], "moh.gatin: unknown key; did you mean 'gating'?"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(folder, tmp_path, capsys, overrides, message):
+def test_import_refuses_configuration_that_does_not_fit(folder, tmp_path, capsys, overrides, message):
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", *overrides) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder, tmp_path, capsys):
+def test_allow_pickle_reads_tensors_and_runs_no_code(folder, tmp_path, capsys):
     arguments = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", "--allow-pickle")
     expected = load_file(folder / WEIGHTS)
     pickled(folder)
     assert run_convert(*arguments) == 0
     assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 0
     back = load_file(tmp_path / "back" / WEIGHTS)
-    assert all(torch.equal(back[name], each) for name, each in expected.items())
+    assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -324,20 +324,20 @@ def test_pickled_tensors_are_read_on_request_and_code_in_them_is_not_run(folder,
 
 
 @pytest.mark.parametrize("metadata", [None, "x"])
-def test_an_index_that_transformers_cannot_read_is_named_before_a_comparison(folder, tmp_path, capsys, metadata):
+def test_verify_refuses_index_that_transformers_cannot_read(folder, tmp_path, capsys, metadata):
     index = sharded(folder)
     (folder / INDEX).write_text(json.dumps(index if metadata is None else index | {"metadata": metadata}))
     arguments = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
     assert run_convert(*arguments, "--verify") == 2
-    told = capsys.readouterr().err
-    assert "index.json: metadata must be an object where Transformers opens the model too" in told
-    assert f"Got {metadata!r}" in told
-    assert "Traceback" not in told
+    messages = capsys.readouterr().err
+    assert "index.json: metadata must be an object where Transformers opens the model too" in messages
+    assert f"Got {metadata!r}" in messages
+    assert "Traceback" not in messages
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert run_convert(*arguments) == 0
 
 
-def test_nothing_is_overwritten(folder, tmp_path, capsys):
+def test_import_refuses_folder_that_is_not_empty(folder, tmp_path, capsys):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "thesis.tex").write_text("mine")
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 2
@@ -345,7 +345,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.rglob("*") if path.suffix == ".tex") == ["thesis.tex"]
 
 
-def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, capsys):
+def test_export_refuses_damaged_checkpoint(folder, tmp_path, capsys):
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 0
     (file,) = (tmp_path / "ckpt" / "weights").iterdir()
     content = bytearray(file.read_bytes())
@@ -356,32 +356,32 @@ def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, capsys):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_much_smaller_tokenizer_is_another_models(tmp_path, capsys):
+def test_import_refuses_tokenizer_with_far_fewer_entries_than_the_vocabulary(tmp_path, capsys):
     near, far = (llama_folder(tmp_path / name, vocab_size=entries) for name, entries in (("near", 300), ("far", 1400)))
     for folder in (near, far):
         small_vocabulary(folder)
     assert run_convert("hf-to-megatron", "--hf-dir", near, "--save-dir", tmp_path / "near_ckpt") == 0
     into = ("hf-to-megatron", "--hf-dir", far, "--save-dir", tmp_path / "far_ckpt")
     assert run_convert(*into) == 2
-    told = capsys.readouterr().err
-    assert "tokenizer.json: the tokenizer must have about vocab_size (1400) entries, at most 1024 fewer" in told
-    assert "Got 280" in told
+    messages = capsys.readouterr().err
+    assert "tokenizer.json: the tokenizer must have about vocab_size (1400) entries, at most 1024 fewer" in messages
+    assert "Got 280" in messages
     assert not (tmp_path / "far_ckpt").exists()
-    # What this project exported was trained that way.
+    # An export of this project may have such a vocabulary.
     (far / MARKER).write_text("{}")
     assert run_convert(*into) == 0
 
 
-def test_a_configuration_file_may_say_what_the_checkpoint_states(folder, tmp_path, capsys):
+def test_configuration_file_adds_to_config_json_and_must_not_contradict_it(folder, tmp_path, capsys):
     file, arguments = tmp_path / "made.yaml", ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt")
     file.write_text(
         "train:\n  sequence_length: 77\nmodel:\n  hidden_size: 32\nparallel:\n  tensor: 2\n"
         "moh:\n  enabled: false\n  active_heads: 6\n"
     )
     assert run_convert(*arguments, "--config", file) == 2
-    told = capsys.readouterr().err
-    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in told
-    assert "model.kv_channels" not in told, "nobody states it"
+    messages = capsys.readouterr().err
+    assert "model.hidden_size: 64 in config.json, 32 in the configuration" in messages
+    assert "model.kv_channels" not in messages, "it was not stated"
     assert run_convert(*arguments, "--config", file, "model.hidden_size=64") == 0
     config = layout.read_config(tmp_path / "ckpt")
     assert (config.train.sequence_length, config.parallel.tensor, config.model.vocab_padding) == (77, 2, 1)

@@ -1,4 +1,4 @@
-"""Places to convert into that are missing, links, or of no possible name: made whole, or refused with nothing left."""
+"""Targets of conversions that are missing, links, or impossible names: complete, or refused with nothing left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_a_refused_import_leaves_no_folder_above_the_checkpoint(folder, tmp_path, missing):
+def test_refused_import_leaves_no_parent_folders(folder, tmp_path, missing):
     if missing:
         folder.rename(tmp_path / "moved")
     else:
@@ -25,22 +25,22 @@ def test_a_refused_import_leaves_no_folder_above_the_checkpoint(folder, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["moved" if missing else "hf"]
 
 
-def test_a_folder_is_not_imported_into_itself(folder, tmp_path, capsys):
-    held = sorted(path.name for path in folder.iterdir())
+def test_import_refuses_target_inside_the_source(folder, tmp_path, capsys):
+    before = sorted(path.name for path in folder.iterdir())
     for target in (folder, folder / "ckpt", folder / "n1" / "ckpt"):
         assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", target) == 2
         assert f"{target}: must lie outside what is converted, {folder}" in capsys.readouterr().err
-    assert sorted(path.name for path in folder.iterdir()) == held
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_links_to_another_place(folder, tmp_path):
+def test_targets_may_be_links(folder, tmp_path):
     for name in ("ckpt", "back"):
         (tmp_path / "disk" / name).mkdir(parents=True)
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     (tmp_path / "dangling").symlink_to(tmp_path / "disk" / "new")
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 0
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "dangling") == 0
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # The second export replaces the first.
         assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "back") == 0
     assert all((tmp_path / name).is_symlink() for name in ("ckpt", "back", "dangling"))
     assert (tmp_path / "disk" / "back" / "config.json").is_file()
@@ -48,20 +48,20 @@ def test_links_to_another_place(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", [".", "x/..", "", "n" * 300, "n1/" + "n" * 300])
-def test_names_of_no_new_folder(folder, tmp_path, capsys, monkeypatch, name):
+def test_impossible_target_names_are_refused(folder, tmp_path, capsys, monkeypatch, name):
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt") == 0
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
     capsys.readouterr()
     for command in (
         ("hf-to-megatron", "--hf-dir", folder, "--save-dir"),
         ("megatron-to-hf", "--load-dir", tmp_path / "ckpt", "--hf-dir"),
     ):
         assert run_convert(*command, name) == 2
-        told = capsys.readouterr().err
+        messages = capsys.readouterr().err
         assert (
             "cannot be a folder" if "n" in name else "must be another folder than the one this command runs in"
-        ) in told
-        assert "Traceback" not in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "here", "hf"]
-    assert not list((tmp_path / "here").iterdir())
+        ) in messages
+        assert "Traceback" not in messages
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "current", "hf"]
+    assert not list((tmp_path / "current").iterdir())

@@ -1,4 +1,4 @@
-"""pipelines/convert.py megatron-to-hf, in this process, on checkpoints as a run leaves them."""
+"""pipelines/convert.py megatron-to-hf, in this process, on checkpoints as a training run writes them."""
 
 import json
 import runpy
@@ -60,14 +60,14 @@ def make_config(heads: int = 8, groups: int = 4, tie: bool = False, precision: A
     )
 
 
-def drawn(rule: Rule, generator: torch.Generator) -> torch.Tensor:
+def random_tensor(rule: Rule, generator: torch.Generator) -> torch.Tensor:
     if rule.dtype is not None:
         return torch.randint(-40, 41, rule.shape, generator=generator, dtype=rule.dtype)
     return 0.15 * torch.randn(rule.shape, generator=generator)
 
 
 def write_checkpoint(root: Path, config: Config, tokenizer_dir: Path, scale: float = 1.0) -> Path:
-    """A run folder with one checkpoint of random weights, cut for the configuration's tensor-parallel size."""
+    """Write a run folder with one checkpoint of random weights, sharded for ``config.parallel.tensor``."""
     folder = root / "checkpoints" / "step_00000007"
     (folder / "weights").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
@@ -76,11 +76,11 @@ def write_checkpoint(root: Path, config: Config, tokenizer_dir: Path, scale: flo
     (folder / "config.yaml").write_text(dump_config(config))
     generator = torch.Generator().manual_seed(11)
     size = config.parallel.tensor
-    whole = {rule: scale * drawn(rule, generator) for rule in rules(config)}
+    full_tensors = {rule: scale * random_tensor(rule, generator) for rule in rules(config)}
     for rank in range(size):
         shards = {
             rule.megatron: split_shard(tensor, rule.dim, rule.stride, rank, size).contiguous()
-            for rule, tensor in whole.items()
+            for rule, tensor in full_tensors.items()
         }
         save_file(shards, folder / "weights" / f"tp_rank_{rank:02d}_of_{size:02d}.safetensors")
     files = {name: hash_file(folder / name) for name in relative_files(folder)}
@@ -121,7 +121,7 @@ def run_script(monkeypatch, *arguments: object) -> int:
         "lists_bias_query_norm",
     ],
 )
-def test_the_exported_model_computes_what_the_checkpoint_computes(config, tokenizer_dir, tmp_path):
+def test_exported_model_computes_the_logits_of_the_checkpoint(config, tokenizer_dir, tmp_path):
     checkpoint = write_checkpoint(tmp_path, config, tokenizer_dir)
     difference = convert.megatron_to_hf(checkpoint, tmp_path / "hf")
     assert difference is not None
@@ -130,10 +130,10 @@ def test_the_exported_model_computes_what_the_checkpoint_computes(config, tokeni
     tokens = verification_tokens(config, 0)
     assert tokens.shape == (2, 48)
     with torch.no_grad():
-        assert model(tokens).logits.std() > 0.1, "logits this flat would agree whatever the weights"
+        assert model(tokens).logits.std() > 0.1, "nearly constant logits would agree whatever the weights"
 
 
-def test_the_command_exports_a_run_and_adds_to_its_summary(tokenizer_dir, tmp_path, monkeypatch, capsys):
+def test_command_exports_run_and_updates_its_summary(tokenizer_dir, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path, make_config(), tokenizer_dir)
     summary, folder = tmp_path / "summary.json", tmp_path / "hf"
     summary.write_text('{"tokens": 336}')
@@ -151,12 +151,12 @@ def test_the_command_exports_a_run_and_adds_to_its_summary(tokenizer_dir, tmp_pa
     assert "7 steps (336 tokens)" in (folder / "README.md").read_text()
 
 
-def test_a_wrong_conversion_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_path, monkeypatch, capsys):
+def test_wrong_export_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path, make_config(), tokenizer_dir)
-    right = mapping.split_qkv
+    split_qkv = mapping.split_qkv
 
     def wrong(*arguments):
-        query, key, value = right(*arguments)
+        query, key, value = split_qkv(*arguments)
         return query.roll(8, 0), key, value
 
     monkeypatch.setattr(mapping, "split_qkv", wrong)
@@ -167,7 +167,7 @@ def test_a_wrong_conversion_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_user_mistakes_end_with_2_and_one_message(tokenizer_dir, tmp_path, monkeypatch, capsys):
+def test_user_errors_exit_with_2_and_one_message(tokenizer_dir, tmp_path, monkeypatch, capsys):
     checkpoint = write_checkpoint(tmp_path / "run", make_config(), tokenizer_dir, scale=1e6)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("mine")

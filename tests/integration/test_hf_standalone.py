@@ -1,4 +1,4 @@
-"""An exported folder opens where nothing but torch, transformers and their own requirements is installed."""
+"""An exported folder opens in an environment with only torch, transformers and their requirements."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ cached, uncached = (
     for use in (True, False)
 )
 logits = model(inputs["input_ids"]).logits.tolist()
-print()  # the tokenizer's loading, not told to trust the model's code, leaves an unanswered question behind
+print()  # Loading the tokenizer without trust_remote_code leaves an unanswered question on this line.
 print(json.dumps(dict(absent=absent, type=config.model_type, ids=inputs["input_ids"].tolist(), logits=logits,
                       cached=cached, uncached=uncached, text=tokenizer.decode(inputs["input_ids"][0]))))
 """
@@ -74,7 +74,7 @@ def exported(tmp_path_factory) -> Path:
 
 
 def requirements(*names: str) -> set[str]:
-    """The distributions that installing ``names`` brings, themselves included."""
+    """Return ``names`` and all distributions that they require."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -87,13 +87,17 @@ def requirements(*names: str) -> set[str]:
             continue
         found.add(name)
         parsed = [Requirement(text) for text in needed]
-        waiting += [each.name for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})]
+        waiting += [
+            requirement.name
+            for requirement in parsed
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ]
     return found
 
 
 @pytest.fixture(scope="module")
 def bare_environment(tmp_path_factory) -> Path:
-    """A folder of links to torch, transformers and what they require, to be the whole of an interpreter's packages."""
+    """A folder of links to torch, transformers and their requirements, as the only packages of an interpreter."""
     site = tmp_path_factory.mktemp("site")
     for name in requirements("torch", "transformers"):
         for file in metadata.files(name) or []:
@@ -103,7 +107,7 @@ def bare_environment(tmp_path_factory) -> Path:
     return site
 
 
-def test_opens_and_generates_with_nothing_of_ours_installed(exported, bare_environment, tmp_path):
+def test_export_loads_and_generates_without_this_package(exported, bare_environment, tmp_path):
     environment = {
         "HOME": str(tmp_path),
         "HF_HOME": str(tmp_path / "cache"),
@@ -134,7 +138,7 @@ def test_opens_and_generates_with_nothing_of_ours_installed(exported, bare_envir
     torch.testing.assert_close(torch.tensor(got["logits"]), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_code_imports_only_torch_and_transformers(exported):
+def test_exported_code_imports_only_torch_and_transformers(exported):
     files = sorted(exported.glob("*.py"))
     assert [file.name for file in files] == ["configuration_moh.py", "modeling_moh.py"]
     imported = set()

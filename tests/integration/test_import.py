@@ -1,4 +1,4 @@
-"""pipelines/convert.py hf-to-megatron: what comes out computes what transformers' own model computes."""
+"""pipelines/convert.py hf-to-megatron: the checkpoint computes what the model of transformers computes."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
     ids=["llama_2", "tied", "llama_3_2", "head_dim", "linear", "9_heads"],
 )
 @pytest.mark.parametrize("tensor", [1, 2, 3])
-def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_path, capsys):
+def test_imported_model_computes_the_logits_of_transformers(settings, transformers_4, tensor, tmp_path, capsys):
     hf_dir, save_dir = llama_folder(tmp_path / "hf", transformers_4=transformers_4, **settings), tmp_path / "native"
     model = LlamaForCausalLM.from_pretrained(hf_dir).eval()
     arguments = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", save_dir, f"parallel.tensor={tensor}")
@@ -62,22 +62,20 @@ def test_logits_are_those_of_transformers(settings, transformers_4, tensor, tmp_
     ("section", "key", "value"),
     [("model", "rotary_base", 1e4), ("model", "norm_epsilon", 0.1), ("moh", "active_heads", 4)],
 )
-def test_verify_holds_the_reading_of_config_json_against_transformers_own(
-    section, key, value, tmp_path, monkeypatch, capsys
-):
+def test_verify_detects_misread_config_json(section, key, value, tmp_path, monkeypatch, capsys):
     hf_dir = llama_folder(tmp_path / "hf", **LLAMA3)
-    if section == "moh":  # an export of ours
+    if section == "moh":  # The source is an export of this project.
         routed = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=2", "moh.active_heads=6")
         assert run_convert("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", tmp_path / "moh", *routed) == 0
         hf_dir = tmp_path / "export"
         assert run_convert("megatron-to-hf", "--load-dir", tmp_path / "moh", "--hf-dir", hf_dir) == 0
     into = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", tmp_path / "native", "--verify")
-    right = HFConfigReader.sections
+    sections = HFConfigReader.sections
     monkeypatch.setattr(
-        HFConfigReader, "sections", lambda self: (read := right(self)) | {section: read[section] | {key: value}}
+        HFConfigReader, "sections", lambda self: (read := sections(self)) | {section: read[section] | {key: value}}
     )
     assert run_convert(*into) == 1
     assert "logits differ from those of" in capsys.readouterr().err
     assert not (tmp_path / "native").exists()
-    monkeypatch.setattr(HFConfigReader, "sections", right)
+    monkeypatch.setattr(HFConfigReader, "sections", sections)
     assert run_convert(*into) == 0

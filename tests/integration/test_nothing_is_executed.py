@@ -1,4 +1,4 @@
-"""Code that comes with a folder is not run by any conversion, however it is named and whatever points at it."""
+"""No conversion runs code of a folder, whatever its file is named and whatever refers to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 SHIPPED = {name: Path(configuration_moh.__file__).with_name(name).read_text() for name in CODE}
 OWN = ("tokenization_own.py", "custom_generate/generate.py")
-"""Further files that transformers imports where it is told to trust a folder."""
+"""Further files that transformers imports from a folder that it trusts."""
 MOH = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
 
 
@@ -45,12 +45,12 @@ def change_json(file: Path, **values: Any) -> None:
 
 
 def tampered(folder: Path, source: Path, ran: Path, own: tuple[str, ...] = OWN) -> Path:
-    """A copy of ``source`` that works as before for who trusts it, and makes the file ``ran`` then."""
+    """Copy ``source``; the copy still works when it is trusted, but its code then creates the file ``ran``."""
     shutil.copytree(source, folder)
     for name in (*CODE, *own):
         file = folder / name
         file.parent.mkdir(exist_ok=True)
-        code = SHIPPED.get(name, "generate = lambda **given: None\n")
+        code = SHIPPED.get(name, "generate = lambda **arguments: None\n")
         file.write_text(f"{code}\nopen({str(ran)!r}, 'a').close()\n")
     change_json(folder / "config.json", auto_map=AUTO_MAP | {"AutoTokenizer": ["tokenization_own.Own", None]})
     change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]})
@@ -62,7 +62,7 @@ def holds_shipped_code(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("overrides", [(), MOH], ids=["dense", "upcycled"])
-def test_a_llama_that_brings_code(dense, tmp_path, capsys, overrides):
+def test_import_runs_no_code_of_a_llama_folder(dense, tmp_path, capsys, overrides):
     ran = tmp_path / "ran"
     folder = tampered(tmp_path / "hf", dense, ran)
     into = ("hf-to-megatron", "--hf-dir", folder, "--save-dir", tmp_path / "ckpt", "--verify")
@@ -71,7 +71,7 @@ def test_a_llama_that_brings_code(dense, tmp_path, capsys, overrides):
     assert not ran.exists()
 
 
-def test_a_model_of_the_official_form_that_brings_code(dense, tmp_path, capsys):
+def test_official_to_hf_runs_no_code_of_the_folder(dense, tmp_path, capsys):
     ran = tmp_path / "ran"
     folder = tampered(tmp_path / "official", dense, ran)
     assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "hf", "--verify") == 0
@@ -80,7 +80,7 @@ def test_a_model_of_the_official_form_that_brings_code(dense, tmp_path, capsys):
     assert not ran.exists()
 
 
-def test_an_export_whose_code_was_changed(exported, tmp_path, capsys):
+def test_conversions_run_no_changed_code_of_an_export(exported, tmp_path, capsys):
     ran, checkpoint = tmp_path / "ran", tmp_path / "ckpt"
     folder = tampered(tmp_path / "hf", exported, ran)
     assert run_convert("hf-to-megatron", "--hf-dir", folder, "--save-dir", checkpoint, "--verify") == 0
@@ -88,7 +88,7 @@ def test_an_export_whose_code_was_changed(exported, tmp_path, capsys):
     assert not ran.exists()
     assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "other", "--verify") == 2
     assert not ran.exists()
-    # Out of that checkpoint, beside the folder and in place of a changed one.
+    # Export that checkpoint to a new folder, and over an export whose code was changed.
     replaced = tampered(tmp_path / "replaced", exported, ran, own=())
     assert not holds_shipped_code(replaced)
     for out in (tmp_path / "beside", replaced):
@@ -98,6 +98,6 @@ def test_an_export_whose_code_was_changed(exported, tmp_path, capsys):
             assert "KL divergence" in capsys.readouterr().err
         assert holds_shipped_code(out)
         assert not ran.exists()
-    # Who trusts the changed folder does run it: had it been opened so above, it would have been seen.
+    # Loading the changed folder with trust does run its code, so the test would have noticed.
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert ran.exists()

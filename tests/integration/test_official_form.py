@@ -1,4 +1,4 @@
-"""The official MoH-LLaMA's weights and outputs through every conversion."""
+"""The weights and outputs of the official MoH-LLaMA survive every conversion."""
 
 import json
 import logging
@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
-from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf import weight_readers
+from moh_megatron.checkpoint import layout, mapping
 from moh_megatron.model.build import moh_layers
 from moh_megatron.model.single import build_single_process, logits
 
@@ -33,9 +32,9 @@ def settings() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory, settings) -> Path:
-    """The official model as a folder, with the weights as its code ran them, in fp32."""
+    """The official model as a folder, with its weights in fp32, the precision its outputs were computed in."""
     folder = tmp_path_factory.mktemp("official")
-    weights = {name: each.float() for name, each in load_file(GOLDEN / "llama_A.weights.safetensors").items()}
+    weights = {name: tensor.float() for name, tensor in load_file(GOLDEN / "llama_A.weights.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
@@ -63,7 +62,7 @@ def check_hf(folder: Path, vectors: dict[str, torch.Tensor], *, trust: bool = Tr
     assert torch.equal(generated, vectors["gen_sequences"])
 
 
-def test_the_import_computes_what_the_official_file_computes(checkpoint, vectors):
+def test_import_computes_official_logits_and_head_masks(checkpoint, vectors):
     config = layout.read_config(checkpoint)
     assert config.moh.enabled
     model = build_single_process(config, layout.read_weights(checkpoint))
@@ -79,7 +78,7 @@ def test_the_import_computes_what_the_official_file_computes(checkpoint, vectors
     assert torch.equal(tokens, vectors["gen_sequences"])
 
 
-def test_the_moh_folder_does_too(checkpoint, vectors, tmp_path, capsys):
+def test_export_of_official_model_computes_official_logits_and_head_masks(checkpoint, vectors, tmp_path, capsys):
     assert run_convert("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "hf", "--verify") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
@@ -88,7 +87,7 @@ def test_the_moh_folder_does_too(checkpoint, vectors, tmp_path, capsys):
     check_hf(tmp_path / "hf", vectors)
 
 
-def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint, official, settings, tmp_path):
+def test_official_export_has_official_names_shapes_and_settings(checkpoint, official, settings, tmp_path):
     target = tmp_path / "official"
     arguments = ("--load-dir", checkpoint, "--hf-dir", target, "--format", "official")
     assert run_convert("megatron-to-hf", *arguments) == 0
@@ -99,7 +98,7 @@ def test_the_official_form_has_the_official_names_shapes_and_settings(checkpoint
     assert not list(target.glob("*.py"))
 
 
-def test_an_export_says_its_form_so_that_none_is_read_as_another(checkpoint, official, tmp_path, capsys):
+def test_export_records_its_form_and_the_wrong_command_refuses_it(checkpoint, official, tmp_path, capsys):
     exported = ("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "official", "--format", "official")
     assert run_convert(*exported) == 0
     assert run_convert("hf-to-megatron", "--hf-dir", tmp_path / "official", "--save-dir", tmp_path / "moh") == 2
@@ -112,7 +111,7 @@ def test_an_export_says_its_form_so_that_none_is_read_as_another(checkpoint, off
     assert run_convert("official-to-hf", "--load-dir", tmp_path / "official", "--hf-dir", tmp_path / "back") == 0
 
 
-def test_the_official_form_is_read(official, vectors, tmp_path, capsys, caplog, monkeypatch):
+def test_official_to_hf_converts_and_its_result_is_imported(official, vectors, tmp_path, capsys, caplog, monkeypatch):
     folder = tmp_path / "no identifier"
     arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", folder, "--verify")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -161,7 +160,7 @@ def test_the_official_form_is_read(official, vectors, tmp_path, capsys, caplog, 
         ("model.rope_scaling={type: llama3, factor: 8}", "disagree"),
     ],
 )
-def test_what_the_official_file_cannot_compute_is_refused(official, tmp_path, capsys, change, message):
+def test_official_export_refuses_models_the_official_file_cannot_compute(official, tmp_path, capsys, change, message):
     code = run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "ckpt", *MOH, change)
     arguments = ("--load-dir", tmp_path / "ckpt", "--hf-dir", tmp_path / "hf", "--format", "official")
     if code == 0:
@@ -172,7 +171,7 @@ def test_what_the_official_file_cannot_compute_is_refused(official, tmp_path, ca
     assert not (tmp_path / "hf").exists()
 
 
-def test_llama_is_for_dense_models(official, vectors, tmp_path, capsys):
+def test_llama_export_is_for_dense_models_only(official, vectors, tmp_path, capsys):
     for name, moh in (("moh", MOH), ("dense", ())):
         assert run_convert("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / name, *moh) == 0
     arguments = ("--hf-dir", tmp_path / "hf", "--format", "llama")
@@ -186,27 +185,27 @@ def test_llama_is_for_dense_models(official, vectors, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("moh", [MOH, ()], ids=["upcycled", "dense"])
-def test_a_wrong_import_is_a_fault_and_leaves_nothing(official, tmp_path, monkeypatch, capsys, moh):
+def test_wrong_import_is_a_fault_and_leaves_nothing(official, tmp_path, monkeypatch, capsys, moh):
     into = ("hf-to-megatron", "--hf-dir", official, "--save-dir", tmp_path / "ckpt", "--verify", *moh)
     assert run_convert(*into) == 0
-    told = capsys.readouterr().err
-    assert ("with all heads active, against the dense model:" in told) == bool(moh)
-    assert "KL divergence" in told
-    right = weight_readers.HFSource._checked
+    messages = capsys.readouterr().err
+    assert ("with all heads active, against the dense model:" in messages) == bool(moh)
+    assert "KL divergence" in messages
+    join_qkv = mapping.join_qkv
 
-    def wrong(self, name, start, stop):
-        rows = right(self, name, start, stop)
-        return rows.roll(8, 0) if "q_proj" in name else rows
+    def wrong(parts, *arguments):
+        query, key, value = parts
+        return join_qkv((query.roll(8, 0), key, value), *arguments)
 
-    monkeypatch.setattr(weight_readers.HFSource, "_checked", wrong)
+    monkeypatch.setattr(mapping, "join_qkv", wrong)
     assert run_convert(*into[:4], tmp_path / "wrong", *into[5:]) == 1
-    told = capsys.readouterr().err
-    assert "the checkpoint's logits differ from those of" in told
-    assert "Traceback" not in told
+    messages = capsys.readouterr().err
+    assert "the checkpoint's logits differ from those of" in messages
+    assert "Traceback" not in messages
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
-def test_heads_without_a_half_and_a_quarter_are_refused(tmp_path, capsys):
+def test_official_to_hf_refuses_head_numbers_not_divisible_by_4(tmp_path, capsys):
     folder = llama_folder(tmp_path / "hf", num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
     assert run_convert("official-to-hf", "--load-dir", folder, "--hf-dir", tmp_path / "back") == 2
     assert "needs num_attention_heads divisible by 4. Got 6" in capsys.readouterr().err

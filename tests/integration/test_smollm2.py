@@ -89,7 +89,7 @@ def silent(message: str) -> None:
     raise AssertionError(message)
 
 
-def test_imported_and_exported_it_answers_the_same(original: Path, tmp_path: Path) -> None:
+def test_import_and_export_keep_every_answer(original: Path, tmp_path: Path) -> None:
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     for arguments in (
         ("hf-to-megatron", "--hf-dir", original, "--save-dir", checkpoint),

@@ -1,4 +1,4 @@
-"""Hugging Face folders of small random LLaMAs, and the conversion script in this process."""
+"""Makes Hugging Face folders of small random LLaMAs, and runs the conversion script in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLAMA3: dict[str, Any] = {
 
 
 def llama_folder(folder: Path, *, transformers_4: bool = False, dtype: str = "float32", **settings: Any) -> Path:
-    """A random LlamaForCausalLM in ``folder``; ``transformers_4`` writes config.json as that version did."""
+    """Write a random LlamaForCausalLM to ``folder``; ``transformers_4`` writes config.json as that version did."""
     values: dict[str, Any] = {
         "vocab_size": 131,
         "hidden_size": 64,
@@ -57,7 +57,7 @@ def llama_folder(folder: Path, *, transformers_4: bool = False, dtype: str = "fl
     return folder
 
 
-# Nothing in a folder of the official form tells it from a dense LLaMA, so each of them can be one.
+# Nothing distinguishes a folder of the official form from a dense LLaMA, so both commands can read the same folder.
 into_either_form = pytest.mark.parametrize(
     ("command", "source", "target"),
     [("hf-to-megatron", "--hf-dir", "--save-dir"), ("official-to-hf", "--load-dir", "--hf-dir")],
@@ -65,7 +65,7 @@ into_either_form = pytest.mark.parametrize(
 
 
 def run_convert(*arguments: object) -> int:
-    """The script's exit code."""
+    """Run the script with ``arguments``; returns its exit code."""
     with patch.object(sys, "argv", [str(SCRIPT), *map(str, arguments)]), pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert isinstance(ended.value.code, int)

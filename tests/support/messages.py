@@ -1,4 +1,4 @@
-"""Patterns of messages that several tests ask for."""
+"""Defines patterns of messages that several tests match."""
 
 NONE_IS = r"(must be|cannot be read as JSON \(.*\)\. Expected)"
-"""Of a JSON file that is not what was expected: before the name of that."""
+"""Precedes the description of what was expected, in messages about a JSON file with other content."""

@@ -1,4 +1,4 @@
-"""What the tests of the exported model share."""
+"""Fixtures of the exported model's tests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moh_megatron.checkpoint.hf.hf_model import modeling_moh
 
 @pytest.fixture
 def sparse_calls(monkeypatch) -> list[int]:
-    """Lengths of what is computed for active heads alone from here on, on one thread as far as the model can see."""
+    """The prompt length of every call of ``attend_active``; the model sees one thread."""
     calls: list[int] = []
     attend_active = modeling_moh.attend_active
 
-    def counted(*given):
-        calls.append(given[0].shape[2])
-        return attend_active(*given)
+    def counted(*arguments):
+        calls.append(arguments[0].shape[2])
+        return attend_active(*arguments)
 
     monkeypatch.setattr(modeling_moh, "attend_active", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

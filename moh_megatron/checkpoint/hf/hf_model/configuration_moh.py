@@ -1,4 +1,4 @@
-"""Configuration of a LLaMA whose attention is Mixture-of-Head (arXiv 2410.11842). Needs transformers alone."""
+"""Defines the configuration of a LLaMA with Mixture-of-Head attention (arXiv 2410.11842). Needs transformers alone."""
 
 from transformers import LlamaConfig
 
@@ -8,21 +8,22 @@ BALANCE_LOSSES = ("scaled", "paper")
 
 
 class MoHConfig(LlamaConfig):
-    """A LlamaConfig with the settings of the heads' routing. The defaults are those of MoH-LLaMA3-8B.
+    """A LlamaConfig with the settings of head routing. The defaults are those of MoH-LLaMA3-8B.
 
     Attributes:
-        moh_shared_heads: heads every token uses: how many, the first ones of each layer, or a list of heads for each
+        moh_shared_heads: the heads that every token uses: a number, which means the first ones of each layer, or a list
+            of heads for each layer.
+        moh_active_heads: the number of heads that a token uses, shared ones included, or a list with an entry for each
             layer.
-        moh_active_heads: all heads a token uses, the shared ones included: one number, or one for each layer.
         moh_router: ``learned`` (eq. 5-6) or ``query_norm`` (by the L2 norm of each head's query, no parameters).
         moh_gating: gates of the learned router: ``normalized`` (1 each at uniform logits) or ``paper`` (eq. 5-6).
-        moh_balance_loss: form of the balance loss the model was trained with, ``scaled`` or ``paper``.
-        moh_balance_coefficient: its weight, beta of eq. 8.
-        moh_bias_update_rate: where the heads were balanced by a bias instead, what one step of ``bias_steps`` is worth
-            in the score a head is chosen by; None where they were not.
+        moh_balance_loss: form of the balance loss that the model was trained with, ``scaled`` or ``paper``.
+        moh_balance_coefficient: weight of the balance loss, beta of eq. 8.
+        moh_bias_update_rate: for heads that were balanced by a bias, what one step of ``bias_steps`` adds to the score
+            that heads are chosen by; None for all others.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     model_type = "moh_llama"
@@ -40,7 +41,7 @@ class MoHConfig(LlamaConfig):
         self.validate_heads()
 
     def heads_of(self, layer: int) -> tuple[list[int], int]:
-        """The shared heads of one layer, in rising order, and how many heads a token uses in it."""
+        """Return the shared heads of one layer, in ascending order, and the number of heads a token uses in it."""
         shared, active = self.moh_shared_heads, self.moh_active_heads
         return (
             list(range(shared)) if isinstance(shared, int) else sorted(shared[layer]),
@@ -77,7 +78,7 @@ class MoHConfig(LlamaConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}. Got {getattr(self, name)!r}.")
 
     def validate_architecture(self):
-        """Unlike LLaMA's: with an explicit head_dim the heads need not divide hidden_size."""
+        """Unlike in LlamaConfig, the number of heads need not divide hidden_size: head_dim is explicit."""
         heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % groups:
             raise ValueError(f"num_key_value_heads must divide num_attention_heads ({heads}). Got {groups}.")

@@ -1,7 +1,7 @@
-"""A LLaMA whose attention is Mixture-of-Head (arXiv 2410.11842). Needs torch and transformers alone.
+"""Defines a LLaMA with Mixture-of-Head attention (arXiv 2410.11842). Needs torch and transformers alone.
 
 Legend: S sequence, B batch, D hidden size, N query heads, E routed heads, H head size.
-A router numbers the shared heads first, then the routed ones; gates are returned in the order of the projections.
+A router orders shared heads first, then routed ones; it returns gates in the order of the projections.
 """
 
 import torch
@@ -14,11 +14,12 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moh import MoHConfig
 
-PAYS = {1: (1024, 0.5), 2: (512, 0.5), 4: (512, 0.75)}
-"""By the query heads of a KV group, at least: from which length on, up to which share of active heads, skipping the
-others is faster on one thread of a CPU, in fp32. On two, of a busy machine, and in fp16 it was slower; in bf16, which
-rounds the scores, tokens could differ; GPUs were not measured."""
-ROWS = 256
+SKIPPING_THRESHOLDS = {1: (1024, 0.5), 2: (512, 0.5), 4: (512, 0.75)}
+"""Minimum number of query heads in a KV group -> (minimum length, maximum share of active heads) at which skipping the
+inactive heads is faster. This was measured on one thread of a CPU, in fp32. It was slower on two threads of a busy
+machine and in fp16; in bf16, which rounds the scores, tokens could differ; GPUs were not measured."""
+CHUNK = 256
+"""Queries that ``attend_active`` computes at a time."""
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
@@ -30,8 +31,8 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
 def attend_active(query: Tensor, key: Tensor, value: Tensor, active: Tensor, scaling: float) -> Tensor:
     """Causal attention of the active (token, head) pairs alone; 0 elsewhere. For inference.
 
-    The query heads of a KV group read the same keys: their active queries make one list in the order of positions, and
-    a run of ROWS of it meets one range of keys.
+    The query heads of a KV group read the same keys: their active queries form one list in the order of positions, and
+    a chunk of it attends to one range of keys.
 
     Args:
         query: [B, N, S, H].
@@ -42,33 +43,33 @@ def attend_active(query: Tensor, key: Tensor, value: Tensor, active: Tensor, sca
         [B, S, N, H].
     """
     groups, length = key.shape[1:3]
-    width = query.shape[1] // groups
+    heads_per_group = query.shape[1] // groups
     out = query.new_zeros(query.transpose(1, 2).shape)
     index = torch.arange(length, device=query.device)
-    for row in range(query.shape[0]):
+    for sequence in range(query.shape[0]):
         for group in range(groups):
-            heads = slice(group * width, (group + 1) * width)
-            position, head = active[row, :, heads].nonzero().unbind(1)
-            queries = query[row, heads][head, position] * scaling
-            ends = position.tolist()
-            for start in range(0, len(ends), ROWS):
-                run = slice(start, start + ROWS)
-                seen_by_all, seen = ends[start] + 1, ends[run][-1] + 1
-                scores = (queries[run] @ key[row, group, :seen].t()).float()
-                scores[:, seen_by_all:].masked_fill_(index[seen_by_all:seen] > position[run, None], -torch.inf)
+            heads = slice(group * heads_per_group, (group + 1) * heads_per_group)
+            position, head = active[sequence, :, heads].nonzero().unbind(1)
+            queries = query[sequence, heads][head, position] * scaling
+            last_keys = position.tolist()
+            for start in range(0, len(last_keys), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                seen_by_all, seen = last_keys[start] + 1, last_keys[chunk][-1] + 1
+                scores = (queries[chunk] @ key[sequence, group, :seen].t()).float()
+                scores[:, seen_by_all:].masked_fill_(index[seen_by_all:seen] > position[chunk, None], -torch.inf)
                 weights = scores.softmax(-1).to(value.dtype)
-                queries[run] = weights @ value[row, group, :seen]
-            out[row, :, heads][position, head] = queries
+                queries[chunk] = weights @ value[sequence, group, :seen]
+            out[sequence, :, heads][position, head] = queries
     return out
 
 
 class MoHRouter(nn.Module):
-    """The weight of each head for each token. Arithmetic in fp32, whatever the model's precision.
+    """Computes the gate of each head for each token, in fp32 whatever the model's precision.
 
     The learned router has bias-free linears ``shared`` [n_shared, D] (absent for one shared head beside routed ones),
     ``routed`` [E, D] and ``alpha`` [2, D], row 0 shared, row 1 routed (absent without shared or without routed heads).
-    The query_norm router has no parameters. A model balanced by biases has ``bias_steps`` [E], whole numbers, worth
-    ``moh_bias_update_rate`` each in the score that heads are chosen by.
+    The query_norm router has no parameters. A model balanced by biases has ``bias_steps`` [E], integers; a step adds
+    ``moh_bias_update_rate`` to the score that heads are chosen by.
     """
 
     bias_steps: Tensor
@@ -78,7 +79,7 @@ class MoHRouter(nn.Module):
         shared, active = config.heads_of(layer)
         order = shared + [head for head in range(config.num_attention_heads) if head not in shared]
         self.order = order
-        self.place = sorted(range(len(order)), key=order.__getitem__)
+        self.inverse_order = sorted(range(len(order)), key=order.__getitem__)
         self.learned = config.moh_router == "learned"
         self.normalized = config.moh_gating == "normalized"
         self.n_shared = len(shared)
@@ -88,8 +89,8 @@ class MoHRouter(nn.Module):
         if self.bias_rate is not None and self.n_routed:
             self.register_buffer("bias_steps", torch.zeros(self.n_routed, dtype=torch.int64))
 
-        def linear(present: bool, rows: int) -> nn.Linear | None:
-            return nn.Linear(config.hidden_size, rows, bias=False) if self.learned and present else None
+        def linear(present: bool, outputs: int) -> nn.Linear | None:
+            return nn.Linear(config.hidden_size, outputs, bias=False) if self.learned and present else None
 
         self.shared = linear(self.n_shared > 1 or not self.n_routed, self.n_shared)
         self.routed = linear(self.n_routed > 0, self.n_routed)
@@ -102,25 +103,25 @@ class MoHRouter(nn.Module):
                 gates = self.learned_gates(hidden_states.float())
             else:
                 gates = self.query_norm_gates(queries.float())
-            return gates if self.place == list(range(len(self.place))) else gates[..., self.place]
+            return gates if self.inverse_order == list(range(len(self.order))) else gates[..., self.inverse_order]
 
-    def chosen(self, scores: Tensor) -> Tensor:
-        """[B, S, E] bool: the ``top_k`` routed heads of each token."""
+    def chosen_heads(self, scores: Tensor) -> Tensor:
+        """Scores [B, S, E] -> bool [B, S, E], True at the ``top_k`` routed heads of each token."""
         if self.bias_rate is not None:
             scores = scores + self.bias_steps.float() * self.bias_rate
         return top_k_mask(scores, self.top_k)
 
     def query_norm_gates(self, queries: Tensor) -> Tensor:
-        """1 for the shared heads and for the ``top_k`` routed heads with the longest queries, 0 for the others."""
+        """Queries [B, S, N, H] -> gates: 1 for shared heads and the ``top_k`` routed heads of largest norm, else 0."""
         norms = torch.linalg.vector_norm(queries, dim=-1)[..., self.order]
         scores = norms[..., self.n_shared :]
         if self.bias_rate is not None:
             deviation = scores.std(-1, keepdim=True) if self.n_routed > 1 else torch.zeros_like(scores)
             scores = scores.masked_fill(deviation <= 0, 0.0) / deviation.masked_fill(deviation <= 0, 1.0)
-        return torch.cat([torch.ones_like(norms[..., : self.n_shared]), self.chosen(scores).float()], dim=-1)
+        return torch.cat([torch.ones_like(norms[..., : self.n_shared]), self.chosen_heads(scores).float()], dim=-1)
 
     def learned_gates(self, x: Tensor) -> Tensor:
-        """Eq. 5-6, or their normalised form, in which every active gate is 1 at uniform logits."""
+        """Attention input [B, S, D] -> gates by eq. 5-6, or normalised, with active gates of 1 at uniform logits."""
         shared = x.new_ones(*x.shape[:-1], self.n_shared)
         if self.shared is not None:
             shared = F.linear(x, self.shared.weight.float()).softmax(-1)
@@ -129,7 +130,7 @@ class MoHRouter(nn.Module):
         if self.routed is None:
             return shared
         logits = F.linear(x, self.routed.weight.float())
-        chosen = self.chosen(logits)
+        chosen = self.chosen_heads(logits)
         if self.normalized:
             routed = self.top_k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
         else:
@@ -145,7 +146,7 @@ class MoHRouter(nn.Module):
 class MoHAttention(LlamaAttention):
     """LLaMA's attention with each head's output multiplied by its gate.
 
-    Where it pays, a prompt is computed for the active heads alone; else every head is.
+    A prompt is computed for the active heads alone where that is faster; otherwise every head is computed.
     """
 
     def __init__(self, config: MoHConfig, layer_idx: int):
@@ -175,7 +176,7 @@ class MoHAttention(LlamaAttention):
         active_BSN = gates_BSN > 0
         weights = None
         causal = attention_mask is None and kwargs.get("is_causal") is not False
-        if implementation == "sdpa" and causal and self.skipping_pays(query, key, active_BSN):
+        if implementation == "sdpa" and causal and self.skipping_is_faster(query, key, active_BSN):
             out_BSNH = attend_active(query, key, value, active_BSN, self.scaling)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -192,11 +193,11 @@ class MoHAttention(LlamaAttention):
         out_BSNH = out_BSNH * gates_BSN.unsqueeze(-1).to(out_BSNH.dtype)
         return self.o_proj(out_BSNH.flatten(2)), weights
 
-    def skipping_pays(self, query: Tensor, key: Tensor, active: Tensor) -> bool:
-        """Whether [B, N, S, H] is a prompt, all of which [B, groups, S, H] is seen, that ``attend_active`` makes
-        faster."""
-        length, width = query.shape[2], query.shape[1] // key.shape[1]
-        shortest, share = PAYS[max(each for each in PAYS if each <= width)]
+    def skipping_is_faster(self, query: Tensor, key: Tensor, active: Tensor) -> bool:
+        """Whether ``query`` [B, N, S, H] is a whole prompt, with keys [B, groups, S, H] of no earlier tokens, that
+        ``attend_active`` computes faster."""
+        length, heads_per_group = query.shape[2], query.shape[1] // key.shape[1]
+        shortest, share = SKIPPING_THRESHOLDS[max(least for least in SKIPPING_THRESHOLDS if least <= heads_per_group)]
         return (
             query.device.type == "cpu"
             and query.dtype == torch.float32
@@ -217,7 +218,7 @@ class MoHForCausalLM(LlamaForCausalLM):
 
     config_class = MoHConfig
     _keep_in_fp32_modules = ["router"]  # noqa: RUF012 - as Transformers declares it
-    """A new router's weights are too small for fp16."""
+    """The weights of a new router are too small for fp16."""
 
     def __init__(self, config: MoHConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Exported folders: what they hold, that they reload to the same logits, that they replace nothing of the user's."""
+"""Exported folders: their content, equal logits after reloading, and that they replace no file of the user."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def test_tokenizer_and_generation_settings(tokenizer_dir, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True).eos_token_id == 1
 
 
-def test_a_tokenizer_that_was_changed_is_refused(tokenizer_dir, tmp_path):
+def test_changed_tokenizer_of_an_export_is_refused(tokenizer_dir, tmp_path):
     export(tmp_path / "hf", make_config(), tokenizer_dir)
     hf_export.check_tokenizer(tmp_path / "hf")
     file = tmp_path / "hf" / "tokenizer.json"
@@ -134,7 +134,7 @@ def test_a_tokenizer_that_was_changed_is_refused(tokenizer_dir, tmp_path):
         hf_export.check_tokenizer(tmp_path / "hf")
 
 
-def test_a_bare_tokenizer_json_is_read_as_it_is(tokenizer_dir, tmp_path):
+def test_tokenizer_json_without_settings_encodes_the_same(tokenizer_dir, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     for name, config in (("moh", make_config()), ("dense", make_config(enabled=False))):
@@ -144,7 +144,7 @@ def test_a_bare_tokenizer_json_is_read_as_it_is(tokenizer_dir, tmp_path):
         assert tokenizer.eos_token == "</s>"
 
 
-def test_model_card_tells_settings_and_training(tokenizer_dir, tmp_path):
+def test_model_card_states_settings_and_training(tokenizer_dir, tmp_path):
     export(tmp_path / "hf", make_config(), tokenizer_dir, dtype=torch.bfloat16)
     card = (tmp_path / "hf" / "README.md").read_text()
     for text in ("4 of 6 attention heads (67%)", "12 steps (3,456 tokens)", "| shared heads | 2 |", "`prose.txt.gz`",
@@ -195,7 +195,7 @@ def test_only_an_earlier_export_is_replaced(tokenizer_dir, tmp_path):
     assert (foreign / "config.json").read_text() == "{}"
 
 
-def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
+def test_failed_export_keeps_the_earlier_one(tokenizer_dir, tmp_path):
     folder = tmp_path / "hf"
     export(folder, make_config(), tokenizer_dir)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -215,34 +215,34 @@ def test_a_failed_export_leaves_the_earlier_one(tokenizer_dir, tmp_path):
 
     with pytest.raises(Fault, match=r"could not be written.*No space"):
         run_out_of_space()
-    for place, error in ((tmp_path / "elsewhere" / "source", OSError), (folder / "config.json", Fault)):
+    for path, error in ((tmp_path / "elsewhere" / "source", OSError), (folder / "config.json", Fault)):
         with pytest.raises(error, match="Input/output error"), hf_export.atomic_export(folder):
-            raise OSError(5, "Input/output error", str(place))
+            raise OSError(5, "Input/output error", str(path))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_the_divergence_is_no_rounding_noise():
+def test_divergence_of_nearly_equal_logits_is_exact():
     generator = torch.Generator().manual_seed(2)
     logits, other = (4 * torch.randn(2, 64, 512, generator=generator) for _ in range(2))
     for step in (0.0, 1e-6, 1e-3):
-        apart = logits + step * other
-        found = verify.compare(Trace([], logits), Trace([], apart)).divergence
-        assert found >= 0
-        # Half the variance, under the model, of what the logits differ by.
-        assert found == pytest.approx(5.5 * step**2, rel=0.1, abs=1e-15)
+        changed = logits + step * other
+        divergence = verify.compare(Trace([], logits), Trace([], changed)).divergence
+        assert divergence >= 0
+        # Half the variance of the logits' difference under the model's distribution.
+        assert divergence == pytest.approx(5.5 * step**2, rel=0.1, abs=1e-15)
 
 
 @pytest.mark.parametrize(("largest", "allowed"), [(0.5, 1e-4), (20.0, 2e-3)])
-def test_rounding_is_in_proportion_to_the_logits(largest, allowed):
+def test_allowed_difference_is_proportional_to_large_logits(largest, allowed):
     logits = torch.linspace(-largest, largest / 2, 12).view(1, 2, 6)
 
-    def compared(difference: float) -> verify.Comparison:
+    def comparison(difference: float) -> verify.Comparison:
         return verify.compare(Trace([], logits), Trace([], logits + difference))
 
-    verify.require_agreement(compared(0.8 * allowed), "they differ")
-    with pytest.raises(Fault, match=rf"they differ by .*; less than {allowed:g} is required.*This is a bug\. "):
-        verify.require_agreement(compared(1.2 * allowed), "they differ")
-    near_a_tie = dataclasses.replace(compared(1.2 * allowed), margin=3e-7)
+    verify.require_agreement(comparison(0.8 * allowed), "the models differ")
+    with pytest.raises(Fault, match=rf"the models differ by .*; less than {allowed:g} is required.*This is a bug\. "):
+        verify.require_agreement(comparison(1.2 * allowed), "the models differ")
+    near_a_tie = dataclasses.replace(comparison(1.2 * allowed), margin=3e-7)
     with pytest.raises(Fault, match=r"unless rounding chose another head: the nearest two were 3e-07 apart\."):
-        verify.require_agreement(near_a_tie, "they differ")
+        verify.require_agreement(near_a_tie, "the models differ")

@@ -1,4 +1,4 @@
-"""The exported model's code: routing against hand formulas and the official code's tensors, caches, training."""
+"""The code of exported models: routing by formula and against tensors of the official code, caches, training."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_learned_gates_follow_the_formulas(gating, shared):
 
 
 @pytest.mark.parametrize(("name", "shared"), [("dit_h8_s2_r4", 2), ("dit_h8_s0_r4", 0)])
-def test_normalized_gates_equal_the_official_code(name, shared):
+def test_normalized_gates_equal_those_of_the_official_code(name, shared):
     case = golden(f"{name}.safetensors")
     router = make_router(
         hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8, moh_shared_heads=shared,
@@ -113,7 +113,7 @@ def test_ties_go_to_the_lower_head():
     assert top_k_mask(scores, 2).tolist() == [[False, True, True, False], [True, True, False, False]]
 
 
-def test_query_norm_gates_take_the_longest_queries():
+def test_query_norm_router_chooses_the_largest_norms():
     router = make_router(moh_router="query_norm")
     assert list(router.parameters()) == []
     queries = torch.zeros(1, 1, 6, 4)
@@ -132,7 +132,7 @@ def test_heads_of_each_layer():
     assert MoHRouter(config, 1)(x, queries).tolist() == [[[1.0, 0.0, 1.0, 1.0, 1.0, 1.0]]]
 
 
-def test_a_bias_counts_in_the_choice_alone():
+def test_bias_changes_the_choice_of_heads_but_not_the_gates():
     router = make_router(moh_bias_update_rate=0.5)
     x = torch.randn(2, 5, 24)
     plain = router(x, torch.zeros(2, 5, 6, 4))
@@ -156,7 +156,7 @@ def test_router_computes_in_fp32_under_autocast():
 # --- the official MoH-LLaMA code -----------------------------------------------------------------------------------
 
 
-def test_query_norm_model_equals_the_official_code():
+def test_query_norm_model_computes_the_logits_of_the_official_code():
     settings = json.loads((GOLDEN / "llama_A.config.json").read_text())
     official = settings["_moh_official"]
     case = golden("llama_A.vectors.safetensors")
@@ -212,14 +212,14 @@ def test_cached_generation_equals_uncached(router):
 
 @pytest.mark.parametrize("router", ["learned", "query_norm"])
 @pytest.mark.parametrize("groups", [1, 3, 6])
-def test_a_prompt_computed_for_active_heads_alone_gives_the_same_tokens(router, groups, sparse_calls, monkeypatch):
+def test_sparse_prefill_generates_the_tokens_of_dense_prefill(router, groups, sparse_calls, monkeypatch):
     model = make_model(moh_router=router, num_key_value_heads=groups, max_position_embeddings=700)
     prompt = torch.randint(61, (2, 600))
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
-    monkeypatch.setattr(modeling_moh, "PAYS", {1: (10_000, 1.0)})
+    monkeypatch.setattr(modeling_moh, "SKIPPING_THRESHOLDS", {1: (10_000, 1.0)})
     dense, expected = model.generate(prompt, **arguments), model(prompt).logits
     assert not sparse_calls
-    monkeypatch.setattr(modeling_moh, "PAYS", {1: (512, 0.75)})
+    monkeypatch.setattr(modeling_moh, "SKIPPING_THRESHOLDS", {1: (512, 0.75)})
     assert torch.equal(model.generate(prompt, **arguments), dense)
     assert sparse_calls == [600, 600]
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_prompt_computed_for_active_heads_alone_gives_the_same_tokens(router, 
     assert not sparse_calls
 
 
-def test_attention_of_active_heads_alone():
+def test_attend_active_equals_masked_dense_attention():
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(2, heads, 45, 8, generator=generator) for heads in (6, 2, 2))
     active = torch.rand(2, 45, 6, generator=generator) < 0.4
@@ -250,7 +250,7 @@ def test_attention_of_active_heads_alone():
     assert_close(got, expected.transpose(1, 2) * active[..., None], rtol=1e-5, atol=1e-6)
 
 
-def test_left_padding_changes_nothing():
+def test_left_padding_does_not_change_generated_tokens():
     model = make_model()
     prompt = torch.randint(1, 61, (1, 8))
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt], 1)
@@ -260,7 +260,7 @@ def test_left_padding_changes_nothing():
     assert torch.equal(batched[:, 5:], alone)
 
 
-def test_training_with_gradient_checkpointing():
+def test_gradient_checkpointing_gives_the_same_gradients():
     def gradients(checkpointing: bool) -> tuple[float, dict[str, torch.Tensor]]:
         model = make_model().train()
         if checkpointing:
@@ -279,7 +279,7 @@ def test_training_with_gradient_checkpointing():
         assert_close(recomputed[name], grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_save_and_load(tmp_path):
+def test_saved_model_reloads_with_the_same_logits(tmp_path):
     model = make_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     again: Any = MoHForCausalLM.from_pretrained(tmp_path)
@@ -289,7 +289,7 @@ def test_save_and_load(tmp_path):
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-def test_half_precision_runs_and_keeps_the_router_in_fp32():
+def test_bf16_model_computes_the_router_in_fp32():
     model = make_model().to(torch.bfloat16)
     seen = []
     model.model.layers[0].self_attn.router.register_forward_hook(lambda _m, _i, gates: seen.append(gates.dtype))
@@ -297,7 +297,7 @@ def test_half_precision_runs_and_keeps_the_router_in_fp32():
     assert seen == [torch.float32]
 
 
-def test_routers_too_small_for_fp16_stay_in_fp32_there(tmp_path):
+def test_fp16_model_keeps_router_weights_in_fp32(tmp_path):
     model = make_model()
     with torch.no_grad():
         for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Hugging Face -> checkpoint -> Hugging Face at every tensor-parallel size: every tensor bit for bit."""
+"""Hugging Face -> checkpoint -> Hugging Face at every tensor-parallel size keeps every tensor bit for bit."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,13 @@ from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.io.errors import UserError
 from moh_megatron.upcycle.routers import initial_routers
 
-pytestmark = pytest.mark.usefixtures("small_pieces")
+pytestmark = pytest.mark.usefixtures("small_chunks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @pytest.fixture(scope="module")
-def small_pieces():
-    """Tensors of test size, too, go through in several pieces and several files."""
+def small_chunks():
+    """Makes even small tensors pass in several chunks, into several files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moh_megatron.checkpoint.hf.streaming.PIECE_BYTES", 1000)
         patch.setattr(hf_import, "AUTO_VERIFY_PARAMETERS", 0)
@@ -38,12 +38,12 @@ def small_pieces():
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def there_and_back(source: Path, work: Path, *overrides: str) -> Path:
-    hf_import.hf_to_megatron(source, work / "native", None, overrides, new_tensors=initial_routers)
-    convert.megatron_to_hf(layout.resolve_checkpoint(work / "native"), work / "back")
+def round_trip(source: Path, work: Path, *overrides: str) -> Path:
+    hf_import.hf_to_megatron(source, work / "checkpoint", None, overrides, new_tensors=initial_routers)
+    convert.megatron_to_hf(layout.resolve_checkpoint(work / "checkpoint"), work / "back")
     return work / "back"
 
 
@@ -70,18 +70,20 @@ def llamas(draw: Any) -> dict[str, Any]:
 @given(llamas())
 @example({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "tie_word_embeddings": True})
 @example({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "tie_word_embeddings": False})
-def test_every_tensor_comes_back_bit_for_bit(tmp_path_factory, model):
+def test_every_tensor_round_trips_bit_for_bit(tmp_path_factory, model):
     source = llama_folder(tmp_path_factory.mktemp("source"), **model)
     expected, sizes = tensors(source), [size for size in (1, 2, 3, 4) if not model["num_key_value_heads"] % size]
     for size in sizes:
-        back = there_and_back(source, tmp_path_factory.mktemp("work"), f"parallel.tensor={size}")
+        back = round_trip(source, tmp_path_factory.mktemp("work"), f"parallel.tensor={size}")
         got = tensors(back)
         assert got.keys() == expected.keys()
-        assert all(got[name].dtype == each.dtype and torch.equal(got[name], each) for name, each in expected.items())
-        here, there = (AutoConfig.from_pretrained(folder) for folder in (back, source))
+        assert all(
+            got[name].dtype == tensor.dtype and torch.equal(got[name], tensor) for name, tensor in expected.items()
+        )
+        converted, original = (AutoConfig.from_pretrained(folder) for folder in (back, source))
         for name in ("vocab_size", "num_key_value_heads", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"):
-            assert getattr(here, name) == getattr(there, name)
-        assert here.dtype == there.dtype
+            assert getattr(converted, name) == getattr(original, name)
+        assert converted.dtype == original.dtype
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     ],
     ids=["learned", "bias", "lists", "dense"],
 )
-def test_our_exports_come_back(tiny, tokenizer_dir, tmp_path, moh):
+def test_exports_of_this_project_round_trip(tiny, tokenizer_dir, tmp_path, moh):
     config = tiny({"model.vocab_size": 280} | {f"moh.{key}": value for key, value in moh.items()})
     generator = torch.Generator().manual_seed(5)
     state = {
@@ -113,11 +115,11 @@ def test_our_exports_come_back(tiny, tokenizer_dir, tmp_path, moh):
     with hf_export.atomic_export(tmp_path / "hf") as folder:
         hf_export.write_folder(folder, config, HeldWeights(state, config), tokenizer_dir, None, step=3, tokens=192)
     for size in (1, 2, 4):
-        back = there_and_back(tmp_path / "hf", tmp_path / f"tp{size}", f"parallel.tensor={size}")
-        again = layout.read_config(tmp_path / f"tp{size}" / "native")
+        back = round_trip(tmp_path / "hf", tmp_path / f"tp{size}", f"parallel.tensor={size}")
+        again = layout.read_config(tmp_path / f"tp{size}" / "checkpoint")
         assert again.model.head_dim == config.model.head_dim
-        weights = layout.read_weights(tmp_path / f"tp{size}" / "native")
-        assert all(torch.equal(weights[name], each) for name, each in state.items())
+        weights = layout.read_weights(tmp_path / f"tp{size}" / "checkpoint")
+        assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
         for name in ("config.json", "tokenizer.json", "generation_config.json"):
             assert (back / name).read_text() == (tmp_path / "hf" / name).read_text()
 
@@ -135,10 +137,10 @@ def test_registered_classes_open_an_export_without_its_code(tiny, tokenizer_dir,
     model.save_pretrained(tmp_path / "again")
     for file in hf_config.CODE:
         own = Path(configuration_moh.__file__).with_name(file).read_text()
-        assert (tmp_path / "again" / file).read_text() == own, "whoever opens it may lack this package"
+        assert (tmp_path / "again" / file).read_text() == own, "the model must open without this package"
 
 
-def test_a_foreign_tokenizers_code_is_left_behind(tokenizer_dir, tmp_path):
+def test_import_leaves_code_of_the_tokenizer_behind(tokenizer_dir, tmp_path):
     source = llama_folder(tmp_path / "source", vocab_size=280)
     for file in tokenizer_dir.iterdir():
         (source / file.name).write_bytes(file.read_bytes())
@@ -146,30 +148,30 @@ def test_a_foreign_tokenizers_code_is_left_behind(tokenizer_dir, tmp_path):
     stated = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     file.write_text(json.dumps(stated))
     (source / "evil.py").write_text("raise SystemExit('the code of the folder was run')")
-    back = there_and_back(source, tmp_path / "work")
+    back = round_trip(source, tmp_path / "work")
     assert not (back / "evil.py").exists()
     assert "auto_map" not in (back / "tokenizer_config.json").read_text()
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, with_tokenizer):
+def test_token_ids_and_generation_settings_round_trip(tokenizer_dir, tmp_path, with_tokenizer):
     ids = {"bos_token_id": 5, "eos_token_id": [9, 7], "pad_token_id": 7}
     source = llama_folder(tmp_path / "source", vocab_size=280, **ids)
     generation = '{"bos_token_id": 5, "eos_token_id": [9, 8], "do_sample": true, "temperature": 0.6}'
     (source / "generation_config.json").write_text(generation)
-    beside = ("generation_config.json", "chat_template.jinja") if with_tokenizer else ("generation_config.json",)
+    unchanged = ("generation_config.json", "chat_template.jinja") if with_tokenizer else ("generation_config.json",)
     for file in tokenizer_dir.iterdir() if with_tokenizer else ():
         (source / file.name).write_bytes(file.read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages }}")
     moh = ("moh.enabled=true", "moh.router=query_norm", "moh.shared_heads=4", "moh.active_heads=6")
     forms: dict[hf_export.Form, tuple[str, ...]] = {"llama": (), "moh": moh, "official": moh}
     for form, overrides in forms.items():
-        checkpoint, back = tmp_path / form / "native", tmp_path / form / "hf"
+        checkpoint, back = tmp_path / form / "checkpoint", tmp_path / form / "hf"
         hf_import.hf_to_megatron(source, checkpoint, None, overrides, new_tensors=initial_routers)
         convert.megatron_to_hf(checkpoint, back, form=form)
         again = json.loads((back / "config.json").read_text())
         assert {key: again[key] for key in ids} == ids
-        assert all((back / each).read_bytes() == (source / each).read_bytes() for each in beside)
+        assert all((back / name).read_bytes() == (source / name).read_bytes() for name in unchanged)
         assert not (back / "token_ids.json").exists()
     convert.official_to_hf(tmp_path / "official" / "hf", tmp_path / "read")
     again = json.loads((tmp_path / "read" / "config.json").read_text())
@@ -178,32 +180,32 @@ def test_token_ids_and_generation_settings_come_back(tokenizer_dir, tmp_path, wi
         assert AutoTokenizer.from_pretrained(tmp_path / "read", trust_remote_code=True).chat_template
 
 
-def test_checkpoints_of_training_carry_them_on(tokenizer_dir, tmp_path):
+def test_extras_survive_saving_by_training(tokenizer_dir, tmp_path):
     source = llama_folder(tmp_path / "source", vocab_size=280, eos_token_id=[9, 7])
-    carried = hf_extras.read_extras(source)
-    hf_extras.HFExtras(load_tokenizer(tokenizer_dir), carried).save(tmp_path / "one")
+    extras = hf_extras.read_extras(source)
+    hf_extras.HFExtras(load_tokenizer(tokenizer_dir), extras).save(tmp_path / "one")
     hf_extras.HFExtras(load_tokenizer(tokenizer_dir), hf_extras.read_extras(tmp_path / "one")).save(tmp_path / "two")
-    assert hf_extras.read_extras(tmp_path / "two") == carried
-    assert hf_extras.special_token_ids(carried) == hf_extras.SpecialTokenIds(1, [9, 7], None)
+    assert hf_extras.read_extras(tmp_path / "two") == extras
+    assert hf_extras.special_token_ids(extras) == hf_extras.SpecialTokenIds(1, [9, 7], None)
     assert load_tokenizer(tmp_path / "two").sha256 == load_tokenizer(tokenizer_dir).sha256
     hf_extras.HFExtras(None, {}).save(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_a_precision_that_loses_new_routers_is_refused(tmp_path):
+def test_export_refuses_precision_that_makes_new_routers_zero(tmp_path):
     source = llama_folder(tmp_path / "source")
     moh = ("moh.enabled=true", "moh.router=learned", "moh.shared_heads=2", "moh.active_heads=4")
-    there_and_back(source, tmp_path / "work", *moh)
+    round_trip(source, tmp_path / "work", *moh)
     with pytest.raises(UserError, match=r"router\.\w+: its values, of at most \de-11, all become 0"):
-        convert.megatron_to_hf(tmp_path / "work" / "native", tmp_path / "half", "fp16")
+        convert.megatron_to_hf(tmp_path / "work" / "checkpoint", tmp_path / "half", "fp16")
     assert not (tmp_path / "half").exists()
 
 
-def test_learned_routers_are_added(tmp_path):
+def test_import_adds_learned_routers_and_keeps_all_other_weights(tmp_path):
     source = llama_folder(tmp_path / "source", dtype="bfloat16")
     moh = ("moh.enabled=true", "moh.router=learned", "moh.shared_heads=2", "moh.active_heads=4")
-    back = there_and_back(source, tmp_path / "work", *moh, "parallel.tensor=2")
+    back = round_trip(source, tmp_path / "work", *moh, "parallel.tensor=2")
     expected, got = tensors(source), tensors(back)
-    assert all(torch.equal(got.pop(name), each) for name, each in expected.items())
+    assert all(torch.equal(got.pop(name), tensor) for name, tensor in expected.items())
     assert {name.split("router.")[1] for name in got} == {"shared.weight", "routed.weight", "alpha.weight"}
     assert json.loads((back / "config.json").read_text())["moh_active_heads"] == 4

@@ -1,4 +1,4 @@
-"""Two models side by side: the layers that differ are told, by as much as the models' own outputs do."""
+"""Comparisons of two models report, for each layer, the differences of the models' own outputs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives when it is asked for it, without any hook of ours."""
+    """What a model returns by itself, without a hook of ours."""
 
     layers: list[Tensor]
     logits: Tensor
 
 
-def drawn(config: Config) -> dict[str, Tensor]:
+def random_weights(config: Config) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     state = {rule.megatron: 0.25 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
-    # Norms as a trained model has them: the last one is undone below.
-    return {name: 1 + each if "norm" in name else each for name, each in state.items()}
+    # The weights of norms lie around 1, as in a trained model.
+    return {name: 1 + tensor if "norm" in name else tensor for name, tensor in state.items()}
 
 
 def exported(config: Config, state: dict[str, Tensor]) -> Any:
@@ -52,12 +52,12 @@ def exported(config: Config, state: dict[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def outputs(model: Any, tokens: Tensor) -> Outputs:
-    last = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _norm, inputs: last.append(inputs[0]))
+    last_layer = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _norm, inputs: last_layer.append(inputs[0]))
     found = model(tokens, output_hidden_states=True, use_cache=False)
     hook.remove()
-    # The embeddings come first, and the last layer's output is there as the norm leaves it.
-    return Outputs([*found.hidden_states[1:-1], *last], found.logits)
+    # hidden_states begins with the embeddings, and holds the last layer's output only after the final norm.
+    return Outputs([*found.hidden_states[1:-1], *last_layer], found.logits)
 
 
 def kl(left: Tensor, right: Tensor) -> float:
@@ -69,24 +69,24 @@ def kl(left: Tensor, right: Tensor) -> float:
 @pytest.fixture(scope="module", params=KINDS)
 def case(request, tiny, one_rank) -> tuple[Config, dict[str, Tensor]]:
     config = tiny({"model.num_layers": LAYERS, **KINDS[request.param]})
-    return config, drawn(config)
+    return config, random_weights(config)
 
 
 def compared(config: Config, state: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[Comparison, Outputs, Outputs]:
-    """The comparison of ``state`` with ``other``, and what the two give for the tokens that it took."""
-    theirs, seen = exported(config, other), []
-    hook = theirs.model.embed_tokens.register_forward_pre_hook(lambda _embedding, inputs: seen.append(inputs[0]))
+    """Compare ``state`` with ``other``; returns the comparison, and both models' outputs for the same tokens."""
+    theirs, inputs_seen = exported(config, other), []
+    hook = theirs.model.embed_tokens.register_forward_pre_hook(lambda _embedding, inputs: inputs_seen.append(inputs[0]))
     found = compare_forms(config, state, lambda: theirs)
     hook.remove()
-    (tokens,) = seen
+    (tokens,) = inputs_seen
     return found, outputs(exported(config, state), tokens), outputs(theirs, tokens)
 
 
-def test_the_same_model_agrees_everywhere(case):
+def test_equal_models_agree_in_every_layer(case):
     config, state = case
     found, ours, _ = compared(config, state, state)
-    assert [each.name for each in found.layers] == [f"layer {index}" for index in range(LAYERS)]
-    assert max(each.largest for each in [*found.layers, found.logits]) < ROUNDING
+    assert [difference.name for difference in found.layers] == [f"layer {index}" for index in range(LAYERS)]
+    assert max(difference.largest for difference in [*found.layers, found.logits]) < ROUNDING
     assert abs(found.divergence) < 1e-9
     assert found.magnitude == pytest.approx(ours.logits.abs().max().item(), rel=1e-4)
     assert (found.margin < math.inf) == config.moh.enabled
@@ -94,7 +94,7 @@ def test_the_same_model_agrees_everywhere(case):
 
 
 @pytest.mark.parametrize("part", ["mlp.linear_fc2.weight", "self_attention.linear_proj.weight"])
-def test_a_layer_that_differs_is_told_from_there_on(case, part):
+def test_changed_layer_is_reported_with_all_layers_after_it(case, part):
     config, state = case
     name = f"decoder.layers.{CHANGED}.{part}"
     found, ours, theirs = compared(config, state, {**state, name: 1.5 * state[name]})
@@ -103,13 +103,13 @@ def test_a_layer_that_differs_is_told_from_there_on(case, part):
         if index < CHANGED:
             assert 0 <= got.mean <= got.largest < ROUNDING
         else:
-            apart = (left - right).abs()
-            assert got.largest == pytest.approx(apart.max().item(), rel=1e-3)
-            assert got.mean == pytest.approx(apart.mean().item(), rel=1e-3)
+            difference = (left - right).abs()
+            assert got.largest == pytest.approx(difference.max().item(), rel=1e-3)
+            assert got.mean == pytest.approx(difference.mean().item(), rel=1e-3)
             assert got.largest > 2 * got.mean > 100 * ROUNDING
-    apart = (ours.logits - theirs.logits).abs()
-    assert found.logits.largest == pytest.approx(apart.max().item(), rel=1e-3)
-    assert found.logits.mean == pytest.approx(apart.mean().item(), rel=1e-3)
+    difference = (ours.logits - theirs.logits).abs()
+    assert found.logits.largest == pytest.approx(difference.max().item(), rel=1e-3)
+    assert found.logits.mean == pytest.approx(difference.mean().item(), rel=1e-3)
     assert found.divergence == pytest.approx(kl(ours.logits, theirs.logits), rel=1e-3)
     assert found.divergence > 1e-3
     assert found.magnitude == pytest.approx(ours.logits.abs().max().item(), rel=1e-4)
@@ -117,7 +117,7 @@ def test_a_layer_that_differs_is_told_from_there_on(case, part):
         require_agreement(found, "the two differ")
 
 
-def test_numbers_by_hand():
+def test_compare_gives_hand_computed_numbers():
     ours = Trace(
         [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)], torch.tensor([[[3.0, 1.0], [-5.0, -5.0]]]).log_softmax(-1)
     )
@@ -126,7 +126,7 @@ def test_numbers_by_hand():
         torch.log(torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])),
     )
     found = compare(ours, theirs)
-    assert [(each.name, each.largest, each.mean) for each in found.layers] == [
+    assert [(difference.name, difference.largest, difference.mean) for difference in found.layers] == [
         ("layer 0", 0.0, 0.0),
         ("layer 1", 3.0, 0.875),
     ]
@@ -141,7 +141,7 @@ def test_numbers_by_hand():
     assert found.allowed == TOLERANCE * max(1.0, ours.logits.abs().max().item())
 
 
-def test_models_of_unlike_depth_are_not_compared():
+def test_compare_refuses_models_of_different_depth():
     layer = torch.zeros(1, 2, 2)
     with pytest.raises(ValueError, match="argument"):
         compare(Trace([layer, layer], layer), Trace([layer], layer))
