@@ -45,6 +45,7 @@ setup(
         "sentencepiece>=0.2",
         "datasets>=5.0",
         "numpy>=1.26",
+        "prometheus_client>=0.20",
         "pyarrow>=17",
         "pydantic>=2.8",
         "pyyaml>=6.0",

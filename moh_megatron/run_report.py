@@ -136,24 +136,24 @@ def overview(runs: Sequence[RunFolder]) -> str:
         loss = f"{losses[-1]:.4f}" if losses else ""
         bad = sum(bool(each.get("skipped")) for each in run.steps)
         ending = run.ending.get("reason", "still running, or killed")
-        restarts = max(len(run.lives) - 1, 0)
+        restarts = max(len(run.starts) - 1, 0)
         rows.append((run.name, f"{last['step']:,}", f"{last['tokens']:,}", loss, bad, restarts, ending))
     head = ("run", "steps", "tokens", "validation loss", "skipped steps", "restarts", "ended")
     return table(head, rows)
 
 
-def restarts(runs: Sequence[RunFolder]) -> str:
+def starts(runs: Sequence[RunFolder]) -> str:
     """Every start of every run."""
     rows = [
         (
             run.name,
-            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(life.get("time", 0))),
-            life["step"],
-            f"{life.get('ranks', '')} ranks, TP {life.get('tensor', '')}, ZeRO {life.get('zero_stage', '')}",
-            life.get("code", ""),
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(start.get("time", 0))),
+            start["step"],
+            f"{start.get('ranks', '')} ranks, TP {start.get('tensor', '')}, ZeRO {start.get('zero_stage', '')}",
+            start.get("code", ""),
         )
         for run in runs
-        for life in run.lives
+        for start in run.starts
     ]
     return table(("run", "started", "after step", "on", "code"), rows)
 
@@ -219,7 +219,7 @@ def page(runs: Sequence[RunFolder]) -> str:
         section("Heads", for_each(runs, lambda run: head_map(f"head load, {run.name}", run.head_load))),
         section("Throughput", throughput(runs)),
         section("Alarms", table(("run", "step", "alarm"), alarms)),
-        section("Starts", restarts(runs)),
+        section("Starts", starts(runs)),
         section("Configuration" if len(runs) == 1 else "What the configurations differ in", differences(runs)),
         section("Evaluation", evaluations(runs)),
         section("Samples", samples),

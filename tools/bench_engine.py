@@ -36,8 +36,8 @@ from moh_megatron.train.fault_tolerance.watchdog import Watchdog
 from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.launcher import ALLOCATOR
 from moh_megatron.train.loop import _Training
-from moh_megatron.train.setup import Session
-from moh_megatron.train.startup import StartupClock
+from moh_megatron.train.session import Session
+from moh_megatron.train.startup_clock import StartupClock
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "llm_s_moh75.yaml"
 GOALS = {0: 1.05, 1: 1.10}

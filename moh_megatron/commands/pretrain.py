@@ -49,10 +49,10 @@ def rank(config: Config, world: World) -> int:
 
 
 def launch_node(config: Config, ranks: int) -> int:
-    from moh_megatron.train.launcher import supervise
+    from moh_megatron.train.launcher import launch_run
 
     # -P: nothing is imported from the folder the user stands in.
-    return supervise(["-P", "-m", "moh_megatron.commands.pretrain", *sys.argv[1:]], config, ranks)
+    return launch_run(["-P", "-m", "moh_megatron.commands.pretrain", *sys.argv[1:]], config, ranks)
 
 
 def run() -> int:

@@ -1,4 +1,4 @@
-"""What a run folder tells when nothing but its files is left: for reports."""
+"""Reads the files of a run folder, for reports."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from moh_megatron.config.load import load_config, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_records
+from moh_megatron.monitor.restarts import read_starts
 
 _LAYERED = "head_load/layer_"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run; what is missing or torn is left out."""
+    """One run; files and lines that are missing or damaged are left out."""
 
     path: Path
     config: Config
@@ -28,7 +29,8 @@ class RunFolder:
     """metrics.jsonl"""
     validations: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
-    lives: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    """restarts.jsonl: one record for each start of the run."""
     ending: dict[str, Any]
     """exit.json"""
     evaluations: dict[str, dict[str, Any]]
@@ -40,7 +42,7 @@ class RunFolder:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """{section.key: value} of everything that is configured."""
+        """Every value of the configuration, as {section.key: value}."""
         return {
             f"{section}.{key}": json.dumps(value)
             for section, values in mapping_of(self.config).items()
@@ -49,19 +51,19 @@ class RunFolder:
 
     @cached_property
     def head_load(self) -> list[list[float]]:
-        """[L][N] the newest share of tokens that used each head, of the event files; none in a dense model."""
+        """[L][N] the newest share of tokens that used each head, from the event files; empty for a dense model."""
         return _newest_loads(self._events)
 
     @cached_property
     def alarms(self) -> list[tuple[int, str]]:
-        """(step, message), as far as event files tell."""
+        """(step, message) of each alarm in the event files."""
         return [
             (event.step, event.tensor_proto.string_val[0].decode())
             for event in (self._events.Tensors("alarms/text_summary") if "alarms/text_summary" in self._texts else ())
         ]
 
     def series(self, tag: str) -> list[tuple[int, float]]:
-        """(step, value) of a scalar of the event files."""
+        """(step, value) of a scalar in the event files."""
         if tag not in self._events.Tags()["scalars"]:
             return []
         return [(event.step, event.value) for event in self._events.Scalars(tag)]
@@ -72,7 +74,7 @@ class RunFolder:
 
     @cached_property
     def _events(self) -> EventAccumulator:
-        sizes = {"scalars": 2000, "images": 1, "tensors": 0}  # 0 is all: no alarm may be missing
+        sizes = {"scalars": 2000, "images": 1, "tensors": 0}  # 0 keeps all of them: no alarm may be missing.
         events = EventAccumulator(str(self.path / "tensorboard"), size_guidance=sizes)
         if (self.path / "tensorboard").is_dir():
             events.Reload()
@@ -80,7 +82,7 @@ class RunFolder:
 
 
 def open_run(path: Path) -> RunFolder:
-    """Raises UserError where ``path`` is no run folder."""
+    """Read the run folder ``path``; raises UserError where it is none."""
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: must be a run folder, with the config.yaml that a training writes. There is none.")
     try:
@@ -96,16 +98,16 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(
         path=path,
         config=load_config(path / "config.yaml"),
-        steps=_having("tokens", path / "metrics.jsonl"),
-        validations=_having("loss", path / "validation.jsonl"),
+        steps=_records_with("tokens", path / "metrics.jsonl"),
+        validations=_records_with("loss", path / "validation.jsonl"),
         skipped=read_records(path / "skipped.jsonl"),
-        lives=read_records(path / "lives.jsonl"),
+        starts=read_starts(path),
         ending=ending if isinstance(ending, dict) else {},
         evaluations=evaluations,
     )
 
 
-def _having(key: str, path: Path) -> list[dict[str, Any]]:
+def _records_with(key: str, path: Path) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if key in record]
 
 

@@ -1,38 +1,64 @@
-"""What a run says of its heads before the first step."""
+"""Describes a run in the log before its first step."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import textwrap
 
+from moh_megatron.config.count import parameter_count
 from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
+from moh_megatron.model.build import attention_backend, attention_warning
+from moh_megatron.train.session import Session
+
+logger = logging.getLogger(__name__)
 
 
-def head_report(config: Config) -> str:
-    """How evenly tensor-parallel ranks share the heads, for each kind of layer; a warning where this run's do not."""
+def announce(session: Session) -> None:
+    """Log the size of the model, the parallel layout, the attention backend, the sources of data and the heads."""
+    config, device, start = session.config, session.device, session.start_step
+    tensor = config.parallel.tensor
+    beginning = f"resumed after step {start}" if start else "from the start"
+    logger.info(
+        f"{config.run.dir}: {parameter_count(config.model, config.moh).total:,} parameters, "
+        f"TP {tensor} x DP {session.world.size // tensor}, "
+        f"ZeRO {config.parallel.zero_stage}, {config.train.precision}, {device.type}, "
+        f"attention {attention_backend(config, device)}; "
+        f"{config.train.steps:,} steps of {config.train.tokens_per_step:,} tokens, {beginning}"
+    )
+    if warning := attention_warning(config, device):
+        logger.warning(warning)
+    if config.data.sources:
+        logger.info(session.data.budget(config))
+    if config.moh.enabled:
+        _announce_heads(config)
+
+
+def _announce_heads(config: Config) -> None:
+    """Log how evenly tensor-parallel ranks share the heads, for each kind of layer, and warn where they do not."""
     moh, model, tensor = config.moh, config.model, config.parallel.tensor
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
-    parts, worst = [], 1.0
+    paragraphs, largest = [], 1.0
     for heads, layers in itertools.groupby(enumerate(layer_heads(model, moh), start=1), key=lambda item: item[1]):
         numbers = [number for number, _ in layers]
-        parts.append(f"heads, {moh.head_layout}, {_named(numbers, model.num_layers)}: {_described(heads)}")
-        parts.append(textwrap.indent(layout.report(heads.shared, heads.active, tensor), "  "))
-        worst = max(worst, layout.imbalance(heads.shared, heads.active, tensor))
-    if worst > LARGEST_IMBALANCE:
-        parts.append(
-            f"warning: at parallel.tensor {tensor} the busiest rank computes {worst:.2f} times the mean of its heads; "
+        paragraphs.append(f"heads, {moh.head_layout}, {_layer_range(numbers, model.num_layers)}: {_counts(heads)}")
+        paragraphs.append(textwrap.indent(layout.report(heads.shared, heads.active, tensor), "  "))
+        largest = max(largest, layout.imbalance(heads.shared, heads.active, tensor))
+    logger.info("\n".join(paragraphs))
+    if largest > LARGEST_IMBALANCE:
+        logger.warning(
+            f"at parallel.tensor {tensor} the busiest rank computes {largest:.2f} times the mean of its heads; "
             f"{layout.remedy}"
         )
-    return "\n".join(parts)
 
 
-def _named(numbers: list[int], of: int) -> str:
-    if len(numbers) == of:
+def _layer_range(numbers: list[int], num_layers: int) -> str:
+    if len(numbers) == num_layers:
         return "every layer"
     return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}"
 
 
-def _described(heads: LayerHeads) -> str:
+def _counts(heads: LayerHeads) -> str:
     return f"{heads.active} of {heads.count} active, {len(heads.shared)} of them shared"

@@ -1,4 +1,4 @@
-"""Tasks while the training goes on: another process evaluates the checkpoint, this one looks now and then."""
+"""Evaluates checkpoints on tasks in another process, while the training goes on."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ logger = logging.getLogger(__name__)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOG = "log.txt"
 EVALUATE = ("-P", "-m", "moh_megatron.commands.evaluate")
-"""What Python runs as moh-evaluate; -P: nothing is imported from the folder the user stands in."""
+"""Arguments with which Python runs moh-evaluate. -P: nothing is imported from the current folder."""
 
 
 class BackgroundEvaluation:
-    """One evaluation at a time, of the newest checkpoint that was due; for the first rank.
+    """Evaluates one checkpoint at a time, the newest one that was requested; for the first rank.
 
     Args:
-        program: what Python runs, with the arguments of moh-evaluate.
-        show: is given the scores of each task and the step.
+        show: takes the score of each task, and the step.
+        program: arguments of Python that run moh-evaluate.
     """
 
     def __init__(
         self,
         config: Config,
-        program: Sequence[str],
         show: Callable[[dict[str, float], int], None],
+        program: Sequence[str] = EVALUATE,
     ) -> None:
-        self._config, self._program, self._show = config, program, show
+        self._config, self._show, self._program = config, show, program
         self._waiting: int | None = None
         self._running: tuple[int, subprocess.Popen[bytes]] | None = None
 
     @property
     def in_use(self) -> frozenset[int]:
-        """Steps whose checkpoints are read, or are going to be."""
+        """Steps whose checkpoints are being read, or are going to be."""
         running = None if self._running is None else self._running[0]
         return frozenset(step for step in (running, self._waiting) if step is not None)
 
     def request(self, step: int) -> None:
-        """Evaluate the checkpoint of ``step`` once it is complete."""
+        """Ask for an evaluation of the checkpoint of ``step``, which starts once it is complete."""
         self._waiting = step
 
     def advance(self) -> None:
-        """Start what waits, show what is finished; does not wait for either."""
+        """Show the evaluation that is finished and start the one that was requested; waits for neither."""
         if self._running is not None and self._running[1].poll() is not None:
             self._finished(*self._running)
             self._running = None
@@ -73,7 +73,7 @@ class BackgroundEvaluation:
             logger.warning(f"evaluation of step {step} cannot be started: {error}. Training goes on without it.")
 
     def finish(self, seconds: float) -> None:
-        """Wait for what runs, so long at most; what is not finished then is ended."""
+        """Wait for the running evaluation for so many seconds at most, then end it."""
         deadline = time.monotonic() + seconds
         self.advance()
         while self._running is not None and time.monotonic() < deadline:
@@ -82,7 +82,7 @@ class BackgroundEvaluation:
         self.stop()
 
     def stop(self) -> None:
-        """End what runs."""
+        """End the running evaluation."""
         if self._running is not None:
             step, process = self._running
             process.terminate()
@@ -97,23 +97,14 @@ class BackgroundEvaluation:
         evaluate, folder = self._config.evaluate, self._folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         command = ["nice", "-n", "10", sys.executable, *self._program, str(checkpoint), "--no-validation"]
-        command += [
-            str(checkpoint),
-            "--no-validation",
-            "--suite",
-            str(evaluate.suite),
-            "--device",
-            evaluate.device,
-            "--out",
-            str(folder),
-        ]
+        command += ["--suite", str(evaluate.suite), "--device", evaluate.device, "--out", str(folder)]
         if evaluate.limit is not None:
             command += ["--limit", str(evaluate.limit)]
         environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
         if evaluate.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with (folder / _LOG).open("wb") as log:
-            # A session of its own: what stops the ranks is not meant for it.
+            # It gets a session of its own: signals that stop the ranks are not meant for it.
             return subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -124,12 +115,11 @@ class BackgroundEvaluation:
             suite = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["suite"]
         except (OSError, ValueError, KeyError):
             suite = {"tasks": []}
-        scores = {each["task"]: each["value"] for each in suite["tasks"] if "value" in each}
-        if scores and process.returncode != 2:  # refused, it has left what an earlier one wrote
+        scores = {task["task"]: task["value"] for task in suite["tasks"] if "value" in task}
+        if scores and process.returncode != 2:  # 2: it was refused, and an earlier evaluation wrote the results.
             self._show(scores, step)
-            logger.info(
-                f"evaluation of step {step}: " + ", ".join(f"{name} {each:.3f}" for name, each in scores.items())
-            )
+            listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+            logger.info(f"evaluation of step {step}: {listed}")
         if process.returncode != 0:
             logger.warning(
                 f"evaluation of step {step} ended with code {process.returncode}; see {folder / _LOG}. "

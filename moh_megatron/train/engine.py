@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
+from moh_megatron.io.console import is_verbose
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.parallel import groups
 from moh_megatron.train.deepspeed_config import check_known, deepspeed_config
@@ -24,7 +25,7 @@ from moh_megatron.train.fault_tolerance.world import World
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
+os.environ.setdefault("DS_LOG_LEVEL", "info" if is_verbose() else "warning")
 
 import deepspeed
 import deepspeed.ops
@@ -48,7 +49,8 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
 
     Raises UserError where this rank finds no GPU of its own.
     """
-    deepspeed.logger.setLevel(logging.WARNING)
+    if not is_verbose():
+        deepspeed.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
         world.require_gpu(torch.cuda.device_count())
         torch.cuda.set_device(world.local_rank)

@@ -1,7 +1,7 @@
-"""Start one process a rank on this node, pass signals on, wait for the save, and return the worst rank's code.
+"""Starts one process per rank on this node, forwards signals, waits for the save, and returns the worst exit code.
 
-torchrun returns 1 for every failure, dies of USR1 leaving its workers behind, and kills them 30 seconds after TERM;
-this uses torch.distributed's process launcher underneath, but supervises by these rules instead.
+torchrun returns 1 for every failure, leaves its workers behind when it receives USR1, and kills them 30 seconds after
+TERM. This launcher uses torch.distributed's process launcher underneath, with rules of its own.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 _HANDLED_BY_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _EXPECTED_CODES = (0, 2, EXIT_STOPPED)
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-"""glibc keeps freed blocks. By default it hands large ones back, and their pages are faulted in again at every step:
-a quarter of a ZeRO 1 step on a CPU."""
+"""With these settings glibc keeps freed blocks. By default it returns large ones to the system, and their pages are
+faulted in again at every step: a quarter of a ZeRO 1 step on a CPU."""
 _GRACE_SECONDS = 15.0
-"""How long the other ranks may run on after one has failed; a peer's death normally ends them within a second."""
-_INSISTED_SECONDS = 3.0
-"""How long a rank may take to obey a second signal: one that is still starting has not got its handlers."""
+"""How long the other ranks may run after one has failed; normally they end within a second of a peer's death."""
+_SECOND_SIGNAL_SECONDS = 3.0
+"""How long a rank may take to obey a second signal: one that is still starting has no handlers yet."""
 _POLL_SECONDS = 0.1
 
 
 def worst_code(codes: Sequence[int]) -> int:
-    """1 if any rank failed in an unforeseen way, else 2, else 75, else 0."""
+    """1 if any rank failed unexpectedly, else 2, else 75, else 0."""
     if any(code not in _EXPECTED_CODES for code in codes):
         return 1
     return next((code for code in (2, EXIT_STOPPED) if code in codes), 0)
@@ -56,57 +56,59 @@ def _ignore(reason: str) -> None:
     pass
 
 
-def launch(
+def run_processes(
     command: Sequence[str],
     ranks: int,
     patience: float = math.inf,
-    failed: Callable[[str], None] = _ignore,
+    on_failure: Callable[[str], None] = _ignore,
 ) -> dict[int, int]:
-    """Run Python with the arguments ``command`` once for each rank; returns their exit codes when all have ended.
+    """Run one Python process per rank with the arguments ``command``, and return their exit codes when all have ended.
 
-    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank; what outlives a
-    second one is killed. A rank that still runs ``patience`` seconds after the first one has ended well hangs, and is
-    killed. ``failed`` is told, once, why ranks end that should not have: who was first, or what the ranks found.
+    A negative code is the signal that ended the rank. TERM, INT and USR1 are forwarded to every rank; a rank that does
+    not end after a second one is killed. So is a rank that still runs ``patience`` seconds after the first one ended
+    in order. ``on_failure`` is called once, with the reason, where ranks fail: the rank that failed first, or what the
+    ranks found themselves.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        # The ranks are clients of this process's store: no port is picked that another program could take meanwhile.
+        # The ranks are clients of this process's store, so no other program can take its port in between.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
-        # Megatron-core overlaps tensor-parallel communication correctly only with one queue.
+        # Megatron-core overlaps tensor-parallel communication correctly with one queue only.
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         **{name: os.environ.get(name, value) for name, value in ALLOCATOR.items()},
         PARENT_VARIABLE: str(os.getpid()),
     }
     processes: dict[int, subprocess.Popen[bytes]] = {}
-    early: list[int] = []
-    second_signal, insisted = SecondSignal(), math.inf
+    early_signals: list[int] = []
+    second_signal, kill_time = SecondSignal(), math.inf
 
     def forward(number: int, frame: FrameType | None = None) -> None:
-        nonlocal insisted
+        nonlocal kill_time
         if not processes:
-            early.append(number)
+            early_signals.append(number)
             return
         if second_signal.received():
-            insisted = min(insisted, time.monotonic() + _INSISTED_SECONDS)
+            kill_time = min(kill_time, time.monotonic() + _SECOND_SIGNAL_SECONDS)
         for process in processes.values():
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Held back until each rank has its own handlers: a signal during start-up must not kill what could stop in order.
-    # Another thread of this process may take it all the same, and this one then runs the handler.
+    # Signals are blocked until each rank has its own handlers: they must not kill a starting rank that could stop in
+    # order. Another thread of this process may receive one nevertheless; this thread then runs the handler.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
-    # Torch's handlers raise wherever the main thread stands, and would end a run under nohup when its terminal closes.
+    # Torch's handlers raise an exception at any point of the main thread, and would end a run under nohup when its
+    # terminal closes.
     os.environ[_HANDLED_BY_TORCH] = signal.SIGURG.name
-    torchs = (signal.SIGHUP, signal.SIGQUIT, signal.SIGURG, *STOP_SIGNALS)
-    before = {number: signal.getsignal(number) for number in torchs}
-    # Torch wants a folder of logs, and would leave it behind; the ranks write to this process's streams instead.
+    replaced_by_torch = (signal.SIGHUP, signal.SIGQUIT, signal.SIGURG, *STOP_SIGNALS)
+    handlers = {number: signal.getsignal(number) for number in replaced_by_torch}
+    # Torch needs a folder for logs, and would leave it behind; the ranks write to this process's streams instead.
     with tempfile.TemporaryDirectory() as unused:
         context = start_processes(
             name="pretrain",
@@ -116,50 +118,52 @@ def launch(
             logs_specs=DefaultLogsSpecs(unused),
         )
     assert isinstance(context, SubprocessContext)
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     processes.update({rank: handler.proc for rank, handler in context.subprocess_handlers.items()})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for number in early:
+    for number in early_signals:
         forward(number)
 
-    verdicts, verdict = FailureReports(store), None
-    deadline, waited = math.inf, math.inf
+    failure_reports, report = FailureReports(store), None
+    failure_deadline, patience_deadline = math.inf, math.inf
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
-        bad = {rank: code for rank, code in ended.items() if code not in _EXPECTED_CODES}
-        if bad and verdict is None:
-            # The ranks that are left say why they end, too.
-            verdict = verdicts.agreed() or verdicts.declare(_finding(bad, verdicts, insisted < math.inf))
-            failed(verdict.message.rstrip("."))
+        failed = {rank: code for rank, code in ended.items() if code not in _EXPECTED_CODES}
+        if failed and report is None:
+            # The remaining ranks report why they end, too.
+            report = failure_reports.agreed() or failure_reports.declare(
+                _failure_report(failed, failure_reports, second_signal=kill_time < math.inf)
+            )
+            on_failure(report.message.rstrip("."))
         if len(ended) == ranks:
             return ended
-        if ended and waited == math.inf:
-            waited = time.monotonic() + patience
-        if deadline == math.inf and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
-            deadline = time.monotonic() + _GRACE_SECONDS
-        late = time.monotonic() > min(deadline, waited, insisted)
-        # What is stopped can be ended by nobody else.
-        for rank in codes.keys() - ended.keys() if late else set(verdict.missing if verdict else []) - ended.keys():
+        if ended and patience_deadline == math.inf:
+            patience_deadline = time.monotonic() + patience
+        if failure_deadline == math.inf and any(code not in (0, EXIT_STOPPED) for code in ended.values()):
+            failure_deadline = time.monotonic() + _GRACE_SECONDS
+        late = time.monotonic() > min(failure_deadline, patience_deadline, kill_time)
+        # A rank that is stopped cannot end by itself.
+        for rank in codes.keys() - ended.keys() if late else set(report.missing if report else []) - ended.keys():
             os.killpg(processes[rank].pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
 
 
-def _finding(bad: dict[int, int], verdicts: FailureReports, insisted: bool) -> FailureReport:
-    """Whose fault it is that ranks ended so: those that a signal ended say nothing, and lead the others to an error."""
-    if insisted:
-        return FailureReport("a second signal ended the ranks at once.", sorted(bad))
-    culprits = sorted(rank for rank, code in bad.items() if code < 0) or sorted(bad)
+def _failure_report(failed: dict[int, int], reports: FailureReports, *, second_signal: bool) -> FailureReport:
+    """Which ranks caused the failure: those that a signal ended, if any, since they lead the others to an error."""
+    if second_signal:
+        return FailureReport("a second signal ended the ranks at once.", sorted(failed))
+    culprits = sorted(rank for rank, code in failed.items() if code < 0) or sorted(failed)
     return FailureReport(
-        ", ".join(_how(rank, bad[rank], verdicts.exit_reason(rank)) for rank in culprits) + ".", culprits
+        ", ".join(_ending(rank, failed[rank], reports.exit_reason(rank)) for rank in culprits) + ".", culprits
     )
 
 
-def supervise(command: Sequence[str], config: Config, ranks: int) -> int:
-    """Check the configuration for so many ranks, run them as ``launch`` does, and return the worst rank's code.
+def launch_run(command: Sequence[str], config: Config, ranks: int) -> int:
+    """Check the configuration, run the processes of this node's ranks, and return the worst rank's exit code.
 
-    exit.json is written by rank 0; where it could not (it was killed, or another rank failed), here.
+    Rank 0 writes exit.json; where it could not (it was killed, or another rank failed), this process writes it.
     """
     run_dir = Path(config.run.dir)
     try:
@@ -170,10 +174,11 @@ def supervise(command: Sequence[str], config: Config, ranks: int) -> int:
     except UserError as error:
         write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise
-    RunLock(run_dir).release()  # rank 0 takes it; who would be refused then need not start
+    # Rank 0 takes the lock again. Where another run holds it, no rank needs to start.
+    RunLock(run_dir).release()
     (run_dir / "exit.json").unlink(missing_ok=True)
     reasons: list[str] = []
-    codes = launch(command, ranks, config.train.timeout_seconds + _GRACE_SECONDS, reasons.append)
+    codes = run_processes(command, ranks, config.train.timeout_seconds + _GRACE_SECONDS, reasons.append)
     code = worst_code(list(codes.values()))
     if code == 1:
         (reason,) = reasons
@@ -183,9 +188,9 @@ def supervise(command: Sequence[str], config: Config, ranks: int) -> int:
     return code
 
 
-def _how(rank: int, code: int, last_words: str | None) -> str:
+def _ending(rank: int, code: int, last_words: str | None) -> str:
     if code >= 0:
         return f"rank {rank} ended: {last_words}" if last_words else f"rank {rank} ended with exit code {code}"
-    # A memory-mapped file that shrinks in the middle of a read cannot be caught.
+    # The system raises it where a memory-mapped file shrinks during a read.
     hint = " (a file of data.dir was cut short while it was read)" if -code == signal.SIGBUS else ""
     return f"rank {rank} was ended by {signal.Signals(-code).name}{hint}"

@@ -1,4 +1,4 @@
-"""summary.json: what a finished run was and what came of it."""
+"""Writes summary.json: what a finished run was, and its results."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from moh_megatron.config.layer_heads import active_share
 from moh_megatron.io.json_file import write_json
 from moh_megatron.model.build import attention_backend
 from moh_megatron.monitor.records import read_records
-from moh_megatron.train.setup import Session
-from moh_megatron.train.startup import StartupClock
+from moh_megatron.train.session import Session
+from moh_megatron.train.startup_clock import StartupClock
+from moh_megatron.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-def summarise(
+def write_summary(
     session: Session,
     step: int,
     seconds: float,
     clock: StartupClock,
     train_loss: float | None,
-    val_loss: float | None,
-    text: str,
+    validation: Validation,
 ) -> None:
-    """Write it to the run folder and print it; a run that was finished before keeps the summary it has.
+    """Write the summary to the run folder and log it; a run that was finished before keeps the summary it has.
 
-    ``seconds`` is the training time of this life of the run, ``clock`` what its start took.
-    Losses and entropies are in nats a token; ``hf_max_logit_diff`` is filled in by the export.
+    ``seconds`` is the training time since the run was last started, ``clock`` what its start took.
+    Losses and entropies are in nats per token; ``hf_max_logit_diff`` is filled in by the export.
     """
     path = Path(session.config.run.dir) / "summary.json"
     if step == session.start_step and path.exists():
@@ -44,7 +44,7 @@ def summarise(
         "startup_seconds": {part: round(spent, 1) for part, spent in clock.seconds.items()},
         "skipped_steps": sum(record["skipped"] for record in read_records(path.parent / "metrics.jsonl")),
         "train_loss": train_loss,
-        "val_loss": val_loss,
+        "val_loss": validation.loss,
         "unigram_entropy": baselines.get("unigram_entropy"),
         "bigram_entropy": baselines.get("bigram_entropy"),
         "parameters": parameter_count(config.model, config.moh).total,
@@ -56,7 +56,7 @@ def summarise(
         "zero_stage": config.parallel.zero_stage,
         "precision": config.train.precision,
         "hf_max_logit_diff": None,
-        "sample_text": text,
+        "sample_text": validation.sample,
     }
     write_json(path, summary)
     for name, value in summary.items():

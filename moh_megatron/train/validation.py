@@ -1,19 +1,50 @@
-"""Loss on held-out text, and a sample of what the model writes."""
+"""Computes the loss on held-out text, and lets the model continue a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from moh_megatron.config.schema import Config
-from moh_megatron.data.batches import ValidationBatch
+from moh_megatron.config.source_weights import mean_by_shares
+from moh_megatron.data.batches import ValidationBatch, validation_batches
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.generation import continue_text
 from moh_megatron.parallel import groups
+from moh_megatron.train.session import Session
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The result of one validation."""
+
+    loss: float | None
+    """Nats per token: the sources' losses, weighted by their shares of the step. None where no text is held out."""
+    source_losses: dict[str, float]
+    """The loss of each source."""
+    sample: str
+    """The first prompt of the configuration and what the model wrote after it."""
+
+
+def validate(session: Session, step: int) -> Validation:
+    """Validate the model after ``step``; every rank calls this and gets the same result."""
+    config, model = session.config, session.engine.module
+    losses: dict[str, float] = {}
+    for name, dataset in session.validation_datasets.items():
+        batches = validation_batches(
+            dataset,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=groups.dp_group().rank(),
+            data_parallel_size=groups.dp_group().size(),
+        )
+        losses[name] = validation_loss(model, batches, session.device, session.eos_token_id)
+    sample = sample_text(model, config, session.tokenizer, session.device)
+    return Validation(mean_by_shares(config, step, losses), losses, sample)
 
 
 @torch.no_grad()
@@ -35,7 +66,7 @@ def validation_loss(
 
 
 def sample_text(model: nn.Module, config: Config, tokenizer: Tokenizer, device: torch.device) -> str:
-    """The first prompt of the configuration and what the model makes of it; the same on every rank."""
+    """The first prompt of the configuration and what the model writes after it; the same on every rank."""
     prompt = config.generate.prompts[0] if config.generate.prompts else ""
     model.eval()
     written = continue_text(

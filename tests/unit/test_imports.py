@@ -60,6 +60,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint"},
     "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
     "lm_eval": {"evaluate/harness.py"},
+    "prometheus_client": {"monitor/prometheus.py"},
     "scipy": {"evaluate/paired_test.py"},
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/prepare/tables.py"},

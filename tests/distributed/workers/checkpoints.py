@@ -19,9 +19,9 @@ from moh_megatron.config.schema import Config
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.moh.balancing import update_biases
 from moh_megatron.parallel import groups
-from moh_megatron.train.build_engine import build_engine
 from moh_megatron.train.engine import Engine
 from moh_megatron.train.schedule import learning_rate
+from moh_megatron.train.session import build_engine
 
 
 class NoTokenizer:

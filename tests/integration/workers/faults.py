@@ -25,7 +25,7 @@ import torch
 from moh_megatron.checkpoint import save
 from moh_megatron.config.load import load_config
 from moh_megatron.parallel import groups
-from moh_megatron.train import loop, setup
+from moh_megatron.train import loop, session
 from moh_megatron.train.fault_tolerance.signals import StopRequest
 from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
@@ -70,7 +70,7 @@ def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callabl
 
 def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
     """Steps 5 and 6 of rank 1; a step that is skipped must leave the state alone, to the bit."""
-    original = setup.Engine.step
+    original = session.Engine.step
 
     def step(self: Any, learning_rate: float) -> torch.Tensor:
         before = [p.detach().clone() for p in self.module.parameters()] + optimizer_state(self)
@@ -80,7 +80,7 @@ def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         return norm
 
-    setup.Engine.step = step
+    session.Engine.step = step
     return losses_times(math.nan, range(5, 7), (1,))(rank, stop)
 
 
@@ -92,7 +92,7 @@ def optimizer_state(engine: Any) -> list[torch.Tensor]:
 def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
     """Over the time limit on rank 1; the time-outs of the process groups are written down, in seconds."""
     stop._started -= 1000 * rank
-    original = loop._Training.run
+    original = loop._Training.train_steps
 
     def run(self: Any) -> loop.Outcome:
         every = {
@@ -105,7 +105,7 @@ def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
         Path(os.environ["CASE_FOLDER"], f"timeouts_{rank}.json").write_text(json.dumps(found))
         return original(self)
 
-    loop._Training.run = run
+    loop._Training.train_steps = run
     return ()
 
 
@@ -118,14 +118,14 @@ def another_seed(rank: int, stop: StopRequest) -> tuple[str, ...]:
 
 
 def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    original = setup.Engine.__init__
+    original = session.Engine.__init__
 
     def initialise(self: Any, model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
         original(self, model, *arguments, **options)
         with torch.no_grad():
             dict(model.named_parameters())["decoder.layers.1.mlp.linear_fc1.weight"][1, 2] += rank
 
-    setup.Engine.__init__ = initialise
+    session.Engine.__init__ = initialise
     return ()
 
 

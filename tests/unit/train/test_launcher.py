@@ -14,11 +14,11 @@ import pytest
 
 from moh_megatron.io.errors import UserError
 from moh_megatron.train import launcher
-from moh_megatron.train.launcher import launch, supervise, worst_code
+from moh_megatron.train.launcher import launch_run, run_processes, worst_code
 
 RANK = """
 import os, signal, sys, time
-from moh_megatron.train.signals import StopRequest, die_with
+from moh_megatron.train.fault_tolerance.signals import StopRequest, die_with
 rank, out = int(os.environ["RANK"]), sys.argv[1]
 def note(name, text=""):
     with open(f"{out}/{name}_{rank}.new", "w") as stream:
@@ -43,7 +43,7 @@ def script(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """launch() belongs to a process of its own and leaves its handlers in place."""
+    """run_processes() is meant for a process of its own and leaves its handlers in place."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -95,7 +95,7 @@ def test_each_ranks_exit_code_comes_back(script, tmp_path):
         sys.exit(code)
         """
     )
-    assert launch([path, str(tmp_path), "0", "2", "75", "1", "-9"], 5) == {0: 0, 1: 2, 2: 75, 3: 1, 4: -9}
+    assert run_processes([path, str(tmp_path), "0", "2", "75", "1", "-9"], 5) == {0: 0, 1: 2, 2: 75, 3: 1, 4: -9}
 
 
 def test_every_rank_knows_its_place_and_how_to_meet_the_others(script, tmp_path):
@@ -107,7 +107,7 @@ def test_every_rank_knows_its_place_and_how_to_meet_the_others(script, tmp_path)
         note("arguments", json.dumps(sys.argv[1:]))
         """
     )
-    launch([path, str(tmp_path), "a b", "c=d"], 2)
+    run_processes([path, str(tmp_path), "a b", "c=d"], 2)
     for rank in range(2):
         environment = json.loads((tmp_path / f"environment_{rank}").read_text())
         assert environment == [str(rank), str(rank), "2", "2", "127.0.0.1", str(os.getpid())]
@@ -117,13 +117,13 @@ def test_every_rank_knows_its_place_and_how_to_meet_the_others(script, tmp_path)
 def test_leaves_no_log_folder_behind(script, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    launch([script(""), str(tmp_path)], 1)
+    run_processes([script(""), str(tmp_path)], 1)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_keeps_the_callers_handling_of_hangup(script, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    launch([script(""), str(tmp_path)], 1)
+    run_processes([script(""), str(tmp_path)], 1)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
@@ -138,23 +138,23 @@ def test_a_rank_that_hangs_after_its_peer_died_is_killed(script, tmp_path, monke
             time.sleep(1)
         """
     )
-    assert launch([path, str(tmp_path)], 2) == {0: 1, 1: -9}
+    assert run_processes([path, str(tmp_path)], 2) == {0: 1, 1: -9}
 
 
 def test_a_rank_that_ends_by_itself_in_time_is_left_alone(script, tmp_path):
     path = script("time.sleep(0.5 * rank)\nsys.exit(2 if rank == 0 else 0)")
-    assert launch([path, str(tmp_path)], 2) == {0: 2, 1: 0}
+    assert run_processes([path, str(tmp_path)], 2) == {0: 2, 1: 0}
 
 
 def test_a_finished_or_saved_peer_does_not_hurry_the_others(script, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "_GRACE_SECONDS", 0.1)
     path = script("time.sleep(1.0 if rank == 2 else 0)\nsys.exit((0, 75, 0)[rank])")
-    assert launch([path, str(tmp_path)], 3) == {0: 0, 1: 75, 2: 0}
+    assert run_processes([path, str(tmp_path)], 3) == {0: 0, 1: 75, 2: 0}
 
 
 def test_a_rank_that_stays_long_after_the_others_finished_is_killed(script, tmp_path):
     path = script("time.sleep(60 * rank)")
-    assert launch([path, str(tmp_path)], 2, patience=0.5) == {0: 0, 1: -9}
+    assert run_processes([path, str(tmp_path)], 2, patience=0.5) == {0: 0, 1: -9}
 
 
 SAVING = """
@@ -167,14 +167,14 @@ note("saved", stop.reason)
 os._exit(75)
 """
 LAUNCHER = (
-    "import sys; from moh_megatron.train.launcher import launch, worst_code;"
-    "sys.exit(worst_code(list(launch(sys.argv[1:], 2).values())))"
+    "import sys; from moh_megatron.train.launcher import run_processes, worst_code;"
+    "sys.exit(worst_code(list(run_processes(sys.argv[1:], 2).values())))"
 )
 
 
 @pytest.fixture
 def start_launcher():
-    """start_launcher(script, folder): launch() two ranks from a process of its own, which this test outlives."""
+    """start_launcher(script, folder): two ranks of a launcher in a process of its own."""
     started: list[subprocess.Popen] = []
 
     def start_launcher(*arguments: object) -> subprocess.Popen:
@@ -252,7 +252,7 @@ def test_a_signal_that_another_thread_takes_while_the_ranks_start_is_not_lost(sc
 
     monkeypatch.setattr(launcher, "start_processes", started)
     try:
-        assert launch([script(SAVING), str(tmp_path)], 2) == {0: 75, 1: 75}
+        assert run_processes([script(SAVING), str(tmp_path)], 2) == {0: 75, 1: 75}
     finally:
         over.set()
     assert both(tmp_path, "saved") == ["received SIGTERM"] * 2
@@ -281,7 +281,7 @@ def test_a_second_signal_ends_at_once_what_is_blocked_or_still_starting(script, 
     assert all(not running(int(pid)) for pid in both(tmp_path, "pid") or [])
 
 
-# --- supervise -----------------------------------------------------------------------------------------------------
+# --- launch_run ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
         sys.exit(1)
         """
     )
-    assert supervise([path, str(tmp_path)], config, 2) == 1
+    assert launch_run([path, str(tmp_path)], config, 2) == 1
     reason = "rank 1 was ended by SIGKILL"  # what rank 0 then ran into is no cause
     assert exit_record(tmp_path) == {"code": 1, "reason": reason, "step": 2}
     assert capfd.readouterr().err.startswith(f"{reason}. The same command goes on from the newest checkpoint in")
@@ -321,7 +321,7 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
 
 def test_a_bus_error_is_explained(config, script, tmp_path, capfd):
     path = script("os.kill(os.getpid(), signal.SIGBUS)")
-    assert supervise([path, str(tmp_path)], config, 1) == 1
+    assert launch_run([path, str(tmp_path)], config, 1) == 1
     assert "rank 0 was ended by SIGBUS (a file of data.dir was cut short" in capfd.readouterr().err
 
 
@@ -337,7 +337,7 @@ def test_what_rank_zero_wrote_stays(config, script, tmp_path, code):
         sys.exit({code})
         """
     )
-    assert supervise([path, str(tmp_path)], config, 2) == code
+    assert launch_run([path, str(tmp_path)], config, 2) == code
     assert exit_record(tmp_path) == {"code": code, "reason": "told by rank 0", "step": 7}
 
 
@@ -347,7 +347,7 @@ def test_a_mistake_found_before_the_start_is_written_down_and_nothing_starts(con
 
     monkeypatch.setattr(launcher, "preflight", refuse)
     with pytest.raises(UserError, match="no good with 2 ranks"):
-        supervise([script("note('started')"), str(tmp_path)], config, 2)
+        launch_run([script("note('started')"), str(tmp_path)], config, 2)
     assert exit_record(tmp_path) == {"code": 2, "reason": "no good with 2 ranks", "step": None}
     assert not (tmp_path / "started_0").exists()
 
@@ -355,11 +355,11 @@ def test_a_mistake_found_before_the_start_is_written_down_and_nothing_starts(con
 @pytest.mark.parametrize("ranks", [0, -3])
 def test_a_number_of_ranks_below_one_is_refused(config, tmp_path, ranks):
     with pytest.raises(UserError, match=rf"^--nproc-per-node must be at least 1\. Got {ranks}\.$"):
-        supervise(["unused.py"], config, ranks)
+        launch_run(["unused.py"], config, ranks)
     assert exit_record(tmp_path)["code"] == 2
 
 
 def test_a_run_folder_that_cannot_be_written_does_not_hide_the_mistake(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--nproc-per-node"):
-        supervise(["unused.py"], tiny({"run.dir": str(tmp_path / "file" / "run")}), 0)
+        launch_run(["unused.py"], tiny({"run.dir": str(tmp_path / "file" / "run")}), 0)

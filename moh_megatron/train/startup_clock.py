@@ -1,4 +1,4 @@
-"""What the time from launch to the first finished step went into."""
+"""Measures what the time from the launch of a run to its first finished step was spent on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def process_age(process: int) -> float:
 
 
 class StartupClock:
-    """Named parts, in order; made when the imports are done, which are its first part."""
+    """Seconds of named parts, in order. Make one when the imports are done: they are its first part."""
 
     def __init__(self) -> None:
-        own = process_age(os.getpid())
+        age = process_age(os.getpid())
         self.seconds: dict[str, float] = {}
-        """What each part took."""
+        """Seconds of each part."""
         if launcher := os.environ.get(PARENT_VARIABLE):
-            self.seconds["launcher"] = max(0.0, process_age(int(launcher)) - own)
-        self.seconds["imports"] = own
+            self.seconds["launcher"] = max(0.0, process_age(int(launcher)) - age)
+        self.seconds["imports"] = age
         self._since = time.monotonic()
 
     def mark(self, part: str) -> None:
-        """``part`` is done; it began where the one before it ended."""
+        """End ``part``, which began where the part before it ended."""
         now = time.monotonic()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
         self._since = now
