@@ -1,4 +1,4 @@
-"""What is refused before any rank is started. Imports nothing heavy, so that a mistake shows at once."""
+"""Checks a configuration before any rank is started. Imports nothing heavy, so that errors show at once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ sys.exit(exit_code(main))
 
 
 def check_suite(config: Config) -> None:
-    """Raise UserError where lm-eval is missing or does not know a task or metric of evaluate.suite, or data are not
-    installed.
+    """Raise UserError where lm-eval or the data of a task is missing, or a task or metric of evaluate.suite is unknown.
 
-    In a process of its own: lm-eval imports much that the launcher would then hold for as long as the run.
+    The check runs in a process of its own: the launcher would otherwise keep the imports of lm-eval in memory for the
+    whole run.
     """
     suite = config.evaluate.suite
     if suite is None:
@@ -41,11 +41,11 @@ def check_suite(config: Config) -> None:
 
 
 def preflight(config: Config, world_size: int) -> PreparedData:
-    """The prepared data, if this configuration can train on it with so many ranks; UserError otherwise."""
+    """The prepared data; raises UserError unless this configuration can train on it with ``world_size`` ranks."""
     data_parallel_size(config, world_size)
     gradient_accumulation_steps(config, world_size)
     if config.deepspeed:
-        # DeepSpeed itself knows its keys; importing it takes seconds, so only where there is something to look up.
+        # DeepSpeed knows its keys. Its import takes seconds, so it is done only where there are keys to check.
         from moh_megatron.train.engine import check_deepspeed_section
 
         check_deepspeed_section(config, world_size)

@@ -1,4 +1,4 @@
-"""One rank's life: handlers first, then training, then exit.json and an exit code, whatever happened."""
+"""Runs one rank: trains, writes exit.json, and returns an exit code, whatever happened."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 def run_rank(config: Config, world: World, stop: StopRequest) -> int:
-    """Train as one rank of ``world``; returns 0 finished, 2 the user's mistake, 75 stopped and saved, 1 otherwise."""
+    """Train as one rank of ``world``; returns 0 finished, 2 an error of the user, 75 stopped and saved, 1 otherwise."""
     code = exit_code(lambda: _train(config, world, stop))
     if code != 0:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Peers of a rank that failed may wait for it in a collective; nothing may keep this process from leaving.
+        # Peers of a failed rank may wait for it in a collective, so nothing may keep this process from ending.
         os._exit(code)
     return code
 
 
 def _train(config: Config, world: World, stop: StopRequest) -> int:
-    # Imported here: these take seconds, and the signal handlers must stand before.
+    # These imports take seconds, and the signal handlers must be installed before.
     from moh_megatron.parallel import groups
     from moh_megatron.parallel.failures import lost_a_peer
     from moh_megatron.train.loop import train
@@ -43,7 +43,7 @@ def _train(config: Config, world: World, stop: StopRequest) -> int:
         lost = lost_a_peer(error)
         if lost:
             error = Fault(f"rank {world.rank} lost contact with another rank, whose message says why.")
-        # Of a lost peer our launcher knows more, and the folder of another run is not this one's.
+        # Our launcher knows more about a lost peer, and a folder that another run uses is not this run's.
         if world.rank == 0 and not (lost and PARENT_VARIABLE in os.environ) and not isinstance(error, RunFolderInUse):
             write_exit(run_dir, code, str(error), last_step(run_dir / "metrics.jsonl"))
         raise error

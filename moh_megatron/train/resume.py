@@ -1,4 +1,4 @@
-"""Where a run starts: at its newest good checkpoint, from another run's weights, or anew."""
+"""Decides where a run starts: at its newest intact checkpoint, from another run's weights, or anew."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ _SAME_RUN = (
     "train.total_tokens",
     "train.precision",
 )
-"""What must not change when a run goes on: the model, what its attention sees, and the order of the data."""
+"""Keys that must keep their values when a run is resumed: the model, what its attention sees, the order of the data."""
 
-_ANY_BACKEND = "moh.backend"
+_BACKEND = "moh.backend"
 
 _SAME_TO_ROUNDING = (
-    _ANY_BACKEND,
+    _BACKEND,
     "parallel.sequence",
     "parallel.offload_optimizer",
     "train.recompute",
     "deepspeed",
 )
-"""What computes the same by another way, beside what a topology tells."""
+"""Keys that select how the same result is computed, beside those of the topology."""
 
-_TOLD = (
+_MAY_CHANGE = (
     (("optimizer",), ""),
     (_SAME_TO_ROUNDING, "; losses agree to rounding, not bit for bit"),
     (("train.micro_batch_size",), "; the data stay the same, the balance loss is that of other micro-batches"),
 )
-"""What may change, and what that means for the loss curve."""
+"""Keys that may change, each group with what its change means for the loss curve."""
 
 _SAME_WEIGHTS = (
     *(
@@ -80,10 +80,10 @@ _SAME_WEIGHTS = (
     "moh.shared_placement",
     "moh.head_layout",
 )
-"""What another run's weights must agree in."""
+"""Keys in which another run's weights must agree."""
 
-_OF_ROUTERS = ("moh.router", "moh.shared_heads", "moh.shared_placement")
-"""What makes no difference to a dense model; where its heads lie does."""
+_ROUTER_KEYS = ("moh.router", "moh.shared_heads", "moh.shared_placement")
+"""Keys without effect on a dense model; the head layout has one."""
 _POSITIONS = ("model.rotary_base", "model.rope_scaling")
 
 
@@ -93,29 +93,32 @@ def _values(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     for key in keys:
         section, _, name = key.partition(".")
         names = [name] if name else list(everything[section])
-        values |= {f"{section}.{each}": everything[section][each] for each in names}
+        values |= {f"{section}.{name}": everything[section][name] for name in names}
     return values
 
 
 def _architecture(config: Config) -> dict[str, Any]:
-    """What weights depend on: null in place of a value that says the same makes no difference, nor does padding, nor
-    an epsilon of the norms that went through single precision (9.999999747378752e-06, in folders made from GGUF)."""
+    """The values that weights depend on, in one form for settings with the same meaning.
+
+    A value given in place of an equal default makes no difference, nor does padding, nor an epsilon of the norms that
+    was rounded to single precision (9.999999747378752e-06, in folders made from GGUF).
+    """
     model = config.model
-    usual = model.head_dim * model.num_attention_heads == model.hidden_size
+    default = model.head_dim * model.num_attention_heads == model.hidden_size
     return _values(config, _SAME_WEIGHTS) | {
         "model.num_query_groups": model.query_groups,
-        "model.kv_channels": None if usual else model.head_dim,
+        "model.kv_channels": None if default else model.head_dim,
         "model.vocab_size": model.tokens,
         "model.norm_epsilon": float(str(np.float32(model.norm_epsilon))),
     }
 
 
 def newest_good(config: Config) -> Path | None:
-    """The checkpoint to go on from, or None to start anew. A warning names damaged ones that are passed over.
+    """The checkpoint to resume from, or None to start anew. A warning names each damaged one that is passed over.
 
     Raises:
         UserError: the run folder holds checkpoints and train.resume is never.
-        Fault: it holds checkpoints, and every one of them is damaged.
+        Fault: the run folder holds checkpoints, and all of them are damaged.
     """
     root = checkpoint_dir(config)
     folders = step_folders(root)
@@ -137,8 +140,8 @@ def newest_good(config: Config) -> Path | None:
 def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str) -> Manifest:
     """Raise UserError, naming both values, where ``config`` is not the run that wrote ``checkpoint``.
 
-    The optimizer's settings and the micro-batches may change; the log says so, because the loss curve then is
-    another one. So may the parallelism: then the losses agree to rounding, not bit for bit.
+    The settings of the optimizer and the micro-batches may change; a warning says so, because they change the loss
+    curve. The parallelism may change, too: the losses then agree to rounding, not bit for bit.
     """
     manifest = read_state(checkpoint)
     if manifest.format_version != FORMAT_VERSION:
@@ -148,42 +151,42 @@ def check_same_run(checkpoint: Path, config: Config, world_size: int, data: str)
             f"one from its weights with train.init_from={checkpoint}."
         )
     written_by = read_config(checkpoint)
-    there, here = (_values(each, _SAME_RUN) for each in (written_by, config))
-    del there[_ANY_BACKEND], here[_ANY_BACKEND]
-    # Which one it is, its weights say: it may lie elsewhere by now.
-    for values, each in ((there, written_by), (here, config)):
-        values["distillation.teacher"] = "null" if each.distillation.teacher is None else "given"
-    there["data"], here["data"] = manifest.data[:12], data[:12]
+    saved, current = _values(written_by, _SAME_RUN), _values(config, _SAME_RUN)
+    for values, origin in ((saved, written_by), (current, config)):
+        del values[_BACKEND]
+        # The weights say which teacher it is: its path may have changed.
+        values["distillation.teacher"] = "null" if origin.distillation.teacher is None else "given"
+    saved["data"], current["data"] = manifest.data[:12], data[:12]
     if config.data.sources:
-        there["shares of the sources so far"] = shares_until(read_config(checkpoint), manifest.step)
-        here["shares of the sources so far"] = shares_until(config, manifest.step)
+        saved["shares of the sources so far"] = shares_until(written_by, manifest.step)
+        current["shares of the sources so far"] = shares_until(config, manifest.step)
     remedy = "Use the same, or another run.dir"
     if _values(written_by, _SAME_WEIGHTS) == _values(config, _SAME_WEIGHTS):
         remedy += f"; train.init_from={checkpoint} starts a new run from its weights"
-    refuse_differences(f"{checkpoint} was made with other values", there, here, f"{remedy}.")
+    refuse_differences(f"{checkpoint} was made with other values", saved, current, f"{remedy}.")
     topology = topology_of(config, world_size)
     if topology != manifest.topology:
         logger.info(f"{checkpoint.name} was written at {manifest.topology}; it is resharded to {topology}")
-    for keys, note in _TOLD:
-        before, now = _values(written_by, keys), _values(config, keys)
-        for key in sorted(before.keys() | now):
-            was, is_now = before.get(key, "not set"), now.get(key, "not set")
-            if was != is_now:
-                logger.warning(f"{key} is {is_now} from here on; it was {was} up to {checkpoint.name}{note}")
+    for keys, note in _MAY_CHANGE:
+        saved, current = _values(written_by, keys), _values(config, keys)
+        for key in sorted(saved.keys() | current):
+            before, now = saved.get(key, "not set"), current.get(key, "not set")
+            if before != now:
+                logger.warning(f"{key} is {now} from here on; it was {before} up to {checkpoint.name}{note}")
     return manifest
 
 
 def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError where ``checkpoint`` learned with another tokenizer than the data's: its ids mean other text."""
+    """Raise UserError where ``checkpoint`` was trained with another tokenizer than the data's."""
     folder = tokenizer_folder(checkpoint)
-    if not has_tokenizer(folder):  # imported from a folder that had none
+    if not has_tokenizer(folder):  # It was imported from a folder without one.
         return
-    there = load_tokenizer(folder)
-    if (there.sha256, there.eos_token_id) != (tokenizer.sha256, tokenizer.eos_token_id):
+    saved = load_tokenizer(folder)
+    if (saved.sha256, saved.eos_token_id) != (tokenizer.sha256, tokenizer.eos_token_id):
         raise UserError(
-            f"{checkpoint} was made with another tokenizer, {there.sha256[:12]}, than the data, "
+            f"{checkpoint} was made with another tokenizer, {saved.sha256[:12]}, than the data, "
             f"{tokenizer.sha256[:12]}. "
-            f"Prepare the data with tokenizer.path={tokenizer_folder(checkpoint)}."
+            f"Prepare the data with tokenizer.path={folder}."
         )
 
 
@@ -197,24 +200,24 @@ def weights_to_start_from(config: Config) -> Path | None:
 
 
 def require_same_weights(checkpoint: Path, config: Config, apart_from: Collection[str] = ()) -> None:
-    """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, some of its keys left aside.
+    """Raise UserError where the weights of ``checkpoint`` do not fit ``config``, without comparing ``apart_from``.
 
-    A warning is given where positions are told apart in another way: wanted for a longer context, else a model that
-    has to learn anew where its words are.
+    A warning says where positions are encoded otherwise: that is wanted for a longer context, and otherwise a model
+    has to learn again where its words are.
     """
     written_by = read_config(checkpoint)
     if not written_by.moh.enabled and not config.moh.enabled:
-        apart_from = {*apart_from, *_OF_ROUTERS}
-    there, here = (
-        {key: value for key, value in _architecture(each).items() if key not in apart_from}
-        for each in (written_by, config)
+        apart_from = {*apart_from, *_ROUTER_KEYS}
+    saved, current = (
+        {key: value for key, value in _architecture(origin).items() if key not in apart_from}
+        for origin in (written_by, config)
     )
     remedy = "train.init_from needs weights of the same architecture."
-    refuse_differences(f"{checkpoint} was made with other values", there, here, remedy)
-    there, here = (_values(each, _POSITIONS) for each in (written_by, config))
+    refuse_differences(f"{checkpoint} was made with other values", saved, current, remedy)
+    saved, current = _values(written_by, _POSITIONS), _values(config, _POSITIONS)
     for key in _POSITIONS:
-        if there[key] != here[key]:
+        if saved[key] != current[key]:
             logger.warning(
-                f"warning: {key} is {here[key]}, and {checkpoint} was made with {there[key]}: the model starts as "
+                f"{key} is {current[key]}, and {checkpoint} was made with {saved[key]}: the model starts as "
                 "another one than it was. Set the same, unless this is to extend its context."
             )

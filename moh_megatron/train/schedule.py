@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to resume."""
+"""Computes the learning rate as a pure function of the step, so there is nothing to save or to resume."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from moh_megatron.config.schema import OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The rate of ``step`` (0 for the first) in a run of ``total_steps``.
+    """The learning rate of ``step`` (0 for the first) in a run of ``total_steps``.
 
     Linear warm-up from warmup_learning_rate reaches learning_rate at step warmup_steps; the last step has
-    min_learning_rate, except under ``constant`` and where the warm-up leaves one step only, which has learning_rate.
+    min_learning_rate, except under ``constant`` and where the warm-up leaves a single step, which has learning_rate.
     """
     peak, final, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if step < warmup:

@@ -28,7 +28,7 @@ from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.preflight import preflight
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup_clock import StartupClock
-from moh_megatron.train.teacher import find_teacher, keep_teacher, load_teacher
+from moh_megatron.train.teacher import find_teacher, load_teacher, record_teacher
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     tokenizer = data.tokenizer()
     source = checkpoint or initial_weights
     teacher = _on_first_rank(world, lambda: find_teacher(config))
-    _on_first_rank(world, lambda: keep_teacher(config, teacher, begun=checkpoint is not None))
+    _on_first_rank(world, lambda: record_teacher(config, teacher, resumed=checkpoint is not None))
     for model in (source, teacher):
         if model is not None:
             check_same_tokenizer(model, tokenizer)

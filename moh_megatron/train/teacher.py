@@ -1,9 +1,8 @@
-"""The frozen dense model of distillation, on this rank."""
+"""Finds and loads the frozen dense model of distillation on this rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import torch
@@ -17,63 +16,61 @@ from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 
-logger = logging.getLogger(__name__)
-
 
 def find_teacher(config: Config) -> Path | None:
     """The checkpoint of distillation.teacher.
 
     Raises:
-        UserError: it is no dense model, or of another vocabulary, or cannot be cut as ``config`` says.
+        UserError: it is not a dense model, has another vocabulary, or cannot be sharded as ``config`` says.
     """
     if config.distillation.teacher is None:
         return None
     checkpoint = layout.resolve_checkpoint(config.distillation.teacher)
-    there = layout.read_config(checkpoint)
-    if there.moh.enabled:
+    saved = layout.read_config(checkpoint)
+    if saved.moh.enabled:
         raise UserError(f"distillation.teacher must be a dense model. Got {checkpoint}, with moh.enabled: true.")
-    if (found := there.model.tokens) != (own := config.model.tokens):
+    if (found := saved.model.tokens) != (own := config.model.tokens):
         raise UserError(
             f"distillation.teacher must know {own} tokens, padding left aside, as the model that learns. "
             f"Got {found} in {checkpoint}."
         )
-    validate(_cut_as(config, there))
+    validate(_teacher_config(config, saved))
     return checkpoint
 
 
-def keep_teacher(config: Config, teacher: Path | None, begun: bool) -> None:
-    """Note in the run folder whose weights teach; ``begun`` says that the run goes on.
+def record_teacher(config: Config, teacher: Path | None, *, resumed: bool) -> None:
+    """Write to teacher.json of the run folder which weights teach.
 
     Raises:
-        UserError: it goes on, and had another teacher: a run folder was named that went on itself, or a checkpoint that
-            was made anew.
+        UserError: the run is resumed and had another teacher: the run folder named has a newer checkpoint by now, or
+            the checkpoint named was made anew.
     """
     if teacher is None:
         return
-    here = {"weights": layout.read_state(teacher).weights_sha256[:12]}
+    current = {"weights": layout.read_state(teacher).weights_sha256[:12]}
     file = Path(config.run.dir) / "teacher.json"
-    if begun and file.exists():
-        there = read_json(file, "the teacher of a run", "Delete it to go on with the one named.")
+    if resumed and file.exists():
+        saved = read_json(file, "the teacher of a run", "Delete it to go on with the one named.")
         remedy = "Name the checkpoint that taught it in distillation.teacher, or another run.dir."
-        refuse_differences(f"{config.run.dir} learned from another teacher than {teacher}", there, here, remedy)
+        refuse_differences(f"{config.run.dir} learned from another teacher than {teacher}", saved, current, remedy)
     else:
-        write_json(file, here)
+        write_json(file, current)
 
 
 def load_teacher(checkpoint: Path, config: Config, device: torch.device) -> nn.Module:
-    """The model of ``checkpoint``, cut as ``config`` cuts the one that learns, without gradients.
+    """Load the model of ``checkpoint``, sharded as ``config`` shards the student, without gradients.
 
     The process groups must exist. The random states stay as they are.
     """
     written_by = layout.read_config(checkpoint)
-    own = _cut_as(config, written_by)
+    own = _teacher_config(config, written_by)
     with torch.random.fork_rng():
         model = build_model(own)
     weights.load_into(model, own, checkpoint, written_by, groups.tp_group().rank())
     return model.to(device).eval().requires_grad_(False)
 
 
-def _cut_as(config: Config, teacher: Config) -> Config:
+def _teacher_config(config: Config, teacher: Config) -> Config:
     """The configuration of the teacher in a run of ``config``."""
     train = dataclasses.replace(config.train, recompute="none")
     padded = {"vocab_size": config.model.vocab_size, "vocab_padding": config.model.vocab_padding}

@@ -1,7 +1,8 @@
-"""Evaluations beside a training: what is started when, and what comes of it."""
+"""Evaluations in the background of a training: when they start, and what they show."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,10 @@ sys.exit(2 if (out / "refuse").exists() else 1)
 
 
 class Watched:
-    def __init__(self, evaluation: BackgroundEvaluation, run: Path, said: list[str], shown: list[Any]) -> None:
-        self.evaluation, self.run, self.said, self.shown = evaluation, run, said, shown
+    """An evaluation, its run folder, and the scores that it has shown."""
+
+    def __init__(self, evaluation: BackgroundEvaluation, run: Path, shown: list[Any]) -> None:
+        self.evaluation, self.run, self.shown = evaluation, run, shown
 
     def checkpoint(self, step: int) -> None:
         folder = self.run / "checkpoints" / checkpoint_name(step)
@@ -39,21 +42,25 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+def watched(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Watched:
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("RANK", "0")
     script = tmp_path / "evaluate.py"
     script.write_text(SCRIPT)
     settings = {"evaluate.suite": "suite.yaml", "evaluate.interval": 10, "evaluate.limit": 7}
     config = tiny({"run.dir": str(tmp_path / "run"), **settings})
-    said: list[str] = []
     shown: list[Any] = []
-    evaluation = BackgroundEvaluation(
-        config, [str(script)], said.append, lambda scores, step: shown.append((scores, step))
-    )
-    return Watched(evaluation, tmp_path / "run", said, shown)
+    evaluation = BackgroundEvaluation(config, lambda scores, step: shown.append((scores, step)), [str(script)])
+    return Watched(evaluation, tmp_path / "run", shown)
 
 
-def test_a_checkpoint_is_judged_once_it_is_complete(watched: Watched) -> None:
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_a_checkpoint_is_evaluated_once_it_is_complete(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     watched.evaluation.request(10)
     watched.evaluation.advance()
     assert not (watched.run / "eval").exists()
@@ -62,17 +69,18 @@ def test_a_checkpoint_is_judged_once_it_is_complete(watched: Watched) -> None:
     watched.evaluation.finish(seconds=30)
     assert watched.shown == [({"piqa": 0.5}, 10)]
     folder = watched.run / "eval" / checkpoint_name(10)
-    arguments = (folder / "arguments").read_text()
-    assert arguments.startswith(str(watched.run / "checkpoints" / checkpoint_name(10)))
-    assert "--suite suite.yaml --device cpu" in arguments
-    assert arguments.endswith("--limit 7")
-    assert watched.said == [
-        "evaluation of step 10: piqa 0.500",
-        f"warning: evaluation of step 10 ended with code 1; see {folder / 'log.txt'}. Training goes on.",
+    checkpoint = watched.run / "checkpoints" / checkpoint_name(10)
+    expected = f"{checkpoint} --no-validation --suite suite.yaml --device cpu --out {folder} --limit 7"
+    assert (folder / "arguments").read_text() == expected
+    assert logged(caplog) == [
+        ("INFO", "evaluation of step 10: piqa 0.500"),
+        ("WARNING", f"evaluation of step 10 ended with code 1; see {folder / 'log.txt'}. Training goes on."),
     ]
 
 
-def test_one_that_is_refused_shows_no_results_of_an_earlier_one(watched: Watched) -> None:
+def test_a_refused_evaluation_shows_no_results_of_an_earlier_one(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
     watched.checkpoint(10)
     folder = watched.run / "eval" / checkpoint_name(10)
     folder.mkdir(parents=True)
@@ -80,11 +88,14 @@ def test_one_that_is_refused_shows_no_results_of_an_earlier_one(watched: Watched
     watched.evaluation.request(10)
     watched.evaluation.finish(seconds=30)
     assert watched.shown == []
-    (said,) = watched.said
-    assert said.startswith("warning: evaluation of step 10 ended with code 2")
+    ((level, message),) = logged(caplog)
+    assert level == "WARNING"
+    assert message.startswith("evaluation of step 10 ended with code 2")
 
 
-def test_one_at_a_time_and_none_that_outlives_the_training(watched: Watched) -> None:
+def test_one_evaluation_at_a_time_and_none_outlives_the_training(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
     watched.checkpoint(10)
     watched.checkpoint(20)
     (watched.run / "wait").touch()
@@ -95,21 +106,22 @@ def test_one_at_a_time_and_none_that_outlives_the_training(watched: Watched) -> 
         watched.evaluation.advance()
         assert time.monotonic() - start < 5
     assert watched.evaluation.in_use == {10}
-    assert watched.said == ["evaluation of step 20 is left out: that of step 10 still runs"]
+    assert caplog.messages == ["evaluation of step 20 is left out: that of step 10 still runs"]
     watched.evaluation.finish(seconds=0.3)
-    assert watched.said[1:] == ["evaluation of step 10 was ended before it was finished"]
+    assert caplog.messages[1:] == ["evaluation of step 10 was ended before it was finished"]
     assert not watched.evaluation.in_use
     assert watched.shown == []
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(watched: Watched) -> None:
+def test_a_folder_that_cannot_be_written_is_a_warning(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     watched.checkpoint(10)
     (watched.run / "eval").write_text("a file")
     watched.evaluation.request(10)
     watched.evaluation.advance()
-    (warning,) = watched.said
-    assert warning.startswith("warning: evaluation of step 10 cannot be started:")
-    assert warning.endswith("Training goes on without it.")
+    ((level, message),) = logged(caplog)
+    assert level == "WARNING"
+    assert message.startswith("evaluation of step 10 cannot be started:")
+    assert message.endswith("Training goes on without it.")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(watched: Watched) -> None:
         ("arc_easy", "no_such_package", "evaluate.suite: arc_easy: its data are in the package no_such_package"),
     ],
 )
-def test_a_suite_that_cannot_be_run_is_refused_before_the_training(
+def test_a_suite_that_cannot_be_run_is_refused_before_training(
     tiny: Callable[..., Any], tmp_path: Path, task: str, package: str, expected: str
 ) -> None:
     suite = tmp_path / "suite.yaml"
@@ -131,6 +143,6 @@ def test_a_suite_that_cannot_be_run_is_refused_before_the_training(
     check_suite(tiny())
 
 
-def test_a_suite_that_can_be_run_is_let_through(tiny: Callable[..., Any]) -> None:
+def test_a_suite_that_can_be_run_is_accepted(tiny: Callable[..., Any]) -> None:
     suite = Path(__file__).parents[3] / "configs" / "eval" / "paper_14.yaml"
     check_suite(tiny({"evaluate.suite": str(suite), "evaluate.interval": 5}))

@@ -1,4 +1,4 @@
-"""The launcher with ranks that are tiny scripts: exit codes, signals, a hung rank, no orphans, exit.json."""
+"""The launcher with ranks that are small scripts: exit codes, signals, a hung rank, no orphans, exit.json."""
 
 import json
 import os
@@ -45,16 +45,16 @@ def script(tmp_path):
 def own_handlers():
     """run_processes() is meant for a process of its own and leaves its handlers in place."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def wait_for(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.02)
 
 
@@ -86,7 +86,7 @@ def test_worst_code(codes, worst):
     assert worst_code(codes[::-1]) == worst
 
 
-def test_each_ranks_exit_code_comes_back(script, tmp_path):
+def test_exit_code_of_each_rank_is_returned(script, tmp_path):
     path = script(
         """
         code = int(sys.argv[2 + rank])
@@ -98,7 +98,7 @@ def test_each_ranks_exit_code_comes_back(script, tmp_path):
     assert run_processes([path, str(tmp_path), "0", "2", "75", "1", "-9"], 5) == {0: 0, 1: 2, 2: 75, 3: 1, 4: -9}
 
 
-def test_every_rank_knows_its_place_and_how_to_meet_the_others(script, tmp_path):
+def test_environment_of_each_rank(script, tmp_path):
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MOH_LAUNCHER_PID"]
     path = script(
         f"""
@@ -114,14 +114,14 @@ def test_every_rank_knows_its_place_and_how_to_meet_the_others(script, tmp_path)
         assert json.loads((tmp_path / f"arguments_{rank}").read_text()) == [str(tmp_path), "a b", "c=d"]
 
 
-def test_leaves_no_log_folder_behind(script, tmp_path, monkeypatch):
+def test_no_log_folder_is_left_behind(script, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     run_processes([script(""), str(tmp_path)], 1)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_keeps_the_callers_handling_of_hangup(script, tmp_path):
+def test_handling_of_hangup_is_restored(script, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     run_processes([script(""), str(tmp_path)], 1)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -141,18 +141,18 @@ def test_a_rank_that_hangs_after_its_peer_died_is_killed(script, tmp_path, monke
     assert run_processes([path, str(tmp_path)], 2) == {0: 1, 1: -9}
 
 
-def test_a_rank_that_ends_by_itself_in_time_is_left_alone(script, tmp_path):
+def test_a_rank_that_ends_within_the_grace_time_is_not_killed(script, tmp_path):
     path = script("time.sleep(0.5 * rank)\nsys.exit(2 if rank == 0 else 0)")
     assert run_processes([path, str(tmp_path)], 2) == {0: 2, 1: 0}
 
 
-def test_a_finished_or_saved_peer_does_not_hurry_the_others(script, tmp_path, monkeypatch):
+def test_a_peer_that_finished_or_saved_starts_no_grace_time(script, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "_GRACE_SECONDS", 0.1)
     path = script("time.sleep(1.0 if rank == 2 else 0)\nsys.exit((0, 75, 0)[rank])")
     assert run_processes([path, str(tmp_path)], 3) == {0: 0, 1: 75, 2: 0}
 
 
-def test_a_rank_that_stays_long_after_the_others_finished_is_killed(script, tmp_path):
+def test_a_rank_that_runs_long_after_the_others_finished_is_killed(script, tmp_path):
     path = script("time.sleep(60 * rank)")
     assert run_processes([path, str(tmp_path)], 2, patience=0.5) == {0: 0, 1: -9}
 
@@ -192,9 +192,9 @@ def both(tmp_path: Path, name: str) -> list[str] | None:
     return [file.read_text() for file in files] if all(file.exists() for file in files) else None
 
 
-def test_stop_signals_are_forwarded_and_the_save_is_awaited(script, start_launcher, tmp_path):
+def test_stop_signals_are_forwarded_and_the_launcher_waits_for_the_save(script, start_launcher, tmp_path):
     path = script(SAVING)
-    # One launcher a signal, all at once: each costs the import of torch.
+    # One launcher per signal, all at the same time: each imports torch.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     folders = [tmp_path / number.name for number in numbers]
     launchers = []
@@ -220,7 +220,7 @@ def test_a_killed_launcher_leaves_no_orphan_and_the_ranks_save(script, start_lau
     wait_for(lambda: not any(running(pid) for pid in pids))
 
 
-def test_a_signal_while_the_ranks_start_is_held_back_not_lost(script, start_launcher, tmp_path):
+def test_a_signal_while_the_ranks_start_is_delivered_later(script, start_launcher, tmp_path):
     path = script(
         """
         note("started")
@@ -237,8 +237,8 @@ def test_a_signal_while_the_ranks_start_is_held_back_not_lost(script, start_laun
     assert both(tmp_path, "reason") == ["received SIGUSR1"] * 2
 
 
-def test_a_signal_that_another_thread_takes_while_the_ranks_start_is_not_lost(script, tmp_path, monkeypatch):
-    """The main thread holds it back, libraries' threads do not."""
+def test_a_signal_that_another_thread_receives_while_the_ranks_start_is_delivered_later(script, tmp_path, monkeypatch):
+    """Signals are blocked in the main thread, not in threads of libraries."""
     over, start = threading.Event(), launcher.start_processes
     other = threading.Thread(target=over.wait)
     other.start()
@@ -258,7 +258,7 @@ def test_a_signal_that_another_thread_takes_while_the_ranks_start_is_not_lost(sc
     assert both(tmp_path, "saved") == ["received SIGTERM"] * 2
 
 
-def test_a_second_signal_ends_at_once_what_is_blocked_or_still_starting(script, start_launcher, tmp_path):
+def test_a_second_signal_kills_ranks_that_are_blocked_or_still_starting(script, start_launcher, tmp_path):
     path = script(
         """
         import ctypes, threading
@@ -294,7 +294,7 @@ def exit_record(tmp_path):
     return json.loads((tmp_path / "run" / "exit.json").read_text())
 
 
-def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_path, capfd):
+def test_a_killed_rank_is_written_to_exit_json_with_the_last_step(config, script, tmp_path, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (tmp_path / "run" / "exit.json").write_text('{"code": 0}')
@@ -314,34 +314,36 @@ def test_a_killed_rank_is_written_down_with_the_last_step(config, script, tmp_pa
         """
     )
     assert launch_run([path, str(tmp_path)], config, 2) == 1
-    reason = "rank 1 was ended by SIGKILL"  # what rank 0 then ran into is no cause
+    reason = "rank 1 was ended by SIGKILL"  # The error that rank 0 then met is not the cause.
     assert exit_record(tmp_path) == {"code": 1, "reason": reason, "step": 2}
-    assert capfd.readouterr().err.startswith(f"{reason}. The same command goes on from the newest checkpoint in")
+    (message,) = caplog.messages
+    assert message.startswith(f"{reason}. The same command goes on from the newest checkpoint in")
 
 
-def test_a_bus_error_is_explained(config, script, tmp_path, capfd):
+def test_a_bus_error_is_explained(config, script, tmp_path, caplog):
     path = script("os.kill(os.getpid(), signal.SIGBUS)")
     assert launch_run([path, str(tmp_path)], config, 1) == 1
-    assert "rank 0 was ended by SIGBUS (a file of data.dir was cut short" in capfd.readouterr().err
+    (message,) = caplog.messages
+    assert "rank 0 was ended by SIGBUS (a file of data.dir was cut short" in message
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 1])
-def test_what_rank_zero_wrote_stays(config, script, tmp_path, code):
+def test_exit_json_of_rank_zero_is_kept(config, script, tmp_path, code):
     (tmp_path / "run").mkdir()
     path = script(
         f"""
         from pathlib import Path
         from moh_megatron.monitor.records import write_exit
         if rank == 0:
-            write_exit(Path(out) / "run", {code}, "told by rank 0", 7)
+            write_exit(Path(out) / "run", {code}, "written by rank 0", 7)
         sys.exit({code})
         """
     )
     assert launch_run([path, str(tmp_path)], config, 2) == code
-    assert exit_record(tmp_path) == {"code": code, "reason": "told by rank 0", "step": 7}
+    assert exit_record(tmp_path) == {"code": code, "reason": "written by rank 0", "step": 7}
 
 
-def test_a_mistake_found_before_the_start_is_written_down_and_nothing_starts(config, script, tmp_path, monkeypatch):
+def test_an_error_before_the_start_is_written_to_exit_json_and_nothing_starts(config, script, tmp_path, monkeypatch):
     def refuse(config, ranks):
         raise UserError(f"no good with {ranks} ranks")
 
@@ -359,7 +361,7 @@ def test_a_number_of_ranks_below_one_is_refused(config, tmp_path, ranks):
     assert exit_record(tmp_path)["code"] == 2
 
 
-def test_a_run_folder_that_cannot_be_written_does_not_hide_the_mistake(tiny, tmp_path):
+def test_a_run_folder_that_cannot_be_written_does_not_hide_the_error(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--nproc-per-node"):
         launch_run(["unused.py"], tiny({"run.dir": str(tmp_path / "file" / "run")}), 0)
