@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import attention_backend, attention_backends, build_model, token_losses
-from moh_megatron.model.single import be_alone
+from moh_megatron.model.attention_backend import attention_backend, attention_backends
+from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.model.single import init_single_process
 from moh_megatron.monitor.flops import Flops, flops_per_token
 
 
@@ -113,7 +114,7 @@ def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -
 
 def attention(arguments: argparse.Namespace) -> None:
     """Print the table of `bench_step.py attention`."""
-    be_alone(seed=0)
+    init_single_process(seed=0)
     rows = []
     for length in tqdm(arguments.lengths, desc="bench", unit="length"):
         rows += measure(arguments.config, length, arguments.layers, arguments.turns, arguments.whole_turns)

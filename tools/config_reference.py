@@ -19,19 +19,19 @@ from moh_megatron.config import schema
 _INTRODUCTION = """\
 # Configuration
 
-Every key of a configuration file. This page is printed by `tools/config_reference.py` from
+This page lists every key of a configuration file. `tools/config_reference.py` prints it from
 `moh_megatron/config/schema.py`; change it there.
 
 A key is written `section: {key: value}` in YAML and `section.key=value` on the command line; the command line wins.
-A file may start from another one with `base: other.yaml` (relative to itself) and then holds only what differs.
-Numbers may be written as `2e11` or `6e-5`. *(ours)* marks what the MoH paper does not give.
+A file may name another one with `base: other.yaml` (relative to itself) and then holds only the keys that differ.
+Numbers may be written as `2e11` or `6e-5`. *(ours)* marks values that the MoH paper does not give.
 Unknown keys, wrong types and combinations that cannot work are refused before anything is loaded, all in one message.
 """
 _HEAD = "| key | value | default | meaning |\n|---|---|---|---|"
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-_INNER: dict[type, str] = {
+_ENTRIES: dict[type, str] = {
     schema.RopeScaling: "model.rope_scaling",
     schema.SourceConfig: "An entry of data.sources",
     schema.WeightChange: "An entry of data.weight_changes",
@@ -39,26 +39,26 @@ _INNER: dict[type, str] = {
 
 
 def field_docstrings(section: type) -> dict[str, str]:
-    """The text below each field of a class, on one line; fields without one are left out."""
+    """The docstring below each field of a class, on one line; fields without one are left out."""
     body, found = _definition(section).body, {}
-    for field, text in itertools.pairwise(body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                found[name] = _prose(words)
+    for field, following in itertools.pairwise(body):
+        match field, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = _prose(text)
     return found
 
 
 def kind(hint: Any) -> str:
-    """What a field's type allows, in plain words."""
+    """The values that a field's type allows, in words."""
     arguments = get_args(hint)
     match get_origin(hint):
         case origin if origin is Annotated and isinstance(arguments[-1], str):
             return arguments[-1]
         case origin if origin is Annotated:
-            bounds = [words for each in arguments[1:] if isinstance(each, FieldInfo) for words in _bounds(each)]
+            bounds = [bound for field in arguments[1:] if isinstance(field, FieldInfo) for bound in _bounds(field)]
             return " ".join([kind(arguments[0]), ", ".join(bounds)]).strip()
         case origin if origin is Literal:
-            return ", ".join(f"`{each}`" for each in arguments)
+            return ", ".join(f"`{value}`" for value in arguments)
         case origin if origin in (Union, UnionType):
             return ", or ".join(map(kind, arguments))
         case origin if origin is dict:
@@ -85,7 +85,7 @@ def _bounds(field: FieldInfo) -> list[str]:
 
 
 def reference() -> str:
-    """The whole page."""
+    """The complete page."""
     page = [_INTRODUCTION]
     for name, section in get_type_hints(schema.Config).items():
         page.append(f"## {name}\n")
@@ -99,17 +99,16 @@ def reference() -> str:
         for field in dataclasses.fields(section):
             required = field.default is dataclasses.MISSING
             default = "required" if required else f"`{json.dumps(field.default)}`"
-            meaning = docstrings.get(field.name, "")
             key = section.__pydantic_fields__[field.name].alias or field.name
-            page.append(f"| `{name}.{key}` | {kind(hints[field.name])} | {default} | {meaning} |")
+            page.append(f"| `{name}.{key}` | {kind(hints[field.name])} | {default} | {docstrings[field.name]} |")
         page.append("")
-    for section, title in _INNER.items():
+    for section, title in _ENTRIES.items():
         page.append(f"## {title}\n\n{_prose(ast.get_docstring(_definition(section)) or '')}\n")
         page += ["| field | value | default | meaning |", "|---|---|---|---|"]
         hints, docstrings = get_type_hints(section, include_extras=True), field_docstrings(section)
         for field in dataclasses.fields(section):
             default = "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
-            page.append(f"| {field.name} | {kind(hints[field.name])} | {default} | {docstrings.get(field.name, '')} |")
+            page.append(f"| {field.name} | {kind(hints[field.name])} | {default} | {docstrings[field.name]} |")
         page.append("")
     return "\n".join(page)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Say what a run will need: the command moh-plan, run from a checkout of the repository."""
+"""Plans a run: the command moh-plan, run from a checkout of the repository."""
 
 import sys
 

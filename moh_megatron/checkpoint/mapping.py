@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moh_megatron.config.count import router_biases, router_weight_rows
 from moh_megatron.config.head_layout import HeadLayout, inverse
 from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.parameter_count import router_biases, router_weight_rows
 from moh_megatron.config.schema import Config, ModelConfig
 from moh_megatron.io.errors import UserError
 

@@ -1,8 +1,8 @@
-"""Say what a run will need before it is queued: memory of a rank, head balance, operations, communication, steps.
+"""Plans a run before it is queued: memory of a rank, head balance, operations, communication, steps.
 
 moh-plan llm_b_moh75 --world-size 64 --gpu-memory 80 parallel.tensor=2
 
-Needs no GPU and no torch, and allocates nothing.
+It needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.plan.advice import remedies
-from moh_megatron.plan.plan import make_plan
 from moh_megatron.plan.plan_report import GIB, Fit, as_mapping, as_text
+from moh_megatron.plan.run_plan import make_plan
 
 
 def ranks(text: str) -> int:
-    """A number of ranks."""
+    """Parse a number of ranks."""
     if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"The number of processes must be a whole number of at least 1. Got {text}")
     return int(text)
 
 
 def gigabytes(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -38,10 +38,10 @@ def gigabytes(text: str) -> float:
 
 
 def main() -> None:
-    parser = config_parser("Say what a run will need: memory, head balance, operations, communication.")
-    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="ranks of all nodes")
-    parser.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="of one GPU, in GiB: say whether it fits")
-    parser.add_argument("--json", action="store_true", help="every number, in bytes and operations")
+    parser = config_parser("Plan a run: memory of a rank, head balance, operations, communication.")
+    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="the number of ranks on all nodes")
+    parser.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="GiB of one GPU: say whether the run fits")
+    parser.add_argument("--json", action="store_true", help="print every number as JSON, in bytes and operations")
     arguments, config = parse_config(parser)
     plan, fit = make_plan(config, arguments.world_size), None
     if arguments.gpu_memory is not None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

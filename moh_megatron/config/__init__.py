@@ -1,1 +1,1 @@
-"""Configuration: typed values, read from YAML and the command line. Imports neither torch nor other parts of ours."""
+"""Configuration: typed values, read from YAML and the command line. Imports no torch."""

@@ -1,7 +1,7 @@
-"""Reading and writing YAML by the core schema of YAML 1.2 <https://yaml.org/spec/1.2.2/#103-core-schema>.
+"""Reads and writes YAML by the core schema of YAML 1.2 <https://yaml.org/spec/1.2.2/#103-core-schema>.
 
 PyYAML follows YAML 1.1, where ``2e11`` and ``6e-5`` are text, ``on`` is true, ``010`` is eight, ``12:30`` is 750 and
-``2024-01-01`` a date. The loader and the dumper here are private subclasses; PyYAML's own stay as they are.
+``2024-01-01`` a date. The loader and the dumper are private subclasses, so PyYAML's own classes are unchanged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows null, booleans, numbers, text, lists and mappings; collects the keys that stand twice."""
+    """Reads null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
 
-    # Empty tables of its own, so that nothing is added to, or inherited from, PyYAML.
+    # Empty tables of this class, so that nothing is added to PyYAML's or inherited from them.
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML declares it as an instance variable)
     yaml_constructors = {None: yaml.SafeLoader.construct_undefined}  # noqa: RUF012
 
@@ -35,49 +35,49 @@ class _Loader(yaml.SafeLoader):
 
     def construct_list(self, node: yaml.Node) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):
-            raise _refusal(node, "not a list")
-        return [self.construct_object(each, deep=True) for each in node.value]
+            raise _invalid(node, "not a list")
+        return [self.construct_object(item, deep=True) for item in node.value]
 
     def construct_keys(self, node: yaml.Node) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
-            raise _refusal(node, "not a mapping")
+            raise _invalid(node, "not a mapping")
         lines: dict[str, int] = {}
         mapping = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise _refusal(key_node, "a key must be plain text")
+                raise _invalid(key_node, "a key must be plain text")
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in lines:
-                self.duplicates.append(f"line {line}: '{key}' stands twice; it first stands in line {lines[key]}.")
+                self.duplicates.append(f"line {line}: duplicate key '{key}', first given in line {lines[key]}.")
             lines.setdefault(key, line)
             mapping[key] = self.construct_object(value_node, deep=True)
         return mapping
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would take for something else; writes no aliases."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.Node:
-        # Outside double quotes PyYAML writes some line separators as they are, and reads them back as a space.
+        # Outside double quotes PyYAML writes some line separators unescaped, and reads them back as a space.
         return self.represent_scalar(_PREFIX + "str", text, style=None if text.isprintable() else '"')
 
 
-def _refusal(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+def _invalid(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _scalar(pattern: re.Pattern[str], what: str, convert: Any) -> Any:
     def construct(loader: _Loader, node: yaml.Node) -> Any:
-        # An explicit tag (!!int abc) may stand on anything.
+        # An explicit tag (!!int abc) may precede any node.
         if not isinstance(node, yaml.ScalarNode) or not pattern.match(node.value):
-            raise _refusal(node, f"not {what}")
+            raise _invalid(node, f"not {what}")
         try:
             return convert(node.value)
         except ValueError as error:
-            raise _refusal(node, f"not {what} that can be read ({error})") from None
+            raise _invalid(node, f"not {what} that can be read ({error})") from None
 
     return construct
 
@@ -106,9 +106,10 @@ _Loader.add_constructor(_PREFIX + "map", _Loader.construct_keys)
 
 
 def parse(text: str) -> tuple[Any, list[str]]:
-    """Value of a YAML document, and a sentence for each key that stands twice in one mapping.
+    """The value of a YAML document, and a sentence for each duplicate key of a mapping.
 
-    Raises UserError with line and column where the text is not YAML.
+    Raises:
+        UserError: the text is not YAML; the message gives line and column.
     """
     loader = None
     try:
@@ -116,8 +117,8 @@ def parse(text: str) -> tuple[Any, list[str]]:
         return loader.get_single_data(), loader.duplicates
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(f"{place}not valid YAML: {error.problem or error.context}.") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{position}not valid YAML: {error.problem or error.context}.") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"line {line}: not valid YAML: character {error.character!r} is not allowed.") from None
@@ -129,5 +130,5 @@ def parse(text: str) -> tuple[Any, list[str]]:
 
 
 def dump(value: dict[str, Any]) -> str:
-    """YAML text that ``parse`` reads back to an equal value (tuples become lists)."""
+    """YAML text that ``parse`` reads back as an equal value (tuples become lists)."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

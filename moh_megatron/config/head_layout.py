@@ -1,11 +1,11 @@
-"""Where each attention head lives: logical head <-> (tensor-parallel rank, local slot).
+"""Places attention heads on ranks: logical head <-> (tensor-parallel rank, local slot).
 
-Megatron-core gives each tensor-parallel rank a contiguous run of whole KV groups. With the shared heads first, as the
-paper numbers them, the low ranks would get all of them: at TP 2 rank 0 works at 100 %, rank 1 hardly at all. The
-interleaved placement reorders the groups so that the contiguous runs, at every tensor-parallel size that divides the
-number of groups, hold as equal shares of the first n groups as whole groups allow.
+Megatron-core gives each tensor-parallel rank a contiguous slice of KV groups. With the shared heads first, as the paper
+numbers them, the low ranks would get all of them: at TP 2 rank 0 would work at 100 %, rank 1 hardly at all. The
+interleaved placement reorders the groups so that the slices, at every tensor-parallel size that divides the number of
+groups, hold shares of the first n groups that are as equal as complete groups allow.
 
-The order does not depend on the tensor-parallel size: a checkpoint needs no reordering to move between sizes.
+The order does not depend on the tensor-parallel size, so a checkpoint needs no reordering to change the size.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Literal, get_args
 Placement = Literal["interleaved", "contiguous"]
 
 LARGEST_IMBALANCE = 1.1
-"""The busiest rank's heads over the mean, from which on a report warns."""
+"""A report warns if the busiest rank's heads over the mean exceed this."""
 
 
 def inverse(order: Sequence[int]) -> list[int]:
-    """Where each of 0 .. n - 1 stands in ``order``, a permutation of them."""
+    """The inverse of ``order``, a permutation of 0 .. n - 1."""
     return sorted(range(len(order)), key=order.__getitem__)
 
 
 @functools.cache
 def _interleaved(count: int) -> tuple[int, ...]:
-    """Permutation of range(count): one number after another goes where the runs, of every size, have the fewest yet.
+    """A permutation of range(count): each number in turn takes the position whose slices, of every size, have fewest.
 
     For a power of two this is bit reversal.
     """
@@ -38,7 +38,7 @@ def _interleaved(count: int) -> tuple[int, ...]:
     placed: dict[int, int] = {}
     for number in range(count):
         free = (position for position in range(count) if position not in placed)
-        position = min(free, key=lambda at: (sum(taken[size][at * size // count] for size in sizes), at))
+        position = min(free, key=lambda index: (sum(taken[size][index * size // count] for size in sizes), index))
         placed[position] = number
         for size in sizes:
             taken[size][position * size // count] += 1
@@ -49,8 +49,8 @@ def _interleaved(count: int) -> tuple[int, ...]:
 class HeadLayout:
     """The placement of ``heads`` query heads in ``groups`` KV groups.
 
-    A *logical* head is the head's number in the router, in the exported model and in every figure; its *physical*
-    position is its row block in ``linear_qkv`` over all tensor-parallel ranks.
+    A *logical* head is the head's number in the router, the exported model and every figure. Its *physical* position is
+    its row block in ``linear_qkv``, counted over all tensor-parallel ranks.
     """
 
     heads: int
@@ -65,21 +65,21 @@ class HeadLayout:
 
     @cached_property
     def group_order(self) -> tuple[int, ...]:
-        """Logical KV group at each physical position."""
+        """The logical KV group at each physical position."""
         if self.placement == "contiguous":
             return tuple(range(self.groups))
         return _interleaved(self.groups)
 
     @cached_property
     def head_order(self) -> tuple[int, ...]:
-        """Logical head at each physical position."""
+        """The logical head at each physical position."""
         width = self.heads // self.groups
         return tuple(group * width + slot for group in self.group_order for slot in range(width))
 
     def expected_load(self, shared_heads: int | Sequence[int], active_heads: int, world_size: int) -> list[float]:
-        """Heads each tensor-parallel rank computes for a token, if the routed ones are chosen evenly.
+        """The heads each tensor-parallel rank computes for a token, if routed heads are chosen evenly.
 
-        ``shared_heads``, a count (the first n) or a list of logical heads, are always on; ``active_heads`` counts them.
+        ``shared_heads`` is a count (the first n) or a list of logical heads; ``active_heads`` includes them.
         """
         listed = list(range(shared_heads)) if isinstance(shared_heads, int) else list(shared_heads)
         shared, routed = set(listed), self.heads - len(listed)
@@ -94,21 +94,23 @@ class HeadLayout:
         return [sum(1.0 if head in shared else chance for head in heads) for heads in ranks]
 
     def imbalance(self, shared_heads: int | Sequence[int], active_heads: int, world_size: int) -> float:
-        """The busiest rank's heads over the mean: what each layer waits for."""
+        """The busiest rank's heads over the mean: the slowdown of each layer."""
         load = self.expected_load(shared_heads, active_heads, world_size)
         return max(load) * world_size / sum(load)
 
     @property
     def remedy(self) -> str:
-        """What evens out the ranks' work at every tensor-parallel size."""
+        """The advice that balances the ranks at every tensor-parallel size."""
         return (
             f"as many shared heads in each of the {self.groups} KV groups would even it out: "
             f"moh.shared_placement=spread, with moh.shared_heads a multiple of {self.groups}"
         )
 
     def report(self, shared_heads: int | Sequence[int], active_heads: int, in_use: int | None = None) -> str:
-        """A line for each tensor-parallel size up to 8 that divides the KV groups: load per rank, its balance, and the
-        remedy where it is uneven; for the size ``in_use`` alone, if that is given."""
+        """A line for each tensor-parallel size up to 8 that divides the KV groups: load of each rank and imbalance.
+
+        Uneven sizes also get the remedy; if ``in_use`` is given, only that size does.
+        """
         lines = []
         for size in (size for size in range(1, 9) if self.groups % size == 0):
             load = self.expected_load(shared_heads, active_heads, size)
@@ -121,7 +123,7 @@ class HeadLayout:
         return "\n".join(lines)
 
     def local_heads(self, rank: int, world_size: int) -> tuple[int, ...]:
-        """Logical heads of one tensor-parallel rank, in its local order."""
+        """The logical heads of one tensor-parallel rank, in local order."""
         if self.groups % world_size:
             raise ValueError(f"world_size must divide groups ({self.groups}). Got {world_size}.")
         share = self.heads // world_size

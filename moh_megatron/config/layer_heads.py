@@ -1,4 +1,4 @@
-"""Which heads each layer shares and how many it uses: the one reading of moh.shared_heads and moh.active_heads."""
+"""Resolves moh.shared_heads and moh.active_heads to the heads of each layer; nothing else reads these keys."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from moh_megatron.io.errors import UserError
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """The heads of one layer, by their logical numbers."""
+    """The heads of one layer, by logical number."""
 
     count: int
-    """Query heads."""
+    """The number of query heads."""
     shared: tuple[int, ...]
-    """Used by every token, in rising order."""
+    """The heads that every token uses, ascending."""
     active: int
-    """Used by a token, the shared ones included, when the activation schedule has run out."""
+    """The number of heads a token uses, shared ones included, when the activation schedule has ended."""
 
     @cached_property
     def routed(self) -> tuple[int, ...]:
-        """The others, in rising order."""
+        """The heads that are not shared, ascending."""
         return tuple(sorted(set(range(self.count)) - set(self.shared)))
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The heads as a router numbers them: shared ones first."""
+        """The heads in a router's order: shared ones first."""
         return (*self.shared, *self.routed)
 
     @property
     def top_k(self) -> int:
-        """Routed heads a token uses."""
+        """The number of routed heads a token uses."""
         return self.active - len(self.shared)
 
     def at(self, step: int, schedule_steps: int) -> LayerHeads:
-        """These heads after ``step`` steps of a schedule as in ``top_k_at``."""
+        """These heads after ``step`` steps of the activation schedule, see ``top_k_at``."""
         return replace(self, active=len(self.shared) + self.top_k_at(step, schedule_steps))
 
     def top_k_at(self, step: int, schedule_steps: int) -> int:
-        """Routed heads a token uses after ``step`` steps of a schedule that goes from all of them down to ``top_k``."""
+        """The number of routed heads a token uses after ``step`` steps: all at first, ``top_k`` at the end."""
         if step >= schedule_steps:
             return self.top_k
         surplus = len(self.routed) - self.top_k
@@ -50,10 +50,10 @@ class LayerHeads:
 
 
 def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
-    """One entry a layer, of a validated configuration; a dense model uses every head.
+    """The heads of each layer of a validated configuration; a dense model uses every head.
 
     Raises:
-        UserError: which heads are shared is still to be measured.
+        UserError: shared_placement is calibrated, and the shared heads have not been measured yet.
     """
     heads, layers = model.num_attention_heads, model.num_layers
     if not moh.enabled:
@@ -68,7 +68,7 @@ def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
 
 
 def heads_after(model: ModelConfig, moh: MoHConfig, step: int | None) -> tuple[LayerHeads, ...]:
-    """As ``layer_heads``, with the heads a token uses after ``step`` steps; None: when the schedule has run out."""
+    """``layer_heads`` after ``step`` steps of the activation schedule; None means when it has ended."""
     layers = layer_heads(model, moh)
     if step is None or not moh.enabled:
         return layers
@@ -83,26 +83,26 @@ def active_counts(active: int | Sequence[int] | str, heads: int, layers: int) ->
 
 
 def percentage_of(text: str, heads: int) -> Fraction:
-    """``"75%"`` of ``heads``, exactly; it may not be a whole number."""
+    """``"75%"`` of ``heads`` as an exact fraction."""
     return Fraction(text.removesuffix("%").strip()) / 100 * heads
 
 
 def active_share(model: ModelConfig, moh: MoHConfig) -> float:
     """The share of all heads of all layers that a token uses."""
     layers = layer_heads(model, moh)
-    return sum(each.active for each in layers) / sum(each.count for each in layers)
+    return sum(heads.active for heads in layers) / sum(heads.count for heads in layers)
 
 
 def _shared(model: ModelConfig, moh: MoHConfig, shared: int | Sequence[Sequence[int]]) -> Sequence[tuple[int, ...]]:
     if not isinstance(shared, int):
-        return [tuple(sorted(each)) for each in shared]
+        return [tuple(sorted(heads)) for heads in shared]
     heads, groups = model.num_attention_heads, model.query_groups
     if moh.shared_placement == "calibrated":
         raise UserError(
-            "moh.shared_placement: calibrated is not settled before a dense model has been measured. Use "
+            "moh.shared_placement: calibrated needs shared heads that are measured on a dense model. Use "
             "pipelines/continue_tune.py, which measures train.init_from, or list the heads in moh.shared_heads."
         )
     if moh.shared_placement == "first":
         return [tuple(range(shared))] * model.num_layers
-    width, each = heads // groups, shared // groups
-    return [tuple(group * width + slot for group in range(groups) for slot in range(each))] * model.num_layers
+    width, shared_width = heads // groups, shared // groups
+    return [tuple(group * width + slot for group in range(groups) for slot in range(shared_width))] * model.num_layers

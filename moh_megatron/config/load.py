@@ -1,10 +1,10 @@
-"""From YAML files and ``section.key=value`` overrides to a checked ``Config``, and back to YAML.
+"""Reads YAML files and ``section.key=value`` overrides into a checked ``Config``, and writes it as YAML.
 
-A file may name another as ``base:`` (relative to itself) and then states only what differs: a base's sections are
-inherited key by key. Mistakes are reported together, one per line, each with the file that holds it.
+A file may name another one as ``base:`` (relative to itself); it then holds only the keys that differ from the base.
+All mistakes are reported together, one per line, each with the file that holds it.
 
-``deepspeed`` is a free section: a mapping whose keys are not ours, nested as deep as its user likes. It is inherited
-and overridden leaf by leaf (``deepspeed.zero_optimization.reduce_scatter=false``).
+``deepspeed`` is a free section: a mapping with DeepSpeed's own keys, nested to any depth. It is inherited and
+overridden leaf by leaf (``deepspeed.zero_optimization.reduce_scatter=false``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMAND_LINE = "command line"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` and its bases, then the overrides (``section.key=value``; the last one of a key holds).
+    """Read ``path`` and its bases, then the overrides ``section.key=value``; the last one of a key wins.
 
     An empty value means null. Raises UserError with every mistake found.
     """
@@ -47,8 +47,11 @@ def completed_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """As ``load_config`` of an optional file, completed by ``defaults``: a function of what is stated, by section and
-    key. ``source`` says in messages where the defaults are from."""
+    """``load_config`` of an optional file, completed by ``defaults``.
+
+    ``defaults`` gets the given values by section and key, and returns values for keys that are not given. ``source``
+    names their origin in messages.
+    """
     draft = _Draft(source)
     for file, mapping in reversed(_chain(path, draft.problems)) if path is not None else ():
         draft.add(mapping, file)
@@ -59,19 +62,22 @@ def completed_config(
 
 
 def config_from_mapping(mapping: Mapping[str, Any], source: str) -> Config:
-    """Check a nested mapping, such as a checkpoint stores; ``source`` names it in messages. Raises UserError."""
+    """The configuration of a nested mapping, as a checkpoint stores it; ``source`` names it in messages.
+
+    Raises UserError with every mistake found.
+    """
     draft = _Draft(source)
     draft.add(mapping, source)
     return draft.finish()
 
 
 def mapping_of(config: Config) -> dict[str, dict[str, Any]]:
-    """Every value by section and key; ``config_from_mapping`` makes an equal Config of it."""
+    """Every value by section and key; ``config_from_mapping`` turns it back into an equal Config."""
     return TypeAdapter(Config).dump_python(config, by_alias=True)
 
 
 def dump_config(config: Config) -> str:
-    """YAML with every value spelled out; ``load_config`` reads it back to an equal Config."""
+    """YAML with every value; ``load_config`` reads it back as an equal Config."""
     return core_yaml.dump(mapping_of(config))
 
 
@@ -81,11 +87,11 @@ class _Setting(NamedTuple):
 
 
 class _Draft:
-    """A configuration being put together: what is set, by whom, and what is wrong with it so far."""
+    """A configuration under construction: the values set so far, their sources, and the problems found."""
 
     def __init__(self, source: str):
         self.source = source
-        """Blamed for what nobody set."""
+        """The source that messages name for values that are not set."""
         self.settings: dict[str, dict[str, _Setting]] = {}
         self.problems: list[str] = []
         self.keys = {
@@ -96,7 +102,7 @@ class _Draft:
         self.refused_sections: set[str] = set()
 
     def add(self, mapping: Mapping[str, Any], source: str) -> None:
-        """Lay ``mapping`` over what is set."""
+        """Set the values of ``mapping``, replacing earlier ones."""
         for section, values in mapping.items():
             if section not in self.keys:
                 self.problems.append(f"{source}: {section}: unknown section; {self._nearest_section(section)}")
@@ -118,7 +124,7 @@ class _Draft:
                     )
 
     def _add_leaves(self, section: str, values: Mapping[str, Any], source: str) -> None:
-        """As ``add``, for a free section: its settings are leaves, each under its dotted path."""
+        """``add`` for a free section, whose settings are leaves by dotted path."""
         settings = self.settings[section]
         for path, value in leaves(values):
             for other in [other for other in settings if within(other, path) or within(path, other)]:
@@ -126,7 +132,7 @@ class _Draft:
             settings[path] = _Setting(value, source)
 
     def override(self, text: str) -> None:
-        """Lay one ``section.key=value`` over what is set."""
+        """Set one ``section.key=value``, replacing an earlier value."""
         name, equals, value_text = text.partition("=")
         section, dot, key = name.partition(".")
         if not (equals and section and dot and key):
@@ -141,14 +147,14 @@ class _Draft:
         self.add({section: {key: value}}, COMMAND_LINE)
 
     def complete(self, mapping: Mapping[str, Mapping[str, Any]], source: str) -> None:
-        """Set what nobody has set."""
+        """Set the values of ``mapping`` that are not set yet."""
         for section, values in mapping.items():
             settings = self.settings.setdefault(section, {})
             for key, value in values.items():
                 settings.setdefault(key, _Setting(value, source))
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """What is set, by section and key."""
+        """The values set so far, by section and key."""
         return {
             section: {key: setting.value for key, setting in settings.items()}
             for section, settings in self.settings.items()
@@ -167,7 +173,7 @@ class _Draft:
         if config is None or self.problems:
             raise UserError("\n".join(self.problems))
         if found := violations(config):
-            raise UserError("\n".join(f"{self._origin(*each.key.split('.'))}: {each.message}" for each in found))
+            raise UserError("\n".join(f"{self._origin(*key.split('.'))}: {message}" for key, message in found))
         return config
 
     def _origin(self, section: str, key: str) -> str:
@@ -176,13 +182,13 @@ class _Draft:
 
     def _message(self, detail: Any) -> str:
         section, *rest = detail["loc"]
-        if not rest:  # the schema requires a section that nobody wrote
+        if not rest:  # a required section is missing
             return f"{self.source}: {section}: missing section; it has the keys {', '.join(self.keys[section])}."
         key, *index = rest
-        place = f"{self._origin(section, key)}: {section}.{key}" + "".join(f"[{each}]" for each in index)
+        location = f"{self._origin(section, key)}: {section}.{key}" + "".join(f"[{part}]" for part in index)
         if detail["type"] == "missing":
-            return f"{place}: missing; it has no default."
-        return f"{place}: {_expected(detail)}. Got {_shown(detail['input'])}."
+            return f"{location}: missing; it has no default."
+        return f"{location}: {_expected(detail)}. Got {_shown(detail['input'])}."
 
     def _nearest_section(self, name: str) -> str:
         if owners := [section for section, keys in self.keys.items() if name in keys]:
@@ -196,14 +202,14 @@ class _Draft:
 
 
 def nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
-    """The candidate a mistyped ``name`` was meant to be; ``otherwise`` and all of them, if none is near."""
+    """A message that suggests the candidate closest to ``name``; if none is close, ``otherwise`` and all candidates."""
     names = list(candidates)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"{otherwise} {', '.join(names)}."
 
 
 def _expected(detail: Any) -> str:
-    """What the schema wanted, in plain words, from pydantic's error type."""
+    """What the schema expects, in words, from pydantic's error type."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "int_type" | "int_from_float" | "int_parsing" | "int_parsing_size":
@@ -222,7 +228,7 @@ def _expected(detail: Any) -> str:
             return "must be a mapping of keys"
         case "unexpected_keyword_argument":
             return "is an unknown key"
-        case "one_of_several":
+        case "expected":
             return detail["msg"]
         case "literal_error":
             return f"must be {context['expected']}"
@@ -255,7 +261,7 @@ def _shown(value: Any) -> str:
 
 
 def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The file and its bases, nearest first, each with what it states; keys that stand twice go to ``problems``."""
+    """The file and its bases, nearest first, each with its mapping; duplicate keys are added to ``problems``."""
     chain: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
     current: Path | None = find_config(path)
@@ -263,7 +269,7 @@ def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, A
     while current is not None:
         mapping = _read(current, named_by, problems)
         if current.resolve() in seen:
-            raise UserError(f"{named_by}goes in a circle: {' -> '.join([*(file for file, _ in chain), str(current)])}.")
+            raise UserError(f"{named_by}forms a cycle: {' -> '.join([*(file for file, _ in chain), str(current)])}.")
         seen.append(current.resolve())
         base = mapping.pop("base", None)
         chain.append((str(current), mapping))

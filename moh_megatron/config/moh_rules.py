@@ -1,4 +1,4 @@
-"""Rules of the moh section: which heads there can be, and which settings go together."""
+"""Checks the rules of the section moh: which heads are possible, and which settings go together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from moh_megatron.config.violation import Violation, nearest_multiples
 
 
 def moh_violations(config: Config) -> list[Violation]:
-    """Every rule that the moh section breaks, by itself or beside the model; none of a dense model."""
+    """Every rule that the section moh breaks; none for a dense model."""
     if not config.moh.enabled:
         return []
     return [*(list(_shape(config)) or _counts(config)), *_settings(config)]
 
 
 def _shape(config: Config) -> Iterator[Violation]:
-    """What shared_heads and active_heads must be before their numbers can be compared."""
+    """Rules that shared_heads and active_heads must satisfy before their numbers can be compared."""
     moh, model = config.moh, config.model
     heads, layers = model.num_attention_heads, model.num_layers
     shared, active = moh.shared_heads, moh.active_heads
@@ -35,12 +35,12 @@ def _shape(config: Config) -> Iterator[Violation]:
             f"nearest: {math.floor(exact)} or {math.ceil(exact)}.",
         )
     if isinstance(shared, tuple):
-        for index, each in enumerate(shared):
-            if len(set(each)) != len(each) or any(head >= heads for head in each):
+        for index, layer in enumerate(shared):
+            if len(set(layer)) != len(layer) or any(head >= heads for head in layer):
                 yield Violation(
                     "moh.shared_heads",
                     f"moh.shared_heads[{index}] must be distinct heads below model.num_attention_heads ({heads}). "
-                    f"Got {list(each)}.",
+                    f"Got {list(layer)}.",
                 )
     if isinstance(shared, int) and shared > heads:
         yield Violation(
@@ -50,7 +50,7 @@ def _shape(config: Config) -> Iterator[Violation]:
 
 
 def _counts(config: Config) -> Iterator[Violation]:
-    """Whether every layer has something to route, or nothing but shared heads."""
+    """The rule that every layer has heads to route, or shared heads only."""
     moh, heads, layers = config.moh, config.model.num_attention_heads, config.model.num_layers
     assert moh.shared_heads is not None
     assert moh.active_heads is not None
@@ -62,24 +62,24 @@ def _counts(config: Config) -> Iterator[Violation]:
     yield from _spread(config, shared)
 
 
-def _layer(place: str, shared: int, active: int, heads: int, moh: MoHConfig) -> Iterator[Violation]:
-    if shared == heads:  # shared heads only: nothing is left to route
+def _layer(index: str, shared: int, active: int, heads: int, moh: MoHConfig) -> Iterator[Violation]:
+    if shared == heads:  # shared heads only
         if active != heads:
             yield Violation(
                 "moh.active_heads",
-                f"moh.active_heads{place} must equal model.num_attention_heads ({heads}), as moh.shared_heads does. "
+                f"moh.active_heads{index} must equal model.num_attention_heads ({heads}), as moh.shared_heads does. "
                 f"Got {active}.",
             )
         if moh.router == "query_norm":
             yield Violation(
                 "moh.router",
-                f"moh.router: query_norm needs a routed head: moh.shared_heads{place} must be less than "
+                f"moh.router: query_norm needs a routed head: moh.shared_heads{index} must be less than "
                 f"model.num_attention_heads ({heads}). Got {shared}.",
             )
     elif not shared < active <= heads:
         yield Violation(
             "moh.active_heads",
-            f"moh.active_heads{place} must be greater than moh.shared_heads ({shared}) and at most "
+            f"moh.active_heads{index} must be greater than moh.shared_heads ({shared}) and at most "
             f"model.num_attention_heads ({heads}). Got {active}.",
         )
 
@@ -105,8 +105,8 @@ def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
 def _settings(config: Config) -> Iterator[Violation]:
     moh, steps = config.moh, config.train.steps
     if moh.router == "query_norm":
-        for key, asked in (("z_loss_coefficient", moh.z_loss_coefficient > 0), ("freeze_router", moh.freeze_router)):
-            if asked:
+        for key, is_set in (("z_loss_coefficient", moh.z_loss_coefficient > 0), ("freeze_router", moh.freeze_router)):
+            if is_set:
                 yield Violation(
                     f"moh.{key}",
                     f"moh.{key} needs moh.router: learned; the query_norm router has no logits and no weights of its "

@@ -1,4 +1,4 @@
-"""Nested mappings as flat ones, and back: ``{a: {b: 1}}`` is ``{a.b: 1}``."""
+"""Converts nested mappings to flat ones and back: ``{a: {b: 1}}`` <-> ``{a.b: 1}``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of all that is not a mapping itself; an empty mapping says nothing."""
+    """The dotted path and value of every entry that is not a mapping; an empty mapping has none."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{above}{key}.")
@@ -28,5 +28,5 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def within(path: str, above: str) -> bool:
-    """Whether ``path`` is ``above`` or lies below it."""
+    """Whether ``path`` equals ``above`` or lies below it."""
     return f"{path}.".startswith(f"{above}.")

@@ -1,4 +1,4 @@
-"""Where a run keeps what: every path that follows from ``run.dir``; and what is said of a path that is no folder."""
+"""The paths that follow from ``run.dir``, and checks of folders that a user names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from moh_megatron.io.errors import UserError
 
 
 def data_dir(config: Config) -> Path:
-    """The prepared dataset and its tokenizer."""
+    """The folder of the prepared dataset and its tokenizer."""
     return Path(config.data.dir) if config.data.dir is not None else Path(config.run.dir) / "data"
 
 
 def checkpoint_dir(config: Config) -> Path:
-    """The run's checkpoints, one folder each."""
+    """The folder of the run's checkpoints, each a folder of its own."""
     return Path(config.run.dir) / "checkpoints"
 
 
@@ -24,9 +24,9 @@ def hf_dir(config: Config) -> Path:
 
 
 def refuse_checkpoint(run_dir: str) -> None:
-    """Raise UserError where ``run_dir`` is or lies in a checkpoint, whose files a run would replace by its own."""
-    place = Path(run_dir).resolve()
-    for folder in (place, *place.parents):
+    """Raise UserError if ``run_dir`` is or lies in a checkpoint, whose files the run would replace."""
+    path = Path(run_dir).resolve()
+    for folder in (path, *path.parents):
         if (folder / "manifest.json").is_file() and (folder / "weights").is_dir():
             raise UserError(
                 f"run.dir must lie outside every checkpoint. Got {run_dir}, and {folder} is one. Name another folder."
@@ -34,6 +34,6 @@ def refuse_checkpoint(run_dir: str) -> None:
 
 
 def require_folder(path: Path, expected: str) -> None:
-    """Raise UserError, which says what was ``expected``, unless ``path`` is a folder."""
+    """Raise UserError, with what was ``expected``, unless ``path`` is a folder."""
     if not path.is_dir():
         raise UserError(f"{path}: {'a file' if path.exists() else 'no such folder'}. Expected {expected}.")

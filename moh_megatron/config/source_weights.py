@@ -1,4 +1,4 @@
-"""Which share of the sequences comes from which source, at which step."""
+"""The share of each source in the training sequences, step by step, and the rules of data.sources."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from moh_megatron.config.schema import Config
 from moh_megatron.config.violation import Violation
 
 ONLY = "data"
-"""The one source of a configuration without data.sources."""
+"""The name of the only source of a configuration without data.sources."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps [start, stop) with the same shares."""
+    """The steps [start, stop), in which the shares stay the same."""
 
     start: int
     stop: int
     shares: dict[str, float]
-    """Of each source, in the order of the configuration; their sum is 1."""
+    """The share of each source, in the order of the configuration; their sum is 1."""
 
 
 def phases(config: Config) -> list[Phase]:
-    """The steps of the run, cut where weights change."""
+    """The phases of the run: a new one starts where weights change."""
     weights = {source.name: source.weight for source in config.data.sources} or {ONLY: 1.0}
     starts = [(0, dict(weights))]
     for change in config.data.weight_changes:
@@ -32,14 +32,17 @@ def phases(config: Config) -> list[Phase]:
         starts.append((change.step, weights))
     stops = [min(start, config.train.steps) for start, _ in starts[1:]] + [config.train.steps]
     return [
-        Phase(start, stop, {name: weight / sum(each.values()) for name, weight in each.items()})
-        for (start, each), stop in zip(starts, stops, strict=True)
+        Phase(start, stop, {name: weight / sum(weights.values()) for name, weight in weights.items()})
+        for (start, weights), stop in zip(starts, stops, strict=True)
         if start < stop
     ]
 
 
 def shares_until(config: Config, step: int) -> list[tuple[int, dict[str, float]]]:
-    """What the samples of the steps before ``step`` depend on: neighbouring phases with the same shares are one."""
+    """(start, shares) of the phases before ``step``, with consecutive phases of the same shares merged.
+
+    The samples of the steps before ``step`` depend on nothing else.
+    """
     found: list[tuple[int, dict[str, float]]] = []
     for phase in phases(config):
         if phase.start < step and (not found or found[-1][1] != phase.shares):
@@ -48,13 +51,13 @@ def shares_until(config: Config, step: int) -> list[tuple[int, dict[str, float]]
 
 
 def mean_by_shares(config: Config, step: int, losses: Mapping[str, float]) -> float | None:
-    """Mean of the sources' ``losses`` by their shares after ``step`` steps; None where no source with a share has one.
+    """The mean of the sources' ``losses``, weighted by their shares after ``step`` steps.
 
-    A source that holds no text out is left out.
+    Sources without held-out text are left out; None if no source with a share has a loss.
     """
     shares = shares_until(config, max(step, 1))[-1][1]
     share = sum(shares[name] for name in losses)
-    return sum(shares[name] * each for name, each in losses.items()) / share if share else None
+    return sum(shares[name] * loss for name, loss in losses.items()) / share if share else None
 
 
 def blend_violations(config: Config) -> Iterator[Violation]:

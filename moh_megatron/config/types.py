@@ -1,4 +1,4 @@
-"""The types of configuration values: strict where YAML is generous."""
+"""The types of configuration values, stricter than YAML's own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic_core import PydanticCustomError
 
 
 def _integral(value: Any) -> Any:
-    """Let ``2e11`` stand for an integer, as people write token counts."""
+    """Convert ``2e11`` to an integer, because token counts are written so."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Strict, so that "12", yes and 1 are never taken for 12, true and true.
+# Strict: "12" is not read as 12, and neither yes nor 1 as true.
 Int = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bool = Annotated[bool, Field(strict=True)]
@@ -44,54 +44,53 @@ def _head_budget(value: Any) -> int | tuple[int, ...] | str | None:
         return value
     if value is None or _is_count(_integral(value), 1):
         return _integral(value)
-    if isinstance(value, list | tuple) and value and all(_is_count(each, 1) for each in value):
+    if isinstance(value, list | tuple) and value and all(_is_count(count, 1) for count in value):
         return tuple(value)
     raise PydanticCustomError(
-        "one_of_several", "must be a number of heads above 0, a list of them, one a layer, or a percentage as in 75%"
+        "expected", "must be a number of heads above 0, a list of them, one a layer, or a percentage as in 75%"
     )
 
 
 def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
     if value is None or _is_count(_integral(value), 0):
         return _integral(value)
-    if isinstance(value, list | tuple) and value and all(_is_set(each) for each in value):
-        return tuple(tuple(each) for each in value)
-    raise PydanticCustomError(
-        "one_of_several", "must be a number of heads, or for each layer a list of heads counted from 0"
-    )
+    if isinstance(value, list | tuple) and value and all(_is_set(heads) for heads in value):
+        return tuple(tuple(heads) for heads in value)
+    raise PydanticCustomError("expected", "must be a number of heads, or for each layer a list of heads counted from 0")
 
 
 def _path(value: str) -> str:
     if "\0" in value:
-        raise PydanticCustomError("one_of_several", "must be a path, and no path holds a NUL character")
-    return os.path.expanduser(value)  # "~" is the user's home, here as in the shell
+        raise PydanticCustomError("expected", "must be a path, and no path holds a NUL character")
+    return os.path.expanduser(value)  # "~" is the user's home, as in the shell
 
 
 def _name(value: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
         return value
-    raise PydanticCustomError("one_of_several", "must be a name of letters, digits, '_', '.' and '-'")
+    raise PydanticCustomError("expected", "must be a name of letters, digits, '_', '.' and '-'")
 
 
 def _shard(value: str | None) -> str | None:
     if value is None or ((match := _SHARD.fullmatch(value)) and 1 <= int(match[1]) <= int(match[2])):
         return value
-    raise PydanticCustomError("one_of_several", "must be i/n with 1 <= i <= n, such as 3/16")
+    raise PydanticCustomError("expected", "must be i/n with 1 <= i <= n, such as 3/16")
 
 
 def _template(value: str | None) -> str | None:
     if value is None:
         return None
     try:
-        fields = [each[1:] for each in Formatter().parse(value) if each[1] is not None]
+        fields = [part[1:] for part in Formatter().parse(value) if part[1] is not None]
     except ValueError as error:
-        raise PydanticCustomError("one_of_several", "must be a template ({reason})", {"reason": str(error)}) from None
-    plain = [bool(field) and not set(field) & set(".[]") and not spec and not turn for field, spec, turn in fields]
+        raise PydanticCustomError("expected", "must be a template ({reason})", {"reason": str(error)}) from None
+    plain = [
+        bool(field) and not set(field) & set(".[]") and not spec and not conversion
+        for field, spec, conversion in fields
+    ]
     if plain and all(plain):
         return value
-    raise PydanticCustomError(
-        "one_of_several", "must name fields of the records, such as {example}", {"example": "{text}"}
-    )
+    raise PydanticCustomError("expected", "must name fields of the records, such as {example}", {"example": "{text}"})
 
 
 HeadBudget = Annotated[

@@ -1,4 +1,4 @@
-"""Rules across sections: what is typed rightly, and still cannot work."""
+"""Checks the rules between keys: combinations of valid values that cannot work."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moh_megatron.io.errors import UserError
 
 
 def validate(config: Config) -> None:
-    """Raise UserError with every violation, one per line."""
+    """Raise UserError with every violation of a rule, one per line."""
     if found := violations(config):
-        raise UserError("\n".join(each.message for each in found))
+        raise UserError("\n".join(violation.message for violation in found))
 
 
 def violations(config: Config) -> list[Violation]:
-    """Every rule across sections that ``config`` breaks."""
+    """Every rule between keys that ``config`` breaks."""
     return [
         *_model(config),
         *moh_violations(config),
@@ -33,7 +33,7 @@ def violations(config: Config) -> list[Violation]:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Data-parallel replicas among ``world_size`` processes. Raises UserError if they do not fit."""
+    """The number of data-parallel replicas of ``world_size`` processes. Raises UserError if it does not fit."""
     tensor = config.parallel.tensor
     if world_size < 1 or world_size % tensor:
         alternatives = nearest_divisors(tensor, math.gcd(max(world_size, 1), _tensor_limit(config)))
@@ -45,7 +45,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def gradient_accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches each replica runs per step. Raises UserError if the batch cannot be shared out."""
+    """The number of micro-batches of each replica in a step. Raises UserError if the batch cannot be divided."""
     replicas = data_parallel_size(config, world_size)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % (micro * replicas):
@@ -248,6 +248,6 @@ def _evaluate(config: Config) -> Iterator[Violation]:
 
 
 def _tensor_limit(config: Config) -> int:
-    """The largest tensor-parallel size the model allows; its divisors are the others."""
+    """The largest tensor-parallel size of the model; its divisors are the other possible sizes."""
     model = config.model
     return math.gcd(model.num_attention_heads, model.query_groups, model.vocab_size, model.ffn_hidden_size)

@@ -1,4 +1,4 @@
-"""A rule that a configuration breaks, and what would be near enough."""
+"""A violation of a configuration rule, and the nearest values that would satisfy it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 class Violation(NamedTuple):
     key: str
-    """The key to mend, ``section.key``."""
+    """The key to change, ``section.key``."""
     message: str
 
 
@@ -18,10 +18,10 @@ def nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {below + divisor}" if below > 0 else str(divisor)
 
 
-def nearest_divisors(value: int, of: int) -> str:
-    """The divisors of ``of`` on both sides of ``value``."""
-    small = [each for each in range(1, math.isqrt(of) + 1) if of % each == 0]
-    divisors = sorted({*small, *(of // each for each in small)})
-    below = [each for each in divisors if each < value][-1:]
-    above = [each for each in divisors if each > value][:1]
+def nearest_divisors(value: int, number: int) -> str:
+    """The divisors of ``number`` on both sides of ``value``."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    divisors = sorted({*small, *(number // divisor for divisor in small)})
+    below = [divisor for divisor in divisors if divisor < value][-1:]
+    above = [divisor for divisor in divisors if divisor > value][:1]
     return " or ".join(map(str, below + above))

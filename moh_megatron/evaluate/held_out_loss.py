@@ -16,7 +16,7 @@ from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
-from moh_megatron.model.single import be_alone
+from moh_megatron.model.single import init_single_process
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def validation_loss(loaded: LoadedModel, config: Config) -> dict[str, Any]:
 
     Raises UserError where the data cannot be read or another tokenizer encoded them.
     """
-    be_alone(config.run.seed)
+    init_single_process(config.run.seed)
     data = load_prepared(config)
     tokenizer = data.tokenizer()
     own = load_tokenizer(loaded.tokenizer_dir)

@@ -17,8 +17,9 @@ from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
-from moh_megatron.model.build import DTYPES, token_losses
+from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
+from moh_megatron.model.tensors import DTYPES
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,12 @@
-"""From a configuration to a Megatron-core GPTModel on this rank."""
+"""Builds this rank's Megatron-core GPTModel from a configuration, and calls it.
+
+Legend: S sequence, B batch, H head size.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +18,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
-from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.layer_heads import heads_after, layer_heads
-from moh_megatron.config.schema import Config
-from moh_megatron.io.errors import UserError
+from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.schema import Config, ModelConfig
 from moh_megatron.model.core_attention import CausalAttention
-from moh_megatron.model.dtypes import DTYPES
 from moh_megatron.model.norm import RMSNorm
-from moh_megatron.model.packed_gpt import PackedGPTModel
-from moh_megatron.model.packing import document_ends, document_positions
-from moh_megatron.model.padding import mask_padding
-from moh_megatron.model.rope import inverse_frequencies
+from moh_megatron.model.packing import PackedGPTModel, document_ends, document_positions
+from moh_megatron.model.tensors import DTYPES
 from moh_megatron.moh.attention import MoHSelfAttention
-from moh_megatron.moh.backends.choice import choose_backend
-from moh_megatron.moh.backends.flash import flash_refusal
-from moh_megatron.moh.sparse_attention import refusal
+from moh_megatron.parallel import groups
 
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -36,9 +35,11 @@ _RECOMPUTE: dict[str, dict[str, object]] = {
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-core's own configuration. Weights are drawn on the CPU, whole, and then sharded: the same seed gives
-    the same model at every tensor-parallel size. Fusions that write ``main_grad`` or need CUDA are off: DeepSpeed
-    reads ``.grad``."""
+    """Megatron-core's own configuration.
+
+    Full weights are drawn on the CPU and then sharded, so the same seed gives the same model at every tensor-parallel
+    size. Fusions that write ``main_grad`` or need CUDA are off: DeepSpeed reads ``.grad``.
+    """
     model, dtype = config.model, DTYPES[config.train.precision]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -91,8 +92,8 @@ def _block_spec(config: Config, accumulation_steps: int) -> TransformerBlockSubm
 def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     """This rank's part of the model, freshly initialised from the current random state.
 
-    The process groups must exist (``parallel.groups.initialize``). ``accumulation_steps`` scales the routers' losses
-    as the engine scales the main one.
+    The process groups must exist (``parallel.groups.initialize``). The routers' losses are divided by
+    ``accumulation_steps``, as the engine divides the language-model loss.
     """
     model = config.model
     model_class = PackedGPTModel if config.data.document_mask else GPTModel
@@ -106,66 +107,40 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
     )
     if model.rope_scaling is not None:
-        # Megatron-core's own scaling has LLaMA 3.1's constants built in.
+        # Megatron-core's own scaling has the constants of LLaMA 3.1 built in.
         built.rotary_pos_emb.inv_freq = inverse_frequencies(model)
     if model.vocab_padding:
         mask_padding(built.output_layer, model.tokens)
     return built
 
 
-def attention_backends(config: Config, device: torch.device, step: int | None = None) -> list[list[str]]:
-    """Of each layer, what computes attention on each tensor-parallel rank, of one document as long as a sequence.
+def inverse_frequencies(model: ModelConfig) -> Tensor:
+    """RoPE's frequencies [H / 2], fp32, in radians a position: base ** (-2 i / H), scaled by ``model.rope_scaling``.
 
-    ``auto`` as it resolves for the shares that are expected after ``step`` steps of the activation schedule (None: of
-    the finished one).
+    llama3 follows LLaMA 3.1: of a wave that fits ``turns`` times into the original context, the part
+    (turns - low) / (high - low), clamped to [0, 1], keeps its frequency; the rest is divided by ``factor``.
     """
-    model, moh, tensor = config.model, config.moh, config.parallel.tensor
-    if moh.fixed_backend is not None:
-        return [[moh.fixed_backend] * tensor] * model.num_layers
-    layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
-    length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
-    return [
-        [
-            choose_backend(length=length, share=load * tensor / heads.count, dtype=dtype, device=device)
-            for load in layout.expected_load(heads.shared, heads.active, tensor)
-        ]
-        for heads in heads_after(model, moh, step)
-    ]
+    size, scaling = model.head_dim, model.rope_scaling
+    unscaled = 1.0 / model.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if scaling is None:
+        return unscaled
+    if scaling.type == "linear":
+        return unscaled / scaling.factor
+    turns = scaling.original_max_position_embeddings * unscaled / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return unscaled * kept + unscaled / scaling.factor * (1 - kept)
 
 
-def attention_backend(config: Config, device: torch.device) -> str:
-    """The backend that computes attention in training, when the activation schedule has run out.
+def mask_padding(output_layer: torch.nn.Module, tokens: int) -> None:
+    """Set the logits of vocabulary entries from ``tokens`` on to minus infinity, on the ranks that hold them."""
 
-    Layers and tensor-parallel ranks whose shares differ may take different ones: all are named then.
-    """
-    if config.moh.fixed_backend is not None:
-        return config.moh.fixed_backend
-    backends = sorted({each for layer in attention_backends(config, device) for each in layer})
-    named = " or ".join(backends) + (", by the heads of a layer and rank" if len(backends) > 1 else "")
-    return f"{named}, dense where documents are short" if config.data.document_mask and named != "dense" else named
+    def mask(layer: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        width = logits.shape[-1]
+        entries = torch.arange(width, device=logits.device) + groups.tp_group().rank() * width
+        return logits.masked_fill(entries >= tokens, -torch.inf), bias
 
-
-def check_backend(config: Config, device: torch.device) -> None:
-    """Raise UserError where ``moh.backend`` cannot compute in this precision on this device."""
-    moh = config.moh
-    if moh.enabled and (reason := refusal(moh.backend, DTYPES[config.train.precision], device)):
-        raise UserError(f"moh.backend: {reason} Got {config.train.precision} on {device.type}; use auto or gathered.")
-
-
-def attention_warning(config: Config, device: torch.device) -> str | None:
-    """Why dense attention will be slow on this GPU; None where it is not, or where something else computes it."""
-    if device.type != "cuda" or attention_backend(config, device) != "dense":
-        return None
-    model, tensor = config.model, config.parallel.tensor
-    reason = flash_refusal(
-        length=config.train.sequence_length,
-        heads=model.num_attention_heads // tensor,
-        groups=model.query_groups // tensor,
-        head_dim=model.head_dim,
-        dtype=DTYPES[config.train.precision],
-        device=device,
-    )
-    return reason and f"attention runs without the flash kernel, slower and with more memory: {reason}"
+    output_layer.register_forward_hook(mask)
 
 
 def position_ids(tokens: Tensor) -> Tensor:
@@ -174,23 +149,23 @@ def position_ids(tokens: Tensor) -> Tensor:
 
 
 def token_losses(model: torch.nn.Module, tokens: Tensor, eos_token_id: int | None = None) -> Tensor:
-    """Cross-entropy of each next token, nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks.
+    """Cross-entropy of each next token, in nats: tokens [B, S + 1] -> [B, S], the same on all tensor-parallel ranks.
 
     With ``eos_token_id``, for a model built with data.document_mask, attention stays inside each document and
-    positions restart there.
+    positions restart at its start.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return model(*model_arguments(inputs, eos_token_id), labels=labels)
 
 
 def model_arguments(inputs: Tensor, eos_token_id: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model is called with for tokens [B, S]; ``eos_token_id`` as in ``token_losses``."""
+    """Token ids, positions and attention mask for inputs [B, S]; ``eos_token_id`` as in ``token_losses``."""
     if eos_token_id is None:
         return inputs, position_ids(inputs), None
-    # In the place of the mask: Megatron-core hands it to attention unread (see MoHSelfAttention).
+    # cu_seqlens takes the place of the mask, which Megatron-core passes to attention unread (see MoHSelfAttention).
     return inputs, document_positions(inputs, eos_token_id), document_ends(inputs, eos_token_id)
 
 
 def moh_layers(model: torch.nn.Module) -> list[MoHSelfAttention]:
-    """The MoH attention modules, first layer first; none in a dense model."""
+    """The MoH attention modules in the order of the layers; none in a dense model."""
     return [module for module in model.modules() if isinstance(module, MoHSelfAttention)]

@@ -1,6 +1,6 @@
-"""Causal attention for Megatron-core's own SelfAttention: what the dense twin of a MoH model uses.
+"""The core attention of dense models, for Megatron-core's own SelfAttention.
 
-Megatron-core's DotProductAttention builds its mask on the GPU and forks the GPU's random state; this needs neither.
+Megatron-core's DotProductAttention builds its mask on the GPU and forks the GPU's random state; this one does neither.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moh_megatron.moh.backends.dense import causal_attention
-from moh_megatron.moh.document_attention import document_attention
+from moh_megatron.moh.packed_documents import attend_packed
 
 
 class CausalAttention(MegatronModule):
-    """Fused causal softmax attention over all heads."""
+    """``causal_attention`` over all heads, in Megatron-core's ``core_attention`` slot."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **unused: Any
@@ -33,4 +33,4 @@ class CausalAttention(MegatronModule):
         ``attention_mask`` carries cu_seqlens, as in ``MoHSelfAttention``.
         """
         attention = functools.partial(causal_attention, scale=self.softmax_scale)
-        return document_attention(attention, attention_mask, query, key, value).flatten(-2)
+        return attend_packed(attention, attention_mask, query, key, value).flatten(-2)

@@ -1,4 +1,4 @@
-"""How far a model's next-token distribution is from a frozen one's: the KL divergence of sharded logits.
+"""Distillation: the KL divergence of a model's next-token distribution from a frozen model's, on sharded logits.
 
 Legend: S sequence, B batch, V vocabulary, v this tensor-parallel rank's share of it.
 """
@@ -17,7 +17,7 @@ from moh_megatron.parallel import groups
 
 
 def log_probabilities(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of log softmax over the whole vocabulary, fp32: logits [..., v] -> [..., v]."""
+    """This rank's part of the log softmax over the full vocabulary, in fp32: logits [..., v] -> [..., v]."""
     logits = logits.float()
     largest = logits.amax(-1, keepdim=True)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -30,12 +30,12 @@ def log_probabilities(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:
-        there, here = log_probabilities(teacher, group), log_probabilities(student, group)
-        wanted = there.exp()
-        # A padded entry's logit is minus infinity on both sides: probability 0, difference not a number.
-        divergence = (wanted * (there - here)).masked_fill(wanted == 0, 0.0).sum(-1)
+        teacher_log, student_log = log_probabilities(teacher, group), log_probabilities(student, group)
+        target = teacher_log.exp()
+        # A padded entry's logit is minus infinity in both models: its probability is 0, the difference of logs NaN.
+        divergence = (target * (teacher_log - student_log)).masked_fill(target == 0, 0.0).sum(-1)
         dist.all_reduce(divergence, group=group)
-        ctx.save_for_backward(here.exp_().sub_(wanted))
+        ctx.save_for_backward(student_log.exp_().sub_(target))
         ctx.dtype = student.dtype
         return divergence
 
@@ -46,9 +46,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """KL(teacher || student) of each token, nats: two logits [..., v] -> [...], the same on every rank of ``group``.
+    """KL(teacher || student) of each token, in nats: two logits [..., v] -> [...], the same on every rank of ``group``.
 
-    The gradient goes to ``student`` alone; each rank gets that of its own entries.
+    Only ``student`` gets a gradient; each rank gets that of its own vocabulary entries.
     """
     return _Divergence.apply(student, teacher, group)  # type: ignore[return-value]
 
@@ -56,14 +56,14 @@ def divergence(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Te
 def distilled_losses(
     model: torch.nn.Module, teacher: torch.nn.Module, tokens: Tensor, eos_token_id: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and divergence from ``teacher`` of each next token: tokens [B, S + 1] -> two [B, S], nats.
+    """Cross-entropy and divergence from ``teacher`` of each next token: tokens [B, S + 1] -> two [B, S], in nats.
 
     ``eos_token_id`` as in ``token_losses``.
     """
     arguments = model_arguments(tokens[:, :-1].contiguous(), eos_token_id)
     with torch.no_grad():
-        wanted = teacher(*arguments)
+        teacher_logits = teacher(*arguments)
     logits = model(*arguments)
-    distance = divergence(logits, wanted, groups.tp_group())
-    # Last: Megatron-core's cross-entropy overwrites the logits.
+    distance = divergence(logits, teacher_logits, groups.tp_group())
+    # The cross-entropy comes last: Megatron-core's overwrites the logits.
     return vocab_parallel_cross_entropy(logits, tokens[:, 1:].contiguous()), distance

@@ -1,4 +1,4 @@
-"""Text from a Megatron-core model, for a look at what it learned: no cache, every tensor-parallel rank takes part."""
+"""Generates tokens with a Megatron-core model, without a KV cache; every tensor-parallel rank takes part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moh_megatron.parallel.gradients import gather_last_dimension
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One token from logits [V]: greedy at temperature 0, else from the ``top_k`` most likely (all, if None)."""
+    """One token from logits [V]: the most likely at temperature 0, else drawn from the ``top_k`` most likely or all."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.float().cpu() / temperature
@@ -35,17 +35,17 @@ def continue_text(
     seed: int,
     device: torch.device,
 ) -> list[int]:
-    """The tokens that follow ``prompt`` (at least one token), up to ``stop_token``, which is left out.
+    """The tokens that follow ``prompt`` (at least one token), up to and without ``stop_token``.
 
-    ``model`` is in evaluation mode; it sees at most ``context`` tokens. All tensor-parallel ranks call this and draw
-    the same tokens.
+    ``model`` is in evaluation mode and sees at most the last ``context`` tokens. All tensor-parallel ranks call this
+    and draw the same tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     group = groups.tp_group()
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = tokens[-context:]
-        # Sequence parallelism cuts the sequence evenly; what stands after the last token cannot influence it.
+        # Sequence parallelism needs a divisible length; causal attention ignores the padding after the last token.
         padding = -len(window) % group.size()
         ids = torch.tensor([window + [stop_token] * padding], device=device)
         last = model(ids, position_ids(ids), None)[:, len(window) - 1].contiguous()

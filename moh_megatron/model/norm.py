@@ -1,4 +1,4 @@
-"""RMSNorm for Megatron-core's layer spec; its local one refuses sequence parallelism."""
+"""RMSNorm for Megatron-core's layer spec, whose own local RMSNorm does not support sequence parallelism."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moh_megatron.parallel.gradients import sum_gradient
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32 at least (Zhang & Sennrich, 2019).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, with statistics in at least fp32.
 
-    Under sequence parallelism the replicated weight meets a shard of the positions on each rank, so its gradient is
-    summed over the tensor-parallel ranks.
+    Under sequence parallelism each rank applies the replicated weight to its share of the positions, so the weight's
+    gradient is summed over the tensor-parallel ranks. Source: Zhang & Sennrich, 2019.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:

@@ -1,4 +1,4 @@
-"""A whole model in this one process, from weights at hand: for export, verification and text generation."""
+"""Builds a model without parallelism in a single process, for export, verification and text generation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids
-from moh_megatron.model.tensors import model_tensors
+from moh_megatron.model.tensors import DTYPES, model_tensors
 from moh_megatron.moh.router import Router
 from moh_megatron.parallel import groups
 
-_PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_PRECISION_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def be_alone(seed: int) -> None:
-    """Make the process groups of this one process, if there are none yet."""
+def init_single_process(seed: int) -> None:
+    """Create the process groups of a world of one, if there are none yet."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
@@ -30,37 +30,41 @@ def be_alone(seed: int) -> None:
 def build_single_process(
     config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
-    """The model of ``config`` without any parallelism, holding ``weights`` (full tensors, Megatron-core's names)."""
-    be_alone(config.run.seed)
-    alone = dataclasses.replace(
+    """The model of ``config`` without parallelism, with ``weights``: full tensors by Megatron-core's names.
+
+    Raises:
+        ValueError: ``weights`` has other tensors than the model.
+    """
+    init_single_process(config.run.seed)
+    single = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False),
-        # What is loaded is the finished model, on its way down to fewer heads or not.
-        # A backend that training named may not run on this device.
+        # The model uses its final number of heads, even if its activation schedule has not ended.
+        # The backend of training may not run on this device.
         moh=dataclasses.replace(config.moh, activation_schedule_steps=0, backend="auto"),
         train=dataclasses.replace(config.train, precision=_PRECISION_OF[dtype], recompute="none"),
     )
-    model = build_model(alone)
-    own = model_tensors(model)
-    if missing := sorted(set(own) ^ set(weights)):
+    model = build_model(single)
+    tensors = model_tensors(model)
+    if missing := sorted(set(tensors) ^ set(weights)):
         raise ValueError(f"weights must hold exactly the model's tensors. They differ in {missing}.")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(weights[name])
     return model.eval()
 
 
 @torch.inference_mode()
 def routing_margin(model: torch.nn.Module, tokens: Tensor) -> float:
-    """How far the routing of ``tokens`` [B, S] is from a tie; infinite in a dense model.
+    """The smallest distance, over layers and tokens [B, S], from the last chosen routed head's score to the next one's.
 
-    It is the smallest distance, over layers and tokens, of the last chosen routed head's score to the next one's.
+    A routing near a tie has a small margin; a dense model's is infinite.
     """
     margins = [float("inf")]
 
     def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor], output: object) -> None:
         assert isinstance(router, Router)
-        scores, chosen = router.ranked_by(*inputs), router.top_k
+        scores, chosen = router.selection_scores(*inputs), router.top_k
         if scores is not None and chosen < scores.shape[-1]:
             ordered = scores.sort(-1, descending=True).values
             margins.append(float((ordered[..., chosen - 1] - ordered[..., chosen]).min()))

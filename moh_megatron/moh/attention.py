@@ -21,32 +21,35 @@ from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
-from moh_megatron.moh.document_attention import document_attention
+from moh_megatron.moh.packed_documents import attend_packed
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
-from moh_megatron.moh.sparse_attention import sparse_attention
+from moh_megatron.moh.sparse import sparse_attention
 from moh_megatron.moh.statistics import HeadStatistics
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Every head's output, whatever is active: a skipped head's gate, 0, then has a gradient (eq. 9-10, in full)."""
+def attend_every_head(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """``causal_attention`` with the arguments of ``sparse_attention``; ``active`` is ignored.
+
+    A skipped head has gate 0 but an output, so its gate gets a gradient (the straight-through gradient of eq. 9-10).
+    """
     return causal_attention(q, k, v, cu_seqlens=cu_seqlens)
 
 
 class MoHSelfAttention(SelfAttention):
     """sum_i g_i H_i W_O^i over the heads each token's router chose (paper, eq. 4-6).
 
-    Projections, their tensor parallelism and initialisation are Megatron-core's; the forward pass is our own, because
-    a sparse core must see the routing and Megatron-core's passes only queries, keys and values.
+    Projections, their tensor parallelism and initialisation are Megatron-core's. The forward pass is our own because
+    Megatron-core's passes only queries, keys and values to the core attention, which must also know the active heads.
 
     Args:
-        moh: the section of the configuration.
-        heads: of each layer.
-        loss_scale: what a layer's auxiliary losses are multiplied by, see ``Router``.
-        from_layer: what else a transformer layer hands to its attention; it differs between Megatron-core versions.
+        moh: the section ``moh`` of the configuration.
+        heads: the heads of every layer.
+        loss_scale: the factor of a layer's auxiliary losses, see ``Router``.
+        from_layer: other arguments of a transformer layer to its attention; they depend on Megatron-core's version.
     """
 
     local_heads: Tensor
-    """[n] logical heads of this rank, in their local order."""
+    """[n] the logical heads of this rank, in local order."""
 
     def __init__(
         self,
@@ -61,19 +64,19 @@ class MoHSelfAttention(SelfAttention):
         **from_layer: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, **from_layer)
-        own = heads[layer_number - 1]
-        layout = HeadLayout(own.count, config.num_query_groups or own.count, moh.head_layout)
+        layer_heads = heads[layer_number - 1]
+        layout = HeadLayout(layer_heads.count, config.num_query_groups or layer_heads.count, moh.head_layout)
         local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
-        self.statistics = HeadStatistics(own.count)
+        self.statistics = HeadStatistics(layer_heads.count)
         attention = functools.partial(sparse_attention, backend=moh.backend)
         if moh.straight_through == "all":
-            attention = attend_all
-        self.attend = functools.partial(document_attention, attention)
+            attention = attend_every_head
+        self.attend = functools.partial(attend_packed, attention)
         if moh.router == "learned":
             self.router: Router = LearnedRouter(
                 moh,
-                own,
+                layer_heads,
                 loss_scale,
                 hidden_size=config.hidden_size,
                 init_std=moh.router_init_std or config.init_method_std,
@@ -82,7 +85,7 @@ class MoHSelfAttention(SelfAttention):
                 sequence_parallel=config.sequence_parallel,
             )
         else:
-            self.router = QueryNormRouter(moh, own, loss_scale, layout=layout, group=self.tp_group)
+            self.router = QueryNormRouter(moh, layer_heads, loss_scale, layout=layout, group=self.tp_group)
 
     def forward(  # type: ignore[override]
         self,
@@ -94,14 +97,14 @@ class MoHSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, D] (or [S / TP, B, D] under sequence parallelism) -> the same shape, and linear_proj's bias.
 
-        Attention is causal. ``attention_mask``, which Megatron-core hands through unread, is no mask: it carries
-        cu_seqlens, int32 [documents + 1] over the batch rows one behind the other, or None for no documents.
+        Attention is causal. ``attention_mask`` is not a mask: Megatron-core passes it on unread, so it carries
+        cu_seqlens, int32 [documents + 1] over the concatenated batch rows, or None without packed documents.
         """
         cu_seqlens = attention_mask
         projected = self.get_query_key_value_tensors(hidden_states)
         q_SBnH, k_SBgH, v_SBgH = cast(tuple[Tensor, Tensor, Tensor], projected)
         routing = self.router(hidden_states, q_SBnH)
-        # Full recomputation runs the layer twice, the first time without gradients: count it once.
+        # Full recomputation runs the layer twice, first without gradients; only the second run is counted.
         if self.training and torch.is_grad_enabled():
             self.statistics.record(routing)
         gates_SBn, active_SBn = (x.index_select(-1, self.local_heads) for x in (routing.gates, routing.active))

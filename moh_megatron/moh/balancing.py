@@ -1,4 +1,4 @@
-"""What changes in the routers from step to step, beside their weights: biases, and how many heads are active."""
+"""Updates the routers after each step: the balancing biases, and the number of active heads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from moh_megatron.moh.attention import MoHSelfAttention
 
 
 def update_biases(layers: Sequence[MoHSelfAttention], counts: Tensor, dp_group: dist.ProcessGroup) -> None:
-    """Balance without a loss (arXiv 2408.15664, algorithm 1): after a step, move each routed head's bias by
-    ``moh.bias_update_rate`` up where fewer tokens than the mean used the head, down where more did.
+    """Balance without a loss (arXiv 2408.15664, algorithm 1).
 
-    ``counts`` [L, N] are this rank's tokens of the step; the load is theirs over all data-parallel ranks. Nothing is
-    done, or communicated, where a loss balances. The source adds its biases to a sigmoid's outputs, we to the scores.
+    After a step, each routed head's bias moves by ``moh.bias_update_rate``: up if fewer tokens than the mean used the
+    head, down if more did. ``counts`` [L, N] are this rank's tokens of the step; they are summed over the data-parallel
+    ranks. With a balance loss the function does nothing. The source adds its biases to the outputs of a sigmoid; we
+    add them to the scores.
     """
     if all(layer.router.bias_steps is None for layer in layers):
         return
     counts = counts.clone()
     dist.all_reduce(counts, group=dp_group)
-    for layer, of_layer in zip(layers, counts, strict=True):
-        layer.router.update_bias(of_layer)
+    for layer, layer_counts in zip(layers, counts, strict=True):
+        layer.router.update_bias(layer_counts)
 
 
 def follow_schedule(layers: Sequence[MoHSelfAttention], step: int) -> None:
-    """Let every router choose as many heads as ``moh.activation_schedule_steps`` has after ``step`` steps."""
+    """Set every router's number of routed heads to the activation schedule's after ``step`` steps."""
     for layer in layers:
         layer.router.follow_schedule(step)

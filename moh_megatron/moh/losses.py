@@ -1,4 +1,4 @@
-"""Losses of the routers, and how they join the language-model loss without leaving the layer."""
+"""The routers' auxiliary losses, and the autograd function that adds them to the total loss inside a layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm) -> Tensor
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits [..., E])^2: keeps a router's logits small (arXiv 2202.08906, eq. 5)."""
+    """Mean over tokens of logsumexp(logits [..., E])^2; keeps a router's logits small (arXiv 2202.08906, eq. 5)."""
     return logits.logsumexp(-1).square().mean()
 
 
@@ -40,9 +40,9 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(tensor: Tensor, loss: Tensor, weight: float) -> Tensor:
-    """``tensor`` unchanged; the backward pass also gives ``loss`` the gradient ``weight``.
+    """``tensor`` unchanged; its backward pass also gives ``loss`` the gradient ``weight``.
 
-    The total loss thereby contains weight * loss although no one adds it up, at every layer, under recomputation too.
-    ``weight`` must hold every factor the main loss is scaled by before its backward pass (1 / accumulation steps).
+    The gradients are those of a total loss that contains weight * loss, in every layer and under recomputation.
+    ``weight`` must include every factor of the main loss before its backward pass (1 / accumulation steps).
     """
     return _AttachLoss.apply(tensor, loss, weight)  # type: ignore[return-value]

@@ -1,6 +1,6 @@
-"""What routers do beyond whom they choose, looked at in a few steps: entropy, alpha, z-loss.
+"""Measures entropy, alpha and z-loss of the routers in selected steps.
 
-A hook on each router, which computes its logits once more where someone looks and costs nothing where nobody does.
+A hook on each router computes its logits again while the observer is on, and costs nothing while it is off.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from moh_megatron.moh.losses import z_loss
 from moh_megatron.moh.router import LearnedRouter, Router
 
 OBSERVED = ("z_loss", "entropy", "alpha_shared", "alpha_routed")
-"""Of a layer, means over tokens; NaN where a router has no such thing.
+"""The measurements of one layer, means over tokens; NaN where a router lacks the quantity.
 
-entropy: of the probabilities the routed heads are weighed by, over that of even ones: 1 where all are alike, 0 where
-one has all. alpha: as the gates hold it, see moh.gating.
+entropy is that of the routed heads' probabilities over the entropy of uniform ones: 1 if all are equal, 0 if one head
+has all probability. alpha is scaled as in the gates, see moh.gating.
 """
 
 
 class RoutingObserver:
-    """Looks at the routers of ``layers`` while ``on``; a forward pass that is recomputed counts once."""
+    """Measures the routers of ``layers`` while ``on``; a recomputed forward pass counts once."""
 
     def __init__(self, layers: Sequence[MoHSelfAttention]) -> None:
         self.on = False
-        self._seen: list[list[Tensor]] = [[] for _ in layers]
-        for seen, layer in zip(self._seen, layers, strict=True):
-            layer.router.register_forward_hook(functools.partial(self._look, seen))
+        self._samples: list[list[Tensor]] = [[] for _ in layers]
+        for samples, layer in zip(self._samples, layers, strict=True):
+            layer.router.register_forward_hook(functools.partial(self._record, samples))
 
-    def _look(self, seen: list[Tensor], router: torch.nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+    def _record(self, samples: list[Tensor], router: torch.nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         if self.on and router.training and torch.is_grad_enabled():
             assert isinstance(router, Router)
-            seen.append(observe(router, *inputs))
+            samples.append(observe(router, *inputs))
 
     def drain(self) -> Tensor | None:
-        """[L, 4] float64, ``OBSERVED`` of each layer, the mean over this rank's micro-batches; None: nobody looked.
+        """[L, 4] float64: ``OBSERVED`` of each layer, mean over this rank's micro-batches since the last call.
 
-        Under sequence parallelism of this rank's part of the sequence.
+        None if the observer was off. Under sequence parallelism it covers this rank's part of the sequence.
         """
-        if not self._seen or not self._seen[0]:
+        if not self._samples or not self._samples[0]:
             return None
-        means = torch.stack([torch.stack(seen).mean(0) for seen in self._seen])
-        for seen in self._seen:
-            seen.clear()
+        means = torch.stack([torch.stack(samples).mean(0) for samples in self._samples])
+        for samples in self._samples:
+            samples.clear()
         return means
 
 
 @torch.no_grad()
 def observe(router: Router, x: Tensor, q: Tensor) -> Tensor:
-    """[4] float64: ``OBSERVED`` of one micro-batch, from a router's inputs."""
+    """[4] float64: ``OBSERVED`` of one micro-batch with a router's inputs x and q."""
     logits = router.logits(x, q)
     absent = x.new_full((), math.nan, dtype=torch.float64)
     z = entropy = shared = routed = absent
@@ -63,8 +63,8 @@ def observe(router: Router, x: Tensor, q: Tensor) -> Tensor:
         if isinstance(router, LearnedRouter):
             z = z_loss(values).double()
         if values.shape[-1] > 1:
-            surprise = values.logsumexp(-1) - (values.softmax(-1) * values).sum(-1)
-            entropy = surprise.mean().double() / math.log(values.shape[-1])
+            token_entropy = values.logsumexp(-1) - (values.softmax(-1) * values).sum(-1)
+            entropy = token_entropy.mean().double() / math.log(values.shape[-1])
     if logits.alpha is not None:
         alpha = logits.alpha.softmax(-1).flatten(0, -2).mean(0).double()
         shared, routed = alpha.unbind() if router.moh.gating == "paper" else (2 * alpha).unbind()

@@ -1,6 +1,6 @@
-"""The routers as modules: the pure functions of ``routing.py`` plus what training and tensor parallelism ask of them.
+"""The routers as modules: the pure functions of ``routing.py``, with weights, biases, losses and tensor parallelism.
 
-Every tensor-parallel rank routes over all heads and later uses the gates of its own. Legend: S sequence, B batch,
+Every tensor-parallel rank routes over all heads and later uses the gates of its own heads. Legend: S sequence, B batch,
 D hidden size, N query heads (n on this rank), E routed heads, H head size, TP tensor-parallel size.
 """
 
@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moh_megatron.config.count import router_biases, router_weight_rows
 from moh_megatron.config.head_layout import HeadLayout, inverse
 from moh_megatron.config.layer_heads import LayerHeads
+from moh_megatron.config.parameter_count import router_biases, router_weight_rows
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.losses import attach_loss, z_loss
 from moh_megatron.moh.routing import (
@@ -31,10 +31,10 @@ from moh_megatron.parallel.gradients import gather_last_dimension, gather_sequen
 
 
 class Router(nn.Module, abc.ABC):
-    """What both routers have: how many heads to choose, and the biases that balance them without a loss.
+    """The base of both routers: the number of heads to choose, and the biases that balance them without a loss.
 
-    ``loss_scale`` is what a layer's auxiliary losses are multiplied by, beside their coefficients, in the loss that is
-    differentiated: 1 / layers / gradient accumulation steps.
+    ``loss_scale`` is the factor of a layer's auxiliary losses besides their coefficients: 1 / layers / gradient
+    accumulation steps.
     """
 
     bias_steps: Tensor | None
@@ -44,41 +44,41 @@ class Router(nn.Module, abc.ABC):
         self.moh, self.heads, self.loss_scale = moh, heads, loss_scale
         self.top_k = 0
         self.follow_schedule(0)
-        # Whole numbers: casting the model to bf16 leaves them alone, and would round a bias away.
+        # Integers: casting the model to bf16 leaves them unchanged, but would round small biases to zero.
         biases = router_biases(moh, heads)
         self.register_buffer("bias_steps", torch.zeros(biases, dtype=torch.int64) if biases else None)
 
     def follow_schedule(self, step: int) -> None:
-        """Choose as many heads as ``moh.activation_schedule_steps`` has after ``step`` steps."""
+        """Set the number of routed heads to the activation schedule's after ``step`` steps."""
         self.top_k = self.heads.top_k_at(step, self.moh.activation_schedule_steps)
 
     @property
     def bias(self) -> Tensor | None:
-        """[E] fp32, added to the routed heads' scores for the choice alone; None where a loss balances."""
+        """[E] fp32, added to the routed heads' scores for selection only; None with a balance loss."""
         return None if self.bias_steps is None else self.bias_steps.float() * self.moh.bias_update_rate
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:
-        """Move each bias one step against its head's load: ``counts`` [N], the tokens that used each logical head."""
+        """Move each bias one step against its head's load; ``counts`` [N] are the tokens of each logical head."""
         if self.bias_steps is not None:
             load = counts[list(self.heads.routed)]
             self.bias_steps += (load.sum() - load * load.numel()).sign().to(torch.int64)
 
     @abc.abstractmethod
     def logits(self, x: Tensor, q: Tensor) -> Logits:
-        """What the softmaxes of the gates and of the balance loss are taken of, without bias; arguments as below."""
+        """The logits of the gates and of the balance loss, without bias; arguments as in ``forward``."""
 
     @abc.abstractmethod
-    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
-        """[..., E]: what the routed heads are chosen by, the bias included; None where there are none."""
+    def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """[..., E]: the scores by which routed heads are chosen, bias included; None without routed heads."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor, q: Tensor) -> Routing:
-        """Attention input x and its queries q before RoPE -> gates and active [S, B, N], the same on every rank."""
+        """Attention input x and queries q before RoPE -> gates and active [S, B, N], the same on every rank."""
 
 
 class LearnedRouter(Router):
-    """Eq. 5-6 with weights replicated over tensor parallelism; their gradient is summed over it exactly once."""
+    """The router of eq. 5-6. Its weights are replicated over the tensor-parallel ranks, their gradient summed once."""
 
     logical_order: Tensor
     w_shared: nn.Parameter | None
@@ -107,7 +107,7 @@ class LearnedRouter(Router):
         self.register_buffer("logical_order", torch.tensor(inverse(heads.order)), persistent=False)
 
     def _weight(self, weight: nn.Parameter | None) -> Tensor | None:
-        # Under sequence parallelism each rank routes its own positions: the weight's gradient is a sum over ranks.
+        # Under sequence parallelism each rank routes its own positions, so the weight's gradient is a sum over ranks.
         return sum_gradient(weight, self.group) if self.sequence_parallel and weight is not None else weight
 
     def _mean(self, values: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class LearnedRouter(Router):
         """See ``Router``; x [..., D]."""
         return self._logits(x)
 
-    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
+    def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; x [..., D]."""
         scores = self._logits(x).routed
         return scores if scores is None or self.bias is None else scores + self.bias
@@ -148,7 +148,7 @@ class LearnedRouter(Router):
 
 
 class QueryNormRouter(Router):
-    """Parameter-free routing; each rank knows its own heads' norms, and gathers the others'."""
+    """Routing without parameters, by query norms; each rank gathers the norms of the other ranks' heads."""
 
     physical_of_logical: Tensor
 
@@ -165,13 +165,13 @@ class QueryNormRouter(Router):
         return norms.index_select(-1, self.physical_of_logical)
 
     def logits(self, x: Tensor, q: Tensor) -> Logits:
-        """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have any."""
+        """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have logits."""
         return Logits(None, norm_scores(self._norms(q)[..., list(self.heads.routed)]), None)
 
-    def ranked_by(self, x: Tensor, q: Tensor) -> Tensor | None:
+    def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; q [S, B, n, H], before RoPE."""
-        own = self._norms(q)[..., list(self.heads.routed)]
-        return own if self.bias is None else norm_scores(own) + self.bias
+        norms = self._norms(q)[..., list(self.heads.routed)]
+        return norms if self.bias is None else norm_scores(norms) + self.bias
 
     def forward(self, x: Tensor, q: Tensor) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""

@@ -1,9 +1,9 @@
-"""Which heads a token uses and how much each counts: pure functions, no process group, no Megatron.
+"""Routing as pure functions: which heads a token uses and how its outputs are weighted. Needs no process group.
 
 Legend: D hidden size, N query heads, E routed heads, H head size; ``...`` any leading shape (tokens).
-All arithmetic is fp32 whatever the inputs' precision (float64 for float64). Ties go to the lower head index on every
+All arithmetic is fp32 for every precision of the inputs (float64 for float64). Ties go to the lower head index on every
 device.
-Source: arXiv 2410.11842, eq. 5-7 and 9-10; where the official code differs the choice is an argument.
+Source: arXiv 2410.11842, eq. 5-7 and 9-10; where the official code differs, an argument selects the form.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from moh_megatron.moh.precision import at_least_fp32
 Gating = Literal["normalized", "paper"]
 
 _LARGEST_NORM = 1e18
-"""Its square, and the deviation of such norms, are finite in fp32."""
+"""The square of this norm, and the deviation of such norms, are finite in fp32."""
 _SMALLEST_DEVIATION = 1e-18
-"""Norms that differ less are equal: the gradient of their score goes with the inverse."""
+"""Norms with a smaller deviation count as equal: the gradient of their score is proportional to its inverse."""
 
 
 class Routing(NamedTuple):
-    """What a router decides. Heads are in logical order."""
+    """The decision of a router, with heads in logical order."""
 
     gates: Tensor
     """[..., N] fp32, the weight of each head's output; 0 where inactive."""
     active: Tensor
     """[..., N] bool, the heads each token uses."""
     balance_loss: Tensor
-    """Scalar, before the coefficient beta."""
+    """Scalar, without the coefficient beta."""
 
 
 def token_mean(values: Tensor) -> Tensor:
-    """[..., E] -> [E]: the mean over all tokens at hand; 0 where there are none."""
-    rows = values.reshape(-1, values.shape[-1]) if values.numel() else values.new_zeros(1, values.shape[-1])
-    return rows.mean(0)
+    """[..., E] -> [E]: the mean over all tokens; 0 without tokens."""
+    by_token = values.reshape(-1, values.shape[-1]) if values.numel() else values.new_zeros(1, values.shape[-1])
+    return by_token.mean(0)
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
-    """True at the ``top_k`` largest of the last dimension; ties go to the lower index (torch.topk says no order)."""
+    """True at the ``top_k`` largest of the last dimension; ties go to the lower index, unlike torch.topk."""
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
@@ -66,7 +66,7 @@ def _check_finite(name: str, scores: Tensor) -> None:
 
 
 class Logits(NamedTuple):
-    """What a learned router computes from a token, fp32; each [..., rows] or None where there is no such weight."""
+    """A learned router's logits in fp32, each [..., rows of its weight]; None for an absent weight."""
 
     shared: Tensor | None
     routed: Tensor | None
@@ -74,7 +74,7 @@ class Logits(NamedTuple):
 
 
 def router_logits(x: Tensor, w_shared: Tensor | None, w_routed: Tensor | None, w_alpha: Tensor | None) -> Logits:
-    """x [..., D] times each weight that is there; see ``learned_routing`` for their meaning."""
+    """x [..., D] times each weight that is not None; ``learned_routing`` explains the weights."""
     x = x.to(at_least_fp32(x.dtype))
     return Logits(*(None if w is None else F.linear(x, w.to(x.dtype)) for w in (w_shared, w_routed, w_alpha)))
 
@@ -89,19 +89,19 @@ def learned_routing(
     gating: Gating = "normalized",
     balance: BalanceForm = "scaled",
 ) -> Routing:
-    """The two-stage router (eq. 5-6): which heads, and how shared and routed heads are weighed against each other.
+    """The two-stage router (eq. 5-6): chooses heads, and weights shared against routed heads.
 
     Args:
         x: attention input [..., D].
-        w_shared: [n_shared, D]; None with ``w_alpha`` given means one shared head, weighed by alpha alone.
-        w_routed: [E, D]; None means shared heads only, gates n_shared * softmax, balance loss 0.
+        w_shared: [n_shared, D]; None with ``w_alpha`` given means one shared head, weighted by alpha alone.
+        w_routed: [E, D]; None means shared heads only, with gates n_shared * softmax and balance loss 0.
         w_alpha: [2, D], row 0 shared, row 1 routed; None means there is no shared head, or no routed one.
         top_k: routed heads a token uses.
         gating: ``normalized`` is the official code (every active gate 1 at uniform logits); ``paper`` is eq. 5-6.
-        balance: form of the balance loss, see ``losses.balance_loss``.
+        balance: the form of the balance loss, see ``losses.balance_loss``.
 
     Raises:
-        ValueError: top_k out of range, weights that fit neither reading above or not x, or scores that are not finite.
+        ValueError: top_k is out of range, weights do not match each other or x, or scores are not finite.
     """
     _check_form("gating", gating, get_args(Gating))
     _check_form("balance", balance, get_args(BalanceForm))
@@ -128,10 +128,10 @@ def weigh_heads(
     bias: Tensor | None = None,
     mean: Callable[[Tensor], Tensor] = token_mean,
 ) -> Routing:
-    """``learned_routing`` from the logits on, for every step of training: does not look whether they are finite.
+    """``learned_routing`` from logits, for training: does not check that they are finite.
 
-    ``bias`` [E] is added to the routed logits for the choice of heads alone. ``mean`` averages [..., E] over tokens;
-    sequence parallelism averages over ranks as well.
+    ``bias`` [E] is added to the routed logits for the selection of heads only. ``mean`` averages [..., E] over tokens;
+    under sequence parallelism it averages over ranks as well.
     """
     if logits.routed is None:
         if logits.shared is None:
@@ -179,8 +179,7 @@ def query_norms(q: Tensor) -> Tensor:
 
 
 def norm_scores(norms: Tensor) -> Tensor:
-    """Norms [..., E] of the routed heads over their unbiased deviation; 0 where that is as good as 0, or for a single
-    head."""
+    """Norms [..., E] of the routed heads over their unbiased deviation; 0 if the deviation is nearly 0 or E is 1."""
     deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
     flat = deviation <= _SMALLEST_DEVIATION
     return norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)
@@ -195,20 +194,22 @@ def choose_by_norm(
     bias: Tensor | None = None,
     mean: Callable[[Tensor], Tensor] = token_mean,
 ) -> Routing:
-    """``query_norm_routing`` from the norms [..., N] of all heads on, for every step of training: does not look whether
-    they are finite. ``bias`` [E] is added to the scores (``norm_scores``) for the choice of heads alone."""
+    """``query_norm_routing`` from the norms [..., N] of all heads, for training: does not check that they are finite.
+
+    ``bias`` [E] is added to the scores (``norm_scores``) for the selection of heads only.
+    """
     routed = routed_heads(norms.shape[-1], shared_heads)
     _check_top_k(top_k, len(routed))
-    place = torch.tensor(routed, device=norms.device)
-    own = norms.index_select(-1, place)
-    scores = norm_scores(own)
+    index = torch.tensor(routed, device=norms.device)
+    routed_norms = norms.index_select(-1, index)
+    scores = norm_scores(routed_norms)
     probability = scores.softmax(-1)
-    # Without a bias the norms themselves are ranked: dividing them could only round two of them together.
-    chosen = top_k_mask(own if bias is None else scores + bias, top_k)
-    # Forward exactly 0 or 1; backward as if the gate were the score (straight-through, eq. 9-10).
+    # Without a bias the norms themselves are ranked: dividing them could round two of them to the same score.
+    chosen = top_k_mask(routed_norms if bias is None else scores + bias, top_k)
+    # The gate is exactly 0 or 1 forward, and its gradient that of the score (straight-through, eq. 9-10).
     quantised = chosen.to(probability.dtype) + (probability - probability.detach())
-    gates = torch.ones_like(norms).index_copy(-1, place, quantised)
-    active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, place, chosen)
+    gates = torch.ones_like(norms).index_copy(-1, index, quantised)
+    active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, index, chosen)
     return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
 
 
@@ -217,14 +218,14 @@ def query_norm_routing(
 ) -> Routing:
     """Routing by the norm of each head's query, for continue-tuning (paper, section 3.3 and eq. 9-10).
 
-    ``q`` [..., N, H] is the raw query projection, before RoPE. The top-k routed heads by norm have gate 1, the others
-    0, shared heads 1. The score behind a gate is the softmax over the routed heads of norm / unbiased standard
-    deviation (uniform where that is zero; the official code gives NaN); it is the P of the balance loss, and carries
-    the straight-through gradient: multiply the gates with the outputs of all heads and every gate gets it, or with
-    those of the active heads (zero elsewhere, as ``sparse_attention`` leaves them) and a skipped head's gate gets none.
+    ``q`` [..., N, H] is the raw query projection, before RoPE. The top-k routed heads by norm have gate 1, the other
+    routed heads 0, shared heads 1. The score of a gate is the softmax over the routed heads of norm / unbiased standard
+    deviation (uniform where that is zero; the official code gives NaN). It is the P of the balance loss and carries the
+    straight-through gradient. With the outputs of all heads every gate gets this gradient; with those of the active
+    heads (zero elsewhere, as ``sparse_attention`` returns them) a skipped head's gate gets none.
 
     Raises:
-        ValueError: top_k or shared_heads out of range, or queries that are not finite.
+        ValueError: top_k or shared_heads is out of range, or queries are not finite.
     """
     _check_form("balance", balance, get_args(BalanceForm))
     if q.dim() < 2 or not q.is_floating_point():

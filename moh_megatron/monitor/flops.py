@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads, heads_after
+from moh_megatron.config.parameter_count import router_weight_rows
 from moh_megatron.config.schema import Config
 
 _MULTIPLY_ADD = 2
@@ -56,7 +56,7 @@ def skips_heads(backend: str) -> bool:
 
 Backends = str | Sequence[Sequence[str]]
 """What computes attention: everywhere, or of each layer on each tensor-parallel rank, as
-``model.build.attention_backends`` says."""
+``model.attention_backend.attention_backends`` says."""
 
 
 def flops_per_token(

@@ -1,1 +1,1 @@
-"""What a run will need, from its configuration alone: no torch, no GPU, nothing allocated."""
+"""Plans a run from its configuration alone, without torch and GPU: memory, operations, communication."""

@@ -1,8 +1,8 @@
-"""Bytes of activations on one rank: an estimate of what autograd keeps of one micro-batch.
+"""Estimates the bytes of activations that autograd keeps of one micro-batch on one rank.
 
-What each layer saves for its backward pass is counted tensor by tensor, as Megatron-core's unfused layer does it (its
-fused attention keeps no scores). Left out: what lives only inside one operation, the allocator's fragments, the CUDA
-context. A test holds the estimate against what autograd saves on a CPU.
+The tensors that each layer saves for its backward pass are counted one by one, for Megatron-core's unfused layer with
+fused attention, which keeps no scores. Temporaries inside one operation, the allocator's fragments and the CUDA context
+are not counted. A test compares the estimate with what autograd saves on a CPU.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from moh_megatron.config.layer_heads import LayerHeads, layer_heads
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.flops import skips_heads
-from moh_megatron.plan.memory import ELEMENT
+from moh_megatron.plan.model_states import ELEMENT
 
 _FP32, _INT64 = 4, 8
 _ROUTER_BYTES = 25
-"""Of a head's logits, probabilities, choice and gate, a token."""
+"""Bytes of the logits, probabilities, choice and gate of one head and token."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on one rank."""
+    """Bytes of activations on one rank."""
 
     layers: int
-    """What all layers keep until their backward pass."""
+    """Kept by all layers until their backward pass."""
     recomputed: int
-    """With full recomputation: what one layer at a time keeps again."""
+    """Kept again by one layer at a time under full recomputation, else 0."""
     head: int
     """The last norm, the logits, their softmax and its gradient."""
 
@@ -36,16 +36,16 @@ class Activations:
 
 
 def activations(config: Config, backend: str) -> Activations:
-    """``backend``: what computes attention, such as ``model.build.attention_backend`` says."""
+    """The activations with attention by ``backend``, see ``model.attention_backend.attention_backend``."""
     model, train, tensor = config.model, config.train, config.parallel.tensor
     count = _Count(config, backend)
-    whole = [count.layer(heads) for heads in layer_heads(model, config.moh)]
+    layers = [count.layer(heads) for heads in layer_heads(model, config.moh)]
     logits = _FP32 + (count.element if count.element < _FP32 else 0)
     head = count.norm() + count.tokens * logits * model.vocab_size // tensor
     if train.recompute == "full":
-        inputs = len(whole) * count.element * model.hidden_size * count.own_tokens
-        return Activations(inputs, max(whole), head)
-    return Activations(sum(whole), 0, head)
+        inputs = len(layers) * count.element * model.hidden_size * count.own_tokens
+        return Activations(inputs, max(layers), head)
+    return Activations(sum(layers), 0, head)
 
 
 class _Count:
@@ -54,7 +54,7 @@ class _Count:
         self.element = ELEMENT[config.train.precision]
         self.tokens = config.train.micro_batch_size * config.train.sequence_length
         self.own_tokens = self.tokens // (config.parallel.tensor if config.parallel.sequence else 1)
-        """Sequence parallelism shards what lies outside attention and MLP."""
+        """This rank's tokens outside attention and MLP, which sequence parallelism shards."""
 
     def layer(self, heads: LayerHeads) -> int:
         parts = 2 * self.norm() + self._attention(heads) + self._mlp()
@@ -65,17 +65,17 @@ class _Count:
         return self.own_tokens * ((_FP32 + 2 * self.element) * self.config.model.hidden_size + _FP32)
 
     def _mlp(self) -> int:
-        """Gate and up projection; SwiGLU's two factors and their product."""
+        """Gate and up projection, SwiGLU's two factors and their product."""
         return self.tokens * 5 * self.element * self.config.model.ffn_hidden_size // self.config.parallel.tensor
 
     def _attention(self, heads: LayerHeads) -> int:
         model, train, tensor = self.config.model, self.config.train, self.config.parallel.tensor
         size, own, groups = model.head_dim, heads.count // tensor, model.query_groups // tensor
         output = self.element * own * size
-        # Fused projection, rotated queries and keys, what linear_proj reads.
+        # The fused projection, the rotated queries and keys, and the input of linear_proj.
         kept = self.element * size * (2 * own + 3 * groups) + output
         if self.config.moh.enabled:
-            kept += output  # before the gates
+            kept += output  # the input of the gates
         if train.recompute != "selective":
             active = own * heads.active / heads.count
             if skips_heads(self.backend):

@@ -1,4 +1,4 @@
-"""Which one setting, changed alone, saves most memory on a rank."""
+"""Finds the single settings that save most memory on a rank."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
 from moh_megatron.io.errors import UserError
-from moh_megatron.plan.plan import make_plan
+from moh_megatron.plan.run_plan import make_plan
 
 _RANKS_OF_A_NODE = 8
-"""Tensor parallelism beyond one node is not advised."""
+"""The largest tensor-parallel size that is advised."""
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A setting, what it would be, and the bytes a rank would then need."""
+    """A setting, its new value, and the bytes a rank would then need."""
 
     key: str
     value: Any
@@ -26,8 +26,8 @@ class Remedy:
 
 
 def remedies(config: Config, world_size: int) -> list[Remedy]:
-    """The best value of each setting that saves anything, the most helpful setting first."""
-    now = make_plan(config, world_size).device_bytes
+    """The best value of each setting that saves memory, the setting that saves most first."""
+    current = make_plan(config, world_size).device_bytes
     best: dict[str, Remedy] = {}
     for key, value in _candidates(config):
         section, _, name = key.partition(".")
@@ -40,7 +40,7 @@ def remedies(config: Config, world_size: int) -> list[Remedy]:
             needed = make_plan(changed, world_size).device_bytes
         except UserError:
             continue
-        if needed < best.get(key, Remedy(key, None, now)).device_bytes:
+        if needed < best.get(key, Remedy(key, None, current)).device_bytes:
             best[key] = Remedy(key, value, needed)
     return sorted(best.values(), key=lambda remedy: remedy.device_bytes)
 

@@ -1,12 +1,12 @@
-"""The parameters one tensor-parallel rank holds, in the model's own order: ZeRO cuts its partitions along it."""
+"""Lists the parameters of one tensor-parallel rank in the model's order, in which ZeRO partitions them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from moh_megatron.config.count import router_weight_rows
 from moh_megatron.config.layer_heads import LayerHeads, layer_heads
+from moh_megatron.config.parameter_count import router_weight_rows
 from moh_megatron.config.schema import Config
 
 
@@ -14,21 +14,21 @@ class Weight(NamedTuple):
     """One parameter."""
 
     name: str
-    """Megatron-core's."""
+    """Its name in Megatron-core."""
     size: int
-    """Elements on this rank."""
+    """The number of elements on this rank."""
     matrix: bool
-    """Whether the optimizer decays it; norms are spared, in a group of their own."""
+    """Whether weight decay applies; norms are excluded, in a parameter group of their own."""
     trained: bool = True
 
 
 def weights(config: Config) -> list[Weight]:
-    """Every parameter of a validated configuration, as one rank of ``parallel.tensor`` holds it."""
+    """Every parameter of a validated configuration on one tensor-parallel rank."""
     model, tensor = config.model, config.parallel.tensor
     vocabulary = model.vocab_size // tensor * model.hidden_size
     found = [Weight("embedding.word_embeddings.weight", vocabulary, matrix=True)]
     for index, heads in enumerate(layer_heads(model, config.moh)):
-        found += (each._replace(name=f"decoder.layers.{index}.{each.name}") for each in _layer(config, heads))
+        found += (weight._replace(name=f"decoder.layers.{index}.{weight.name}") for weight in _layer(config, heads))
     found.append(Weight("decoder.final_layernorm.weight", model.hidden_size, matrix=False))
     if not model.tie_word_embeddings:
         found.append(Weight("output_layer.weight", vocabulary, matrix=True))
@@ -49,6 +49,6 @@ def _layer(config: Config, heads: LayerHeads) -> Iterator[Weight]:
     yield Weight("mlp.linear_fc2.weight", ffn * hidden, matrix=True)
 
 
-def total_size(of: Iterable[Weight]) -> int:
-    """Elements."""
-    return sum(each.size for each in of)
+def total_size(parameters: Iterable[Weight]) -> int:
+    """The number of elements of all ``parameters``."""
+    return sum(weight.size for weight in parameters)

@@ -1,4 +1,4 @@
-"""A plan for people, and for machines."""
+"""Formats a plan as text and as a mapping for JSON."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
 from moh_megatron.config.schema import Config
 from moh_megatron.plan.advice import Remedy
-from moh_megatron.plan.plan import Plan, runs_of
+from moh_megatron.plan.run_plan import Plan, as_ranges
 
 GIB = 2**30
 _TIGHT = 0.9
-"""The share of a device's memory from which on a plan says that little is left."""
+"""A plan warns if it needs more than this share of the device's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Whether a plan fits a device, and what would help."""
+    """Whether a plan fits a device, and the settings that would save memory."""
 
     gpu_memory_bytes: int
     needed_bytes: int
@@ -31,7 +31,7 @@ class Fit:
 
 
 def as_mapping(plan: Plan, fit: Fit | None) -> dict[str, Any]:
-    """Every number of the report, nested; bytes, operations and counts."""
+    """Every number of the report as a nested mapping: bytes, operations and counts."""
     found = dataclasses.asdict(plan)
     found["parameters"]["total"] = plan.parameters.total
     found["device_bytes"] = plan.device_bytes
@@ -43,7 +43,7 @@ def as_mapping(plan: Plan, fit: Fit | None) -> dict[str, Any]:
 
 
 def as_text(config: Config, plan: Plan, fit: Fit | None) -> str:
-    """Tables of at most 120 columns."""
+    """The report as tables of at most 120 columns."""
     parts = [_head(config, plan), _memory(plan), _heads(config, plan), _flops(plan), _communication(plan)]
     if fit is not None:
         parts.append("\n".join(_verdict(config, fit)))
@@ -83,16 +83,16 @@ def _memory(plan: Plan) -> str:
 def _heads(config: Config, plan: Plan) -> str:
     rows = [
         [
-            f"layers {runs_of(each.layers)}",
-            f"{each.active} of {each.heads}, {each.shared} shared",
-            ", ".join(f"{load:.2f}" for load in each.load),
-            f"{each.imbalance:.2f}",
+            f"layers {as_ranges(balance.layers)}",
+            f"{balance.active} of {balance.heads}, {balance.shared} shared",
+            ", ".join(f"{load:.2f}" for load in balance.load),
+            f"{balance.imbalance:.2f}",
         ]
-        for each in plan.head_balance
+        for balance in plan.head_balance
     ]
     title = f"heads, {config.moh.head_layout}" if config.moh.enabled else "heads"
     table = _table([title, "active", "a token on each rank", "max / mean"], rows)
-    if max(each.imbalance for each in plan.head_balance) > LARGEST_IMBALANCE:
+    if max(balance.imbalance for balance in plan.head_balance) > LARGEST_IMBALANCE:
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups)
         table += "\n" + textwrap.fill(f"warning: uneven; {layout.remedy}", 120)
     return table
@@ -101,8 +101,8 @@ def _heads(config: Config, plan: Plan) -> str:
 def _flops(plan: Plan) -> str:
     flops = plan.flops
     rows = [
-        [name, f"{each.total / 1e9:,.3f}", f"{each.total / flops.dense_equivalent.total:.3f}"]
-        for name, each in (
+        [name, f"{count.total / 1e9:,.3f}", f"{count.total / flops.dense_equivalent.total:.3f}"]
+        for name, count in (
             ("dense-equivalent", flops.dense_equivalent),
             ("active heads", flops.active_heads),
             (f"executed, attention {plan.backend}", flops.executed),
@@ -116,8 +116,8 @@ def _communication(plan: Plan) -> str:
         return "communication: none"
     names = {"tensor": f"TP {plan.tensor}", "data": f"DP {plan.data}"}
     rows = [
-        [names[each.group], each.what, each.operation, f"{each.calls:,}", _gib(each.sent_bytes)]
-        for each in plan.communication
+        [names[traffic.group], traffic.what, traffic.operation, f"{traffic.calls:,}", _gib(traffic.sent_bytes)]
+        for traffic in plan.communication
     ]
     return _table(["sent by a rank in a step", "", "", "tensors", "GiB"], rows)
 
@@ -133,13 +133,14 @@ def _verdict(config: Config, fit: Fit) -> Iterator[str]:
     if not fit.remedies:
         yield "No single setting saves memory; use more ranks or a smaller model."
         return
-    for place, remedy in enumerate(fit.remedies):
+    for position, remedy in enumerate(fit.remedies):
         section, _, name = remedy.key.partition(".")
-        now = getattr(getattr(config, section), name)
+        current = getattr(getattr(config, section), name)
         result = "fits" if remedy.device_bytes <= memory else "still too much"
         yield (
-            f"  {'helps most: ' if place == 0 else '            '}{remedy.key}={_shown(remedy.value)} "
-            f"(now {_shown(now)}) saves {_gib(needed - remedy.device_bytes)} GiB: {_gib(remedy.device_bytes)}, {result}"
+            f"  {'helps most: ' if position == 0 else '            '}{remedy.key}={_shown(remedy.value)} "
+            f"(now {_shown(current)}) saves {_gib(needed - remedy.device_bytes)} GiB: "
+            f"{_gib(remedy.device_bytes)}, {result}"
         )
     if fit.remedies[0].device_bytes > memory:
         yield "No single one is enough: combine them, or use more ranks."
@@ -154,7 +155,7 @@ def _gib(size: int) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns padded; what starts with a digit stands to the right."""
+    """A table of padded columns; cells that start with a digit are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 has whole of the parameters it shares out, under DeepSpeed's ``zero_optimization`` settings."""
+"""Counts the parameters that ZeRO stage 3 holds unpartitioned, under DeepSpeed's ``zero_optimization`` settings."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ _DEFAULTS = {
     "max_live_parameters": 1_000_000_000,
     "max_reuse_distance": 1_000_000_000,
 }
-"""DeepSpeed's own."""
+"""DeepSpeed's defaults."""
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> int:
-    # DeepSpeed takes either name.
+    # DeepSpeed accepts both names.
     return int(settings.get(f"stage3_{name}", settings.get(name, _DEFAULTS[name])))
 
 
-def persistent_size(of: Iterable[Weight], settings: Mapping[str, Any]) -> int:
-    """Elements of the small parameters that stay whole on every rank, beside their partitions."""
+def persistent_size(parameters: Iterable[Weight], settings: Mapping[str, Any]) -> int:
+    """Elements of the small parameters that every rank holds in full besides its partition."""
     largest = _setting(settings, "param_persistence_threshold")
     most = _setting(settings, "model_persistence_threshold")
     total = 0
-    for each in of:
-        if each.size <= largest and total + each.size <= most:
-            total += each.size
+    for weight in parameters:
+        if weight.size <= largest and total + weight.size <= most:
+            total += weight.size
     return total
 
 
 def most_gathered(settings: Mapping[str, Any]) -> int:
-    """Elements gathered at one time, at most."""
+    """The largest number of elements gathered at one time."""
     return _setting(settings, "max_live_parameters")
 
 
 def most_kept(settings: Mapping[str, Any]) -> int:
-    """Elements that stay gathered from the forward to the backward pass, at most: between the two uses of a parameter
-    lie those of all behind it, twice."""
+    """The largest number of elements that stay gathered from the forward to the backward pass.
+
+    Between the two uses of a parameter, all parameters after it are used twice; hence the factor 2.
+    """
     return min(most_gathered(settings), _setting(settings, "max_reuse_distance") // 2)

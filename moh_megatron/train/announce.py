@@ -6,11 +6,11 @@ import itertools
 import logging
 import textwrap
 
-from moh_megatron.config.count import parameter_count
 from moh_megatron.config.head_layout import LARGEST_IMBALANCE, HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads, layer_heads
+from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
-from moh_megatron.model.build import attention_backend, attention_warning
+from moh_megatron.model.attention_backend import attention_backend, attention_warning
 from moh_megatron.train.session import Session
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from moh_megatron.config.count import rank_parameters
 from moh_megatron.config.load import nearest
 from moh_megatron.config.nesting import leaves, nested, within
+from moh_megatron.config.parameter_count import rank_parameters
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 

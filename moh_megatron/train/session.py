@@ -19,7 +19,8 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.prepared import PreparedData
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
-from moh_megatron.model.build import build_model, check_backend
+from moh_megatron.model.attention_backend import check_backend
+from moh_megatron.model.build import build_model
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.fault_tolerance import agreement

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from moh_megatron.config.count import parameter_count
 from moh_megatron.config.layer_heads import active_share
+from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.io.json_file import write_json
-from moh_megatron.model.build import attention_backend
+from moh_megatron.model.attention_backend import attention_backend
 from moh_megatron.monitor.records import read_records
 from moh_megatron.train.session import Session
 from moh_megatron.train.startup_clock import StartupClock

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moh_megatron.model.build import attention_backends
+from moh_megatron.model.attention_backend import attention_backends
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import RoutingObserver
 from moh_megatron.monitor.accumulator import Interval, MetricsAccumulator

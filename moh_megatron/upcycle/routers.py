@@ -10,7 +10,7 @@ from torch import Tensor
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
-from moh_megatron.model.build import DTYPES
+from moh_megatron.model.tensors import DTYPES
 
 _DEVIATION = 1e-11
 """Logits of this size rank the heads, differently for each token, and are all the same to a softmax in fp32."""

@@ -8,7 +8,7 @@ import pytest
 
 from moh_megatron.config.schema import Config
 from moh_megatron.plan.communication import communication
-from moh_megatron.plan.memory import model_states
+from moh_megatron.plan.model_states import model_states
 from moh_megatron.plan.parameters import weights
 
 pytestmark = pytest.mark.slow

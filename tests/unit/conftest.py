@@ -80,9 +80,9 @@ def fake_checkpoint() -> Callable[..., Path]:
 def one_rank() -> Iterator[None]:
     """Process groups of a world of one."""
     # Imported here: the tests of the configuration need neither.
-    from moh_megatron.model.single import be_alone
+    from moh_megatron.model.single import init_single_process
     from moh_megatron.parallel import groups
 
-    be_alone(seed=1)
+    init_single_process(seed=1)
     yield
     groups.destroy()

@@ -163,6 +163,7 @@ def test_the_arrows_are_those_of_the_test():
 def test_the_reference_of_the_configuration_is_current():
     page = runpy.run_path(str(REPOSITORY / "tools" / "config_reference.py"))["reference"]()
     assert text_of("docs/configuration.md") == page, "python tools/config_reference.py > docs/configuration.md"
+    assert re.findall(r"^.*\|\s*\|$", page, re.MULTILINE) == [], "every key has a description"
     rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", page, re.MULTILINE))
     assert rows["parallel.zero_stage"] == "integer at least 0, at most 3"
     assert rows["optimizer.decay_fraction"] == "number above 0, at most 1"

@@ -20,7 +20,7 @@ from moh_megatron.checkpoint.hf.weight_readers import HFSource, open_checkpoint
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
-from moh_megatron.model.dtypes import DTYPES
+from moh_megatron.model.tensors import DTYPES
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from moh_megatron.checkpoint.hf.streaming import runs
 from moh_megatron.checkpoint.hf.weight_readers import HFSource, pieces
 from moh_megatron.checkpoint.layout import read_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
-from moh_megatron.config.count import parameter_count
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import completed_config
+from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer

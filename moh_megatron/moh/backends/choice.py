@@ -1,7 +1,7 @@
-"""Which backend serves a shape, from what was measured. One place for the figures.
+"""Chooses the fastest backend for a shape from measurements, which are recorded here.
 
 Forward + backward over dense causal SDPA with the same mask, fp32, one CPU thread, an AMD EPYC with AVX-512,
-`tools/bench_attention.py`; medians of turns. Below 1 the sparse backend is faster. More in `docs/benchmarks.md`.
+`tools/bench_attention.py`; medians of ratios. Below 1 the sparse backend is faster. More in `docs/benchmarks.md`.
 
 | S | heads / groups x size | cpu 50, 75, 100 % | gathered 50, 75, 100 % |
 |---|---|---|---|
@@ -24,9 +24,9 @@ gathered at 256, 12 / 12 x 64: 1.13 and 1.45 at 50 and 75 %; cpu at 256, 8 / 4 x
 | 256 | 12 / 12 x 64 | 0.48, 0.72, 0.83, 0.95, 1.08 |
 | 256 | 32 / 8 x 128 | 0.23, 0.42, 0.53, 0.62, 0.70 |
 
-With every head active dense attention is taken though the C++ kernel is often faster: the model is then the dense one
-to the last bit, and holds less memory. Shares between 75 and 100 % were measured up to a length of 1024. Several
-threads, and GPUs, were not measured: dense is taken there.
+With every head active, dense attention is chosen although the C++ kernel is often faster: the model then equals the
+dense one bit for bit and needs less memory. Shares between 75 and 100 % were measured up to a length of 1024. Several
+threads and GPUs were not measured, so dense is chosen for them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PAYS: dict[Backend, tuple[tuple[int, float], ...]] = {
     "cpu": ((256, 0.6), (512, 0.9)),
     "gathered": ((512, 0.8),),
 }
-"""From which length on a backend pays, up to which active share."""
+"""(shortest length, largest share of active pairs) at which a backend is faster than dense attention."""
 
 
 def _pays(backend: Backend, length: int, share: float) -> bool:

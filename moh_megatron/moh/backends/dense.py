@@ -1,4 +1,7 @@
-"""The reference: compute every head, then drop what is not active. Saves nothing."""
+"""Dense attention: computes every head. ``masked_attention`` is the reference of the sparse backends.
+
+Legend: S sequence, B batch, N query heads, G KV groups, H head size.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ def causal_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention by torch's fused kernel; grouped keys and values are shared by N / G query heads.
+    """Every head, by torch's fused kernel; N / G query heads share a KV group.
 
     q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]. ``scale`` defaults to 1 / sqrt(H). ``cu_seqlens``
-    [documents + 1] keeps attention inside each document: one is computed after another.
+    [documents + 1] keeps attention inside each document; the documents are computed one by one.
     """
     lengths = [] if cu_seqlens is None else [length for length in cu_seqlens.diff().tolist() if length]
     if len(lengths) > 1:
@@ -30,7 +33,7 @@ def causal_attention(
     return out.permute(2, 0, 1, 3)
 
 
-def dense_attention(
+def masked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,5 +42,5 @@ def dense_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with zeros where ``active`` [S, B, N] is false; shapes as in ``causal_attention``."""
+    """``causal_attention`` of every head, then zeros where ``active`` [S, B, N] is false; the same shapes."""
     return causal_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens) * active.unsqueeze(-1)

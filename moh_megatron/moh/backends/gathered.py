@@ -1,7 +1,7 @@
-"""Only the active queries, in plain PyTorch, on any device.
+"""Computes attention of the active queries in plain PyTorch, on any device.
 
-Blocks of a ragged list (see ``ragged.py``) are multiplied against the keys and values they share. The backward pass
-computes the probabilities again, so nothing larger than a block times S is ever held.
+Blocks of a ragged list (see ``ragged.py``) are multiplied by the keys and values they share. The backward pass
+recomputes the probabilities, so no tensor is larger than a block times S.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from moh_megatron.moh.backends.ragged import Block
 from moh_megatron.moh.backends.ragged_function import Lists
 from moh_megatron.moh.precision import at_least_fp32
 
-# Measured: the block that pays most with several query heads to a KV group, and with one.
+# The fastest block sizes measured: with several query heads in a KV group, and with one.
 _BLOCK_MERGED, _BLOCK_SINGLE = 256, 128
 
 
 class _Blocks:
-    """Scores of one block after another, in buffers that all of them share."""
+    """Computes the scores of one block at a time, in buffers that all blocks share."""
 
     def __init__(self, lists: Lists) -> None:
         keys = lists.k.shape[1]
@@ -29,20 +29,20 @@ class _Blocks:
         self._buffers = lists.q.new_empty(2, self.size * keys)
         self._key_index = torch.arange(keys, device=lists.q.device)
 
-    def buffer(self, which: int, block: Block) -> Tensor:
+    def buffer(self, index: int, block: Block) -> Tensor:
         rows, keys = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
-        return self._buffers[which, : rows * keys].view(rows, keys)
+        return self._buffers[index, : rows * keys].view(rows, keys)
 
     def probabilities(self, q: Tensor, k: Tensor, block: Block) -> Tensor:
         """Softmax of the block's queries [rows, H] against the keys [S, H] each of them may see."""
         scores = torch.mm(q[block.rows], k[block.keys].t(), out=self.buffer(0, block))
-        self._hide(scores, block)
+        self._mask(scores, block)
         return torch.softmax(scores, -1, out=scores)
 
-    def _hide(self, scores: Tensor, block: Block) -> None:
+    def _mask(self, scores: Tensor, block: Block) -> None:
         last, first = self._ragged.last_key[block.rows], self._ragged.first_key[block.rows]
         start = block.keys.start
-        # All rows see the keys from the latest document start to the earliest position: only the ends differ.
+        # All rows see the keys from the latest document start to the earliest position; only both ends differ.
         seen_by_all = max(block.lowest_last + 1 - start, 0)
         scores[:, seen_by_all:].masked_fill_(
             self._key_index[start + seen_by_all : block.keys.stop] > last[:, None], -math.inf
@@ -53,25 +53,25 @@ class _Blocks:
 
 
 class GatheredKernel:
-    """Matrix products of blocks; see ``ragged_function.Kernel``."""
+    """Products of blocks as a ``ragged_function.Kernel``."""
 
     precision = staticmethod(at_least_fp32)
 
     def forward(self, lists: Lists) -> tuple[Tensor, None]:
-        blocks, rows, q = _Blocks(lists), torch.empty_like(lists.q), lists.q * lists.scale
+        blocks, out, q = _Blocks(lists), torch.empty_like(lists.q), lists.q * lists.scale
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             for block in lists.ragged.blocks(index, blocks.size):
-                torch.mm(blocks.probabilities(q, key, block), value[block.keys], out=rows[block.rows])
-        return rows, None
+                torch.mm(blocks.probabilities(q, key, block), value[block.keys], out=out[block.rows])
+        return out, None
 
-    def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
+    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
         blocks, q = _Blocks(lists), lists.q * lists.scale
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             for block in lists.ragged.blocks(index, blocks.size):
-                probability, d_out = blocks.probabilities(q, key, block), d_rows[block.rows]
-                d_v[index, block.keys].addmm_(probability.t(), d_out)
-                d_scores = torch.mm(d_out, value[block.keys].t(), out=blocks.buffer(1, block))
+                probability, d_block = blocks.probabilities(q, key, block), d_out[block.rows]
+                d_v[index, block.keys].addmm_(probability.t(), d_block)
+                d_scores = torch.mm(d_block, value[block.keys].t(), out=blocks.buffer(1, block))
                 softmax_backward = torch.ops.aten._softmax_backward_data.out
                 softmax_backward(d_scores, probability, -1, d_scores.dtype, grad_input=d_scores)
                 torch.mm(d_scores, key[block.keys], out=d_q[block.rows])

@@ -1,14 +1,14 @@
-"""Ragged causal attention for CUDA, in Triton: forward with a running softmax, backward from its logarithm.
+"""Computes attention of the active queries on CUDA GPUs, by Triton kernels.
 
-A list holds the active queries of one KV group sorted by position (``ragged.py``); row i sees the keys FIRST[i] to
-LAST[i]. One program works on a block of rows of one list, or, for the gradients of keys and values, on a block of keys.
-Products take the inputs' precision, sums are fp32. Its numbers are tested on a CPU in Triton's interpreter; its speed
-has not been measured.
+The forward pass uses an online softmax; the backward pass uses its saved log-sum-exp. A list holds the active queries
+of one KV group sorted by position (``ragged.py``); row i sees the keys FIRST[i] to LAST[i]. A program works on a block
+of rows of one list, or, for the gradients of keys and values, on a block of keys. Products use the inputs' precision,
+sums are fp32. The numbers are tested on a CPU in Triton's interpreter; the speed has not been measured.
 
 Legend: M rows of all lists, L lists, S keys, H head size.
 """
 
-# Inside a kernel, values are Triton's, not Python's.
+# pyright cannot type values inside a kernel: they are Triton's, not Python's.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEGATIVE = tl.constexpr(-1.0e30)
 
 
 def _autotuned(kernel: Any) -> Any:
-    """Block sizes by measurement on the device; one fixed choice in the interpreter, where time means nothing."""
+    """Choose block sizes by measurement on the device; the interpreter gets one fixed choice."""
     if _INTERPRETED:
         return triton.autotune([triton.Config({"ROWS": 16, "KEYS": 16})], key=[])(kernel)
     choices = [
@@ -55,9 +55,9 @@ def _scores(q, k, keys, first, last, inside, scale):
 
 @triton.jit
 def _block_of_rows(BOUNDS, FIRST, LAST, ROWS: tl.constexpr):
-    """Rows of this program, whether each exists, the keys it sees, and the range the block sees."""
-    of_list = tl.program_id(1)
-    begin, end = tl.load(BOUNDS + of_list), tl.load(BOUNDS + of_list + 1)
+    """This program's rows, whether each exists, its first and last key, and the range of keys the block sees."""
+    list_index = tl.program_id(1)
+    begin, end = tl.load(BOUNDS + list_index), tl.load(BOUNDS + list_index + 1)
     rows = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < end
     first = tl.load(FIRST + rows, mask=inside, other=2147483647)
@@ -124,11 +124,11 @@ def _backward_keys(
     D_OUT, Q, K, V, BOUNDS, FIRST, LAST, LSE, DELTA, D_K, D_V, scale, S,
     H: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    of_list = tl.program_id(1)
-    begin, end = tl.load(BOUNDS + of_list), tl.load(BOUNDS + of_list + 1)
+    list_index = tl.program_id(1)
+    begin, end = tl.load(BOUNDS + list_index), tl.load(BOUNDS + list_index + 1)
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     columns = tl.arange(0, WIDE)
-    base = of_list.to(tl.int64) * S * H
+    base = list_index.to(tl.int64) * S * H
     k = _load_rows(K + base, keys, columns, keys < S, H)
     v = _load_rows(V + base, keys, columns, keys < S, H)
     d_k, d_v = tl.zeros([KEYS, WIDE], tl.float32), tl.zeros([KEYS, WIDE], tl.float32)
@@ -137,7 +137,7 @@ def _backward_keys(
         inside = rows < end
         last = tl.load(LAST + rows, mask=inside, other=-1)
         first = tl.load(FIRST + rows, mask=inside, other=2147483647)
-        # Both bounds rise with the row: a block that ends before these keys, or starts behind them, sees none.
+        # Both bounds rise with the row: a block of rows that ends before these keys, or starts after them, sees none.
         if (tl.max(last, 0) >= tl.program_id(0) * KEYS) & (tl.min(first, 0) < (tl.program_id(0) + 1) * KEYS):
             q, d_out = _load_rows(Q, rows, columns, inside, H), _load_rows(D_OUT, rows, columns, inside, H)
             log_sum = tl.load(LSE + rows, mask=inside, other=0.0)
@@ -152,28 +152,28 @@ def _backward_keys(
 
 
 class TritonKernel:
-    """The kernels above; see ``ragged_function.Kernel``."""
+    """The kernels above as a ``ragged_function.Kernel``."""
 
     def precision(self, inputs: torch.dtype) -> torch.dtype:
-        """As the inputs are: tensor cores multiply bf16."""
+        """The type of the inputs: tensor cores multiply bf16."""
         return inputs
 
     def forward(self, lists: Lists) -> tuple[Tensor, Tensor]:
-        rows = torch.empty_like(lists.q)
-        log_sums = torch.empty(lists.q.shape[0], dtype=torch.float32, device=rows.device)
-        if rows.numel():
+        out = torch.empty_like(lists.q)
+        log_sums = torch.empty(lists.q.shape[0], dtype=torch.float32, device=out.device)
+        if out.numel():
             _forward[_grid_of_rows(lists)](
-                lists.q, lists.k, lists.v, *_bounds(lists), rows, log_sums, lists.scale, **_sizes(lists)
+                lists.q, lists.k, lists.v, *_bounds(lists), out, log_sums, lists.scale, **_sizes(lists)
             )
-        return rows, log_sums
+        return out, log_sums
 
-    def backward(self, lists: Lists, d_rows: Tensor, rows: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
+    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
         assert extra is not None
-        delta = (d_rows.float() * rows.float()).sum(-1)
-        d_q = torch.empty(lists.q.shape, dtype=torch.float32, device=rows.device)
-        d_k, d_v = (torch.zeros(lists.k.shape, dtype=torch.float32, device=rows.device) for _ in range(2))
-        if rows.numel():
-            inputs = (d_rows, lists.q, lists.k, lists.v, *_bounds(lists), extra, delta)
+        delta = (d_out.float() * out.float()).sum(-1)
+        d_q = torch.empty(lists.q.shape, dtype=torch.float32, device=out.device)
+        d_k, d_v = (torch.zeros(lists.k.shape, dtype=torch.float32, device=out.device) for _ in range(2))
+        if out.numel():
+            inputs = (d_out, lists.q, lists.k, lists.v, *_bounds(lists), extra, delta)
             _backward_queries[_grid_of_rows(lists)](*inputs, d_q, lists.scale, **_sizes(lists))
             _backward_keys[_grid_of_keys(lists)](*inputs, d_k, d_v, lists.scale, **_sizes(lists))
         return d_q, d_k, d_v

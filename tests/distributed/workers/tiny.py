@@ -70,7 +70,7 @@ def fresh_model(config: Config, accumulation_steps: int = 1) -> torch.nn.Module:
 
 def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float:
     """Smallest distance between the last chosen and the first rejected routed head."""
-    scores = router.ranked_by(x, q)
+    scores = router.selection_scores(x, q)
     if scores is None or router.top_k == scores.shape[-1]:
         return 1.0
     ordered, k = scores.sort(dim=-1, descending=True).values, router.top_k

@@ -114,7 +114,7 @@ def test_the_last_override_holds():
         ("data.inputs=a.txt", 'data.inputs: must be a list, as in [a, b]. Got the text "a.txt".'),
         ("data.inputs=[a, 3]", "data.inputs[1]: must be text (in quotes, if it looks like something else). Got 3."),
         ("data.inputs=[a", "data.inputs: line 1, column 3: not valid YAML: expected ',' or ']'"),
-        ("data.inputs={a: 1, a: 2}", "data.inputs: line 1: 'a' stands twice; it first stands in line 1."),
+        ("data.inputs={a: 1, a: 2}", "data.inputs: line 1: duplicate key 'a', first given in line 1."),
         ("run.dir=\udcff", "run.dir: line 1: not valid YAML: character"),
         (
             "moh.active_heads=40",
@@ -139,7 +139,7 @@ def test_every_mistake_is_told_at_once_with_its_file(folder):
         "optimizer: {learning_rate: null}\n"
     )
     assert complaint("bad.yaml", "run.seed=x", "moh.routr=learned").splitlines() == [
-        "bad.yaml: line 8: 'gating' stands twice; it first stands in line 7.",
+        "bad.yaml: line 8: duplicate key 'gating', first given in line 7.",
         "bad.yaml: runs: unknown section; did you mean 'run'?",
         "bad.yaml: active_heads: unknown section; did you mean 'moh.active_heads'?",
         "bad.yaml: model.5: unknown key; model has the keys num_layers, hidden_size, ffn_hidden_size, "
@@ -219,10 +219,10 @@ def test_the_file_that_set_the_value_is_blamed(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"base: bad.yaml\n", "bad.yaml: base: goes in a circle: bad.yaml -> bad.yaml."),
+        (b"base: bad.yaml\n", "bad.yaml: base: forms a cycle: bad.yaml -> bad.yaml."),
         (
             b"base: loop/other.yaml\n",
-            "loop/other.yaml: base: goes in a circle: bad.yaml -> loop/other.yaml -> bad.yaml.",
+            "loop/other.yaml: base: forms a cycle: bad.yaml -> loop/other.yaml -> bad.yaml.",
         ),
         (b"base: none.yaml\n", "bad.yaml: base: none.yaml: no such file; write the path of a YAML file."),
         (b"base: loop\n", "bad.yaml: base: loop: cannot be read: Is a directory."),
@@ -246,7 +246,7 @@ def test_a_missing_file_is_told(path):
 
 
 def test_a_path_with_nul_is_told():
-    assert complaint("a\0b").endswith(": cannot be read: embedded null byte.")
+    assert complaint("a\0b.yaml").endswith(": cannot be read: embedded null byte.")
 
 
 def test_a_byte_order_mark_is_harmless(folder):
@@ -296,7 +296,7 @@ def test_reading_a_configuration_does_not_import_torch():
     code = (
         "import sys\n"
         "from moh_megatron import cli\n"
-        "from moh_megatron.config import count, load, paths, validate\n"
+        "from moh_megatron.config import load, parameter_count, paths, validate\n"
         "load.load_config('configs/smoke.yaml')\n"
         "print({'torch', 'numpy', 'megatron', 'deepspeed', 'transformers'} & set(sys.modules))"
     )

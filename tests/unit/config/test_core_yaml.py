@@ -55,7 +55,7 @@ def test_keys_are_text_and_stand_once():
     assert parse("1: a\ntrue: b\n") == ({"1": "a", "true": "b"}, [])
     value, duplicates = parse("a:\n  b: 1\n  c: 2\n  b: 3\n")
     assert value == {"a": {"b": 3, "c": 2}}
-    assert duplicates == ["line 4: 'b' stands twice; it first stands in line 2."]
+    assert duplicates == ["line 4: duplicate key 'b', first given in line 2."]
 
 
 @pytest.mark.parametrize(

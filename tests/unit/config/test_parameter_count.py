@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.config.count import ParameterCount, parameter_count, router_weight_rows
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.load import load_config
+from moh_megatron.config.parameter_count import ParameterCount, parameter_count, router_weight_rows
 from moh_megatron.config.schema import MoHConfig
 
 _PRETRAIN = Path(__file__).parents[3] / "configs/pretrain"

@@ -151,7 +151,7 @@ def test_validation_loss_weights_sources_by_their_shares_at_the_models_step(
     config = tiny({"data.sources": sources, "data.weight_changes": changes, "tokenizer.path": "t"})
     tokenizer = SimpleNamespace(sha256="x", eos_token_id=0)
     losses = {"a": 1.0, "b": 3.0}
-    monkeypatch.setattr(held_out_loss, "be_alone", lambda seed: None)
+    monkeypatch.setattr(held_out_loss, "init_single_process", lambda seed: None)
     monkeypatch.setattr(held_out_loss, "load_prepared", lambda config: SimpleNamespace(tokenizer=lambda: tokenizer))
     monkeypatch.setattr(held_out_loss, "load_tokenizer", lambda folder: tokenizer)
     held_out = losses if step is None else {"a": 1.0}

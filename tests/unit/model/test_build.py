@@ -10,8 +10,8 @@ import torch
 from megatron.core import parallel_state
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from moh_megatron.config.count import parameter_count
 from moh_megatron.config.load import config_from_mapping, load_config
+from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.data.batches import ValidationBatch
 from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses, transformer_config

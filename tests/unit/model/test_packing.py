@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moh_megatron.data.batches import ValidationBatch
-from moh_megatron.model.build import attention_backend, build_model, token_losses
-from moh_megatron.model.packed_gpt import PackedGPTModel
-from moh_megatron.model.packing import document_ends, document_positions
+from moh_megatron.model.attention_backend import attention_backend
+from moh_megatron.model.build import build_model, token_losses
+from moh_megatron.model.packing import PackedGPTModel, document_ends, document_positions
 from moh_megatron.train.validation import validation_loss
 
 END = 7

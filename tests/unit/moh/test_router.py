@@ -16,7 +16,7 @@ from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
 from moh_megatron.moh.routing import learned_routing, query_norm_routing
-from moh_megatron.moh.sparse_attention import sparse_attention
+from moh_megatron.moh.sparse import sparse_attention
 from moh_megatron.parallel import groups
 
 D, HEADS, SIZE = 16, 8, 4

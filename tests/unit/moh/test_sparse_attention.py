@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moh_megatron.moh import sparse_attention
 from moh_megatron.moh.backends import choice, cpu
-from moh_megatron.moh.document_attention import document_attention
+from moh_megatron.moh.packed_documents import attend_packed
 
 SPARSE = ["gathered", "cpu"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -167,7 +167,7 @@ def test_auto_goes_by_the_share_of_active_heads(monkeypatch: pytest.MonkeyPatch)
         seen.append(share)
         return "dense"
 
-    monkeypatch.setattr(sys.modules["moh_megatron.moh.sparse_attention"], "choose_backend", choose)
+    monkeypatch.setattr("moh_megatron.moh.sparse.choose_backend", choose)
     q, k, v, active = draw(10, 1, 2, 2, 16, 0.5, 1, torch.float32)
     active[:] = False
     active[..., 0] = True
@@ -192,7 +192,7 @@ def test_auto_goes_by_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -
         seen.append(length)
         return "dense"
 
-    monkeypatch.setattr(sys.modules["moh_megatron.moh.sparse_attention"], "choose_backend", choose)
+    monkeypatch.setattr("moh_megatron.moh.sparse.choose_backend", choose)
     for documents in ([0, 150], [0, 30, 60, 90, 120, 150], [0, 0, 50, 150]):
         compare("auto", *draw(150, 1, 2, 2, 16, 0.5, 1, torch.float32), documents=documents)
     assert seen == [150, 30, 83]  # 83: (50 * 50 + 100 * 100) / 150
@@ -208,7 +208,7 @@ def test_documents_of_a_batch(backend: Any) -> None:
         return sparse_attention(*inputs, cu_seqlens=cu_seqlens, backend=backend)
 
     ends = torch.tensor([0, 10, 40, 65, 80], dtype=torch.int32)
-    together = document_attention(attention, ends, *leaves, active)
+    together = attend_packed(attention, ends, *leaves, active)
     rows = [
         attention(*(x[:, row : row + 1] for x in (*leaves, active)), cu_seqlens=ends[first : first + 3] - 40 * row)
         for row, first in ((0, 0), (1, 2))
@@ -217,7 +217,7 @@ def test_documents_of_a_batch(backend: Any) -> None:
     torch.testing.assert_close(together, separate)
     for a, b in zip(*(torch.autograd.grad(out, leaves, probe) for out in (together, separate)), strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.equal(document_attention(attention, None, *leaves, active), attention(*leaves, active))
+    assert torch.equal(attend_packed(attention, None, *leaves, active), attention(*leaves, active))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model import core_attention
-from moh_megatron.model.build import attention_backends, build_model, moh_layers, token_losses
+from moh_megatron.model.attention_backend import attention_backends
+from moh_megatron.model.build import build_model, moh_layers, token_losses
+from moh_megatron.moh import sparse
 from moh_megatron.moh.balancing import follow_schedule
 from moh_megatron.monitor.flops import FlopsPerToken, computed_heads, flops_per_token, skips_heads
 
@@ -133,10 +134,9 @@ def test_what_counts_as_computed_is_what_a_running_model_computes(tiny: Tiny, mo
         computed.append(int(active.sum()))
         return ragged(kernel, q, k, v, active, *rest)
 
-    sparse_attention = import_module("moh_megatron.moh.sparse_attention")  # the package has a function of that name
-    dense, ragged = sparse_attention.dense_attention, sparse_attention.ragged_attention
-    monkeypatch.setattr(sparse_attention, "dense_attention", masked)
-    monkeypatch.setattr(sparse_attention, "ragged_attention", skipping)
+    dense, ragged = sparse.masked_attention, sparse.ragged_attention
+    monkeypatch.setattr(sparse, "masked_attention", masked)
+    monkeypatch.setattr(sparse, "ragged_attention", skipping)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     long = {"train.sequence_length": 512, "moh.active_heads": [3, 7], "moh.activation_schedule_steps": 4}
     config, device, tokens = tiny(long), torch.device("cpu"), torch.randint(0, 96, (1, 513))

@@ -69,7 +69,7 @@ def test_the_heads_that_hurt_most_are_shared():
 
 def test_the_choice_becomes_a_list(tiny):
     config = tiny({"moh.shared_placement": "calibrated"})
-    with pytest.raises(UserError, match="not settled before a dense model has been measured"):
+    with pytest.raises(UserError, match="calibrated needs shared heads that are measured on a dense model"):
         layer_heads(config.model, config.moh)
     heads = layer_heads(config.model, settled(config, CALIBRATION).moh)
     assert [each.shared for each in heads] == [(1, 7), (0, 7)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moh_megatron.config.schema import Config
-from moh_megatron.model import build
-from moh_megatron.moh.backends.flash import flash_refusal
+from moh_megatron.model import attention_backend
+from moh_megatron.model.attention_backend import flash_refusal
 
 SHAPE = {"length": 256, "heads": 8, "groups": 4, "head_dim": 64}
 
@@ -27,14 +27,14 @@ def test_the_flash_kernel_takes_bf16_and_not_fp32() -> None:
 
 def test_the_warning_names_this_ranks_shape(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(build, "flash_refusal", lambda **shape: asked.append(shape) or "too old")
+    monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: asked.append(shape) or "too old")
     config, cuda = tiny({"parallel.tensor": 2, "moh.backend": "dense"}), torch.device("cuda")
-    warning = build.attention_warning(config, cuda)
+    warning = attention_backend.attention_warning(config, cuda)
     assert warning is not None
     assert warning.endswith(": too old")
     expected = {"length": 16, "heads": 4, "groups": 2, "head_dim": 4, "dtype": torch.float32, "device": cuda}
     assert asked == [expected]
-    assert build.attention_warning(config, torch.device("cpu")) is None
-    assert build.attention_warning(tiny({"moh.backend": "triton"}), cuda) is None
-    monkeypatch.setattr(build, "flash_refusal", lambda **shape: None)
-    assert build.attention_warning(config, cuda) is None
+    assert attention_backend.attention_warning(config, torch.device("cpu")) is None
+    assert attention_backend.attention_warning(tiny({"moh.backend": "triton"}), cuda) is None
+    monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: None)
+    assert attention_backend.attention_warning(config, cuda) is None

@@ -1,39 +1,39 @@
-"""A run before it is started: everything ``tools/plan.py`` says of it, as numbers."""
+"""Collects every number that ``moh-plan`` reports of a run before it starts."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 
-from moh_megatron.config.count import ParameterCount, parameter_count
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads, layer_heads
+from moh_megatron.config.parameter_count import ParameterCount, parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.monitor.flops import FlopsPerToken, flops_per_token
 from moh_megatron.plan.activations import Activations, activations
 from moh_megatron.plan.communication import Traffic, communication
-from moh_megatron.plan.memory import ModelStates, model_states
+from moh_megatron.plan.model_states import ModelStates, model_states
 
 
 @dataclass(frozen=True)
 class HeadBalance:
-    """How the tensor-parallel ranks share the heads of some layers, if routed ones are chosen evenly."""
+    """The load of the tensor-parallel ranks in layers with the same heads, if routed heads are chosen evenly."""
 
     layers: tuple[int, ...]
-    """Counted from 1."""
+    """The numbers of the layers, from 1."""
     shared: int
     active: int
     heads: int
     load: tuple[float, ...]
-    """Heads a token, of each rank."""
+    """The heads each rank computes for a token."""
     imbalance: float
-    """The busiest rank's over the mean."""
+    """The busiest rank's load over the mean."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are of one rank, the busiest."""
+    """The numbers of a run; bytes are those of the busiest rank."""
 
     world_size: int
     tensor: int
@@ -45,7 +45,7 @@ class Plan:
     states: ModelStates
     activations: Activations
     backend: str
-    """What computes attention."""
+    """The attention backend."""
     flops: FlopsPerToken
     head_balance: tuple[HeadBalance, ...]
     communication: tuple[Traffic, ...]
@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
-    """Raises UserError where ``world_size`` does not suit the configuration."""
+    """The plan of a run on ``world_size`` ranks. Raises UserError if they do not fit the configuration."""
     backend = backend_on_gpus(config)
     return Plan(
         world_size=world_size,
@@ -76,7 +76,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 
 def backend_on_gpus(config: Config) -> str:
-    """What ``model.build.attention_backend`` answers there: ``auto`` is dense on a GPU."""
+    """The attention backend on GPUs, where ``auto`` is dense; see ``model.attention_backend``."""
     return config.moh.fixed_backend or "dense"
 
 
@@ -99,8 +99,8 @@ def _head_balance(config: Config) -> list[HeadBalance]:
     ]
 
 
-def runs_of(numbers: tuple[int, ...]) -> str:
-    """``1-3, 7`` for 1, 2, 3, 7."""
-    runs = itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
-    ends = [[number for _, number in run] for _, run in runs]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
+def as_ranges(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers as ranges: ``1-3, 7`` for 1, 2, 3, 7."""
+    grouped = itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
+    ranges = [[number for _, number in group] for _, group in grouped]
+    return ", ".join(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}" for found in ranges)

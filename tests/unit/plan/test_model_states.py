@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from moh_megatron.config.count import parameter_count, rank_parameters
+from moh_megatron.config.parameter_count import parameter_count, rank_parameters
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
-from moh_megatron.plan.memory import model_states
+from moh_megatron.plan.model_states import model_states
 from moh_megatron.plan.parameters import total_size, weights
 
 Tiny = Callable[..., Config]

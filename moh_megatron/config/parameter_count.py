@@ -1,4 +1,4 @@
-"""How many parameters a configuration has, without building it."""
+"""Counts the parameters of a configuration without building the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moh_megatron.config.schema import Config, ModelConfig, MoHConfig
 @dataclass(frozen=True)
 class ParameterCount:
     dense: int
-    """What the dense twin has: embeddings, attention, SwiGLU, norms."""
+    """Parameters of the dense twin: embeddings, attention, SwiGLU, norms."""
     router: int
-    """What the routers of all layers add."""
+    """Parameters of the routers of all layers."""
 
     @property
     def total(self) -> int:
@@ -36,17 +36,17 @@ def parameter_count(model: ModelConfig, moh: MoHConfig) -> ParameterCount:
 
 
 def rank_parameters(config: Config) -> int:
-    """Parameters one tensor-parallel rank holds: its share, and whole what all of them have, routers and norms."""
+    """Parameters of one tensor-parallel rank: its share of the sharded ones, and all of routers and norms."""
     model, count = config.model, parameter_count(config.model, config.moh)
-    whole = count.router + model.hidden_size * (2 * model.num_layers + 1)
-    return (count.total - whole) // config.parallel.tensor + whole
+    replicated = count.router + model.hidden_size * (2 * model.num_layers + 1)
+    return (count.total - replicated) // config.parallel.tensor + replicated
 
 
 def router_weight_rows(moh: MoHConfig, heads: LayerHeads) -> dict[str, int]:
-    """Output features of each weight of one layer's learned router (paper eq. 5-6); an absent weight is left out,
-    all of them where the router has none.
+    """Rows (output features) of each weight of one layer's learned router (paper eq. 5-6), without absent weights.
 
-    One shared head beside routed ones has gate 1, and alpha weighs shared against routed: both go where they are idle.
+    ``w_shared`` is absent for a single shared head besides routed ones, whose gate within the shared heads is 1.
+    ``w_alpha`` is absent unless there are both shared and routed heads. Other routers have no weights.
     """
     if not moh.enabled or moh.router != "learned":
         return {}
@@ -60,5 +60,5 @@ def router_weight_rows(moh: MoHConfig, heads: LayerHeads) -> dict[str, int]:
 
 
 def router_biases(moh: MoHConfig, heads: LayerHeads) -> int:
-    """How many biases balance the routed heads of one layer; none where a loss does."""
+    """The number of biases that balance the routed heads of one layer; 0 with a balance loss."""
     return len(heads.routed) if moh.enabled and moh.balancing == "bias" else 0

@@ -1,4 +1,4 @@
-"""Attention where each token uses only some heads: one function, several ways to compute it."""
+"""Attention where each token uses only some heads: the public function, which chooses among the backends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from moh_megatron.moh.backends.choice import Backend, choose_backend
 from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library, serves
-from moh_megatron.moh.backends.dense import dense_attention
-from moh_megatron.moh.backends.document_starts import document_length
+from moh_megatron.moh.backends.dense import masked_attention
 from moh_megatron.moh.backends.gathered import GatheredKernel
 from moh_megatron.moh.backends.ragged_function import Kernel, ragged_attention
 
 
 def _triton_kernel() -> Kernel:
-    from moh_megatron.moh.backends.triton_kernel import TritonKernel  # compiles on import; rarely there
+    from moh_megatron.moh.backends.triton_kernel import TritonKernel  # imported here: it compiles on import
 
     return TritonKernel()
 
@@ -33,7 +32,7 @@ _BACKENDS = ("dense", *_KERNELS)
 
 
 def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why ``backend`` cannot serve such tensors; None if it can."""
+    """Why ``backend`` cannot compute with tensors of this type and device; None if it can."""
     if backend == "cpu" and not serves(dtype, device):
         return "backend 'cpu' needs fp32 or bf16 on the CPU."
     if backend == "triton":
@@ -85,6 +84,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, cu_seqlens: Tensor |
         raise ValueError(f"cu_seqlens must rise from 0 to S = {length}. Got {ends}.")
 
 
+def _mean_document_length(cu_seqlens: Tensor) -> int:
+    """The mean over tokens of the length of their document: sum of squared lengths over sum of lengths."""
+    lengths = cu_seqlens.diff().double()
+    return round(float(lengths.square().sum() / lengths.sum().clamp_min(1)))
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -95,34 +100,34 @@ def sparse_attention(
     cu_seqlens: Tensor | None = None,
     backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto",
 ) -> Tensor:
-    """Causal softmax attention, computed only where ``active``.
+    """Causal softmax attention, computed only where ``active``, by the backend that is asked for or fastest.
 
     Args:
         q: queries [S, B, N, H].
-        k, v: keys and values [S, B, G, H] of every token: a later token may use a head its predecessors skipped.
+        k, v: keys and values [S, B, G, H] of every token: a later token may use a head that earlier ones skipped.
         active: bool [S, B, N], the heads each token uses.
-        scale: of the scores; None means 1 / sqrt(H).
-        cu_seqlens: int32 [documents + 1], with B = 1: attention stays inside each packed document.
-        backend: ``dense`` computes every head and drops the rest; ``gathered`` (PyTorch, any device), ``cpu`` (C++,
-            one thread; ``gathered`` takes over where it cannot be built) and ``triton`` (CUDA) skip what is not active;
-            ``auto`` takes the fastest that was measured for the shape.
+        scale: factor of the scores; None means 1 / sqrt(H).
+        cu_seqlens: int32 [documents + 1], requires B = 1: attention stays inside each packed document.
+        backend: ``dense`` computes every head and zeroes the inactive ones; ``gathered`` (PyTorch, any device), ``cpu``
+            (C++, one thread; replaced by ``gathered`` where it cannot be compiled) and ``triton`` (CUDA) skip inactive
+            pairs; ``auto`` uses the fastest one measured for the shape.
 
     Returns:
-        [S, B, N, H], zero where inactive. Gradients to q, k and v are exact; a skipped head has none.
+        [S, B, N, H], zero where inactive. Gradients of q, k and v are exact; a skipped head has none.
 
     Raises:
-        ValueError: shapes or types that do not agree, or a backend that cannot serve these tensors.
+        ValueError: shapes or types do not agree, or the backend cannot compute with these tensors.
     """
     _check(q, k, v, active, cu_seqlens)
     if backend == "auto":
-        # Counting would make a GPU wait; there the answer does not depend on it yet.
+        # Counting would synchronise a GPU, for which the choice does not depend on the share.
         share = int(active.count_nonzero()) / max(active.numel(), 1) if q.device.type == "cpu" else 1.0
-        length = q.shape[0] if cu_seqlens is None else document_length(cu_seqlens)
+        length = q.shape[0] if cu_seqlens is None else _mean_document_length(cu_seqlens)
         backend = choose_backend(length=length, share=share, dtype=q.dtype, device=q.device)
     else:
         _require(backend, q)
     if backend == "cpu" and kernel_library() is None:
-        backend = "gathered"  # told once, by the warning of the build
+        backend = "gathered"  # kernel_library has warned once
     if backend == "dense":
-        return dense_attention(q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
+        return masked_attention(q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
     return ragged_attention(_KERNELS[backend](), q, k, v, active, scale, cu_seqlens)

@@ -1,5 +1,0 @@
-"""The precisions that configurations and commands name."""
-
-import torch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
