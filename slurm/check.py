@@ -47,9 +47,9 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
     from moh_megatron.train.resume import check_same_run
 
     if config.moh.shared_placement == "calibrated":
-        from moh_megatron.upcycle.initial_checkpoint import resolve, start_folder
+        from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, resolve
 
-        if start_folder(config).is_dir():  # as its ranks train it
+        if initial_checkpoint_folder(config).is_dir():  # as its ranks train it
             config = resolve(config)
     for folder, _ in complete_checkpoints(root):
         check_same_run(folder, config, world_size, data_hash)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The table of docs/continue_tuning.md: loss of held-out documents before and after tuning, and the share recovered.
+"""Writes the table of docs/continue_tuning.md: loss of held-out documents before and after tuning, share recovered.
 
-python tools/tuning_table.py CONTROL ARM [ARM ...] --out table.md
+python tools/tuning_table.py CONTROL RUN [RUN ...] --out table.md
 
-CONTROL is the run folder of the dense model tuned on the same tokens, each ARM one of a MoH model made of the same
-dense checkpoint. What is measured is kept in <run folder>/documents.json, so that a second call measures nothing twice.
+CONTROL is the run folder of the dense model tuned on the same tokens, each RUN that of a MoH model made of the same
+dense checkpoint. The losses are kept in <run folder>/documents.json, so that a second call does not measure them again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from moh_megatron.cli import at_least, exit_code, new_file
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("control", type=Path, metavar="CONTROL")
-    parser.add_argument("arms", type=Path, nargs="*", metavar="ARM")
-    parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="Markdown")
-    parser.add_argument("--documents", type=at_least(2), metavar="N", help="at most; default: all held-out ones")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="Markdown file to write")
+    parser.add_argument(
+        "--documents", type=at_least(2), metavar="N", help="measure at most N documents; default: all held-out ones"
+    )
     arguments = parser.parse_args()
-    from moh_megatron.upcycle.tuning import Arm, as_markdown
+    from moh_megatron.upcycle.tuned_report import TunedRun, tuning_table
 
-    control = Arm(arguments.control, arguments.documents)
-    text = as_markdown(control, [Arm(each, arguments.documents) for each in arguments.arms])
+    control = TunedRun(arguments.control, arguments.documents)
+    text = tuning_table(control, [TunedRun(folder, arguments.documents) for folder in arguments.runs])
     arguments.out.write_text(text + "\n", encoding="utf-8")
     print(text)
 

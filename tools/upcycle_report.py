@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What upcycling costs before any tuning: loss and KL against the dense model at 100, 90, 75 and 50 % of the heads.
+"""Reports what upcycling costs before any tuning: loss and KL against the dense model at 100, 90, 75 and 50 % heads.
 
 python tools/upcycle_report.py CONFIG.yaml --out DIR [--choices first spread calibrated] [--documents 100]
 
-CONFIG is of a MoH model and names the dense checkpoint in train.init_from. Writes DIR/report.md, report.json and
-report.png (which needs matplotlib), and DIR/calibration.json where the choice is measured, unless that is there.
+CONFIG is of a MoH model and names the dense checkpoint in train.init_from. The tool writes DIR/report.md, report.json
+and report.png (which needs matplotlib), and DIR/calibration.json for calibrated heads, unless it exists.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def choice(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A folder, there or not."""
+    """A folder to write into, which need not exist."""
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder to write into. Got a file: {text}")
     return Path(text)
@@ -43,8 +43,8 @@ def main() -> None:
         nargs="+",
         type=choice,
         metavar="CHOICE",
-        help="of the shared heads: first, spread, calibrated, or list, those that the configuration lists; default: "
-        "the first three, spread only where it can be",
+        help="choices of shared heads: first, spread, calibrated, or list, which are the heads that the configuration "
+        "lists; default: the first three, spread only where it can be",
     )
     parser.add_argument("--documents", type=at_least(2), default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
@@ -55,46 +55,47 @@ def main() -> None:
     from moh_megatron.model.single import build_single_process
     from moh_megatron.parallel import groups
     from moh_megatron.train.resume import check_same_tokenizer
-    from moh_megatron.upcycle.held_out import held_out
-    from moh_megatron.upcycle.initial_checkpoint import calibration_of, check_source
+    from moh_megatron.upcycle.held_out import held_out_documents
+    from moh_megatron.upcycle.initial_checkpoint import check_source, read_or_measure_calibration
     from moh_megatron.upcycle.untuned_report import (
-        MADE,
+        PLACEMENTS,
         SHARES,
         as_mapping,
         as_markdown,
         compare_choices,
-        planned,
-        possible,
+        plan_comparison,
+        possible_choices,
     )
 
     if config.train.init_from is None:
         raise UserError("train.init_from must name the dense checkpoint. Got null.")
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib for its picture. Got none; pip install matplotlib.")
-    choices = arguments.choices or (possible(config) if config.moh.shared_heads == 0 else MADE)
-    plan = planned(config, arguments.choices or possible(config))
-    asked = ((choice, share) for choice in choices for share in SHARES)
-    left_out = [f"{choice} at {share} %" for choice, share in asked if f"{choice} {share}" not in plan]
-    documents = held_out(config, arguments.documents)
+    choices = arguments.choices or (possible_choices(config) if config.moh.shared_heads == 0 else PLACEMENTS)
+    plan = plan_comparison(config, arguments.choices or possible_choices(config))
+    pairs = ((choice, share) for choice in choices for share in SHARES)
+    left_out = [f"{choice} at {share} %" for choice, share in pairs if f"{choice} {share}" not in plan]
+    documents = held_out_documents(config, arguments.documents)
     source = layout.resolve_checkpoint(config.train.init_from)
-    there = layout.read_config(source)
-    if there.moh.enabled:
+    source_config = layout.read_config(source)
+    if source_config.moh.enabled:
         raise UserError(f"train.init_from must name a dense checkpoint. Got {source}, with moh.enabled: true.")
-    check_source(source, there, config)
-    if there.model.tokens != config.model.tokens:
+    check_source(source, source_config, config)
+    if source_config.model.tokens != config.model.tokens:
         raise UserError(
-            f"model.vocab_size must be the {there.model.tokens} of {source}: what new rows do shows after training. "
-            f"Got {config.model.tokens}."
+            f"model.vocab_size must be the {source_config.model.tokens} of {source}: what new rows do shows after "
+            f"training. Got {config.model.tokens}."
         )
     data = load_prepared(config)
     data.check_fits(config)
     tokenizer = data.tokenizer()
     check_same_tokenizer(source, tokenizer)
-    dense = build_single_process(there, layout.read_weights(source)).to(groups.device(0))
+    dense = build_single_process(source_config, layout.read_weights(source)).to(groups.device(0))
     arguments.out.mkdir(parents=True, exist_ok=True)
     calibration = None
-    if any(each.moh.shared_placement == "calibrated" for each in plan.values()):
-        calibration = calibration_of(config, source, there, dense, tokenizer, arguments.out / "calibration.json")
+    if any(variant.moh.shared_placement == "calibrated" for variant in plan.values()):
+        file = arguments.out / "calibration.json"
+        calibration = read_or_measure_calibration(config, source, source_config, dense, tokenizer, file)
     loss, rows = compare_choices(plan, dense, documents, calibration)
     write_json(arguments.out / "report.json", {"documents": len(documents), **as_mapping(loss, rows)})
     text = f"{source}, {len(documents)} documents; ± is the standard error over them.\n\n{as_markdown(loss, rows)}\n"
@@ -114,16 +115,20 @@ def _draw(picture: Path, dense: float, rows: list) -> None:  # type: ignore[type
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.axhline(dense, color="black", linestyle="--", label="dense")
     for choice in dict.fromkeys(row.choice for row in rows):
-        own = [row for row in rows if row.choice == choice]
-        places = [row.share for row in own]
+        chosen = [row for row in rows if row.choice == choice]
         left.errorbar(
-            places, [row.loss.value for row in own], [row.loss.error for row in own], marker="o", label=choice
+            [row.share for row in chosen],
+            [row.loss.value for row in chosen],
+            [row.loss.error for row in chosen],
+            marker="o",
+            label=choice,
         )
-        seen = [row for row in own if row.share < 100]
+        # At 100 % the KL divergence is zero, which a logarithmic axis cannot show.
+        below_all = [row for row in chosen if row.share < 100]
         right.errorbar(
-            [row.share for row in seen],
-            [row.divergence.value for row in seen],
-            [row.divergence.error for row in seen],
+            [row.share for row in below_all],
+            [row.divergence.value for row in below_all],
+            [row.divergence.error for row in below_all],
             marker="o",
             label=choice,
         )

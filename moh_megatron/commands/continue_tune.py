@@ -1,11 +1,11 @@
-"""Tune a model on: a dense one into MoH, or with a larger vocabulary, or as it is.
+"""Continues the training of a model: a dense one as MoH, or with a larger vocabulary, or as it is.
 
-moh-tune CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   make the start, then train
-moh-tune CONFIG.yaml --prepare                   only make the start, in one process; then
+moh-tune CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   write the initial checkpoint, then train
+moh-tune CONFIG.yaml --prepare                   only write it, in one process; then
 torchrun ... (or srun ...) pipelines/continue_tune.py CONFIG.yaml         one rank of many
 
-The start, <run.dir>/start, is made once of the checkpoint train.init_from; pipelines/convert.py makes that of a
-Hugging Face folder. Training and resuming are those of pipelines/pretrain.py.
+The initial checkpoint, <run.dir>/start, is made once of the checkpoint train.init_from; pipelines/convert.py makes that
+of a Hugging Face folder. Training and resuming are those of pipelines/pretrain.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.console import speak_for_rank
+from moh_megatron.io.console import errors_only, speak_for_rank
 from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument(
         "--nproc-per-node", type=at_least(1), metavar="N", help="start N ranks on this node (default 1)"
     )
-    parser.add_argument("--prepare", action="store_true", help="make what training starts from, and stop")
+    parser.add_argument("--prepare", action="store_true", help="write the initial checkpoint, and stop")
     args, config = parse_config(parser)
     # Ranks get the launcher's arguments too, and are told by RANK.
     asks_for_rank = not args.prepare and (args.nproc_per_node is None or "RANK" in os.environ)
@@ -49,7 +49,10 @@ def rank(config: Config, world: World) -> int:
     from moh_megatron.train.rank import run_rank
     from moh_megatron.upcycle.initial_checkpoint import resolve
 
-    return run_rank(resolve(config), world, stop)
+    # The launcher, or the training when it loads the weights, shows the same warnings.
+    with errors_only():
+        config = resolve(config)
+    return run_rank(config, world, stop)
 
 
 def launch_node(config: Config, ranks: int) -> int:

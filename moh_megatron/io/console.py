@@ -61,6 +61,17 @@ def speak_for_rank(rank: int) -> None:
         _LOGGER.setLevel(logging.ERROR)
 
 
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Show nothing but errors while the block runs, because another process shows the other records."""
+    before = _LOGGER.level
+    _LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(before)
+
+
 def is_quiet() -> bool:
     """Whether neither messages nor progress bars are shown."""
     return not _LOGGER.isEnabledFor(logging.INFO)

@@ -1,1 +1,1 @@
-"""From a dense model to a MoH model: routers, the choice of shared heads, new vocabulary, and what it costs."""
+"""Makes a MoH model of a dense one: routers, the choice of shared heads, new vocabulary, and reports of the cost."""

@@ -1,4 +1,4 @@
-"""Which heads a dense model can least do without: its loss with each head removed in turn, measured."""
+"""Measures how much each head matters to a dense model: the rise of its loss with the head removed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.schema import Config
+from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.build import model_arguments
@@ -22,34 +22,36 @@ from moh_megatron.model.build import model_arguments
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was measured, on how much text."""
+    """The result of a calibration and the conditions it was measured under."""
 
     tokens: int
+    """How many tokens it was measured on."""
     loss: float
-    """Of the whole model, nats a token."""
+    """The loss of the model with all heads, in nats a token."""
     removal: tuple[tuple[float, ...], ...]
-    """By layer and logical head: how much the loss rises without it."""
-    of: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What was measured: what else is measured gives another result."""
+    """By layer and logical head, the rise of the loss without that head."""
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Weights, data and settings that determine the result; ``of`` in the file."""
 
     @property
     def ranking(self) -> tuple[tuple[int, ...], ...]:
-        """The heads of each layer, the one whose removal hurts most first; of equals, the lower."""
+        """The heads of each layer in falling order of the rise without them; of equals, the lower number first."""
         return tuple(
             tuple(sorted(range(len(rises)), key=lambda head, rises=rises: (-rises[head], head)))
             for rises in self.removal
         )
 
     def shared(self, count: int) -> tuple[tuple[int, ...], ...]:
-        """The first ``count`` of each layer's ranking, in rising order."""
+        """The first ``count`` heads of each layer's ranking, in rising order of their numbers."""
         return tuple(tuple(sorted(heads[:count])) for heads in self.ranking)
 
 
 @torch.inference_mode()
 def calibrate(model: nn.Module, config: Config, tokens: Tensor, eos_token_id: int | None = None) -> Calibration:
-    """Measure ``model``, whole and dense in this process, on tokens [B, S + 1] (``eos_token_id`` as in training).
+    """Measure ``model``, a dense model in this single process, on tokens [B, S + 1].
 
-    A head is removed by setting its output to zero. Layers below it are not computed again.
+    A head is removed by setting its output to zero. The layers before it are not computed again. ``eos_token_id`` is
+    the token between documents where attention stays inside each document, as in training.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     arguments = model_arguments(inputs, eos_token_id)
@@ -62,13 +64,13 @@ def calibrate(model: nn.Module, config: Config, tokens: Tensor, eos_token_id: in
     for hook in hooks:
         hook.remove()
     removal = []
-    bar = tqdm(total=len(layers) * len(order), desc="calibrate", unit="head", dynamic_ncols=True)
+    bar = progress_bar("calibrate", len(layers) * len(order), "head")
     try:
         for index, layer in enumerate(layers):
             decoder.layers = nn.ModuleList(layers[index:])
             rises = {}
-            for place, head in enumerate(order):
-                with _without(layer, place, config.model.head_dim):
+            for position, head in enumerate(order):
+                with _without_head(layer, position, config.model.head_dim):
                     losses = model(*arguments, decoder_input=hidden[index], labels=labels)
                 rises[head] = float(losses.double().mean()) - loss
                 bar.update()
@@ -87,15 +89,15 @@ def _recorder(hidden: list[Tensor]) -> Any:
 
 
 @contextmanager
-def _without(layer: Any, place: int, size: int) -> Iterator[None]:
-    """``layer`` with nothing coming from the head at physical ``place``."""
+def _without_head(layer: Any, position: int, size: int) -> Iterator[None]:
+    """Set the output of the head at the physical ``position`` in ``layer`` to zero while the block runs."""
 
-    def silence(projection: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def zero_head(projection: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         heads = inputs[0].clone()
-        heads[..., place * size : (place + 1) * size] = 0
+        heads[..., position * size : (position + 1) * size] = 0
         return (heads,)
 
-    hook = layer.self_attention.linear_proj.register_forward_pre_hook(silence)
+    hook = layer.self_attention.linear_proj.register_forward_pre_hook(zero_head)
     try:
         yield
     finally:
@@ -103,12 +105,14 @@ def _without(layer: Any, place: int, size: int) -> Iterator[None]:
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """The measurement and the ranking that follows from it, as JSON, whole or not at all."""
-    write_json(path, {**dataclasses.asdict(calibration), "ranking": calibration.ranking})
+    """Write the calibration and the ranking that follows from it as JSON, atomically."""
+    content = dataclasses.asdict(calibration)
+    content["of"] = content.pop("conditions")
+    write_json(path, {**content, "ranking": calibration.ranking})
 
 
 def read_calibration(path: Path) -> Calibration:
-    """What ``write_calibration`` wrote. Raises UserError where it is something else."""
+    """Read a file of ``write_calibration``. Raises UserError where it is something else."""
     remedy = "Delete it to measure again."
     content = read_json(path, "a calibration", remedy)
     try:
@@ -125,14 +129,14 @@ def _finite(number: Any) -> float:
     return float(number)
 
 
-def settled(config: Config, calibration: Calibration) -> Config:
-    """``config`` with moh.shared_placement: calibrated replaced by the heads it stands for.
+def with_calibrated_heads(config: Config, calibration: Calibration) -> Config:
+    """``config`` with moh.shared_placement: calibrated replaced by the heads that the calibration ranks first.
 
     Raises:
-        UserError: the measurement is of a model with other layers or heads.
+        UserError: the calibration is of a model with other layers or heads.
     """
     moh, model = config.moh, config.model
-    shape = (len(calibration.removal), {len(each) for each in calibration.removal})
+    shape = (len(calibration.removal), {len(rises) for rises in calibration.removal})
     if shape != (model.num_layers, {model.num_attention_heads}):
         raise UserError(
             f"the calibration must be of {model.num_layers} layers of {model.num_attention_heads} heads. "

@@ -1,4 +1,4 @@
-"""Held-out documents, each by itself: what a loss with a standard error is measured on."""
+"""Reads single held-out documents, over which losses are averaged with a standard error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.prepare.indexed_writer import Index, open_tokens
 from moh_megatron.io.errors import UserError
 
-SHORTEST = 64
-"""Tokens of a document that is worth measuring."""
+MIN_TOKENS = 64
+"""Shorter documents are left out."""
 
 
-def held_out(config: Config, most: int | None = None) -> list[Tensor]:
-    """The beginnings of the validation documents, int64 [at most S + 1], in their order: S is train.sequence_length.
+def held_out_documents(config: Config, max_documents: int | None = None) -> list[Tensor]:
+    """The first S + 1 tokens of each validation document, int64, in file order; S is train.sequence_length.
 
-    Documents of fewer than ``SHORTEST`` tokens are passed over; ``most`` limits their number.
+    Documents of fewer than ``MIN_TOKENS`` tokens are left out; at most ``max_documents`` are read.
 
     Raises:
         UserError: there are fewer than two, or the data is a blend.
@@ -26,17 +26,17 @@ def held_out(config: Config, most: int | None = None) -> list[Tensor]:
         raise UserError("data.sources must be empty to measure single documents. Name one of them in data.dir.")
     prefix = data_dir(config) / "validation"
     index, tokens = Index(prefix), open_tokens(prefix)
-    found: list[Tensor] = []
+    documents: list[Tensor] = []
     for first, end in zip(index.documents[:-1], index.documents[1:], strict=True):
         length = int(index.lengths[first:end].sum())
-        if length < SHORTEST or len(found) == most:
+        if length < MIN_TOKENS or len(documents) == max_documents:
             continue
         start = int(index.pointers[first]) // index.dtype.itemsize
-        part = tokens[start : start + min(length, config.train.sequence_length + 1)]
-        found.append(torch.from_numpy(part.astype("int64")))
-    if len(found) < 2:
+        beginning = tokens[start : start + min(length, config.train.sequence_length + 1)]
+        documents.append(torch.from_numpy(beginning.astype("int64")))
+    if len(documents) < 2:
         raise UserError(
-            f"{prefix}: at least two documents of {SHORTEST} tokens are needed for a standard error. Got {len(found)}. "
-            "Raise data.validation_fraction, or give more text."
+            f"{prefix}: at least two documents of {MIN_TOKENS} tokens are needed for a standard error. "
+            f"Got {len(documents)}. Raise data.validation_fraction, or give more text."
         )
-    return found
+    return documents

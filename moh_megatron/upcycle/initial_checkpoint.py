@@ -1,8 +1,8 @@
-"""Where continue-tuning starts: a checkpoint of the model to tune, made of another one's weights.
+"""Writes the initial checkpoint of continue-tuning: the weights of another checkpoint, made to fit the model to tune.
 
-<run.dir>/calibration.json   with moh.shared_placement: calibrated, what each head is worth to the dense model
+<run.dir>/calibration.json   with moh.shared_placement: calibrated, how much each head matters to the dense model
 <run.dir>/start/             the checkpoint: a dense model's weights with routers, or with rows for new tokens
-<run.dir>/start/asked.json   what it was made of, and which heads were asked to be shared
+<run.dir>/start/asked.json   what it was made of, and which heads were to be shared
 """
 
 from __future__ import annotations
@@ -33,250 +33,266 @@ from moh_megatron.parallel import groups
 from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
 from moh_megatron.train.teacher import find_teacher
 from moh_megatron.upcycle import provenance
-from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
-from moh_megatron.upcycle.loss_and_kl import divergence
+from moh_megatron.upcycle.calibrate import (
+    Calibration,
+    calibrate,
+    read_calibration,
+    with_calibrated_heads,
+    write_calibration,
+)
+from moh_megatron.upcycle.loss_and_kl import kl_divergence
 from moh_megatron.upcycle.routers import check_gates, initial_routers
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
 logger = logging.getLogger(__name__)
 
-LARGEST_DIVERGENCE = 1e-8
-"""Nats a token between a dense model and the MoH model made of it, with every head active."""
+MAX_KL_DIVERGENCE = 1e-8
+"""The largest KL divergence, in nats a token, between a dense model and its MoH model with all heads active."""
 _CHECKED_TOKENS = 256
 _MAY_DIFFER = ("model.vocab_size", "model.vocab_padding", "moh.enabled")
 _ROUTING = ("moh.router", "moh.shared_heads", "moh.shared_placement")
 
 
-def start_folder(config: Config) -> Path:
-    """The checkpoint that ``prepare`` writes."""
+def initial_checkpoint_folder(config: Config) -> Path:
+    """The folder of the checkpoint that ``prepare`` writes."""
     return Path(config.run.dir) / "start"
 
 
 def prepare(config: Config) -> Config:
-    """Make what is missing of ``config``'s start, in this one process; returns what training is given.
+    """Write the initial checkpoint of ``config`` in this single process, unless it exists or is not needed.
+
+    Returns the configuration to train with, as ``resolve`` does.
 
     Raises:
-        UserError: train.init_from is missing, or of another model, or distillation.teacher cannot teach; before
+        UserError: train.init_from is missing or of another model, or distillation.teacher cannot be used; before
             anything is measured or written.
-        Fault: the disk refuses, or the new model with all heads active is not the dense one.
+        Fault: the disk refuses, or the new model with all heads active does not equal the dense model.
     """
-    if provenance.is_made(start_folder(config)):
+    folder = initial_checkpoint_folder(config)
+    if provenance.exists(folder):
         if not layout.step_folders(checkpoint_dir(config)):
-            _require_whole(start_folder(config), layout.problem_with(start_folder(config), weights_only=True))
+            _require_intact(folder, layout.problem_with(folder, weights_only=True))
         if provenance.is_measured(config):
-            provenance.require_same(start_folder(config), config, load_prepared(config).hash)
-        provenance.warn_of_other_weights(start_folder(config), config)
+            provenance.require_same(folder, config, load_prepared(config).hash)
+        provenance.warn_of_other_weights(folder, config)
     else:
-        source = _source(config)
-        there = layout.read_config(source)
-        if _fits(there, config):
+        source = _find_source(config)
+        source_config = layout.read_config(source)
+        if _needs_no_change(source_config, config):
             return config
-        refuse_unless_new(start_folder(config), "name another run.dir")
-        _require_it_would_go_on(config)
-        check_source(source, there, config)
+        refuse_unless_new(folder, "name another run.dir")
+        _require_same_model_as_run(config)
+        check_source(source, source_config, config)
         find_teacher(config)
         data = load_prepared(config)
         data.check_fits(config)
         tokenizer = data.tokenizer()
-        settled_config = _settle_heads(config, source, there, tokenizer)
-        with atomic_folder(start_folder(config)) as folder:
-            provenance.write(folder, config, layout.read_state(source).weights_sha256, data.hash)
-            _write(folder, settled_config, source, there, tokenizer)
-        logger.info(f"{start_folder(config)}: made of {source}")
+        settled_config = _settle_shared_heads(config, source, source_config, tokenizer)
+        with atomic_folder(folder) as partial:
+            provenance.write(partial, config, layout.read_state(source).weights_sha256, data.hash)
+            _write_checkpoint(partial, settled_config, source, source_config, tokenizer)
+        logger.info(f"{folder}: made of {source}")
     return resolve(config)
 
 
 def resolve(config: Config) -> Config:
-    """``config`` as training is given it: from the start that ``prepare`` made, with its shared heads.
+    """``config`` with the initial checkpoint of ``prepare`` in train.init_from, and with its shared heads.
 
     Raises:
-        UserError: there is none, and one is needed; or it was made of something else, or with other heads.
+        UserError: the checkpoint is needed and does not exist, or it was made of something else or with other heads.
     """
-    if not provenance.is_made(start_folder(config)):
-        source = _source(config)
-        if _fits(layout.read_config(source), config):
+    folder = initial_checkpoint_folder(config)
+    if not provenance.exists(folder):
+        source = _find_source(config)
+        if _needs_no_change(layout.read_config(source), config):
             return config
         raise UserError(
-            f"{start_folder(config)}: the checkpoint to start from is not there. Make it first, in one process: "
+            f"{folder}: the checkpoint to start from is not there. Make it first, in one process: "
             "pipelines/continue_tune.py CONFIG --prepare, with the same overrides."
         )
-    start = start_folder(config)
-    provenance.require_same(start, config)
-    _require_whole(start, None if (start / layout.CONFIG).is_file() else f"{layout.CONFIG} is missing")
-    made = layout.read_config(start)
-    moh, train = config.moh, dataclasses.replace(config.train, init_from=str(start))
+    provenance.require_same(folder, config)
+    _require_intact(folder, None if (folder / layout.CONFIG).is_file() else f"{layout.CONFIG} is missing")
+    written_config = layout.read_config(folder)
+    moh, train = config.moh, dataclasses.replace(config.train, init_from=str(folder))
     if provenance.is_measured(config):
-        moh = dataclasses.replace(moh, shared_heads=made.moh.shared_heads, shared_placement="first")
+        moh = dataclasses.replace(moh, shared_heads=written_config.moh.shared_heads, shared_placement="first")
     resolved = dataclasses.replace(config, moh=moh, train=train)
-    require_same_weights(start, resolved)
+    require_same_weights(folder, resolved)
     return resolved
 
 
-def _source(config: Config) -> Path:
+def _find_source(config: Config) -> Path:
     if config.train.init_from is None:
         raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
     return layout.resolve_checkpoint(config.train.init_from)
 
 
-def _require_whole(start: Path, problem: str | None) -> None:
+def _require_intact(folder: Path, problem: str | None) -> None:
     if problem is not None:
-        raise UserError(f"{start} is damaged: {problem}. Delete the folder to make it again.")
+        raise UserError(f"{folder} is damaged: {problem}. Delete the folder to make it again.")
 
 
-def _require_it_would_go_on(config: Config) -> None:
-    """Raise UserError where the run has begun as another model: a start made now would stand in its way."""
-    here = {"moh.enabled": config.moh.enabled, "model.vocab_size": config.model.tokens}
+def _require_same_model_as_run(config: Config) -> None:
+    """Raise UserError where the run has checkpoints of another model, which the initial checkpoint would contradict."""
+    current = {"moh.enabled": config.moh.enabled, "model.vocab_size": config.model.tokens}
     for newest in layout.step_folders(checkpoint_dir(config))[:1]:
-        there = layout.read_config(newest)
-        known = {"moh.enabled": there.moh.enabled, "model.vocab_size": there.model.tokens}
-        refuse_differences(f"{newest} was made with other values", known, here, "Use the same, or another run.dir.")
+        saved_config = layout.read_config(newest)
+        saved = {"moh.enabled": saved_config.moh.enabled, "model.vocab_size": saved_config.model.tokens}
+        refuse_differences(f"{newest} was made with other values", saved, current, "Use the same, or another run.dir.")
 
 
-def _fits(there: Config, config: Config) -> bool:
-    """Whether training can start from the checkpoint as it is, or says itself why not."""
-    becomes_moh = config.moh.enabled and not there.moh.enabled
-    return not becomes_moh and there.model.tokens == config.model.tokens
+def _needs_no_change(source_config: Config, config: Config) -> bool:
+    """Whether training can load the source checkpoint itself, or refuses it with a message of its own."""
+    becomes_moh = config.moh.enabled and not source_config.moh.enabled
+    return not becomes_moh and source_config.model.tokens == config.model.tokens
 
 
-def check_source(source: Path, there: Config, config: Config) -> None:
-    """Raise UserError where no model of ``config`` can be made of the checkpoint ``source`` of ``there``."""
-    may_differ = _MAY_DIFFER if there.moh.enabled else _MAY_DIFFER + _ROUTING
+def check_source(source: Path, source_config: Config, config: Config) -> None:
+    """Raise UserError where no model of ``config`` can be made of the checkpoint ``source``."""
+    may_differ = _MAY_DIFFER if source_config.moh.enabled else _MAY_DIFFER + _ROUTING
     require_same_weights(source, config, apart_from=may_differ)
-    if there.moh.enabled and not config.moh.enabled:
+    if source_config.moh.enabled and not config.moh.enabled:
         raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
-    if not there.moh.enabled:
+    if not source_config.moh.enabled:
         check_gates(config)
-    if there.model.tokens > config.model.tokens:
+    if source_config.model.tokens > config.model.tokens:
         raise UserError(
-            f"model.vocab_size must hold the {there.model.tokens} entries of {source}. Got {config.model.tokens}."
+            f"model.vocab_size must hold the {source_config.model.tokens} entries of {source}. "
+            f"Got {config.model.tokens}."
         )
-    if provenance.is_measured(config) and there.model.tokens < config.model.tokens:
+    if provenance.is_measured(config) and source_config.model.tokens < config.model.tokens:
         raise UserError(
-            f"moh.shared_placement: calibrated measures {source}, which knows {there.model.tokens} tokens. Got "
+            f"moh.shared_placement: calibrated measures {source}, which knows {source_config.model.tokens} tokens. Got "
             f"model.vocab_size {config.model.tokens}: let the vocabulary grow in a run before, or share other heads."
         )
 
 
-def calibration_of(
-    config: Config, source: Path, there: Config, model: nn.Module, tokenizer: Tokenizer, file: Path
+def read_or_measure_calibration(
+    config: Config, source: Path, source_config: Config, model: nn.Module, tokenizer: Tokenizer, file: Path
 ) -> Calibration:
-    """The measurement in ``file``; where there is none it is made, of the dense ``model`` of ``there``, and written.
+    """The calibration in ``file``; without such a file, ``model``, the dense model of ``source``, is measured.
 
     Raises:
-        UserError: the one in the file is of other weights than those of ``source``, or on other text.
+        UserError: the calibration in the file is of other weights or other text.
     """
     data = load_prepared(config)
-    of: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         provenance.WEIGHTS: layout.read_state(source).weights_sha256[:12],
         provenance.DATA: data.hash[:12],
         **provenance.measured_with(config),
     }
     if file.exists():
-        found = read_calibration(file)
-        refuse_differences(f"{file} measured something else", found.of, of, "Delete it to measure again.")
-        return found
+        calibration = read_calibration(file)
+        remedy = "Delete it to measure again."
+        refuse_differences(f"{file} measured something else", calibration.conditions, conditions, remedy)
+        return calibration
     dataset = build_train_dataset(config, data, tokenizer)
     tokens = torch.stack([dataset[index] for index in range(min(config.moh.calibration_sequences, len(dataset)))])
     device = next(model.parameters()).device
     calibration = calibrate(
-        model, there, tokens.to(device), tokenizer.eos_token_id if config.data.document_mask else None
+        model, source_config, tokens.to(device), tokenizer.eos_token_id if config.data.document_mask else None
     )
-    calibration = dataclasses.replace(calibration, of=of)
+    calibration = dataclasses.replace(calibration, conditions=conditions)
     write_calibration(file, calibration)
     return calibration
 
 
-def _settle_heads(config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> Config:
+def _settle_shared_heads(config: Config, source: Path, source_config: Config, tokenizer: Tokenizer) -> Config:
+    """``config`` with measured shared heads where moh.shared_placement is calibrated."""
     if not provenance.is_measured(config):
         return config
     check_same_tokenizer(source, tokenizer)
-    # Documents are kept apart here where training keeps them apart.
-    there = dataclasses.replace(there, data=config.data)
-    model = build_single_process(there, layout.read_weights(source)).to(groups.device(0))
+    # Attention crosses documents in the calibration where it does in training.
+    source_config = dataclasses.replace(source_config, data=config.data)
+    model = build_single_process(source_config, layout.read_weights(source)).to(groups.device(0))
     file = Path(config.run.dir) / "calibration.json"
-    calibration = calibration_of(config, source, there, model, tokenizer, file)
-    # Training follows while this process waits: it must not keep the first device's memory.
+    calibration = read_or_measure_calibration(config, source, source_config, model, tokenizer, file)
+    # The training starts while this process waits: it must not keep memory of the first device.
     del model
     torch.cuda.empty_cache()
-    logger.info(f"{file}: what each head is worth, over {calibration.tokens:,} tokens")
-    return settled(config, calibration)
+    logger.info(f"{file}: how much each head matters, measured on {calibration.tokens:,} tokens")
+    return with_calibrated_heads(config, calibration)
 
 
-def _write(folder: Path, config: Config, source: Path, there: Config, tokenizer: Tokenizer) -> None:
-    with opened(source, there) as stored:
+def _write_checkpoint(folder: Path, config: Config, source: Path, source_config: Config, tokenizer: Tokenizer) -> None:
+    with opened(source, source_config) as stored:
         table = rules(config)
-        # A source that has routers keeps them.
-        missing = {rule.hf[0] for rule in table} - {rule.hf[0] for rule in rules(there)}
-        routers = {name: each for name, each in (initial_routers(config) if missing else ()) if name in missing}
+        # Routers of the source are kept.
+        missing = {rule.hf[0] for rule in table} - {rule.hf[0] for rule in rules(source_config)}
+        routers = {name: tensor for name, tensor in (initial_routers(config) if missing else ()) if name in missing}
         dtypes = {
             rule.megatron: routers[rule.hf[0]].dtype if rule.hf[0] in routers else stored.dtype(rule) for rule in table
         }
-        grown = _new_pieces(source, there, config, tokenizer)
+        new_entries = _new_entries(source, source_config, config, tokenizer)
 
-        def pieces() -> Iterator[tuple[str, Tensor]]:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
             for rule in table:
                 if rule.hf[0] in routers:
                     yield rule.megatron, routers[rule.hf[0]]
                 else:
-                    yield rule.megatron, _taken(stored, rule, there, config, grown)
+                    yield rule.megatron, _source_tensor(stored, rule, source_config, config, new_entries)
 
         hf_extras = HFExtras(tokenizer, read_extras(layout.tokenizer_folder(source)))
-        write_checkpoint(folder, config, dtypes, pieces(), hf_extras)
-        if config.moh.enabled and not there.moh.enabled:
-            logger.info(f"with all heads active: KL from the dense model {check(folder, source):.3g} nats a token")
+        write_checkpoint(folder, config, dtypes, tensors(), hf_extras)
+        if config.moh.enabled and not source_config.moh.enabled:
+            kl = check_equals_dense(folder, source)
+            logger.info(f"with all heads active: KL from the dense model {kl:.3g} nats a token")
 
 
-def _new_pieces(source: Path, there: Config, config: Config, tokenizer: Tokenizer) -> dict[int, list[int]]:
-    if there.model.tokens == config.model.tokens:
+def _new_entries(source: Path, source_config: Config, config: Config, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    if source_config.model.tokens == config.model.tokens:
         check_same_tokenizer(source, tokenizer)
         return {}
     pieces = new_pieces(load_tokenizer(layout.tokenizer_folder(source)), tokenizer)
     if not pieces:
         raise UserError(
-            f"model.vocab_size {config.model.tokens} is more than the {there.model.tokens} of {source}, and the data's "
-            "tokenizer has no piece more than that model's. Grow it with tokenizer.grow_to and prepare the data with "
-            "it, or leave the vocabulary as it is; model.vocab_padding adds rows that no token uses."
+            f"model.vocab_size {config.model.tokens} is more than the {source_config.model.tokens} of {source}, and "
+            "the data's tokenizer has no piece more than that model's. Grow it with tokenizer.grow_to and prepare the "
+            "data with it, or leave the vocabulary as it is; model.vocab_padding adds rows that no token uses."
         )
     return pieces
 
 
-def _taken(stored: Stored, rule: Rule, there: Config, config: Config, grown: dict[int, list[int]]) -> Tensor:
-    whole = stored.whole(rule)
+def _source_tensor(
+    stored: Stored, rule: Rule, source_config: Config, config: Config, new_entries: dict[int, list[int]]
+) -> Tensor:
+    tensor = stored.whole(rule)
     if rule.megatron not in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        return whole
-    rows = grown_rows(whole[: there.model.tokens], grown, config.model.tokens)
+        return tensor
+    rows = grown_rows(tensor[: source_config.model.tokens], new_entries, config.model.tokens)
     return torch.cat([rows, rows.new_zeros(config.model.vocab_padding, rows.shape[1])])
 
 
 @torch.inference_mode()
-def check(checkpoint: Path, source: Path) -> float:
-    """KL, nats a token, between the dense model of ``source`` and the MoH model made of it, with all heads active.
+def check_equals_dense(checkpoint: Path, source: Path) -> float:
+    """KL divergence, in nats a token, of the MoH model in ``checkpoint``, all heads active, from the dense ``source``.
 
-    Both in fp32, on random tokens that both have, with the positions of ``source``: what another RoPE changes is meant.
+    Both models compute in fp32, on random tokens that both know, with the RoPE settings of ``source``, because a
+    change of those is intended.
 
     Raises:
-        Fault: it is above ``LARGEST_DIVERGENCE``.
+        Fault: it is above ``MAX_KL_DIVERGENCE``.
     """
-    there, made = layout.read_config(source), layout.read_config(checkpoint)
-    everything = dataclasses.replace(
-        made,
+    dense, written = layout.read_config(source), layout.read_config(checkpoint)
+    all_active = dataclasses.replace(
+        written,
         model=dataclasses.replace(
-            made.model, rotary_base=there.model.rotary_base, rope_scaling=there.model.rope_scaling
+            written.model, rotary_base=dense.model.rotary_base, rope_scaling=dense.model.rope_scaling
         ),
-        moh=dataclasses.replace(made.moh, active_heads=made.model.num_attention_heads),
+        moh=dataclasses.replace(written.moh, active_heads=written.model.num_attention_heads),
     )
-    generator = torch.Generator().manual_seed(made.run.seed)
-    entries, length = there.model.tokens, min(_CHECKED_TOKENS, made.train.sequence_length)
+    generator = torch.Generator().manual_seed(written.run.seed)
+    entries, length = dense.model.tokens, min(_CHECKED_TOKENS, written.train.sequence_length)
     tokens = torch.randint(entries, (1, length), generator=generator)
-    # One after the other in memory.
-    wanted, here = (
+    # The models are built one after the other, so that only one is in memory.
+    target, log_probs = (
         logits(build_single_process(config, layout.read_weights(folder)), tokens)[0, :, :entries].log_softmax(-1)
-        for config, folder in ((there, source), (everything, checkpoint))
+        for config, folder in ((dense, source), (all_active, checkpoint))
     )
-    distance = float(divergence(wanted, here))
-    if not distance < LARGEST_DIVERGENCE:
+    kl = float(kl_divergence(target, log_probs))
+    if not kl < MAX_KL_DIVERGENCE:
         raise Fault(
-            f"{source}: with all heads active the KL divergence of the MoH model made of it is {distance:.3g}; less "
-            f"than {LARGEST_DIVERGENCE:g} is required. Nothing was written. This is a bug: please report it."
+            f"{source}: with all heads active the KL divergence of the MoH model made of it is {kl:.3g}; less "
+            f"than {MAX_KL_DIVERGENCE:g} is required. Nothing was written. This is a bug: please report it."
         )
-    return distance
+    return kl

@@ -1,4 +1,4 @@
-"""What a start was made of and asked to be: kept beside its weights, so that no other run takes it for its own."""
+"""Records what the initial checkpoint of continue-tuning was made of, so that no other configuration uses it."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"
 
 
-def is_made(start: Path) -> bool:
-    """Whether the folder ``start`` holds what ``write`` wrote, and so the checkpoint too."""
-    return (start / _FILE).is_file()
+def exists(folder: Path) -> bool:
+    """Whether ``folder`` has a record, and so a complete initial checkpoint: both appear at once."""
+    return (folder / _FILE).is_file()
 
 
 def write(folder: Path, config: Config, weights: str, data: str) -> None:
-    """Keep in ``folder`` what ``config`` asks for, and the hashes of the weights and the data it is made of."""
-    write_json(folder / _FILE, {**_asked(config), WEIGHTS: weights[:12], DATA: data[:12]})
+    """Record in ``folder`` the values of ``config`` and the hashes of weights and data that it is made of."""
+    write_json(folder / _FILE, {**_values(config), WEIGHTS: weights[:12], DATA: data[:12]})
 
 
-def require_same(start: Path, config: Config, data: str | None = None) -> None:
-    """Raise UserError where ``config`` asks for another start than the one in the folder ``start``.
+def require_same(folder: Path, config: Config, data: str | None = None) -> None:
+    """Raise UserError where ``config`` calls for another initial checkpoint than the one in ``folder``.
 
-    ``data`` is the hash of the prepared data, for heads that are measured: on other data they are others.
+    ``data`` is the hash of the prepared data; it matters to measured heads alone.
     """
-    there, here = _asked_once(start), _asked(config)
-    if _same_place(there.get(SOURCE), config.train.init_from):
-        there[SOURCE] = here[SOURCE]
+    recorded, current = _recorded(folder), _values(config)
+    if _same_path(recorded.get(SOURCE), config.train.init_from):
+        recorded[SOURCE] = current[SOURCE]
     if data is not None:
-        here[DATA] = data[:12]
+        current[DATA] = data[:12]
     remedy = "Name the same, or another run.dir, or delete the folder to make it again."
-    refuse_differences(f"{start} was made with other values", there, here, remedy)
+    refuse_differences(f"{folder} was made with other values", recorded, current, remedy)
 
 
-def warn_of_other_weights(start: Path, config: Config) -> None:
-    """Warn where the checkpoint that ``start`` was made of is another one by now.
+def warn_of_other_weights(folder: Path, config: Config) -> None:
+    """Warn where train.init_from holds other weights by now than ``folder`` was made of.
 
-    Where a run folder is named, it may have gone on; and what was named may be gone.
+    A run folder may have new checkpoints since. A source that no longer exists is no reason for a warning.
     """
     source = Path(config.train.init_from or "")
-    now = _weights_of(source)
-    if now is None:
+    current = _weights_hash(source)
+    if current is None:
         return
-    if now != (then := _asked_once(start).get(WEIGHTS)):
+    if current != (recorded := _recorded(folder).get(WEIGHTS)):
         logger.warning(
-            f"warning: {source} holds other weights, {now}, than {start} was made of, {then}. Delete that folder, or "
+            f"{source} holds other weights, {current}, than {folder} was made of, {recorded}. Delete that folder, or "
             "name another run.dir, to start from them."
         )
 
 
-def _weights_of(source: Path) -> str | None:
-    """As ``write`` keeps them: of a checkpoint, or of the newest one of a run, files unread."""
+def _weights_hash(source: Path) -> str | None:
+    """The hash that ``write`` records, of a checkpoint or the newest one of a run; weights are not read."""
     for folder in (source, *step_folders(source), *step_folders(source / "checkpoints")):
         with suppress(ValueError):
             return read_manifest(folder).weights_sha256[:12]
@@ -69,12 +69,12 @@ def _weights_of(source: Path) -> str | None:
 
 
 def is_measured(config: Config) -> bool:
-    """Whether the shared heads of ``config`` are those that were measured to matter."""
+    """Whether ``config`` takes its shared heads from a calibration."""
     return config.moh.enabled and config.moh.shared_placement == "calibrated"
 
 
 def measured_with(config: Config) -> dict[str, Any]:
-    """What a calibration follows from, beside weights and data."""
+    """The settings that determine a calibration, beside weights and data."""
     return {
         "moh.calibration_sequences": config.moh.calibration_sequences,
         "train.sequence_length": config.train.sequence_length,
@@ -83,24 +83,24 @@ def measured_with(config: Config) -> dict[str, Any]:
     }
 
 
-def _asked(config: Config) -> dict[str, Any]:
-    """As JSON knows it."""
+def _values(config: Config) -> dict[str, Any]:
+    """The values of ``config`` that determine the initial checkpoint, as JSON represents them."""
     model, moh = config.model, config.moh
-    asked: dict[str, Any] = {
+    values: dict[str, Any] = {
         SOURCE: config.train.init_from,
         "model.vocab_size": model.tokens,
         "moh.enabled": moh.enabled,
     }
     if moh.enabled:
-        asked |= {f"moh.{key}": getattr(moh, key) for key in ("router", "gating", "shared_heads", "shared_placement")}
+        values |= {f"moh.{key}": getattr(moh, key) for key in ("router", "gating", "shared_heads", "shared_placement")}
     if is_measured(config):
-        asked |= measured_with(config)
-    return json.loads(json.dumps(asked))
+        values |= measured_with(config)
+    return json.loads(json.dumps(values))
 
 
-def _asked_once(start: Path) -> dict[str, Any]:
-    return read_json(start / _FILE, "what a start was made of", f"Delete {start} to make it again.")
+def _recorded(folder: Path) -> dict[str, Any]:
+    return read_json(folder / _FILE, "what a start was made of", f"Delete {folder} to make it again.")
 
 
-def _same_place(there: Any, here: str | None) -> bool:
-    return isinstance(there, str) and here is not None and Path(there).resolve() == Path(here).resolve()
+def _same_path(recorded: Any, current: str | None) -> bool:
+    return isinstance(recorded, str) and current is not None and Path(recorded).resolve() == Path(current).resolve()

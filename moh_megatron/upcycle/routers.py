@@ -1,4 +1,4 @@
-"""Routers for a model that had none: every head they choose counts as it did in the dense model."""
+"""Initialises routers for a dense model so that every active head has gate 1, as in the dense model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
 
 _DEVIATION = 1e-11
-"""Logits of this size rank the heads, differently for each token, and are all the same to a softmax in fp32."""
+"""Logits of this size rank the heads, differently for each token, yet a softmax in fp32 rounds them to equal gates."""
 
 
 def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what a MoH model holds beside its dense twin, under Hugging Face's names.
+    """(name, tensor) of the tensors that a MoH model has and its dense model lacks, under Hugging Face's names.
 
-    Learned routers whose active gates are all 1, drawn from ``run.seed``, in the precision of training; balancing
-    biases of 0. Nothing for a dense model, and nothing but biases for the query_norm router.
+    They are learned routers whose active gates are all 1, drawn from ``run.seed``, in the precision of training, and
+    balancing biases of 0. A dense model has none of them, a query_norm router biases alone.
 
     Raises:
-        UserError: moh.gating is not normalized: no other gates are 1.
+        UserError: moh.gating is not normalized, the only gating whose gates can all be 1.
     """
     check_gates(config)
     dtype = DTYPES[config.train.precision]
@@ -38,7 +38,7 @@ def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_gates(config: Config) -> None:
-    """Raise UserError where the gates of a model that was dense cannot all be 1."""
+    """Raise UserError where ``config`` gives a dense model routers whose gates cannot all be 1."""
     moh = config.moh
     if moh.enabled and moh.router == "learned" and moh.gating != "normalized":
         raise UserError(

@@ -1,4 +1,4 @@
-"""What upcycling costs before any tuning: loss and KL against the dense model, by active and by shared heads."""
+"""Reports what upcycling costs before any tuning: loss and KL against the dense model, by active and shared heads."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import config_from_mapping, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
-from moh_megatron.upcycle.calibrate import Calibration, settled
-from moh_megatron.upcycle.loss_and_kl import Mean, mean, measure, upcycled
+from moh_megatron.upcycle.calibrate import Calibration, with_calibrated_heads
+from moh_megatron.upcycle.loss_and_kl import Mean, mean, measure_loss_and_kl, upcycled_model
 
 SHARES = (100, 90, 75, 50)
-"""Per cent of the heads that a token uses."""
+"""Shares of the heads that a token uses, in per cent."""
 Choice = Literal["first", "spread", "calibrated", "list"]
-MADE: tuple[Choice, ...] = ("first", "spread", "calibrated")
-"""Choices that a number of shared heads leaves open."""
+PLACEMENTS: tuple[Choice, ...] = ("first", "spread", "calibrated")
+"""Choices where moh.shared_heads is a number: the values of moh.shared_placement."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One choice of shared heads at one share."""
+    """The result of one choice of shared heads at one share of active heads."""
 
     choice: str
     share: int
@@ -34,23 +34,23 @@ class Row:
     shared: int
     loss: Mean
     rise: Mean
-    """Above the dense model's loss, document by document."""
+    """The difference to the dense model's loss, document by document."""
     divergence: Mean
 
 
 def active_heads(config: Config, share: int) -> int:
-    """The nearest number of heads to ``share`` per cent of them, halves upwards."""
+    """``share`` per cent of the heads, rounded to the nearest number, halves up."""
     return int(config.model.num_attention_heads * share / 100 + 0.5)
 
 
 def shared_heads(config: Config, share: int, choice: Choice) -> int | None:
-    """``moh.shared_heads``, or fewer where that leaves nothing to route; None: ``choice`` cannot be made.
+    """The number of shared heads: ``moh.shared_heads``, or fewer where that would leave no head to route.
 
-    Fewer are the next lower multiple of the KV groups, which every choice can share; where there is none, all active
-    heads but one, which ``spread`` cannot. A list stays as it is.
+    Fewer means the next lower multiple of the KV groups, which every choice can share; where there is none, all active
+    heads but one, which ``spread`` cannot share. A list stays as it is. None where ``choice`` is impossible.
     """
-    asked, groups, active = config.moh.shared_heads, config.model.query_groups, active_heads(config, share)
-    count = asked if isinstance(asked, int) else max(map(len, asked or ((),)))
+    configured, groups, active = config.moh.shared_heads, config.model.query_groups, active_heads(config, share)
+    count = configured if isinstance(configured, int) else max(map(len, configured or ((),)))
     if count < active:
         return count
     if choice == "list":
@@ -59,9 +59,10 @@ def shared_heads(config: Config, share: int, choice: Choice) -> int | None:
 
 
 def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
-    """``config`` at ``share`` per cent, with shared heads by ``choice``, calibrated ones still to be settled.
+    """``config`` with ``share`` per cent of active heads and with shared heads by ``choice``.
 
-    ``list`` keeps those it has. None where so few heads leave no such choice.
+    The choice ``list`` keeps the configured heads; calibrated heads are still to be measured. None where so few active
+    heads leave no such choice.
 
     Raises:
         UserError: ``config`` allows no such choice.
@@ -82,25 +83,28 @@ def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
     return config_from_mapping(changed, f"--choices {choice}, at {share} %")
 
 
-def possible(config: Config) -> list[Choice]:
-    """``MADE``, without ``spread`` where ``moh.shared_heads`` is no multiple of the KV groups; of no heads, one."""
+def possible_choices(config: Config) -> list[Choice]:
+    """``PLACEMENTS``, without ``spread`` where ``moh.shared_heads`` is no multiple of the KV groups.
+
+    Without shared heads all placements are the same, and one is given.
+    """
     shared, groups = config.moh.shared_heads, config.model.query_groups
     if shared == 0:
         return ["first"]
     uneven = isinstance(shared, int) and shared % groups != 0
-    return [choice for choice in MADE if not (choice == "spread" and uneven)]
+    return [choice for choice in PLACEMENTS if not (choice == "spread" and uneven)]
 
 
-def planned(config: Config, choices: Sequence[Choice], shares: Sequence[int] = SHARES) -> dict[str, Config]:
-    """By "choice share" what is to be compared, without what cannot be; before anything is measured.
+def plan_comparison(config: Config, choices: Sequence[Choice], shares: Sequence[int] = SHARES) -> dict[str, Config]:
+    """The configurations to compare, by "choice share"; impossible ones are left out. Nothing is measured yet.
 
     Raises:
         UserError: ``config`` is of a dense model; or see ``with_choice``.
     """
     if not config.moh.enabled:
         raise UserError("moh.enabled must be true: what is compared are MoH models made of a dense one. Got false.")
-    made = {f"{choice} {share}": with_choice(config, choice, share) for choice in choices for share in shares}
-    return {name: each for name, each in made.items() if each is not None}
+    variants = {f"{choice} {share}": with_choice(config, choice, share) for choice in choices for share in shares}
+    return {name: variant for name, variant in variants.items() if variant is not None}
 
 
 def compare_choices(
@@ -109,28 +113,28 @@ def compare_choices(
     documents: Sequence[Tensor],
     calibration: Calibration | None = None,
 ) -> tuple[Mean, list[Row]]:
-    """The dense loss, and a row for each entry of ``planned``, all over the same documents."""
+    """The dense model's loss, and a row for each entry of ``plan_comparison``, all over the same documents."""
     configs = {}
-    for name, each in plan.items():
-        if each.moh.shared_placement == "calibrated":
+    for name, config in plan.items():
+        if config.moh.shared_placement == "calibrated":
             assert calibration is not None, "measured for this choice"
-            each = settled(each, calibration)
-        configs[name] = each
+            config = with_calibrated_heads(config, calibration)
+        configs[name] = config
     models: dict[tuple[object, ...], nn.Module] = {}
     variants = {}
-    for name, each in configs.items():
-        # The number of active heads is set for each pass: only the shared ones make a model of their own.
-        key = tuple(heads.shared for heads in layer_heads(each.model, each.moh))
+    for name, config in configs.items():
+        # The number of active heads is set for each pass, so variants with the same shared heads use one model.
+        key = tuple(heads.shared for heads in layer_heads(config.model, config.moh))
         if key not in models:
-            models[key] = upcycled(each, dense)
+            models[key] = upcycled_model(config, dense)
             gc.collect()
-        variants[name] = (models[key], layer_heads(each.model, each.moh)[0].active)
-    losses, found = measure(dense, variants, documents)
+        variants[name] = (models[key], layer_heads(config.model, config.moh)[0].active)
+    dense_losses, values = measure_loss_and_kl(dense, variants, documents)
     rows = []
-    for name, measured in found.items():
+    for name, measured in values.items():
         choice, share = name.split()
         heads = layer_heads(configs[name].model, configs[name].moh)[0]
-        rise = mean([one - other for one, other in zip(measured.losses, losses, strict=True)])
+        rise = mean([loss - dense_loss for loss, dense_loss in zip(measured.losses, dense_losses, strict=True)])
         rows.append(
             Row(
                 choice,
@@ -142,11 +146,11 @@ def compare_choices(
                 mean(measured.divergences),
             )
         )
-    return mean(losses), rows
+    return mean(dense_losses), rows
 
 
 def as_markdown(dense: Mean, rows: Sequence[Row]) -> str:
-    """A table; ± is the standard error over documents."""
+    """A Markdown table; ± is the standard error over documents."""
     lines = [
         "| shared heads | active | shared | loss | above dense | KL from dense |",
         "|---|---|---|---|---|---|",
@@ -161,5 +165,5 @@ def as_markdown(dense: Mean, rows: Sequence[Row]) -> str:
 
 
 def as_mapping(dense: Mean, rows: Sequence[Row]) -> dict[str, object]:
-    """Every number, for JSON."""
+    """All numbers, for a JSON file."""
     return {"dense": dataclasses.asdict(dense), "rows": [dataclasses.asdict(row) for row in rows]}

@@ -1,4 +1,4 @@
-"""What each head is worth to a dense model, measured."""
+"""Calibrations: measured against models without an output projection, written, read and refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import build_model, token_losses
 from moh_megatron.model.single import build_single_process
 from moh_megatron.model.tensors import model_tensors
-from moh_megatron.upcycle.calibrate import Calibration, calibrate, read_calibration, settled, write_calibration
+from moh_megatron.upcycle.calibrate import (
+    Calibration,
+    calibrate,
+    read_calibration,
+    with_calibrated_heads,
+    write_calibration,
+)
 
 DENSE = {"moh.enabled": False, "model.init_method_std": 0.2}
 
@@ -25,32 +31,32 @@ def tokens():
 
 
 @pytest.fixture
-def dense(tiny, one_rank):
-    """(configuration, weights) of a dense model whose KV groups stand in another order than their numbers."""
+def dense_weights(tiny, one_rank):
+    """(configuration, weights) of a dense model whose KV groups are in another order than their numbers."""
     config = tiny(DENSE)
     torch.manual_seed(0)
-    return config, {name: each.detach().clone() for name, each in model_tensors(build_model(config)).items()}
+    return config, {name: tensor.detach().clone() for name, tensor in model_tensors(build_model(config)).items()}
 
 
-def test_removal_is_what_a_head_without_output_projection_costs(dense, tokens):
-    config, weights = dense
+def test_removal_equals_the_loss_without_the_heads_output_projection(dense_weights, tokens):
+    config, weights = dense_weights
     model = build_single_process(config, weights)
-    found = calibrate(model, config, tokens)
+    calibration = calibrate(model, config, tokens)
     with torch.no_grad():
-        whole = float(token_losses(model, tokens).double().mean())
-    assert found.loss == pytest.approx(whole, abs=1e-6)
-    assert found.tokens == 32
-    assert [len(each) for each in found.removal] == [8, 8]
+        loss = float(token_losses(model, tokens).double().mean())
+    assert calibration.loss == pytest.approx(loss, abs=1e-6)
+    assert calibration.tokens == 32
+    assert [len(rises) for rises in calibration.removal] == [8, 8]
     for layer, head in ((0, 0), (0, 3), (1, 5)):
         named = to_hf(weights, config)
         named[f"model.layers.{layer}.self_attn.o_proj.weight"][:, head * 4 : head * 4 + 4] = 0
         with torch.no_grad():
             without = float(token_losses(build_single_process(config, from_hf(named, config)), tokens).double().mean())
-        assert found.removal[layer][head] == pytest.approx(without - whole, abs=1e-5)
+        assert calibration.removal[layer][head] == pytest.approx(without - loss, abs=1e-5)
 
 
-def test_the_model_is_left_as_it_was(dense, tokens):
-    config, weights = dense
+def test_calibration_leaves_the_model_unchanged(dense_weights, tokens):
+    config, weights = dense_weights
     model = build_single_process(config, weights)
     before = token_losses(model, tokens)
     calibrate(model, config, tokens)
@@ -62,27 +68,27 @@ CALIBRATION = Calibration(
 )
 
 
-def test_the_heads_that_hurt_most_are_shared():
+def test_heads_with_the_largest_rise_are_shared():
     assert CALIBRATION.shared(3) == ((1, 2, 7), (0, 2, 7))
     assert CALIBRATION.ranking[0][:3] == (1, 7, 2)
 
 
-def test_the_choice_becomes_a_list(tiny):
+def test_calibrated_placement_becomes_a_list_of_heads(tiny):
     config = tiny({"moh.shared_placement": "calibrated"})
     with pytest.raises(UserError, match="calibrated needs shared heads that are measured on a dense model"):
         layer_heads(config.model, config.moh)
-    heads = layer_heads(config.model, settled(config, CALIBRATION).moh)
-    assert [each.shared for each in heads] == [(1, 7), (0, 7)]
+    heads = layer_heads(config.model, with_calibrated_heads(config, CALIBRATION).moh)
+    assert [layer.shared for layer in heads] == [(1, 7), (0, 7)]
     with pytest.raises(UserError, match=r"must be of 3 layers of 8 heads\. Got 2 of 8"):
-        settled(tiny({"moh.shared_placement": "calibrated", "model.num_layers": 3}), CALIBRATION)
+        with_calibrated_heads(tiny({"moh.shared_placement": "calibrated", "model.num_layers": 3}), CALIBRATION)
 
 
-def test_a_list_leaves_nothing_to_calibrate(tiny):
+def test_calibrated_placement_with_a_list_of_heads_is_refused(tiny):
     with pytest.raises(UserError, match=r"calibrated needs moh\.shared_heads to be a number"):
         tiny({"moh.shared_placement": "calibrated", "moh.shared_heads": [[0, 1], [2, 3]]})
 
 
-def test_the_report_is_read_back(tmp_path):
+def test_a_written_calibration_is_read_back(tmp_path):
     file = tmp_path / "calibration.json"
     write_calibration(file, CALIBRATION)
     assert read_calibration(file) == CALIBRATION
@@ -101,7 +107,7 @@ def test_the_report_is_read_back(tmp_path):
         {"of": 5},
     ],
 )
-def test_a_damaged_report_is_refused(tmp_path, changes):
+def test_a_damaged_calibration_is_refused(tmp_path, changes):
     file = tmp_path / "calibration.json"
     write_calibration(file, CALIBRATION)
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -110,7 +116,7 @@ def test_a_damaged_report_is_refused(tmp_path, changes):
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "[" * 100_000])
-def test_what_is_no_report_is_refused(tmp_path, content):
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
     file = tmp_path / "calibration.json"
     if content is None:
         file.mkdir()

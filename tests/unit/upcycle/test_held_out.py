@@ -1,4 +1,4 @@
-"""Which documents are measured."""
+"""Which held-out documents are read."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
 from moh_megatron.io.errors import UserError
-from moh_megatron.upcycle.held_out import SHORTEST, held_out
+from moh_megatron.upcycle.held_out import MIN_TOKENS, held_out_documents
 
 
 @pytest.fixture
 def config(tiny, tmp_path):
-    """Of documents of 1 to 4 times ``SHORTEST`` tokens: odd ones to learn from, even ones held out, and short ones."""
+    """Odd tokens to train on and even ones held out, in documents of 1 to 4 times ``MIN_TOKENS`` and shorter ones."""
     for split, odd in (("train", 1), ("validation", 0)):
         builder = IndexedDatasetBuilder(get_bin_path(str(tmp_path / split)), dtype=np.uint16)
         for times in (1, 2, 3, 4):
-            for length in (SHORTEST * times, SHORTEST - 1):
+            for length in (MIN_TOKENS * times, MIN_TOKENS - 1):
                 builder.add_document(torch.arange(length) * 2 + odd, [length])
         builder.finalize(get_idx_path(str(tmp_path / split)))
-    return tiny({"data.dir": str(tmp_path), "train.sequence_length": 2 * SHORTEST})
+    return tiny({"data.dir": str(tmp_path), "train.sequence_length": 2 * MIN_TOKENS})
 
 
-def test_the_beginnings_of_held_out_documents(config):
-    found = held_out(config)
-    assert [len(each) for each in found] == [SHORTEST, 2 * SHORTEST, 2 * SHORTEST + 1, 2 * SHORTEST + 1]
-    for each in found:
-        assert torch.equal(each, torch.arange(len(each)) * 2)
-    assert [len(each) for each in held_out(config, 2)] == [SHORTEST, 2 * SHORTEST]
+def test_beginnings_of_long_enough_validation_documents_are_read(config):
+    documents = held_out_documents(config)
+    assert [len(document) for document in documents] == [
+        MIN_TOKENS,
+        2 * MIN_TOKENS,
+        2 * MIN_TOKENS + 1,
+        2 * MIN_TOKENS + 1,
+    ]
+    for document in documents:
+        assert torch.equal(document, torch.arange(len(document)) * 2)
+    assert [len(document) for document in held_out_documents(config, 2)] == [MIN_TOKENS, 2 * MIN_TOKENS]
 
 
-def test_one_has_no_standard_error(config):
+def test_a_single_document_is_refused(config):
     with pytest.raises(UserError, match=r"at least two documents of 64 tokens are needed .* Got 1"):
-        held_out(config, 1)
+        held_out_documents(config, 1)

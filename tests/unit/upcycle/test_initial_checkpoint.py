@@ -1,8 +1,9 @@
-"""The start of continue-tuning, made of a small dense checkpoint in this process."""
+"""The initial checkpoint of continue-tuning, made of a small dense checkpoint in this process."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.upcycle import initial_checkpoint
-from moh_megatron.upcycle.loss_and_kl import dense_twin
+from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, prepare, resolve
+from moh_megatron.upcycle.loss_and_kl import without_moh
 
 pytestmark = pytest.mark.usefixtures("one_rank", "data")
 
@@ -46,7 +48,7 @@ class FakeData:
 
 @pytest.fixture
 def data(monkeypatch) -> SimpleNamespace:
-    """Prepared data that is not there."""
+    """Replaces the reading of prepared data; returns settings of it."""
     rows = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(initial_checkpoint, "load_prepared", lambda config: FakeData())
     monkeypatch.setattr(initial_checkpoint, "build_train_dataset", lambda config, data, tokenizer: rows)
@@ -56,17 +58,17 @@ def data(monkeypatch) -> SimpleNamespace:
 
 @pytest.fixture
 def make(tiny, tmp_path) -> Callable[..., Config]:
-    """make({...}): what is tuned, from a checkpoint of random weights in tmp_path/source."""
+    """make({...}): the configuration of a tuning that starts from the checkpoint tmp_path/source."""
 
     def make(changes: dict[str, Any] | None = None) -> Config:
-        places = {"run.dir": str(tmp_path / "run"), "train.init_from": str(tmp_path / "source")}
-        return tiny({**places, "moh.router": "query_norm", "model.init_method_std": 0.2, **(changes or {})})
+        paths = {"run.dir": str(tmp_path / "run"), "train.init_from": str(tmp_path / "source")}
+        return tiny({**paths, "moh.router": "query_norm", "model.init_method_std": 0.2, **(changes or {})})
 
     return make
 
 
 def write_source(config: Config, seed: int = 4) -> Path:
-    """The checkpoint train.init_from of ``config``, a model of it with random weights."""
+    """Write random weights of ``config`` as the checkpoint train.init_from."""
     assert config.train.init_from is not None
     folder, generator = Path(config.train.init_from), torch.Generator().manual_seed(seed)
     folder.mkdir()
@@ -78,194 +80,206 @@ def write_source(config: Config, seed: int = 4) -> Path:
     return folder
 
 
-def test_the_start_is_the_dense_model_and_says_so(make):
-    source = write_source(dense_twin(make()))
-    told: list[str] = []
-    initial_checkpoint.prepare(make(), told.append)
-    kl, made = told
+@pytest.fixture
+def logged(caplog) -> pytest.LogCaptureFixture:
+    """caplog, from INFO on."""
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def warnings_in(logged: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in logged.records if record.levelno == logging.WARNING]
+
+
+def test_initial_checkpoint_equals_the_dense_model_and_logs_the_kl(make, logged):
+    source = write_source(without_moh(make()))
+    prepare(make())
+    kl, made = logged.messages
     assert float(kl.removeprefix("with all heads active: KL from the dense model ").split()[0]) < 1e-8
     assert made.endswith(f"start: made of {source}")
-    folder = initial_checkpoint.start_folder(make())
+    folder = initial_checkpoint_folder(make())
     assert layout.problem_with(folder) is None
     assert read_extras(folder / "tokenizer") == read_extras(source / "tokenizer") != {}
 
 
-def test_other_positions_are_told_and_the_proof_is_against_the_sources_own(make):
-    write_source(dense_twin(make()))
-    told: list[str] = []
-    initial_checkpoint.prepare(make({"model.rotary_base": 7e4}), told.append)
-    assert told[0].startswith("warning: model.rotary_base is 70000.0, and ")
-    assert "was made with 10000.0" in told[0]
-    assert "KL from the dense model" in told[1]
+def test_another_rotary_base_is_warned_of_and_the_kl_is_measured_with_the_sources(make, logged):
+    write_source(without_moh(make()))
+    prepare(make({"model.rotary_base": 7e4}))
+    (warning,) = warnings_in(logged)
+    assert warning.startswith("model.rotary_base is 70000.0, and ")
+    assert "was made with 10000.0" in warning
+    assert "KL from the dense model" in logged.messages[1]
 
 
 def test_another_epsilon_of_the_norms_is_refused(make):
-    write_source(dense_twin(make()))
+    write_source(without_moh(make()))
     with pytest.raises(UserError, match=r"model\.norm_epsilon: 1e-05 there, 0\.0001 here"):
-        initial_checkpoint.prepare(make({"model.norm_epsilon": 1e-4}), print)
+        prepare(make({"model.norm_epsilon": 1e-4}))
 
 
-def test_a_start_that_is_not_the_dense_model_is_a_fault_and_leaves_nothing(make, monkeypatch):
-    config, right = make({"moh.router": "learned"}), initial_checkpoint.initial_routers
-    write_source(dense_twin(config))
+def test_a_model_that_differs_from_the_dense_one_is_a_fault_and_leaves_nothing(make, monkeypatch):
+    config, correct = make({"moh.router": "learned"}), initial_checkpoint.initial_routers
+    write_source(without_moh(config))
     monkeypatch.setattr(
-        initial_checkpoint, "initial_routers", lambda config: ((name, each * 1e11) for name, each in right(config))
+        initial_checkpoint,
+        "initial_routers",
+        lambda config: ((name, router * 1e11) for name, router in correct(config)),
     )
     with pytest.raises(Fault, match=r"source: with all heads active the KL divergence of the MoH model made of it is"):
-        initial_checkpoint.prepare(config, print)
-    assert not Path(config.run.dir).exists(), "nor the folder that was made for it"
+        prepare(config)
+    assert not Path(config.run.dir).exists(), "the folder of the run was left behind"
 
 
-def test_a_small_divergence_is_one_too(make, monkeypatch):
-    write_source(dense_twin(make()))
-    monkeypatch.setattr(initial_checkpoint, "divergence", lambda wanted, here: torch.tensor(1.01e-8))
+def test_a_kl_just_above_the_limit_is_a_fault(make, monkeypatch):
+    write_source(without_moh(make()))
+    monkeypatch.setattr(initial_checkpoint, "kl_divergence", lambda target, log_probs: torch.tensor(1.01e-8))
     with pytest.raises(Fault, match=r"is 1\.01e-08; less than 1e-08 is required"):
-        initial_checkpoint.prepare(make(), print)
+        prepare(make())
 
 
 @pytest.mark.parametrize("in_the_way", ["file", "folder", "source"])
-def test_what_stands_where_the_start_goes_is_kept(make, in_the_way):
+def test_files_in_place_of_the_initial_checkpoint_are_kept(make, in_the_way):
     config = make()
-    place = initial_checkpoint.start_folder(config)
-    place.parent.mkdir()
+    folder = initial_checkpoint_folder(config)
+    folder.parent.mkdir()
     if in_the_way == "file":
-        place.write_text("thesis")
+        folder.write_text("thesis")
     elif in_the_way == "folder":
-        place.mkdir()
-        (place / "thesis.tex").write_text("thesis")
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("thesis")
     else:
-        config = make({"train.init_from": str(place)})
-    write_source(dense_twin(config))
-    before = {path: path.read_bytes() for path in place.parent.rglob("*") if path.is_file()}
+        config = make({"train.init_from": str(folder)})
+    write_source(without_moh(config))
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"start: must be new or empty"):
-        initial_checkpoint.prepare(config, print)
-    assert {path: path.read_bytes() for path in place.parent.rglob("*") if path.is_file()} == before
+        prepare(config)
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
 
 
-def test_no_start_is_made_for_a_run_that_began_as_another_model(make, fake_checkpoint):
-    write_source(dense_twin(make()))
-    fake_checkpoint(checkpoint_dir(make()) / "step_00000003", dense_twin(make()))
+def test_no_initial_checkpoint_is_made_for_a_run_of_another_model(make, fake_checkpoint):
+    write_source(without_moh(make()))
+    fake_checkpoint(checkpoint_dir(make()) / "step_00000003", without_moh(make()))
     with pytest.raises(UserError, match=r"moh\.enabled: False there, True here\nUse the same, or another run\.dir\.$"):
-        initial_checkpoint.prepare(make(), print)
-    assert not initial_checkpoint.start_folder(make()).exists()
-    assert initial_checkpoint.prepare(dense_twin(make()), print) == dense_twin(make()), "it goes on"
+        prepare(make())
+    assert not initial_checkpoint_folder(make()).exists()
+    assert prepare(without_moh(make())) == without_moh(make()), "the dense run goes on"
 
 
-def test_a_start_that_was_deleted_is_made_again_for_its_run(make, fake_checkpoint):
-    write_source(dense_twin(make()))
-    resolved = initial_checkpoint.prepare(make(), print)
+def test_a_deleted_initial_checkpoint_is_made_again_for_its_run(make, fake_checkpoint):
+    write_source(without_moh(make()))
+    resolved = prepare(make())
     fake_checkpoint(checkpoint_dir(make()) / "step_00000003", resolved)
-    shutil.rmtree(initial_checkpoint.start_folder(make()))
-    assert initial_checkpoint.prepare(make(), print) == resolved
+    shutil.rmtree(initial_checkpoint_folder(make()))
+    assert prepare(make()) == resolved
 
 
-def test_a_larger_vocabulary_needs_a_grown_tokenizer(make, monkeypatch):
-    write_source(dense_twin(make()))
+def test_a_larger_vocabulary_without_a_grown_tokenizer_is_refused(make, monkeypatch):
+    write_source(without_moh(make()))
     monkeypatch.setattr(initial_checkpoint, "new_pieces", lambda old, new: {})
     monkeypatch.setattr(initial_checkpoint, "load_tokenizer", lambda folder: FakeTokenizer())
     with pytest.raises(UserError, match=r"model\.vocab_size 104 is more than the 96 .* tokenizer\.grow_to"):
-        initial_checkpoint.prepare(make({"model.vocab_size": 104}), print)
-    assert not initial_checkpoint.start_folder(make()).exists()
+        prepare(make({"model.vocab_size": 104}))
+    assert not initial_checkpoint_folder(make()).exists()
 
 
-def test_the_source_may_be_named_in_another_way(make, tmp_path, monkeypatch):
-    write_source(dense_twin(make()))
-    prepared = initial_checkpoint.prepare(make(), print)
+def test_the_source_may_be_given_by_another_path(make, tmp_path, monkeypatch):
+    write_source(without_moh(make()))
+    prepared = prepare(make())
     monkeypatch.chdir(tmp_path)
     for name in ("source", "../" + tmp_path.name + "/source/"):
-        assert initial_checkpoint.prepare(make({"train.init_from": name}), print) == prepared
+        assert prepare(make({"train.init_from": name})) == prepared
 
 
 @pytest.mark.parametrize("content", ["{", "5", "[]", "[" * 100_000])
-def test_a_damaged_record_of_what_was_asked_is_named(make, content):
-    write_source(dense_twin(make()))
-    initial_checkpoint.prepare(make(), print)
-    (initial_checkpoint.start_folder(make()) / "asked.json").write_text(content)
+def test_a_damaged_provenance_record_is_refused(make, content):
+    write_source(without_moh(make()))
+    prepare(make())
+    (initial_checkpoint_folder(make()) / "asked.json").write_text(content)
     with pytest.raises(UserError, match=rf"asked\.json: {NONE_IS} what a start was made of.* Delete .*start to make"):
-        initial_checkpoint.resolve(make(), print)
+        resolve(make())
     with pytest.raises(UserError, match=r"start is damaged: asked\.json has"):
-        initial_checkpoint.prepare(make(), print)
+        prepare(make())
 
 
-def test_a_damaged_start_is_told_before_any_rank_is_started(make, fake_checkpoint):
-    write_source(dense_twin(make()))
-    resolved = initial_checkpoint.prepare(make(), print)
-    place = initial_checkpoint.start_folder(make())
-    (weights,) = (place / "weights").iterdir()
+def test_a_damaged_initial_checkpoint_is_refused_before_any_rank_is_started(make, fake_checkpoint):
+    write_source(without_moh(make()))
+    resolved = prepare(make())
+    folder = initial_checkpoint_folder(make())
+    (weights,) = (folder / "weights").iterdir()
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"start is damaged: weights/.* Delete the folder to make it again"):
-        initial_checkpoint.prepare(make(), print)
-    # A run that has begun does not need them; but how its heads are routed is read there.
+        prepare(make())
+    # A run with checkpoints of its own does not need the weights, but it needs the configuration for its heads.
     fake_checkpoint(checkpoint_dir(make()) / "step_00000003", resolved)
-    assert initial_checkpoint.prepare(make(), print) == resolved
-    (place / "config.yaml").unlink()
+    assert prepare(make()) == resolved
+    (folder / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"start is damaged: config\.yaml is missing\. Delete the folder"):
-        initial_checkpoint.prepare(make(), print)
+        prepare(make())
 
 
-def test_a_trained_moh_model_with_more_entries_need_not_be_dense(make, monkeypatch):
+def test_a_moh_source_with_a_larger_vocabulary_keeps_its_routers(make, monkeypatch):
     source = write_source(make({"moh.router": "learned"}))
     monkeypatch.setattr(initial_checkpoint, "new_pieces", lambda old, new: {99: [3, 4]})
     monkeypatch.setattr(initial_checkpoint, "load_tokenizer", lambda folder: FakeTokenizer())
     config = make({"moh.router": "learned", "model.vocab_size": 104})
-    initial_checkpoint.prepare(config, print)
-    there, here = (layout.read_weights(each) for each in (source, initial_checkpoint.start_folder(config)))
-    routers = [name for name in there if ".router." in name]
+    prepare(config)
+    before, after = (layout.read_weights(folder) for folder in (source, initial_checkpoint_folder(config)))
+    routers = [name for name in before if ".router." in name]
     assert len(routers) == 6
-    assert all(torch.equal(there[name], here[name]) for name in routers)
-    assert len(here["embedding.word_embeddings.weight"]) == 104
+    assert all(torch.equal(before[name], after[name]) for name in routers)
+    assert len(after["embedding.word_embeddings.weight"]) == 104
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_first(make, data):
-    write_source(dense_twin(make()))
+def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_written(make, data):
+    write_source(without_moh(make()))
     data.fits = False
     with pytest.raises(UserError, match=r"model\.vocab_size must be at least 99"):
-        initial_checkpoint.prepare(make(), print)
-    assert not initial_checkpoint.start_folder(make()).exists()
+        prepare(make())
+    assert not initial_checkpoint_folder(make()).exists()
 
 
-def test_what_the_configuration_forbids_is_refused_before_anything_is_measured(make, fake_checkpoint, tmp_path):
+def test_wrong_gating_and_teacher_are_refused_before_the_calibration(make, fake_checkpoint, tmp_path):
     calibrated = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
-    write_source(dense_twin(make()))
+    write_source(without_moh(make()))
     with pytest.raises(UserError, match=r"moh\.gating must be normalized .* Got paper"):
-        initial_checkpoint.prepare(make({**calibrated, "moh.router": "learned", "moh.gating": "paper"}), print)
+        prepare(make({**calibrated, "moh.router": "learned", "moh.gating": "paper"}))
     teacher = fake_checkpoint(tmp_path / "step_00000001", make())
     with pytest.raises(UserError, match=r"distillation\.teacher must be a dense model"):
-        initial_checkpoint.prepare(make({**calibrated, "distillation.teacher": str(teacher)}), print)
+        prepare(make({**calibrated, "distillation.teacher": str(teacher)}))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_calibration_of_something_else_is_refused(make, tmp_path, monkeypatch):
+def test_a_calibration_under_other_conditions_is_refused(make, tmp_path, monkeypatch):
     changes = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
-    write_source(dense_twin(make()))
-    prepared = initial_checkpoint.prepare(make(changes), print)
+    write_source(without_moh(make()))
+    prepared = prepare(make(changes))
     again = make({**changes, "run.dir": str(tmp_path / "again")})
     (tmp_path / "again").mkdir()
     written = (tmp_path / "run" / "calibration.json").read_bytes()
     (tmp_path / "again" / "calibration.json").write_bytes(written)
-    assert initial_checkpoint.prepare(again, print).moh.shared_heads == prepared.moh.shared_heads
+    assert prepare(again).moh.shared_heads == prepared.moh.shared_heads
     third = tmp_path / "third"
     third.mkdir()
     (third / "calibration.json").write_bytes(written)
     other = make({**changes, "run.dir": str(third), "moh.calibration_sequences": 3})
     with pytest.raises(UserError, match=r"moh\.calibration_sequences: 2 there, 3 here"):
-        initial_checkpoint.prepare(other, print)
+        prepare(other)
     moved = dataclasses.replace(other, moh=dataclasses.replace(other.moh, calibration_sequences=2))
     monkeypatch.setattr(FakeData, "hash", "e" * 64)
     with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
-        initial_checkpoint.prepare(moved, print)
+        prepare(moved)
 
 
 def test_a_calibration_of_other_weights_is_refused(make, tmp_path):
     changes = {"moh.shared_placement": "calibrated", "moh.calibration_sequences": 2}
-    write_source(dense_twin(make()))
-    initial_checkpoint.prepare(make(changes), print)
+    write_source(without_moh(make()))
+    prepare(make(changes))
     elsewhere = {"train.init_from": str(tmp_path / "elsewhere"), "run.dir": str(tmp_path / "again")}
-    write_source(dense_twin(make({**elsewhere, "model.init_method_std": 0.1})), seed=5)
+    write_source(without_moh(make({**elsewhere, "model.init_method_std": 0.1})), seed=5)
     (tmp_path / "again").mkdir()
     shutil.copyfile(tmp_path / "run" / "calibration.json", tmp_path / "again" / "calibration.json")
     with pytest.raises(UserError, match=r"measured something else:\n  weights: \w{12} there, \w{12} here\nDelete"):
-        initial_checkpoint.prepare(make({**changes, **elsewhere}), print)
+        prepare(make({**changes, **elsewhere}))
 
 
 FOUR = {"moh.shared_heads": 4, "moh.active_heads": 6}
@@ -273,7 +287,7 @@ CALIBRATED = {"moh.shared_placement": "calibrated", "moh.calibration_sequences":
 
 
 @pytest.mark.parametrize(
-    ("asked_first", "asked_then", "difference"),
+    ("first_changes", "then_changes", "difference"),
     [
         (FOUR, {**FOUR, "moh.shared_placement": "spread"}, "moh.shared_placement: first there, spread here"),
         ({}, CALIBRATED, "moh.shared_placement: first there, calibrated here"),
@@ -289,56 +303,58 @@ CALIBRATED = {"moh.shared_placement": "calibrated", "moh.calibration_sequences":
         ({}, {"model.vocab_size": 104}, "model.vocab_size: 96 there, 104 here"),
     ],
 )
-def test_a_start_is_not_taken_for_another_one(make, asked_first, asked_then, difference):
-    source = write_source(dense_twin(make()))
-    first, then = make(asked_first), make(asked_then)
-    again = initial_checkpoint.prepare(first, print)
-    assert initial_checkpoint.resolve(first, print) == again
-    for look in (initial_checkpoint.prepare, initial_checkpoint.resolve):
+def test_another_configuration_does_not_use_the_initial_checkpoint(make, first_changes, then_changes, difference):
+    source = write_source(without_moh(make()))
+    first, then = make(first_changes), make(then_changes)
+    prepared = prepare(first)
+    assert resolve(first) == prepared
+    for function in (prepare, resolve):
         with pytest.raises(UserError) as caught:
-            look(then, print)
-        found = str(caught.value).splitlines()
-        assert found[0] == f"{initial_checkpoint.start_folder(first)} was made with other values:"
-        assert any(line.endswith(difference.format(source=source, seed=first.run.seed)) for line in found)
-        assert found[-1] == "Name the same, or another run.dir, or delete the folder to make it again."
+            function(then)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == f"{initial_checkpoint_folder(first)} was made with other values:"
+        assert any(line.endswith(difference.format(source=source, seed=first.run.seed)) for line in lines)
+        assert lines[-1] == "Name the same, or another run.dir, or delete the folder to make it again."
 
 
-def test_a_start_measured_on_other_data_is_refused(make, monkeypatch):
-    write_source(dense_twin(make()))
+def test_an_initial_checkpoint_calibrated_on_other_data_is_refused(make, monkeypatch):
+    write_source(without_moh(make()))
     for name, changes in (("first", {}), ("measured", CALIBRATED)):
-        initial_checkpoint.prepare(make({**changes, "run.dir": str(Path(make().run.dir) / name)}), print)
+        prepare(make({**changes, "run.dir": str(Path(make().run.dir) / name)}))
     monkeypatch.setattr(FakeData, "hash", "e" * 64)
-    initial_checkpoint.prepare(make({"run.dir": str(Path(make().run.dir) / "first")}), print)
+    prepare(make({"run.dir": str(Path(make().run.dir) / "first")}))
     with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
-        initial_checkpoint.prepare(make({**CALIBRATED, "run.dir": str(Path(make().run.dir) / "measured")}), print)
+        prepare(make({**CALIBRATED, "run.dir": str(Path(make().run.dir) / "measured")}))
 
 
-def test_a_source_that_changed_is_told(make):
-    source = write_source(dense_twin(make()))
-    initial_checkpoint.prepare(make(), print)
-    told: list[str] = []
-    initial_checkpoint.prepare(make(), told.append)
+def test_a_source_with_other_weights_is_warned_of(make, logged):
+    source = write_source(without_moh(make()))
+    prepare(make())
+    logged.clear()
+    prepare(make())
     shutil.rmtree(source)
-    initial_checkpoint.prepare(make(), told.append)
-    assert told == []
-    write_source(dense_twin(make()), seed=5)
-    initial_checkpoint.prepare(make(), told.append)
-    (message,) = told
-    assert message.startswith(f"warning: {source} holds other weights, ")
+    prepare(make())
+    assert logged.messages == []
+    write_source(without_moh(make()), seed=5)
+    prepare(make())
+    (message,) = logged.messages
+    assert message.startswith(f"{source} holds other weights, ")
+    assert warnings_in(logged) == [message]
 
 
-def test_a_source_run_that_went_on_is_told(make, tmp_path):
+def test_a_source_run_with_a_newer_checkpoint_is_warned_of(make, tmp_path, logged):
     for step, seed in ((1, 3), (2, 5)):
         folder = tmp_path / "dense" / "checkpoints" / f"step_0000000{step}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_source(dense_twin(make({"train.init_from": str(folder)})), seed=seed)
-        told: list[str] = []
-        initial_checkpoint.prepare(make({"train.init_from": str(tmp_path / "dense")}), told.append)
-    (message,) = told
-    assert message.startswith(f"warning: {tmp_path / 'dense'} holds other weights, ")
+        write_source(without_moh(make({"train.init_from": str(folder)})), seed=seed)
+        logged.clear()
+        prepare(make({"train.init_from": str(tmp_path / "dense")}))
+    (message,) = logged.messages
+    assert message.startswith(f"{tmp_path / 'dense'} holds other weights, ")
+    assert warnings_in(logged) == [message]
 
 
-def test_calibrated_heads_and_a_larger_vocabulary_exclude_each_other(make):
-    write_source(dense_twin(make()))
+def test_calibrated_heads_with_a_larger_vocabulary_are_refused(make):
+    write_source(without_moh(make()))
     with pytest.raises(UserError, match=r"shared_placement: calibrated measures .* Got model\.vocab_size 104: let"):
-        initial_checkpoint.prepare(make({**CALIBRATED, "model.vocab_size": 104}), print)
+        prepare(make({**CALIBRATED, "model.vocab_size": 104}))

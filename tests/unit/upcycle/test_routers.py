@@ -1,4 +1,4 @@
-"""Routers that leave a dense model as it is."""
+"""Initial routers that leave a dense model unchanged."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def weights(config, layer=0):
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_active_gate_is_one_and_tokens_differ_in_their_heads(tiny, shared, precision):
-    own = weights(tiny({"moh.shared_heads": shared, "moh.active_heads": 5, "train.precision": precision}))
+def test_active_gates_are_one_and_tokens_use_different_heads(tiny, shared, precision):
+    router = weights(tiny({"moh.shared_heads": shared, "moh.active_heads": 5, "train.precision": precision}))
     x = 30 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     routing = learned_routing(
-        x, own.get("shared.weight"), own["routed.weight"], own.get("alpha.weight"), top_k=5 - shared
+        x, router.get("shared.weight"), router["routed.weight"], router.get("alpha.weight"), top_k=5 - shared
     )
     torch.testing.assert_close(routing.gates, routing.active.float(), rtol=0, atol=2e-7)
     assert routing.active[:, shared:].any(0).all()
@@ -39,15 +39,15 @@ def test_the_same_seed_gives_the_same_routers(tiny):
     assert not torch.equal(first[name], other[name])
 
 
-def test_what_has_no_weights_gets_none(tiny):
+def test_dense_model_and_query_norm_router_get_no_weights(tiny):
     assert not list(initial_routers(tiny({"moh.enabled": False})))
     assert not list(initial_routers(tiny({"moh.router": "query_norm"})))
     biases = dict(initial_routers(tiny({"moh.router": "query_norm", **BIAS})))
-    assert {tuple(each.shape) for each in biases.values()} == {(6,)}
-    assert {each.dtype for each in biases.values()} == {torch.int64}
+    assert {tuple(bias.shape) for bias in biases.values()} == {(6,)}
+    assert {bias.dtype for bias in biases.values()} == {torch.int64}
     assert len(biases) == 2
 
 
-def test_gates_as_the_paper_prints_them_cannot_be_one(tiny):
+def test_initial_routers_refuse_gating_paper(tiny):
     with pytest.raises(UserError, match=r"moh\.gating must be normalized"):
         list(initial_routers(tiny({"moh.gating": "paper"})))

@@ -1,4 +1,4 @@
-"""New rows of a grown vocabulary."""
+"""New embedding rows of a grown vocabulary."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TEXTS = ["the cat sat on the mat and the cat sat on the hat"] * 30
 
 def bpe(folder, merges, added=()) -> Tokenizer:
     characters = sorted(set("".join(TEXTS).replace(" ", "")) | {"\u2581"})
-    vocab = {piece: number for number, piece in enumerate([*characters, *("".join(each) for each in merges)])}
-    special = [{"id": len(vocab) + n, "content": each, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for n, each in enumerate(["</s>", *added])]  # fmt: skip
+    vocab = {piece: number for number, piece in enumerate([*characters, *("".join(merge) for merge in merges)])}
+    special = [{"id": len(vocab) + n, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": True} for n, content in enumerate(["</s>", *added])]  # fmt: skip
     settings = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "post_processor": None,
         "normalizer": None, "decoder": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": [list(each) for each in merges], "byte_fallback": False},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [list(merge) for merge in merges], "byte_fallback": False},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_an_added_token_splits_as_its_text_was_encoded(old, tmp_path):
     assert new_pieces(old, more) == {more.vocab_size - 1: old.encode("that")}
 
 
-def test_another_tokenizer_is_refused(old, tmp_path):
+def test_a_tokenizer_with_other_ids_is_refused(old, tmp_path):
     other = bpe(tmp_path / "other", [("a", "t"), ("t", "h")])
     with pytest.raises(UserError, match="under its old number"):
         new_pieces(old, other)
