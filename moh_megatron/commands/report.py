@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from moh_megatron.monitor.run_folder import open_run
 from moh_megatron.run_report import page
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = command_parser("One self-contained HTML page about runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run folder")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     runs = [open_run(path) for path in arguments.runs]
     names = [run.name for run in runs]
     if twice := {name for name in names if names.count(name) > 1}:

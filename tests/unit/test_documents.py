@@ -4,12 +4,17 @@ import ast
 import re
 import runpy
 import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +35,13 @@ REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
 KEY = re.compile(
     rf"\b(?!tokenizer\.json|\w+\.(?:py|sh)\b)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])"
 )
+MARK = re.compile(r"#.*\bneeds (a GPU|a cluster|a network)\b")
+CONSOLE_COMMANDS = dict(re.findall(r'\("(\w+)", "(\w+)"\)', (REPOSITORY / "setup.py").read_text(encoding="utf-8")))
+CONSOLE_COMMANDS = {f"moh-{name}": module for name, module in CONSOLE_COMMANDS.items()}
+SHELL = {"source", "export", "cat"}
+"""Programs that need no test."""
+RUN_BY = {"tensorboard": ("tests/integration/test_browser.py", "tensorboard.main")}
+"""Programs of others, the test that runs each, and how it does so."""
 NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/", "LLAMA2/")
 
 
@@ -42,23 +54,74 @@ def spans(name: str) -> list[str]:
     return CODE.findall(FENCE.sub("", text_of(name)))
 
 
-def commands(name: str) -> list[list[str]]:
-    """The words of every line in the shell blocks, without comments."""
-    shell = "".join(block for language, block in FENCE.findall(text_of(name)) if language == "bash")
-    return [words for line in shell.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+@pytest.fixture
+def own_signal_mask():
+    """Commands hold signals back; later tests, and the processes they start, must not."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-PIPELINE_COMMANDS = [
-    pytest.param(words, id=" ".join(words[1:3]))
-    for document in DOCUMENTS
-    for words in commands(document)
-    if any("pipelines/" in word for word in words)
+@dataclass(frozen=True)
+class Command:
+    """One command of a shell block."""
+
+    words: tuple[str, ...]
+    needs: str | None
+    """What the document says it needs: a GPU, a cluster or a network."""
+
+    @property
+    def script(self) -> int | None:
+        """The position of a script of the repository among the words, as behind python or torchrun."""
+        return next((n for n, word in enumerate(self.words) if word.startswith(("pipelines/", "tools/"))), None)
+
+    @property
+    def module(self) -> str | None:
+        """The module of moh_megatron.commands that the command runs: moh-plan and tools/plan.py give plan."""
+        if (name := Path(self.words[0]).name) in CONSOLE_COMMANDS:
+            return CONSOLE_COMMANDS[name]
+        if self.script is None:
+            return None
+        match = re.search(r"from moh_megatron\.commands\.(\w+) import run\b", text_of(self.words[self.script]))
+        return match and match[1]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return self.words[(self.script or 0) + 1 :]
+
+
+def commands(name: str) -> list[Command]:
+    """Every command of the shell blocks. A mark on a line of its own counts up to the next empty line."""
+    found = []
+    for language, block in FENCE.findall(text_of(name)):
+        if language != "bash":
+            continue
+        mark = None
+        for line in block.replace("\\\n", " ").splitlines():
+            own_mark = MARK.search(line)
+            if not line.strip():
+                mark = None
+            elif line.startswith("#"):
+                mark = own_mark or mark
+            else:
+                needs = own_mark or mark
+                words = shlex.split(line, comments=True)
+                for chained, part in groupby(words, key=lambda word: word in ("&&", "&", ";")):
+                    if not chained:
+                        found.append(Command(tuple(part), needs and needs[1]))
+    return found
+
+
+COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
+PACKAGE_COMMANDS = [
+    pytest.param(command, id=f"{document}: {' '.join(command.words)[:80]}")
+    for document, command in COMMANDS
+    if command.module is not None
 ]
 TOOL_COMMANDS = [
-    pytest.param(words, id=" ".join(words[1:3]))
-    for document in DOCUMENTS
-    for words in commands(document)
-    if any(word.startswith("tools/") for word in words)
+    pytest.param(command, id=f"{document}: {' '.join(command.words)[:80]}")
+    for document, command in COMMANDS
+    if command.module is None and command.script is not None
 ]
 
 
@@ -76,7 +139,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", WITH_PATHS)
 def test_paths_exist(document):
     words = [word for span in spans(document) for word in span.split()]
-    words += [word for command in commands(document) for word in command]
+    words += [word for command in commands(document) for word in command.words]
     paths = {word.partition(":")[0] for word in words if re.fullmatch(r"\.?\w[\w.-]*/[\w./-]*(:\w+)?", word)}
     paths = {path for path in paths if not path.startswith(NOT_IN_THE_REPOSITORY)}
     assert paths or document == "CHANGELOG.md"
@@ -86,17 +149,21 @@ def test_paths_exist(document):
 
 
 def test_the_layout_names_every_folder():
-    (tree,) = (block for language, block in FENCE.findall(text_of("README.md")) if not language)
-    named = re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE)
-    inner = {name for indent, name in named if indent}
+    (tree,) = (block for language, block in FENCE.findall(text_of("CONTRIBUTING.md")) if not language)
+    named, above = set(), []
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        above = [*above[: len(indent) // 2], name]
+        named.add("/".join(above))
     package = REPOSITORY / "moh_megatron"
-    assert inner == {file.parent.name for file in package.glob("*/__init__.py")}
-    assert all((REPOSITORY / name).is_dir() for indent, name in named if not indent)
+    rooms = {str(file.parent.relative_to(REPOSITORY)) for file in package.rglob("__init__.py")}
+    assert {name for name in named if name.startswith(package.name)} == rooms
+    assert all((REPOSITORY / name).is_dir() for name in named)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_knows_its_targets(document):
-    calls = [words for words in [*commands(document), *map(str.split, spans(document))] if words[0] == "make"]
+    lines = [*(command.words for command in commands(document)), *map(str.split, spans(document))]
+    calls = [words for words in lines if words[0] == "make"]
     named = {words[1] for words in calls if len(words) > 1}
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     assert named <= targets
@@ -104,23 +171,66 @@ def test_make_knows_its_targets(document):
     assert variables <= set(re.findall(r"^(\w+) \?=", text_of("Makefile"), re.MULTILINE))
 
 
-@pytest.mark.parametrize("words", PIPELINE_COMMANDS)
-def test_a_command_fits_its_script(words):
-    place = next(index for index, word in enumerate(words) if word.startswith("pipelines/"))
-    script, arguments = words[place], words[place + 1 :]
-    source = text_of(script) + text_of("moh_megatron/cli.py")
-    assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
-    if script == "pipelines/convert.py":
-        assert f'"{arguments[0]}"' in source
-    elif script != "pipelines/evaluate.py":
-        load_config(REPOSITORY / arguments[0], [word for word in arguments if re.match(r"\w+\.\w+=", word)])
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_checked_by_a_test_or_says_what_it_needs(document):
+    """The tests below read the commands of this project; `.ci/run` runs the targets of make."""
+    unchecked = [
+        " ".join(command.words)
+        for command in commands(document)
+        if command.needs is None
+        and command.script is None
+        and Path(command.words[0]).name not in {*CONSOLE_COMMANDS, *SHELL, *RUN_BY, "make"}
+    ]
+    assert unchecked == [], "mark them with: # needs a GPU, # needs a cluster or # needs a network"
 
 
-@pytest.mark.parametrize("words", TOOL_COMMANDS)
-def test_a_command_fits_its_tool(words):
-    place = next(index for index, word in enumerate(words) if word.startswith("tools/"))
-    source = text_of(words[place])
-    assert [word for word in words[place + 1 :] if word.startswith("--") and f'"{word}"' not in source] == []
+def test_programs_of_others_are_run_by_the_tests_named_here():
+    assert [name for name, (file, call) in RUN_BY.items() if call not in text_of(file)] == []
+
+
+@pytest.mark.usefixtures("own_signal_mask")
+@pytest.mark.parametrize("command", PACKAGE_COMMANDS)
+def test_command_of_the_package_parses(command, monkeypatch):
+    """A command with a configuration resolves it and stops; the others read their arguments."""
+    module = import_module(f"moh_megatron.commands.{command.module}")
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", [command.words[0], *command.arguments])
+    if not hasattr(module, "parse_arguments") or command.module == "prepare_data":
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+        with pytest.raises(SystemExit) as ending:
+            module.main()
+        assert ending.value.code == 0
+    else:
+        module.parse_arguments()
+
+
+@pytest.mark.parametrize("command", TOOL_COMMANDS)
+def test_command_fits_its_tool(command):
+    assert command.script is not None
+    source = text_of(command.words[command.script]) + text_of("moh_megatron/cli.py")
+    options = [word.partition("=")[0] for word in command.arguments if word.startswith("--")]
+    assert [option for option in options if f'"{option}"' not in source] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_calls_of_make_can_be_carried_out(document):
+    for command in commands(document):
+        if command.words[0] == "make":
+            done = subprocess.run(["make", "-n", *command.words[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_of_the_documents_compiles(document):
+    for language, block in FENCE.findall(text_of(document)):
+        if language == "python":
+            compile(block, document, "exec")
+
+
+def test_the_readme_is_short_and_the_index_lists_every_page():
+    assert len(text_of("README.md").splitlines()) <= 180
+    pages = {file.name for file in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(RELATIVE_LINK.findall(text_of("docs/README.md")))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -128,8 +238,8 @@ def test_keys_exist(document):
     keys = {key for span in spans(document) for key in KEY.findall(span)}
     known = set(re.findall(r"^\| `([\w.]+)`", text_of("docs/configuration.md"), re.MULTILINE))
     assert keys <= known
-    for words in commands(document):
-        for override in (part for word in words for part in word.removeprefix("ARGS=").split()):
+    for command in commands(document):
+        for override in (part for word in command.words for part in word.removeprefix("ARGS=").split()):
             if re.match(r"\w+\.\w+=", override):
                 assert override.startswith("deepspeed.") or override.partition("=")[0] in known
 
