@@ -33,7 +33,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 RELATIVE_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REFERENCE = re.compile(r"([\w./]+\.py):(\w+)")
 KEY = re.compile(
-    rf"\b(?!tokenizer\.json|\w+\.(?:py|sh)\b)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])"
+    rf"(?<![\w.])(?!tokenizer\.json|\w+\.(?:py|sh)\b)((?:{'|'.join(Config.__dataclass_fields__)})\.[a-z]\w*)(?=$|[=:\s])"
 )
 MARK = re.compile(r"#.*\bneeds (a GPU|a cluster|a network)\b")
 CONSOLE_COMMANDS = dict(re.findall(r'\("(\w+)", "(\w+)"\)', (REPOSITORY / "setup.py").read_text(encoding="utf-8")))
@@ -151,7 +151,7 @@ def test_paths_exist(document):
 def test_the_layout_names_every_folder():
     (tree,) = (block for language, block in FENCE.findall(text_of("CONTRIBUTING.md")) if not language)
     named, above = set(), []
-    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+    for indent, name in re.findall(r"^( *)(\w+)/(?= |$)", tree, re.MULTILINE):
         above = [*above[: len(indent) // 2], name]
         named.add("/".join(above))
     package = REPOSITORY / "moh_megatron"
