@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Hold a finished smoke run to what it promises: python tools/check_smoke.py runs/smoke"""
+"""Checks the results of a finished smoke run: python tools/check_smoke.py runs/smoke"""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ TAGS = {
     "histograms": ("head_load/over_fair_load",),
     "tensors": ("config/text_summary", "version/text_summary", "sample/text_summary"),
 }
-"""What TensorBoard shows of the run, among other things."""
+"""Some of the tags that TensorBoard must have, by kind."""
 MARGIN_NATS = 1.2
 LOGIT_LIMIT = 1e-4
 TOKENS = 1_000_000
 
 
 def failures(run: Path) -> list[str]:
-    """Every promise the run folder breaks."""
+    """The requirements that the run folder does not meet, each as a message."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     ending = json.loads((run / "exit.json").read_text(encoding="utf-8"))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     bound = summary["unigram_entropy"] - MARGIN_NATS
-    promises = {
+    requirements = {
         f"val_loss {summary['val_loss']:.3f} must be below unigram_entropy - {MARGIN_NATS} = {bound:.3f}": (
             summary["val_loss"] < bound
         ),
@@ -36,7 +36,7 @@ def failures(run: Path) -> list[str]:
         ),
         f"tokens {summary['tokens']} must be at least {TOKENS}": summary["tokens"] >= TOKENS,
         f"exit.json must hold code 0. It holds {ending['code']}": ending["code"] == 0,
-        "metrics.jsonl must hold one line a step, in order": steps == list(range(1, summary["steps"] + 1)),
+        "metrics.jsonl must hold one line for each step, in order": steps == list(range(1, summary["steps"] + 1)),
         "sample_text must not be empty": bool(summary["sample_text"].strip()),
         "hf/ must hold safetensors": any((run / "hf").glob("*.safetensors")),
         "tensorboard/ must hold event files": any((run / "tensorboard").glob("events.*")),
@@ -45,16 +45,16 @@ def failures(run: Path) -> list[str]:
     events.Reload()
     for kind, tags in TAGS.items():
         shown = events.Tags()[kind]
-        promises |= {f"TensorBoard must show {tag} among its {kind}": tag in shown for tag in tags}
-    return [promise for promise, held in promises.items() if not held]
+        requirements |= {f"TensorBoard must show {tag} among its {kind}": tag in shown for tag in tags}
+    return [requirement for requirement, met in requirements.items() if not met]
 
 
 def main() -> int:
-    broken = failures(Path(sys.argv[1]))
-    for promise in broken:
-        print(f"error: {promise}", file=sys.stderr)
-    print("smoke run: " + ("promises broken" if broken else "every promise held"))
-    return 1 if broken else 0
+    messages = failures(Path(sys.argv[1]))
+    for message in messages:
+        print(f"error: {message}", file=sys.stderr)
+    print("smoke run: " + ("some requirements are not met" if messages else "all requirements are met"))
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on RANKS processes, two by default; called by `make smoke` with overrides as arguments, BIN and RUN in
-# the environment.
+# Runs the chain from text to generated text on RANKS processes, two by default. `make smoke` calls it with overrides as
+# arguments and with BIN and RUN in the environment.
 set -euo pipefail
 
 config=configs/smoke.yaml
@@ -13,7 +13,7 @@ case " $*" in
 esac
 export HF_HUB_OFFLINE=1
 
-# A mistake in the overrides shows before anything is moved.
+# Wrong overrides are refused before anything is moved.
 "$BIN/python" pipelines/prepare_data.py "$config" --dry-run "run.dir=$RUN" "$@" >/dev/null
 if [ -e "$RUN" ]; then
     aside="$RUN.$(date +%Y%m%d-%H%M%S)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make smoke` on GPUs, in bf16 over NCCL; called by `make smoke-gpu` with overrides as arguments, BIN and RUN in the
-# environment. One GPU runs one rank, more run two with half of the heads each.
+# Runs `make smoke` on GPUs, in bf16 over NCCL. `make smoke-gpu` calls it with overrides as arguments and with BIN and RUN
+# in the environment. One GPU runs one rank; several run two ranks with half of the heads each.
 set -euo pipefail
 
 gpus=$("$BIN/python" -c 'import torch; print(torch.cuda.device_count())')

@@ -172,7 +172,7 @@ def _bars_unless_quiet() -> Iterator[None]:
 def _load_task(suite: Suite, task: Task, manager: TaskManager) -> Any:
     """The task with its data, or the members of a group with theirs."""
     try:
-        with _specification(suite, task, manager) as specification:
+        with task_specification(suite, task, manager) as specification:
             return manager.load([specification])
     except UserError:
         raise
@@ -186,7 +186,7 @@ def _load_task(suite: Suite, task: Task, manager: TaskManager) -> Any:
 
 
 @contextmanager
-def _specification(suite: Suite, task: Task, manager: TaskManager) -> Iterator[str]:
+def task_specification(suite: Suite, task: Task, manager: TaskManager) -> Iterator[str]:
     """What lm-eval loads: the name of its task, or a file that includes that task and overrides its settings."""
     folder = suite.data_folder(task)
     settings = {**task.settings, **(_data_settings(folder) if folder is not None else {})}

@@ -54,7 +54,7 @@ def by_lm_eval_alone(original: Path) -> Answers:
     import lm_eval
     from lm_eval.models import huggingface
 
-    from moh_megatron.evaluate.harness import _specification
+    from moh_megatron.evaluate.harness import task_specification
     from moh_megatron.evaluate.suite import load_suite
 
     suite, manager = load_suite(SUITE), lm_eval.tasks.TaskManager()
@@ -63,7 +63,7 @@ def by_lm_eval_alone(original: Path) -> Answers:
     evaluate: Any = lm_eval.simple_evaluate
     found: Answers = {}
     for task in suite.tasks:
-        with _specification(suite, task, manager) as specification:
+        with task_specification(suite, task, manager) as specification:
             results = evaluate(model=model, tasks=[specification], num_fewshot=0, limit=QUESTIONS, bootstrap_iters=0)
         (samples,) = results["samples"].values()
         assert len(samples) == QUESTIONS

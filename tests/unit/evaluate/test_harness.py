@@ -90,17 +90,23 @@ def test_unreachable_data_are_a_user_error_of_the_task(error: Exception, expecte
         harness.run_task(None, SUITE, SUITE.tasks[0], None, manager)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_reported_answer_is_the_choice_that_the_metric_prefers() -> None:
-    choices = ["yes", "certainly not"]
-    task = SimpleNamespace(doc_to_choice=lambda doc: choices)
+def test_the_reported_answer_is_the_choice_that_the_metric_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    member = SimpleNamespace(doc_to_choice=lambda doc: ["yes", "certainly not"])
+    manager: Any = Manager(lambda specification: {"groups": {}, "tasks": {"a": member}})
+
+    def answer_by(metric: str, sample: dict[str, Any]) -> str:
+        results = {"results": {"a": {f"{metric},none": sample[metric]}}, "samples": {"a": [sample]}}
+        monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **unused: results)
+        task = Task("a", 0, metric)
+        score, (question,) = harness.run_task(None, SUITE, task, None, manager)  # pyright: ignore[reportArgumentType]
+        assert (score.value, question.score) == (sample[metric], sample[metric])
+        return question.answer
+
     sample = {"doc": {}, "filtered_resps": [(-3.0, False), (-6.0, False)], "doc_id": 0, "doc_hash": "h"}
     sample |= {"filter": "none", "acc": 1.0, "acc_norm": 0.0}
-    for metric, answer in (("acc", "0"), ("acc_norm", "1")):
-        (question,) = harness._questions({"a": [sample]}, Task("a", 0, metric), {"a": task})
-        assert question.answer == answer
-    written = {**sample, "filtered_resps": ["42"]}
-    (question,) = harness._questions({"a": [written]}, Task("a", 0, "acc"), {"a": task})
-    assert question.answer == "42"
+    assert answer_by("acc", sample) == "0"
+    assert answer_by("acc_norm", sample) == "1"
+    assert answer_by("acc", {**sample, "filtered_resps": ["42"]}) == "42"
 
 
 class Letters:
@@ -156,6 +162,11 @@ def test_bos_is_not_added_to_a_text_that_begins_with_it(monkeypatch: pytest.Monk
     assert model.tok_encode("ab", add_special_tokens=False) == [0, 1]
 
 
+def generate(model: Any, context: str, options: dict[str, Any]) -> str:
+    (text,) = model.generate_until([SimpleNamespace(args=(context, options))], disable_tqdm=True)
+    return text
+
+
 @pytest.mark.parametrize(("context", "prompt", "longest"), [(8, 4, 4), (300, 20, 256), (260, 4, 256), (1, 1, 1)])
 def test_prompt_and_answer_fit_into_the_context(
     monkeypatch: pytest.MonkeyPatch, context: int, prompt: int, longest: int
@@ -168,10 +179,10 @@ def test_prompt_and_answer_fit_into_the_context(
         return [1] * max_new_tokens
 
     monkeypatch.setattr(harness, "continue_text", continue_text)
-    assert model._generate("a" * 20, {}) == "b" * longest
+    assert generate(model, "a" * 20, {}) == "b" * longest
     assert lengths[0][0] == prompt
     with pytest.raises(UserError, match="generates greedily only"):
-        model._generate("a", {"do_sample": True, "temperature": 0.7})
+        generate(model, "a", {"do_sample": True, "temperature": 0.7})
 
 
 @pytest.mark.parametrize(("quiet", "bars"), [(False, 1), (True, 0)])

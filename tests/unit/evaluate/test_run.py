@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.evaluate import held_out_loss, paired_test, run
+from moh_megatron.evaluate import harness, held_out_loss, paired_test, run
+from moh_megatron.evaluate.harness import Question, Score
 from moh_megatron.evaluate.held_out_loss import SourceLoss
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.io.errors import Fault, UserError
@@ -19,25 +21,39 @@ from moh_megatron.io.errors import Fault, UserError
 SUITE = Suite("s", "d", (Task("a", 0, "acc"), Task("b", 0, "acc")))
 
 
-def question(task: str, score: float) -> dict[str, Any]:
-    return {"of": task, "task": task, "id": 0, "hash": "h", "answer": "1", "score": score}
+def question(task: str, score: float) -> Question:
+    return Question(task, 0, "h", "1", score)
 
 
-def scored(task: str) -> dict[str, Any]:
-    return {"task": task, "shots": 0, "metric": "acc", "value": 1.0, "standard_error": None, "questions": 1}
+def scored(task: str, value: float = 1.0) -> Score:
+    return Score(task, 0, "acc", value, None, 1)
+
+
+B_CANNOT_RUN = UserError("b: its evaluation set cannot be reached")
+
+
+def next_outcome(outcomes: Iterator[Any]) -> Any:
+    outcome = next(outcomes)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @pytest.fixture
 def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """evaluate(tasks, other_scores, ...), with everything but the writing of results replaced."""
+    """evaluate(outcomes of the tasks, scores to compare with, ...), where nothing is loaded or measured."""
 
-    def evaluate(tasks: Any, other: Any = None, step: int | None = None, out: Path = tmp_path, **changed: Any) -> None:
+    def evaluate(
+        outcomes: Any, other: Any = None, step: int | None = None, out: Path = tmp_path, **changed: Any
+    ) -> None:
+        remaining = iter(outcomes)
         loaded = SimpleNamespace(described=lambda: {"path": "m", "kind": "folder", "step": step, "tokens": None})
         monkeypatch.setattr(run, "find_model", lambda path: path)
         monkeypatch.setattr(run, "load_model", lambda *unused: loaded)
         monkeypatch.setattr(run, "checked_suite", lambda path: (replace(SUITE, name=str(path)), None))
         monkeypatch.setattr(run, "read_questions", lambda path: other)
-        monkeypatch.setattr(run, "_run_tasks", lambda *unused: tasks)
+        monkeypatch.setattr(harness, "language_model", lambda *unused: None)
+        monkeypatch.setattr(harness, "run_task", lambda *unused: next_outcome(remaining))
         monkeypatch.setattr(run, "training_config", lambda path, overrides: overrides)
         monkeypatch.setattr(run, "validation_loss", lambda *unused: {"loss": None, "sources": {}})
         against = None if other is None else Path("other")
@@ -53,12 +69,8 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_the_result_of_a_task_is_written_before_the_next_task_runs(evaluated: Any, tmp_path: Path) -> None:
-    def tasks() -> Any:
-        yield scored("a"), [question("a", 1.0)]
-        raise RuntimeError("out of memory")
-
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluated(tasks())
+        evaluated([(scored("a"), [question("a", 1.0)]), RuntimeError("out of memory")])
     done, waiting = results(tmp_path)["suite"]["tasks"]
     assert (done["value"], waiting["not_run"]) == (1.0, "its turn has not come")
     assert len((tmp_path / "questions.jsonl").read_text().splitlines()) == 1
@@ -76,14 +88,13 @@ def test_measured_scores_are_kept_where_the_comparison_fails(evaluated: Any, tmp
 
 
 def test_a_task_that_cannot_run_is_a_fault_at_the_end(evaluated: Any, tmp_path: Path) -> None:
-    missing = run._not_run(SUITE.tasks[1], "b: its evaluation set cannot be reached")
     with pytest.raises(Fault, match="not run: b: its evaluation set cannot be reached"):
-        evaluated([(scored("a"), []), (missing, [])])
+        evaluated([(scored("a"), []), B_CANNOT_RUN])
     assert [task.get("value") for task in results(tmp_path)["suite"]["tasks"]] == [1.0, None]
 
 
 def both(first: float = 1.0) -> Any:
-    return [(scored("a") | {"value": first}, [question("a", first)]), (scored("b"), [question("b", 0.0)])]
+    return [(scored("a", first), [question("a", first)]), (scored("b"), [question("b", 0.0)])]
 
 
 def test_validation_and_suite_of_one_model_are_kept_side_by_side(evaluated: Any, tmp_path: Path) -> None:
@@ -100,7 +111,7 @@ def test_validation_and_suite_of_one_model_are_kept_side_by_side(evaluated: Any,
 def test_a_repeated_suite_keeps_earlier_scores_of_tasks_that_cannot_run(evaluated: Any, tmp_path: Path) -> None:
     evaluated(both())
     with pytest.raises(Fault, match="cannot be reached"):
-        evaluated([both(0.5)[0], (run._not_run(SUITE.tasks[1], "b: cannot be reached"), [])])
+        evaluated([both(0.5)[0], B_CANNOT_RUN])
     assert [task["value"] for task in results(tmp_path)["suite"]["tasks"]] == [0.5, 1.0]
     assert paired_test.read_questions(tmp_path) == {("a", "a", 0, "h"): 0.5, ("b", "b", 0, "h"): 0.0}
 
@@ -133,12 +144,12 @@ def test_an_evaluation_under_other_conditions_does_not_replace_results(
 def test_an_unwritable_folder_is_refused_before_anything_is_measured(evaluated: Any, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").touch()
 
-    def tasks() -> Any:
+    def outcomes() -> Any:
         pytest.fail("a task was run")
         yield
 
     with pytest.raises(UserError, match=f"{out}: must be a folder to write to.*name another with --out"):
-        evaluated(tasks(), out=tmp_path / out)
+        evaluated(outcomes(), out=tmp_path / out)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(5, 1.0), (None, 2.5)])
