@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Time sparse attention against dense causal SDPA with the same mask, and against its own dense case.
+"""Measures sparse attention against dense causal SDPA with the same mask, and against itself with every head active.
 
 python tools/bench_attention.py [--lengths 512 1024 2048] [--turns 7] [--threads 1] [--plot bench.png]
 
-Within one process all candidates of a shape take turns (A B A B ...), so that a machine that slows down slows all of
-them; what is printed are the median and the range of the ratio within each turn. Peak memory is the largest rise above
-what a pass starts with, measured once in a process of its own.
+Within one process all candidates of a shape take turns (A B A B ...), so that a slower machine slows all of them. The
+printed numbers are the median and the range of the ratio within each turn. Peak memory is the increase of resident
+memory during one pass, measured once in a separate process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table: the ratio of times over dense, and over the backend with every head active."""
+    """One line of the table: the ratios of times to dense attention, and to the backend with every head active."""
 
     shape: Shape
     share: float
@@ -50,17 +50,17 @@ class Row(NamedTuple):
 
 
 _HEADS_AT = {"MHA": {4096: 4, 8192: 4}, "GQA": {2048: 16, 4096: 4, 8192: 4}}
-"""Fewer heads where long sequences ask for patience; all heads of a KV group cost the same."""
+"""The number of heads for long sequences, smaller to save time; all heads of a KV group cost the same."""
 
 
 def shapes(length: int) -> list[Shape]:
-    """Multi-head attention of 12 heads of 64, grouped-query attention of 32 heads of 128 in 8 groups."""
+    """Multi-head attention of 12 heads of size 64, and grouped-query attention of 32 heads of size 128 in 8 groups."""
     multi, grouped = _HEADS_AT["MHA"].get(length, 12), _HEADS_AT["GQA"].get(length, 32)
     return [Shape("MHA", multi, multi, 64, length), Shape("GQA", grouped, grouped // 4, 128, length)]
 
 
 def inputs(shape: Shape, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Leaves q, k, v, a routing of which a quarter of the heads is shared, and a gradient of the output."""
+    """Leaf tensors q, k and v, the active heads with a quarter of all heads shared, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     length, heads, size = shape.length, shape.heads, shape.size
     q, k, v = (
@@ -76,7 +76,7 @@ def inputs(shape: Shape, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def candidate(backend: str, shape: Shape, share: float, backward: bool) -> Callable[[], None]:
-    """One pass, ready to be timed. ``sdpa`` is dense attention times the mask, as one would write it without us."""
+    """One pass to be timed. ``sdpa`` is torch's dense attention times the mask."""
     q, k, v, active, d_out = inputs(shape, share)
 
     def run() -> None:
@@ -101,7 +101,7 @@ def _resident_peak() -> float:
 def _peak(arguments: tuple[str, Shape, float, bool]) -> float:
     torch.set_num_threads(1)
     run = candidate(*arguments)
-    # Forget the peak of the start-up (Linux): 5 resets VmHWM to what is resident now.
+    # Writing 5 resets VmHWM, the peak of the start-up, to the current resident size (Linux).
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_peak()
     run()
@@ -109,8 +109,8 @@ def _peak(arguments: tuple[str, Shape, float, bool]) -> float:
 
 
 def peak_megabytes(backend: str, shape: Shape, share: float, backward: bool) -> float:
-    """Rise of the peak resident memory during one pass, in a fresh process, MiB."""
-    # Processes are forked from a server that has imported torch, once, and computes nothing.
+    """The increase of the peak resident memory during one pass in a fresh process, in MiB."""
+    # Processes are forked from a server that has imported torch but computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "moh_megatron.moh"])
     with context.Pool(1) as pool:
@@ -118,7 +118,7 @@ def peak_megabytes(backend: str, shape: Shape, share: float, backward: bool) -> 
 
 
 def measure(shape: Shape, shares: list[float], backends: list[str], backward: bool, turns: int) -> list[Row]:
-    """All backends at all shares of one shape, in turns; with every head active in any case."""
+    """Measure all backends at all shares of one shape in turns, and with every head active in any case."""
     runs = {"sdpa": candidate("sdpa", shape, 1.0, backward)}
     cases = [(backend, share) for backend in backends for share in shares]
     for backend, share in dict.fromkeys([*cases, *((backend, 1.0) for backend in backends)]):
@@ -141,7 +141,7 @@ def measure(shape: Shape, shares: list[float], backends: list[str], backward: bo
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The results as a Markdown table."""
     head = ["S", "heads/groups x size", "active", "pass", "backend", "over SDPA (range)", "over own 100 %"]
     lines = (
         [
@@ -160,7 +160,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: str) -> None:
-    """Ratio to SDPA over length, forward + backward: a colour for each share, a style for each backend."""
+    """Plot the ratio to SDPA over length, forward + backward; colours are shares, line styles are backends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,11 +190,11 @@ def plot(rows: list[Row], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time sparse attention against dense causal SDPA.")
+    parser = argparse.ArgumentParser(description="Measure sparse attention against dense causal SDPA.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75, 1.0])
     parser.add_argument("--backends", nargs="+", default=["cpu", "gathered", "auto"])
-    parser.add_argument("--turns", type=int, default=7, help="turns each candidate takes")
+    parser.add_argument("--turns", type=int, default=7, help="number of turns of each candidate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", metavar="FILE.png")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""What skipping inactive heads saves in an exported model's prefill: python tools/bench_prefill.py --threads 1
+"""Measures what skipping inactive heads saves in an exported model's prefill: python tools/bench_prefill.py --threads 1
 
-One attention layer of the exported code, forward, fp32: the sparse path's time over the dense one's, medians of turns.
+It times the forward pass of one attention layer of the exported code in fp32. The printed numbers are the ratio of the
+sparse path's time to the dense one's, median and range over turns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SHARES = (0.5, 0.75, 0.9)
 
 
 def times(heads: int, groups: int, size: int, length: int, share: float, turns: int) -> str:
-    """Sparse over dense, for one sequence whose tokens choose ``share`` of the heads at random."""
+    """Sparse over dense time, for one sequence whose tokens choose ``share`` of the heads at random."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, count, length, size, generator=generator) for count in (heads, groups, groups))
     active = torch.rand(1, length, heads, generator=generator).argsort(-1).argsort(-1) < round(share * heads)
@@ -37,7 +38,7 @@ def times(heads: int, groups: int, size: int, length: int, share: float, turns: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The sparse prefill of exported models against the dense one.")
+    parser = argparse.ArgumentParser(description="Measure the sparse prefill of exported models against the dense one.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
@@ -45,7 +46,11 @@ def main() -> None:
     print(circumstances())
     with torch.inference_mode():
         rows = [
-            (f"{heads} / {groups} x {size}", length, *(times(*shape, length, each, arguments.turns) for each in SHARES))
+            (
+                f"{heads} / {groups} x {size}",
+                length,
+                *(times(*shape, length, share, arguments.turns) for share in SHARES),
+            )
             for shape in SHAPES
             for heads, groups, size in [shape]
             for length in LENGTHS

@@ -1,4 +1,4 @@
-"""Resolves moh.shared_heads and moh.active_heads to the heads of each layer; nothing else reads these keys."""
+"""Resolves moh.shared_heads and moh.active_heads to the heads of each layer; the only interpreter of these keys."""
 
 from __future__ import annotations
 

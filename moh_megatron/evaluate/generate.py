@@ -15,7 +15,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, is_exported, load_model
 from moh_megatron.io.errors import UserError
-from moh_megatron.model.generation import continue_text
+from moh_megatron.model.generation import generate_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _checkpoint_generator(loaded: LoadedModel, config: Config) -> Callable[[str]
     settings = config.generate
 
     def complete(prompt: str) -> str:
-        tokens = continue_text(
+        tokens = generate_tokens(
             loaded.model,
             tokenizer.encode(prompt) or [tokenizer.eos_token_id],
             max_new_tokens=settings.max_new_tokens,

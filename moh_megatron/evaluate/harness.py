@@ -34,7 +34,7 @@ from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.io.console import is_quiet, progress_bar
 from moh_megatron.io.errors import UserError
-from moh_megatron.model.generation import continue_text
+from moh_megatron.model.generation import generate_tokens
 
 _LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 """The length by which a metric divides a choice's log-likelihood; other metrics do not divide it."""
@@ -348,7 +348,7 @@ class CheckpointLM(TemplateLM):
         prompt = self.tok_encode(context)[-max(1, room - longest) :]
         tokens: list[int] = []
         while len(tokens) < longest:
-            new = continue_text(
+            new = generate_tokens(
                 self._loaded.model,
                 prompt + tokens,
                 max_new_tokens=min(_STRIDE, longest - len(tokens)),

@@ -23,7 +23,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, generato
 
 
 @torch.no_grad()
-def continue_text(
+def generate_tokens(
     model: torch.nn.Module,
     prompt: Sequence[int],
     *,

@@ -14,7 +14,7 @@ from moh_megatron.config.source_weights import mean_by_shares
 from moh_megatron.data.batches import ValidationBatch, validation_batches
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.build import token_losses
-from moh_megatron.model.generation import continue_text
+from moh_megatron.model.generation import generate_tokens
 from moh_megatron.parallel import groups
 from moh_megatron.train.session import Session
 
@@ -69,7 +69,7 @@ def sample_text(model: nn.Module, config: Config, tokenizer: Tokenizer, device: 
     """The first prompt of the configuration and what the model writes after it; the same on every rank."""
     prompt = config.generate.prompts[0] if config.generate.prompts else ""
     model.eval()
-    written = continue_text(
+    written = generate_tokens(
         model,
         tokenizer.encode(prompt) or [tokenizer.eos_token_id],
         max_new_tokens=config.generate.max_new_tokens,

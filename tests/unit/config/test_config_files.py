@@ -1,4 +1,4 @@
-"""The YAML files that ship with the project."""
+"""Tests of the YAML files that ship with the project."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +17,13 @@ _TUNE = _CONFIGS / "continue_tune"
 
 
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(_CONFIGS)))
-def test_every_file_is_a_valid_configuration(file):
+def test_shipped_file_is_a_valid_configuration(file):
     config = load_config(file)
     assert config_from_mapping(core_yaml.parse(dump_config(config))[0], "dump") == config
 
 
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(_CONFIGS)))
-def test_no_value_of_a_base_is_repeated(file):
+def test_shipped_file_repeats_no_value_of_its_base(file):
     own = core_yaml.parse(file.read_text())[0]
     if "base" not in own:
         return
@@ -33,7 +33,7 @@ def test_no_value_of_a_base_is_repeated(file):
             assert getattr(getattr(base, section), key) != value, f"{section}.{key}"
 
 
-def test_the_smoke_run_is_what_it_promises():
+def test_smoke_run_has_the_documented_size():
     config = load_config(_CONFIGS / "smoke.yaml")
     model, moh, train = config.model, config.moh, config.train
     assert (model.num_layers, model.num_attention_heads, model.query_groups) == (4, 8, 4)
@@ -52,7 +52,7 @@ def test_the_smoke_run_is_what_it_promises():
     ("size", "rates", "warmup"), [("s", (3e-4, 3e-5), 2000), ("b", (5e-4, 5e-5), 500)], ids=["LLM-S", "LLM-B"]
 )
 @pytest.mark.parametrize("share", ["dense", "moh75", "moh50"])
-def test_the_papers_runs(size, rates, warmup, share):
+def test_pretraining_files_follow_the_paper(size, rates, warmup, share):
     name = f"llm_{size}_{share}"
     config = load_config(_PRETRAIN / f"{name}.yaml")
     assert config.run.dir == f"runs/{name}"
@@ -81,7 +81,7 @@ def test_the_papers_runs(size, rates, warmup, share):
         ("stage2_moh75", 100_000_000_000, 5_961, (2e-5, 1e-6)),
     ],
 )
-def test_the_papers_continue_tuning(stage, tokens, steps, rates):
+def test_continue_tuning_files_follow_the_paper(stage, tokens, steps, rates):
     config = load_config(_TUNE / f"llama3_8b_{stage}.yaml")
     model, moh, train, optimizer = config.model, config.moh, config.train, config.optimizer
     assert config.run.dir == f"runs/llama3_8b_{stage}"
@@ -102,7 +102,7 @@ def test_the_papers_continue_tuning(stage, tokens, steps, rates):
     assert config.distillation.teacher is None
 
 
-def test_the_stages_follow_each_other():
+def test_stage_2_starts_from_the_results_of_stage_1():
     first, second = (load_config(_TUNE / f"llama3_8b_{name}.yaml") for name in ("stage1", "stage2_dense"))
     assert first.train.init_from == "runs/llama3_8b/dense"
     assert (first.tokenizer.path, first.tokenizer.grow_to) == ("runs/llama3_8b/hf", first.model.vocab_size)
@@ -125,7 +125,7 @@ def _keys(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", _CONTROLS)
-def test_an_arm_differs_from_its_control_in_its_heads_alone(arm):
+def test_moh_file_differs_from_its_dense_control_in_heads_only(arm):
     ours, control = _keys(arm), _keys(_CONTROLS[arm])
     apart = {key for key, value in ours.items() if value != control[key]}
     assert {key for key in apart if not key.startswith("moh.")} <= {"run.dir", "distillation.teacher"}
@@ -134,7 +134,7 @@ def test_an_arm_differs_from_its_control_in_its_heads_alone(arm):
     assert not control["moh.enabled"]
 
 
-def test_every_arm_has_a_control():
+def test_every_moh_file_has_a_dense_control():
     tuned = {file.stem for file in _TUNE.glob("*.yaml") if load_config(file).moh.enabled}
     assert tuned == set(_CONTROLS)
 
@@ -142,7 +142,7 @@ def test_every_arm_has_a_control():
 @pytest.mark.parametrize(
     ("name", "active"), [("dense", None), ("moh7", 7), ("moh5", 5), ("moh5_distilled", 5)], ids=lambda value: str(value)
 )
-def test_the_arms_of_the_real_run(name, active):
+def test_smollm2_files_have_the_documented_values(name, active):
     config = load_config(_TUNE / f"smollm2_135m_{name}.yaml")
     model, moh, train = config.model, config.moh, config.train
     assert (model.num_attention_heads, model.query_groups, model.head_dim) == (9, 3, 64)

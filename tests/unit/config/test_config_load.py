@@ -29,7 +29,7 @@ optimizer:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The working directory, with a valid small.yaml."""
+    """The working directory, which holds a valid small.yaml."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(_SMALL)
     return tmp_path
@@ -41,7 +41,7 @@ def complaint(path, *overrides):
     return str(caught.value)
 
 
-def test_values_get_their_types():
+def test_values_are_converted_to_their_types():
     config = load_config("small.yaml")
     assert config.train.total_tokens == 6400
     assert type(config.train.total_tokens) is int
@@ -69,13 +69,13 @@ def test_values_get_their_types():
         ("generate.prompts=['Hello: you', \"\"]", "generate", "prompts", ("Hello: you", "")),
     ],
 )
-def test_overrides(override, section, key, value):
+def test_override_sets_a_value_of_its_type(override, section, key, value):
     got = getattr(getattr(load_config("small.yaml", [override]), section), key)
     assert got == value
     assert type(got) is type(value)
 
 
-def test_the_last_override_holds():
+def test_last_override_wins():
     assert load_config("small.yaml", ["run.seed=1", "run.seed=2"]).run.seed == 2
 
 
@@ -123,12 +123,12 @@ def test_the_last_override_holds():
         ),
     ],
 )
-def test_a_bad_override_is_told(override, message):
+def test_bad_override_is_reported(override, message):
     first_line = complaint("small.yaml", override).splitlines()[0]
     assert first_line.startswith(f"command line: {message}")
 
 
-def test_every_mistake_is_told_at_once_with_its_file(folder):
+def test_all_mistakes_are_reported_together_with_their_files(folder):
     (folder / "bad.yaml").write_text(
         "base: small.yaml\n"
         "runs: {dir: x}\n"
@@ -154,7 +154,7 @@ def test_every_mistake_is_told_at_once_with_its_file(folder):
     ]
 
 
-def test_what_is_missing_is_told(folder):
+def test_missing_keys_and_sections_are_reported(folder):
     (folder / "part.yaml").write_text("run:\nmodel: {num_layers: 2}\noptimizer: {learning_rate: 1}\nmoh: {}\n")
     assert complaint("part.yaml").splitlines() == [
         "part.yaml: run.dir: missing; it has no default.",
@@ -168,7 +168,7 @@ def test_what_is_missing_is_told(folder):
     ]
 
 
-def test_a_base_is_inherited_key_by_key(folder):
+def test_base_is_inherited_key_by_key(folder):
     (folder / "sub").mkdir()
     (folder / "sub/middle.yaml").write_text("base: ../small.yaml\nmoh: {active_heads: 5}\nrun: {seed: 7}\ndata:\n")
     (folder / "sub/top.yaml").write_text("base: middle.yaml\nmoh: {shared_heads: 3}\nmodel: {num_layers: 9}\n")
@@ -178,7 +178,7 @@ def test_a_base_is_inherited_key_by_key(folder):
     assert (config.run.dir, config.run.seed) == ("runs/x", 8)
 
 
-def test_a_free_section_is_inherited_leaf_by_leaf(folder):
+def test_free_section_is_inherited_leaf_by_leaf(folder):
     (folder / "base.yaml").write_text(
         f"{_SMALL}deepspeed:\n  wall_clock_breakdown: true\n"
         "  zero_optimization: {reduce_scatter: true, x: {y: [1, 2]}}\n"
@@ -202,7 +202,7 @@ def test_a_free_section_is_inherited_leaf_by_leaf(folder):
     assert complaint("bad.yaml") == "bad.yaml: deepspeed: must be a mapping of keys. Got 3."
 
 
-def test_the_file_that_set_the_value_is_blamed(folder):
+def test_message_names_the_file_that_set_the_value(folder):
     (folder / "middle.yaml").write_text("base: small.yaml\nmoh: {active_heads: 9}\nrun: {seed: x}\n")
     (folder / "top.yaml").write_text("base: middle.yaml\ntrain: {micro_batch_size: y}\n")
     assert complaint("top.yaml").splitlines() == [
@@ -233,7 +233,7 @@ def test_the_file_that_set_the_value_is_blamed(folder):
         (b"run:\n  dir: a: b\n", "bad.yaml: line 2, column 9: not valid YAML: mapping values are not allowed here."),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told(folder, content, message):
+def test_unreadable_file_is_reported(folder, content, message):
     (folder / "loop").mkdir()
     (folder / "loop/other.yaml").write_text("base: ../bad.yaml\n")
     (folder / "bad.yaml").write_bytes(content)
@@ -241,15 +241,15 @@ def test_a_file_that_cannot_be_read_is_told(folder, content, message):
 
 
 @pytest.mark.parametrize("path", ["none.yaml", "no/such/folder.yaml"])
-def test_a_missing_file_is_told(path):
+def test_missing_file_is_reported(path):
     assert complaint(path) == f"{path}: no such file; write the path of a YAML file."
 
 
-def test_a_path_with_nul_is_told():
+def test_path_with_nul_character_is_reported():
     assert complaint("a\0b.yaml").endswith(": cannot be read: embedded null byte.")
 
 
-def test_a_byte_order_mark_is_harmless(folder):
+def test_byte_order_mark_is_ignored(folder):
     (folder / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + _SMALL.encode())
     assert load_config("marked.yaml") == load_config("small.yaml")
 
@@ -265,7 +265,7 @@ _rates = st.floats(min_value=1e-12, max_value=1.0)
     rate=_rates,
     decay=st.sampled_from([6e-5, 1e-7, 0.0, 1.0]),
 )
-def test_a_dumped_configuration_is_read_back(tmp_path_factory, configure, directory, prompts, rate, decay):
+def test_dumped_configuration_is_read_back(tmp_path_factory, configure, directory, prompts, rate, decay):
     config = configure(
         {
             "run.dir": directory,
@@ -279,7 +279,7 @@ def test_a_dumped_configuration_is_read_back(tmp_path_factory, configure, direct
     assert load_config(file) == config
 
 
-def test_a_stored_mapping_is_checked_like_a_file(small):
+def test_stored_mapping_is_checked_like_a_file(small):
     config = config_from_mapping(small, "step_3/config")
     assert config_from_mapping(mapping_of(config), "again") == config
     small["moh"]["active_head"] = 1

@@ -178,7 +178,7 @@ _LENGTH = "the run's 100 steps (train.total_tokens / (train.global_batch_size x 
         ),
     ],
 )
-def test_rules(configure, changes, messages):
+def test_violated_rule_is_reported(configure, changes, messages):
     if not messages:
         validate(configure(changes))
         return
@@ -187,7 +187,7 @@ def test_rules(configure, changes, messages):
     assert str(caught.value).splitlines() == [f"test: {message}" for message in messages]
 
 
-def test_validate_tells_every_violation_without_a_file(configure):
+def test_validate_reports_every_violation(configure):
     config = configure()
     broken = replace(
         config, moh=replace(config.moh, active_heads=40), parallel=replace(config.parallel, tensor=3, pipeline=2)
@@ -203,7 +203,7 @@ def test_validate_tells_every_violation_without_a_file(configure):
 
 @settings(deadline=None)
 @given(heads=st.integers(1, 12), shared=st.integers(0, 14), active=st.integers(1, 14))
-def test_head_counts_are_legal_exactly_when_something_can_be_routed(configure, heads, shared, active):
+def test_head_counts_are_valid_only_if_heads_can_be_routed(configure, heads, shared, active):
     changes = {
         "model.num_attention_heads": heads,
         "model.num_query_groups": None,
@@ -218,7 +218,7 @@ def test_head_counts_are_legal_exactly_when_something_can_be_routed(configure, h
             configure(changes)
 
 
-def test_a_world_is_shared_out(configure):
+def test_world_is_divided_into_replicas_and_accumulation_steps(configure):
     config = configure({"parallel.tensor": 2, "train.global_batch_size": 24, "train.micro_batch_size": 2})
     assert [data_parallel_size(config, world) for world in (2, 4, 6)] == [1, 2, 3]
     assert [gradient_accumulation_steps(config, world) for world in (2, 4, 6, 24)] == [12, 6, 4, 1]
@@ -232,7 +232,7 @@ def test_a_world_is_shared_out(configure):
         (0, "divisible by parallel.tensor (2). Got 0; start 2, or set parallel.tensor to 1."),
     ],
 )
-def test_a_world_that_does_not_fit_is_told(configure, world, message):
+def test_world_size_that_does_not_fit_is_reported(configure, world, message):
     with pytest.raises(UserError) as caught:
         gradient_accumulation_steps(configure({"parallel.tensor": 2}), world)
     assert str(caught.value) == f"The number of processes must be {message}"
@@ -246,7 +246,7 @@ def test_a_world_that_does_not_fit_is_told(configure, world, message):
         (1, 64, "(1) times the data-parallel size (64). Got 32; nearest: 64."),
     ],
 )
-def test_a_batch_that_does_not_fit_is_told(configure, micro, world, nearest):
+def test_batch_size_that_does_not_fit_is_reported(configure, micro, world, nearest):
     config = configure({"train.global_batch_size": 32, "train.micro_batch_size": micro})
     with pytest.raises(UserError) as caught:
         gradient_accumulation_steps(config, world)
@@ -255,7 +255,7 @@ def test_a_batch_that_does_not_fit_is_told(configure, micro, world, nearest):
 
 @settings(deadline=None)
 @given(batch=st.integers(1, 64), micro=st.integers(1, 8), tensor=st.sampled_from([1, 2, 4]), world=st.integers(1, 16))
-def test_the_steps_of_all_replicas_make_the_batch(configure, batch, micro, tensor, world):
+def test_accumulation_steps_of_all_replicas_make_the_batch(configure, batch, micro, tensor, world):
     try:
         config = configure(
             {"train.global_batch_size": batch, "train.micro_batch_size": micro, "parallel.tensor": tensor}

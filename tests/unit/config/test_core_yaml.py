@@ -47,11 +47,11 @@ def test_scalars_follow_the_core_schema(text, value):
     assert type(parsed) is type(value)
 
 
-def test_nan():
+def test_nan_is_read():
     assert math.isnan(parse(".nan")[0])
 
 
-def test_keys_are_text_and_stand_once():
+def test_keys_are_text_and_duplicates_are_reported():
     assert parse("1: a\ntrue: b\n") == ({"1": "a", "true": "b"}, [])
     value, duplicates = parse("a:\n  b: 1\n  c: 2\n  b: 3\n")
     assert value == {"a": {"b": 3, "c": 2}}
@@ -77,7 +77,7 @@ def test_keys_are_text_and_stand_once():
         ("[" * 10000, "not valid YAML: nested too deeply."),
     ],
 )
-def test_what_cannot_be_read_is_placed(text, message):
+def test_invalid_yaml_is_reported_with_its_position(text, message):
     with pytest.raises(UserError) as caught:
         parse(text)
     assert str(caught.value).startswith(message)
@@ -92,17 +92,17 @@ _values = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), _values, max_size=5))
-def test_what_is_dumped_is_read_back(value):
+def test_dumped_yaml_is_read_back(value):
     assert parse(dump(value)) == (value, [])
 
 
 @settings(deadline=None)
 @given(st.sampled_from(["2e11", "6e-5", "yes", "010", "0o7", "null", "", "1:30", "2024-01-01", "true", "<<", "=", "~"]))
-def test_text_that_looks_like_something_else_stays_text_for_every_reader(text):
+def test_ambiguous_text_is_quoted_for_every_reader(text):
     dumped = dump({"key": text})
     assert parse(dumped)[0] == {"key": text}
     assert yaml.safe_load(dumped) == {"key": text}
 
 
-def test_pyyaml_itself_is_left_alone():
+def test_pyyaml_itself_is_unchanged():
     assert yaml.safe_load("[2e11, on, 010]") == ["2e11", True, 8]

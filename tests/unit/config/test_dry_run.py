@@ -1,4 +1,4 @@
-"""Every configuration the repository ships, as a user would look at it."""
+"""Tests --dry-run with every configuration that the repository ships."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CONFIGURATIONS = sorted(
 
 @pytest.fixture
 def own_signal_mask() -> Iterator[None]:
-    """The script holds signals back; later tests, and the processes they start, must not."""
+    """Restore the signal mask: the script blocks signals, later tests and their processes must not."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def test_there_are_configurations() -> None:
+def test_shipped_configurations_are_found() -> None:
     assert len(CONFIGURATIONS) >= 7
 
 
 @pytest.mark.usefixtures("own_signal_mask")
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=str)
-def test_dry_run(
+def test_dry_run_prints_an_equal_configuration(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(REPOSITORY)

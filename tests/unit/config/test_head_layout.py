@@ -1,4 +1,4 @@
-"""Placement of heads: a permutation whose every contiguous run is a fair sample."""
+"""The placement of heads: permutations, equal shares for every rank, reports."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ shapes = st.tuples(st.integers(1, 48), st.integers(1, 4)).map(lambda pair: (pair
 
 
 @given(shapes, st.sampled_from(PLACEMENTS))
-def test_orders_are_permutations_that_keep_groups_together(shape, placement):
+def test_orders_are_permutations_of_complete_groups(shape, placement):
     heads, groups = shape
     layout = HeadLayout(heads, groups, placement)
     width = heads // groups
@@ -24,7 +24,7 @@ def test_orders_are_permutations_that_keep_groups_together(shape, placement):
 
 
 @given(shapes, st.sampled_from(PLACEMENTS), st.data())
-def test_ranks_share_out_all_heads_in_physical_order(shape, placement, data):
+def test_local_heads_of_all_ranks_are_the_physical_order(shape, placement, data):
     heads, groups = shape
     size = data.draw(st.sampled_from([size for size in range(1, groups + 1) if groups % size == 0]))
     layout = HeadLayout(heads, groups, placement)
@@ -34,7 +34,7 @@ def test_ranks_share_out_all_heads_in_physical_order(shape, placement, data):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 32, 64])
-def test_every_tensor_parallel_rank_gets_its_share_of_the_first_groups(groups):
+def test_interleaved_ranks_get_equal_shares_of_the_first_groups(groups):
     layout = HeadLayout(2 * groups, groups)
     size = 1
     while size <= groups:
@@ -47,7 +47,7 @@ def test_every_tensor_parallel_rank_gets_its_share_of_the_first_groups(groups):
 
 
 @pytest.mark.parametrize("groups", [3, 6, 9, 10, 12, 15, 18, 20, 24, 30, 36, 40, 48])
-def test_every_divisor_is_fair(groups):
+def test_interleaved_shares_are_even_for_every_divisor(groups):
     layout = HeadLayout(groups, groups)
     for size in (size for size in range(2, groups + 1) if groups % size == 0):
         for shared in range(groups + 1):
@@ -55,20 +55,20 @@ def test_every_divisor_is_fair(groups):
             assert max(shares) - min(shares) <= 1, (size, shared)
 
 
-def test_known_orders():
+def test_interleaved_orders_stay_as_checkpoints_have_them():
     assert HeadLayout(8, 8).group_order == (0, 4, 2, 6, 1, 5, 3, 7)
     assert HeadLayout(8, 4).head_order == (0, 1, 4, 5, 2, 3, 6, 7)
     assert HeadLayout(6, 6).group_order == (0, 3, 4, 1, 2, 5)
     assert HeadLayout(5, 5).group_order == (0, 1, 2, 3, 4)
 
 
-def test_contiguous_placement_changes_nothing():
+def test_contiguous_placement_keeps_the_order():
     layout = HeadLayout(8, 4, "contiguous")
     assert layout.head_order == tuple(range(8))
     assert layout.local_heads(1, 2) == (4, 5, 6, 7)
 
 
-def test_what_cannot_be_placed():
+def test_layout_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match=r"^groups must divide heads \(8\)\. Got 3\.$"):
         HeadLayout(8, 3)
     with pytest.raises(ValueError, match=r"^world_size must divide groups \(4\)\. Got 8\.$"):
@@ -83,7 +83,7 @@ def test_what_cannot_be_placed():
         ((8, 4, "contigous"), r"^placement must be one of interleaved, contiguous\. Got 'contigous'\.$"),
     ],
 )
-def test_what_is_no_layout(arguments, message):
+def test_layout_refuses_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         HeadLayout(*arguments)
 
@@ -98,17 +98,17 @@ def test_what_is_no_layout(arguments, message):
         (0, 9, "^active_heads must be from the 0 shared heads, and 1, to 8. Got 9"),
     ],
 )
-def test_what_cannot_be_reported(shared, active, message):
+def test_report_refuses_impossible_heads(shared, active, message):
     with pytest.raises(ValueError, match=message):
         HeadLayout(8, 4).report(shared, active)
 
 
-def test_the_run_s_own_size_is_reported():
+def test_report_has_a_line_for_each_possible_size():
     lines = HeadLayout(9, 3).report(3, 5).splitlines()
     assert [line.split(":")[0] for line in lines] == ["TP 1", "TP 3"]
 
 
-def test_report_counts_what_each_rank_computes():
+def test_report_gives_load_imbalance_and_remedy():
     layout = HeadLayout(8, 4)
     assert layout.expected_load(2, 4, 1) == pytest.approx([4.0])
     assert layout.expected_load(2, 4, 2) == pytest.approx([2 + 2 * 2 / 6, 4 * 2 / 6])

@@ -1,4 +1,4 @@
-"""Which heads each layer shares and uses, and which wishes are refused."""
+"""The heads that each layer shares and uses, and the settings that are refused."""
 
 import pytest
 from hypothesis import given
@@ -14,26 +14,26 @@ def heads(config: Config) -> tuple[LayerHeads, ...]:
     return layer_heads(config.model, config.moh)
 
 
-def test_numbers_mean_the_first_heads_of_every_layer(configure):
+def test_number_of_shared_heads_means_the_first_of_every_layer(configure):
     assert heads(configure()) == (LayerHeads(8, (0, 1), 4),) * 2
     assert heads(configure())[0].routed == (2, 3, 4, 5, 6, 7)
     assert heads(configure())[0].top_k == 2
 
 
-def test_a_dense_model_uses_every_head(configure):
+def test_dense_model_uses_every_head(configure):
     config = configure({"moh.enabled": False, "moh.shared_heads": None, "moh.active_heads": None})
-    assert [each.active for each in heads(config)] == [8, 8]
+    assert [layer.active for layer in heads(config)] == [8, 8]
     assert active_share(config.model, config.moh) == 1.0
 
 
-def test_spread_puts_as_many_in_each_group(configure):
+def test_spread_places_equally_many_shared_heads_in_each_group(configure):
     config = configure({"model.num_query_groups": 2, "moh.shared_placement": "spread", "moh.shared_heads": 4,
                         "moh.active_heads": 6})  # fmt: skip
     assert heads(config)[0].shared == (0, 1, 4, 5)
     assert heads(config)[0].order == (0, 1, 4, 5, 2, 3, 6, 7)
 
 
-def test_lists_are_one_a_layer(configure):
+def test_lists_give_the_heads_of_each_layer(configure):
     config = configure({"moh.shared_heads": [[7, 0], []], "moh.active_heads": [3, 5]})
     assert heads(config) == (LayerHeads(8, (0, 7), 3), LayerHeads(8, (), 5))
     assert heads(config)[0].order == (0, 7, 1, 2, 3, 4, 5, 6)
@@ -41,11 +41,11 @@ def test_lists_are_one_a_layer(configure):
 
 
 @pytest.mark.parametrize(("text", "count"), [("75%", 6), ("50 %", 4), ("62.5%", 5), ("100%", 8), ("100.0%", 8)])
-def test_percentages(configure, text, count):
-    assert [each.active for each in heads(configure({"moh.active_heads": text}))] == [count, count]
+def test_percentage_gives_a_number_of_heads(configure, text, count):
+    assert [layer.active for layer in heads(configure({"moh.active_heads": text}))] == [count, count]
 
 
-def test_lists_survive_yaml(configure, tmp_path):
+def test_lists_of_heads_are_read_back_from_yaml(configure, tmp_path):
     from moh_megatron.config.load import load_config
 
     config = configure({"moh.shared_heads": [[7, 0], []], "moh.active_heads": [3, 5]})
@@ -88,14 +88,14 @@ def test_lists_survive_yaml(configure, tmp_path):
          "moh.activation_schedule_steps must be at most the run's 100 steps. Got 101."),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told(configure, changes, message):
+def test_impossible_heads_are_reported(configure, changes, message):
     with pytest.raises(UserError) as caught:
         configure(changes)
     assert str(caught.value).removeprefix("test: ") == message
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "75", "0x%", "101%", [4, 0], [], [4, "5"], {"a": 1}, 4.5])
-def test_what_is_no_budget(value):
+def test_wrong_type_of_head_counts_is_reported(value):
     minimal = {
         "run": {"dir": "x"},
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 8, "vocab_size": 8},
@@ -111,7 +111,7 @@ def test_what_is_no_budget(value):
 
 
 @given(st.integers(1, 64), st.data())
-def test_the_schedule_goes_from_all_heads_down_to_the_target(count, data):
+def test_schedule_decreases_evenly_from_all_heads_to_the_target(count, data):
     shared = data.draw(st.integers(0, count - 1))
     active = data.draw(st.integers(shared + 1, count))
     steps = data.draw(st.integers(0, 50))
@@ -121,6 +121,6 @@ def test_the_schedule_goes_from_all_heads_down_to_the_target(count, data):
     assert course[steps:] == [layer.top_k] * 3
     if steps:
         assert course[0] == len(layer.routed)
-        # As even as whole numbers allow.
+        # The numbers are as even as integers allow.
         ideal = [len(layer.routed) - (len(layer.routed) - layer.top_k) * step / steps for step in range(steps)]
         assert all(abs(got - want) < 1 for got, want in zip(course, ideal, strict=False))

@@ -21,7 +21,7 @@ _PRETRAIN = Path(__file__).parents[3] / "configs/pretrain"
         ("llm_b_moh50", 880_879_104, 663_552),
     ],
 )
-def test_the_papers_models(name, dense, router):
+def test_shipped_models_have_the_papers_parameters(name, dense, router):
     config = load_config(_PRETRAIN / f"{name}.yaml")
     count = parameter_count(config.model, config.moh)
     assert count == ParameterCount(dense=dense, router=router)
@@ -38,7 +38,7 @@ def test_the_papers_models(name, dense, router):
         ({"model.kv_channels": 8}, 6144 + 2 * (4096 + 2048 + 4608 + 64) + 32),
     ],
 )
-def test_dense_parts(configure, changes, dense):
+def test_dense_parameters_equal_a_count_by_hand(configure, changes, dense):
     config = configure(changes)
     assert parameter_count(config.model, config.moh).dense == dense
 
@@ -53,7 +53,7 @@ def test_dense_parts(configure, changes, dense):
         (8, {"w_shared": 8}),
     ],
 )
-def test_router_weights(configure, shared, rows):
+def test_router_weights_depend_on_shared_heads(configure, shared, rows):
     assert (
         router_weight_rows(MoHConfig(shared_heads=shared, active_heads=8), LayerHeads(8, tuple(range(shared)), 8))
         == rows
@@ -63,6 +63,6 @@ def test_router_weights(configure, shared, rows):
 
 
 @pytest.mark.parametrize("changes", [{"moh.router": "query_norm"}, {"moh.enabled": False}])
-def test_no_router_weights(configure, changes):
+def test_model_without_learned_router_has_no_router_parameters(configure, changes):
     config = configure(changes)
     assert parameter_count(config.model, config.moh).router == 0

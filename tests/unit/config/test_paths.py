@@ -3,12 +3,12 @@ from pathlib import Path
 from moh_megatron.config.paths import checkpoint_dir, data_dir, hf_dir
 
 
-def test_paths_follow_the_run_folder(configure):
+def test_paths_are_below_the_run_folder(configure):
     config = configure()
     assert data_dir(config) == Path("runs/x/data")
     assert checkpoint_dir(config) == Path("runs/x/checkpoints")
     assert hf_dir(config) == Path("runs/x/hf")
 
 
-def test_prepared_data_may_live_elsewhere(configure):
+def test_data_folder_may_be_outside_the_run_folder(configure):
     assert data_dir(configure({"data.dir": "/datasets/pile"})) == Path("/datasets/pile")

@@ -174,11 +174,11 @@ def test_prompt_and_answer_fit_into_the_context(
     model, _ = checkpoint_lm(monkeypatch, None, context)
     lengths: list[tuple[int, int]] = []
 
-    def continue_text(model: Any, tokens: list[int], max_new_tokens: int, **unused: Any) -> list[int]:
+    def generate_tokens(model: Any, tokens: list[int], max_new_tokens: int, **unused: Any) -> list[int]:
         lengths.append((len(tokens), max_new_tokens))
         return [1] * max_new_tokens
 
-    monkeypatch.setattr(harness, "continue_text", continue_text)
+    monkeypatch.setattr(harness, "generate_tokens", generate_tokens)
     assert generate(model, "a" * 20, {}) == "b" * longest
     assert lengths[0][0] == prompt
     with pytest.raises(UserError, match="generates greedily only"):

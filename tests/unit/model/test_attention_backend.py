@@ -1,4 +1,4 @@
-"""Whether attention is fast on the GPU at hand, and why not."""
+"""The warning of slow attention and its reason."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from moh_megatron.model.attention_backend import flash_refusal
 SHAPE = {"length": 256, "heads": 8, "groups": 4, "head_dim": 64}
 
 
-def test_a_cpu_has_no_flash_kernel() -> None:
+def test_flash_kernel_is_refused_on_a_cpu() -> None:
     assert flash_refusal(**SHAPE, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_the_flash_kernel_takes_bf16_and_not_fp32() -> None:
+def test_flash_kernel_accepts_bf16_and_refuses_fp32() -> None:
     device = torch.device("cuda")
     assert flash_refusal(**SHAPE, dtype=torch.bfloat16, device=device) is None
     assert "dtype" in str(flash_refusal(**SHAPE, dtype=torch.float32, device=device))
 
 
-def test_the_warning_names_this_ranks_shape(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: asked.append(shape) or "too old")
+def test_warning_of_slow_attention_depends_on_the_shape_of_a_rank(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+    monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: shapes.append(shape) or "too old")
     config, cuda = tiny({"parallel.tensor": 2, "moh.backend": "dense"}), torch.device("cuda")
     warning = attention_backend.attention_warning(config, cuda)
     assert warning is not None
     assert warning.endswith(": too old")
     expected = {"length": 16, "heads": 4, "groups": 2, "head_dim": 4, "dtype": torch.float32, "device": cuda}
-    assert asked == [expected]
+    assert shapes == [expected]
     assert attention_backend.attention_warning(config, torch.device("cpu")) is None
     assert attention_backend.attention_warning(tiny({"moh.backend": "triton"}), cuda) is None
     monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: None)

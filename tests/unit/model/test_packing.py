@@ -1,4 +1,4 @@
-"""Documents packed into rows: where they end, their positions, and a model that keeps to them."""
+"""Documents packed into batch rows: their ends, positions, and a model that keeps attention inside them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moh_megatron.train.validation import validation_loss
 END = 7
 VOCABULARY = 96
 ROWS = [[11, 5], [4, 1, 1, 8, 2]]
-"""Lengths of the documents in each row; one is empty but for its end."""
+"""Lengths of the documents in each row; one consists of its end token only."""
 
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def packed() -> Tensor:
-    """[B, S + 1] tokens of ROWS: each document but the last of a row ends with END."""
+    """[B, S + 1] tokens of ROWS; each document except the last of a row ends with END."""
     tokens = torch.randint(END + 1, VOCABULARY, (len(ROWS), 17), generator=torch.Generator().manual_seed(3))
     for row, lengths in zip(tokens, ROWS, strict=True):
         row[torch.tensor(lengths).cumsum(0)[:-1] - 1] = END
@@ -38,7 +38,7 @@ def packed() -> Tensor:
         lambda length: st.lists(st.lists(st.integers(0, 2), min_size=length, max_size=length), min_size=1, max_size=3)
     )
 )
-def test_ends_and_positions_are_those_of_a_walk(rows: list[list[int]]) -> None:
+def test_document_ends_and_positions_equal_a_loop_over_tokens(rows: list[list[int]]) -> None:
     tokens, ends, positions = torch.tensor(rows, dtype=torch.int64), [0], []
     for row in rows:
         position = 0
@@ -55,19 +55,19 @@ def test_ends_and_positions_are_those_of_a_walk(rows: list[list[int]]) -> None:
     assert document_positions(tokens, 0).flatten().tolist() == positions
 
 
-def test_the_end_belongs_to_its_document() -> None:
+def test_end_of_document_token_belongs_to_its_document() -> None:
     tokens = torch.tensor([[5, 0, 0, 6, 6], [0, 5, 5, 5, 0]])
     assert document_ends(tokens, 0).tolist() == [0, 2, 3, 5, 6, 10]
     assert document_positions(tokens, 0).tolist() == [[0, 1, 0, 0, 1], [0, 0, 1, 2, 3]]
 
 
-def alone_and_packed(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """The losses [B * S] of ``packed()``: document by document in a batch of its own, and together."""
+def separate_and_packed(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """The losses [B * S] of ``packed()``, computed for each document separately, and for all together."""
     tokens, losses = packed(), []
     for row, lengths in zip(tokens, ROWS, strict=True):
         start = 0
         for length in lengths:
-            # The target of a document's end is the next one's first token.
+            # The target of a document's end token is the first token of the next document.
             losses.append(token_losses(model, row[None, start : start + length + 1])[0])
             start += length
     return torch.cat(losses), token_losses(model, tokens, END).flatten()
@@ -87,13 +87,13 @@ def gradients(model: torch.nn.Module, losses: Tensor) -> list[Tensor]:
         {"router": "query_norm", "backend": "cpu"},
     ],
 )
-def test_a_packed_document_is_as_if_alone(tiny: Any, moh: dict[str, Any]) -> None:
+def test_packed_documents_give_losses_and_gradients_of_separate_ones(tiny: Any, moh: dict[str, Any]) -> None:
     changes = {f"moh.{name}": value for name, value in moh.items()}
-    # The balance loss is a mean over the batch: it is not the sum of its documents'.
+    # The balance loss is a mean over the batch, not a sum over documents.
     config = tiny({"data.document_mask": True, "moh.balance_coefficient": 0.0, "model.init_method_std": 0.1, **changes})
     torch.manual_seed(4)
     model = build_model(config)
-    separate, together = alone_and_packed(model)
+    separate, together = separate_and_packed(model)
     torch.testing.assert_close(together, separate, rtol=1e-5, atol=0)
     for (name, _), a, b in zip(
         model.named_parameters(), gradients(model, together), gradients(model, separate), strict=True
@@ -105,7 +105,7 @@ def test_a_packed_document_is_as_if_alone(tiny: Any, moh: dict[str, Any]) -> Non
     assert float((across - together).abs().max()) > 1e-3
 
 
-def test_without_documents_the_model_is_megatrons(tiny: Any) -> None:
+def test_model_without_documents_equals_megatrons(tiny: Any) -> None:
     def losses(**changes: bool) -> Tensor:
         torch.manual_seed(4)
         return token_losses(build_model(tiny({f"data.{name}": value for name, value in changes.items()})), packed())
@@ -114,14 +114,14 @@ def test_without_documents_the_model_is_megatrons(tiny: Any) -> None:
     assert type(build_model(tiny(None))) is not PackedGPTModel
 
 
-def test_validation_keeps_to_documents(tiny: Any) -> None:
+def test_validation_loss_respects_documents(tiny: Any) -> None:
     model = build_model(tiny({"data.document_mask": True, "model.init_method_std": 0.1}))
-    _, together = alone_and_packed(model)
+    _, together = separate_and_packed(model)
     got = validation_loss(model, [ValidationBatch(packed(), 2)], torch.device("cpu"), END)
     assert got == pytest.approx(float(together.mean()), rel=1e-6)
 
 
-def test_the_announcement_says_that_documents_decide(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reported_backend_mentions_documents(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     changes = {"data.document_mask": True, "train.sequence_length": 512}
     cpu = torch.device("cpu")

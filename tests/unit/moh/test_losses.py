@@ -1,4 +1,4 @@
-"""The balance loss and how it joins the main loss."""
+"""The balance loss, and the function that adds it to the main loss."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ PROBABILITY = [0.5, 0.3, 0.2]
 LOAD = [0.9, 0.1, 1.0]
 
 
-def test_forms():
+def test_balance_loss_has_paper_and_scaled_form():
     probability, load = torch.tensor(PROBABILITY), torch.tensor(LOAD)
     assert_close(balance_loss(probability, load, "paper"), torch.tensor(0.68))
     assert_close(balance_loss(probability, load, "scaled"), torch.tensor(3 * 0.68))
 
 
 @pytest.mark.parametrize(("form", "factor"), [("paper", 1.0), ("scaled", 3.0)])
-def test_the_gradient_flows_through_the_probability_only(form, factor):
+def test_balance_loss_gradient_reaches_the_probability_only(form, factor):
     probability = torch.tensor(PROBABILITY, requires_grad=True)
     load = torch.tensor(LOAD, requires_grad=True)
     balance_loss(probability, load, form).backward()
@@ -26,7 +26,7 @@ def test_the_gradient_flows_through_the_probability_only(form, factor):
     assert load.grad is None
 
 
-def test_perfect_balance_is_one_when_one_head_is_chosen_and_skew_costs_more():
+def test_balance_loss_is_one_for_even_load_and_higher_for_skew():
     even = torch.full((4,), 0.25)
     assert balance_loss(even, even, "scaled") == 1.0
     skewed = torch.tensor([0.7, 0.1, 0.1, 0.1])
@@ -34,7 +34,7 @@ def test_perfect_balance_is_one_when_one_head_is_chosen_and_skew_costs_more():
 
 
 @pytest.mark.parametrize("weight", [0.01, 1.0, 0.0])
-def test_attaching_a_loss_is_adding_it(weight):
+def test_attach_loss_equals_adding_the_loss(weight):
     def gradients(attach: bool):
         generator = torch.Generator().manual_seed(0)
         x, w = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((5, 4), (6, 4)))
@@ -50,7 +50,7 @@ def test_attaching_a_loss_is_adding_it(weight):
     assert_close(gradients(True), gradients(False), rtol=1e-6, atol=1e-7)
 
 
-def test_the_weight_is_absolute_and_not_scaled_by_what_follows():
+def test_attached_weight_is_not_scaled_by_later_operations():
     tensor, source = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     (1000 * attach_loss(tensor, 3 * source, 0.25).sum()).backward()
     assert tensor.grad is not None
@@ -58,7 +58,7 @@ def test_the_weight_is_absolute_and_not_scaled_by_what_follows():
     assert source.grad == 0.75
 
 
-def test_losses_of_several_layers_and_micro_batches_add_up():
+def test_attached_losses_add_up_over_layers_and_micro_batches():
     source = torch.tensor(2.0, requires_grad=True)
     for _ in range(2):
         tensor = torch.ones(3, requires_grad=True)
@@ -68,7 +68,7 @@ def test_losses_of_several_layers_and_micro_batches_add_up():
     assert source.grad == 2 * 4 * 0.5 * 2 * 2.0
 
 
-def test_recomputation_counts_the_loss_once():
+def test_recomputation_counts_an_attached_loss_once():
     from torch.utils.checkpoint import checkpoint
 
     source, x = torch.tensor(2.0, requires_grad=True), torch.ones(3, requires_grad=True)
@@ -80,7 +80,7 @@ def test_recomputation_counts_the_loss_once():
         assert source.grad == 2.0
 
 
-def test_without_gradients_it_is_the_tensor():
+def test_attach_loss_without_gradients_returns_the_tensor():
     tensor = torch.ones(3)
     with torch.no_grad():
         out = attach_loss(tensor, torch.tensor(1.0, requires_grad=True), 1.0)

@@ -1,4 +1,4 @@
-"""Both routers against tensors the official code made (tests/golden/official)."""
+"""Both routers against tensors that the official code produced (tests/golden/official)."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def dit(request):
     return load(f"dit_h8_s{request.param}_r4.safetensors")
 
 
-def test_gates_and_balance_loss(dit):
+def test_gates_and_balance_loss_equal_the_official_ones(dit):
     routers = (dit.get(f"weight.{name}.weight") for name in ("wg_1", "wg", "wg_0"))
     routing = learned_routing(dit["x"], *routers, top_k=4)
     assert torch.equal(routing.active, dit["gates"] > 0)
@@ -31,7 +31,7 @@ def test_gates_and_balance_loss(dit):
     assert_close(routing.balance_loss, dit["l_aux"].squeeze(), rtol=1e-5, atol=1e-6)
 
 
-def test_output_and_every_gradient_of_the_whole_layer(dit):
+def test_layer_output_and_gradients_equal_the_official_ones(dit):
     """The official layer rebuilt around our router; its attention is not causal and has biases."""
     names = [name.removeprefix("weight.") for name in dit if name.startswith("weight.")]
     leaves = {name: dit[f"weight.{name}"].clone().requires_grad_() for name in names}
@@ -53,13 +53,13 @@ def test_output_and_every_gradient_of_the_whole_layer(dit):
         assert (leaf.grad - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
-def test_masks_of_the_released_llama():
+def test_query_norm_masks_equal_the_released_llama():
     vectors = load("llama_A.vectors.safetensors")
     norms, masks = vectors["router_norms"], vectors["head_masks"].bool()
     routed = norms.shape[-1]
     shared = masks.shape[-1] - routed
-    # The shared heads' norms are not stored, nor needed.
-    everything = torch.cat([torch.zeros(*norms.shape[:-1], shared), norms], -1)
-    routing = choose_by_norm(everything, shared_heads=shared, top_k=routed // 2, balance="scaled")
+    # The norms of the shared heads are not stored, and not needed.
+    all_norms = torch.cat([torch.zeros(*norms.shape[:-1], shared), norms], -1)
+    routing = choose_by_norm(all_norms, shared_heads=shared, top_k=routed // 2, balance="scaled")
     assert torch.equal(routing.active, masks)
     assert torch.equal(routing.gates, masks.float())

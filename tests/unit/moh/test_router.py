@@ -1,4 +1,4 @@
-"""The routers as modules: placement, biases, schedule, auxiliary losses, frozen weights; one rank."""
+"""The router modules on one rank: placement, biases, schedule, auxiliary losses, frozen weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FIRST = LayerHeads(HEADS, (0, 1), 5)
 SPREAD = LayerHeads(HEADS, (1, 4, 6), 5)
 
 
-def test_a_learned_router_puts_gates_where_the_heads_are() -> None:
+def test_learned_router_returns_heads_in_logical_order() -> None:
     router, (x, q) = make(SPREAD), inputs()
     routing = router(x, q)
     pure = learned_routing(x, router.w_shared, router.w_routed, router.w_alpha, top_k=2)
@@ -56,7 +56,7 @@ def test_a_learned_router_puts_gates_where_the_heads_are() -> None:
     assert (routing.active.sum(-1) == 5).all()
 
 
-def test_a_query_norm_router_takes_a_list_of_shared_heads() -> None:
+def test_query_norm_router_accepts_a_list_of_shared_heads() -> None:
     router, (x, q) = make(SPREAD, router="query_norm"), inputs()
     order = HeadLayout(HEADS, 4).head_order  # physical position -> logical head
     physical = q[..., list(order), :]
@@ -66,7 +66,7 @@ def test_a_query_norm_router_takes_a_list_of_shared_heads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["learned", "query_norm"])
-def test_a_bias_changes_the_choice_and_nothing_else(kind: str) -> None:
+def test_bias_changes_the_selection_only(kind: str) -> None:
     router, (x, q) = make(FIRST, router=kind, balancing="bias", bias_update_rate=0.5), inputs()
     before = router(x, q)
     assert torch.equal(before.active, make(FIRST, router=kind)(x, q).active)
@@ -78,7 +78,7 @@ def test_a_bias_changes_the_choice_and_nothing_else(kind: str) -> None:
     same = (before.active == after.active).all(-1)
     assert torch.equal(before.gates[same], after.gates[same])
     if kind == "learned":
-        # The gates are of the logits alone: 2 alpha_2 k softmax over the chosen ones.
+        # The gates depend on the logits alone: 2 alpha_2 k softmax over the chosen ones.
         logits = F.linear(x, router.w_routed)
         alpha = F.linear(x, router.w_alpha).softmax(-1)[..., 1:]
         chosen = logits.masked_fill(~after.active[..., 2:], -torch.inf).softmax(-1)
@@ -93,7 +93,7 @@ def test_biases_move_against_the_load() -> None:
     assert router.bias.tolist() == [0.5, 0.5, 0.25, 0.25, 0.0, -0.5]
 
 
-def test_biases_balance_a_crooked_router() -> None:
+def test_biases_balance_a_skewed_router() -> None:
     router, (x, q) = make(FIRST, balancing="bias", bias_update_rate=0.05), inputs()
     x = torch.randn(400, 1, D, generator=torch.Generator().manual_seed(5)) + 1.0
     loads = []
@@ -101,8 +101,8 @@ def test_biases_balance_a_crooked_router() -> None:
         counts = router(x, q).active.flatten(0, 1).sum(0).double()
         loads.append(counts[2:])
         router.update_bias(counts)
-    crooked, balanced = (float(load.max() / load.mean()) for load in (loads[0], loads[-1]))
-    assert crooked > 1.3
+    skewed, balanced = (float(load.max() / load.mean()) for load in (loads[0], loads[-1]))
+    assert skewed > 1.3
     assert balanced < 1.1
 
 
@@ -115,7 +115,7 @@ def test_biases_survive_a_cast_to_bf16() -> None:
     assert_close(router.bias, torch.arange(1001, 1007) * 0.001)
 
 
-def test_without_biases_nothing_is_kept() -> None:
+def test_router_without_biases_saves_none() -> None:
     router = make(FIRST)
     assert router.bias is None
     assert "bias_steps" not in router.state_dict()
@@ -123,7 +123,7 @@ def test_without_biases_nothing_is_kept() -> None:
     assert make(LayerHeads(HEADS, tuple(range(8)), 8), balancing="bias").bias is None
 
 
-def test_the_schedule_sets_how_many_heads_are_chosen() -> None:
+def test_activation_schedule_sets_the_number_of_heads() -> None:
     router, (x, q) = make(FIRST, activation_schedule_steps=6), inputs()
     used = []
     for step in range(9):
@@ -138,7 +138,7 @@ def _attached(router: Router, x: Tensor, q: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in router.named_parameters() if p.grad is not None}
 
 
-def test_the_z_loss_has_its_gradient() -> None:
+def test_z_loss_gradient_equals_autograd() -> None:
     router, (x, q) = make(FIRST, z_loss_coefficient=0.2, balance_coefficient=0.0), inputs()
     got = _attached(router, x, q)["w_routed"]
     weight = router.w_routed.detach().clone().requires_grad_()
@@ -148,13 +148,13 @@ def test_the_z_loss_has_its_gradient() -> None:
     assert not _attached(make(FIRST, balance_coefficient=0.0), x, q)["w_routed"].any()
 
 
-def test_biases_take_the_balance_losss_place() -> None:
+def test_balancing_by_bias_attaches_no_balance_loss() -> None:
     x, q = inputs()
     assert _attached(make(FIRST), x, q)["w_routed"].any()
     assert not _attached(make(FIRST, balancing="bias"), x, q)["w_routed"].any()
 
 
-def test_frozen_weights_have_no_gradient_and_their_input_has() -> None:
+def test_frozen_router_passes_gradients_to_its_input_only() -> None:
     router, (x, q) = make(FIRST, freeze_router=True), inputs()
     x.requires_grad_()
     router(x, q).gates.square().sum().backward()
@@ -164,7 +164,7 @@ def test_frozen_weights_have_no_gradient_and_their_input_has() -> None:
 
 
 def _straight_through(q: Tensor, k: Tensor, v: Tensor, probe: Tensor) -> Tensor:
-    """The gradient of q of eq. 9-10 in full, by autograd: 0 or 1 forward, the score backward, of every head."""
+    """The gradient of q by autograd: every gate is 0 or 1 forward and the score backward (eq. 9-10)."""
     norms = q.norm(dim=-1)[..., 2:]
     score = (norms / norms.std(-1, keepdim=True)).softmax(-1)
     chosen = torch.zeros_like(score).scatter(-1, norms.topk(3, -1).indices, 1.0)
@@ -173,7 +173,7 @@ def _straight_through(q: Tensor, k: Tensor, v: Tensor, probe: Tensor) -> Tensor:
     return torch.autograd.grad((out * probe).sum(), q)[0]
 
 
-def test_straight_through_of_all_heads_is_autograds() -> None:
+def test_straight_through_gradient_of_all_heads_equals_autograd() -> None:
     torch.manual_seed(6)
     q, k, v, probe = (torch.randn(7, 2, HEADS, SIZE, dtype=torch.float64) for _ in range(4))
     q.requires_grad_()
@@ -181,7 +181,7 @@ def test_straight_through_of_all_heads_is_autograds() -> None:
     full = causal_attention(q, k, v) * routing.gates.unsqueeze(-1)
     expected = _straight_through(q, k, v, probe)
     assert_close(torch.autograd.grad((full * probe).sum(), q)[0], expected)
-    # Of the chosen heads alone: the same forward, another gradient.
+    # With the chosen heads alone, the output is the same and the gradient differs.
     routing = query_norm_routing(q, shared_heads=2, top_k=3)
     sparse = sparse_attention(q, k, v, routing.active, backend="gathered") * routing.gates.unsqueeze(-1)
     assert_close(sparse, full)

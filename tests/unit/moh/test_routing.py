@@ -1,4 +1,4 @@
-"""Routers against per-token loops written from the paper's formulas, and the routers' corners."""
+"""The routing functions against loops over tokens from the paper's formulas, and their edge cases."""
 
 import math
 
@@ -39,8 +39,8 @@ def loop_balance(probabilities, choices, form) -> float:
     routed, tokens = len(probabilities[0]), len(probabilities)
     total = 0.0
     for head in range(routed):
-        mean_probability = sum(each[head] for each in probabilities) / tokens
-        fraction = sum(head in each for each in choices) / tokens
+        mean_probability = sum(probability[head] for probability in probabilities) / tokens
+        fraction = sum(head in chosen for chosen in choices) / tokens
         total += mean_probability * fraction
     return routed * total if form == "scaled" else total
 
@@ -103,7 +103,7 @@ def loop_norm(q, shared, top_k, form):
 @pytest.mark.parametrize(
     ("shared", "routed", "top_k"), [(0, 6, 3), (1, 5, 2), (2, 6, 4), (5, 3, 1), (2, 4, 4), (3, 1, 1)]
 )
-def test_learned_routing_is_the_loop(shared, routed, top_k, gating, balance):
+def test_learned_routing_equals_a_loop_over_tokens(shared, routed, top_k, gating, balance):
     x, parts = tokens(5, 3), weights(shared, routed)
     routing = learned_routing(x, *parts, top_k=top_k, gating=gating, balance=balance)
     gates, active, loss = loop_learned(x, *parts, top_k, gating, balance)
@@ -116,7 +116,7 @@ def test_learned_routing_is_the_loop(shared, routed, top_k, gating, balance):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
-def test_any_leading_shape(shape):
+def test_learned_routing_accepts_any_leading_shape(shape):
     parts = weights(2, 6)
     routing = learned_routing(tokens(*shape), *parts, top_k=2)
     gates, active, loss = loop_learned(tokens(*shape), *parts, 2, "normalized", "scaled")
@@ -126,14 +126,14 @@ def test_any_leading_shape(shape):
     assert_close(routing.balance_loss, loss, rtol=1e-5, atol=1e-6)
 
 
-def test_uniform_logits_give_official_gates_of_one():
+def test_uniform_logits_give_normalized_gates_of_one():
     parts = [torch.zeros(rows, D) for rows in (2, 6, 2)]
     routing = learned_routing(tokens(4), *parts, top_k=3)
     assert routing.gates.tolist() == [[1.0] * 5 + [0.0] * 3] * 4
     assert routing.balance_loss == 3.0
 
 
-def test_uniform_logits_and_the_paper_gates():
+def test_uniform_logits_give_paper_gates_that_sum_to_their_share():
     parts = [torch.zeros(rows, D) for rows in (2, 6, 2)]
     routing = learned_routing(tokens(4), *parts, top_k=3, gating="paper", balance="paper")
     expected = torch.tensor([1 / 4] * 2 + [1 / 12] * 3 + [0.0] * 3).expand(4, 8)
@@ -141,13 +141,13 @@ def test_uniform_logits_and_the_paper_gates():
     assert_close(routing.balance_loss, torch.tensor(0.5))
 
 
-def test_official_gates_of_balanced_alpha_sum_to_the_number_of_active_heads():
+def test_normalized_gates_with_even_alpha_sum_to_the_active_heads():
     w_shared, w_routed, _ = weights(3, 5)
     routing = learned_routing(tokens(9), w_shared, w_routed, torch.zeros(2, D), top_k=2)
     assert_close(routing.gates.sum(-1), torch.full((9,), 5.0))
 
 
-def test_one_shared_head_is_weighed_by_alpha_alone():
+def test_one_shared_head_is_weighted_by_alpha_alone():
     _, w_routed, w_alpha = weights(1, 5)
     assert w_alpha is not None
     x = tokens(6)
@@ -158,7 +158,7 @@ def test_one_shared_head_is_weighed_by_alpha_alone():
     assert_close(paper.gates[:, 0], alpha[:, 0])
 
 
-def test_without_routed_heads_the_shared_ones_are_all():
+def test_learned_routing_without_routed_heads_uses_the_shared_ones():
     w_shared = weights(4, 1)[0]
     assert w_shared is not None
     x = tokens(5)
@@ -169,7 +169,7 @@ def test_without_routed_heads_the_shared_ones_are_all():
 
 
 @pytest.mark.parametrize("gating", ["normalized", "paper"])
-def test_gradients_are_finite_and_reach_every_weight(gating):
+def test_learned_routing_gradients_reach_every_weight(gating):
     x, parts = tokens(5).requires_grad_(), weights(2, 6)
     routing = learned_routing(x, *parts, top_k=3, gating=gating)
     (routing.gates.square().sum() + routing.balance_loss).backward()
@@ -180,7 +180,7 @@ def test_gradients_are_finite_and_reach_every_weight(gating):
         assert tensor.grad.abs().max() > 0
 
 
-def test_official_routed_gates_are_a_softmax_over_the_chosen_for_the_gradient_too():
+def test_normalized_gates_have_the_gradient_of_a_softmax_over_chosen_heads():
     x, (_, w_routed, _) = tokens(4), weights(0, 6)
     gates = learned_routing(x, None, w_routed, None, top_k=3).gates
     probe = torch.randn(gates.shape, generator=torch.Generator().manual_seed(2))
@@ -192,7 +192,7 @@ def test_official_routed_gates_are_a_softmax_over_the_chosen_for_the_gradient_to
     assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bf16_inputs_are_computed_in_fp32():
+def test_learned_routing_of_bf16_computes_in_fp32():
     x, parts = tokens(6, 2).bfloat16(), [part.detach().bfloat16() for part in weights(2, 6) if part is not None]
     narrow = learned_routing(x, *parts, top_k=3)
     wide = learned_routing(x.float(), *(part.float() for part in parts), top_k=3)
@@ -201,7 +201,7 @@ def test_bf16_inputs_are_computed_in_fp32():
         assert torch.equal(got, expected)
 
 
-def test_the_mean_over_tokens_can_be_replaced():
+def test_weigh_heads_uses_the_given_mean():
     x, parts = tokens(5), weights(0, 4)
     seen = []
 
@@ -215,7 +215,7 @@ def test_the_mean_over_tokens_can_be_replaced():
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 7])
-def test_top_k_out_of_range(top_k):
+def test_top_k_out_of_range_is_refused(top_k):
     message = rf"^top_k must be from 1 to the number of routed heads \(6\)\. Got {top_k}\.$"
     with pytest.raises(ValueError, match=message):
         learned_routing(tokens(2), *weights(2, 6), top_k=top_k)
@@ -223,7 +223,7 @@ def test_top_k_out_of_range(top_k):
         query_norm_routing(torch.ones(2, 8, 4), shared_heads=2, top_k=top_k)
 
 
-def test_weights_that_fit_no_reading():
+def test_missing_router_weights_are_refused():
     w_shared, w_routed, _ = weights(2, 6)
     with pytest.raises(ValueError, match=r"^w_alpha must be given where w_shared and w_routed are\. Got None\.$"):
         learned_routing(tokens(2), w_shared, w_routed, None, top_k=2)
@@ -235,13 +235,13 @@ def test_weights_that_fit_no_reading():
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.data())
-def test_ties_go_to_the_lower_index(scores, data):
+def test_top_k_mask_breaks_ties_by_index(scores, data):
     top_k = data.draw(st.integers(1, len(scores)))
     expected = [head in best(scores, top_k) for head in range(len(scores))]
     assert top_k_mask(torch.tensor(scores, dtype=torch.float32), top_k).tolist() == expected
 
 
-def test_ties_in_both_routers():
+def test_both_routings_break_ties_by_index():
     routing = learned_routing(tokens(3), None, torch.zeros(8, D), None, top_k=3)
     assert routing.active.tolist() == [[True] * 3 + [False] * 5] * 3
     routing = query_norm_routing(torch.ones(3, 8, 4), shared_heads=2, top_k=3)
@@ -253,7 +253,7 @@ def test_ties_in_both_routers():
 
 @pytest.mark.parametrize("balance", ["scaled", "paper"])
 @pytest.mark.parametrize(("shared", "top_k"), [(4, 2), (0, 3), (1, 7), (7, 1), ([1, 5], 2), ([7, 0, 3], 5)])
-def test_query_norm_routing_is_the_loop(shared, top_k, balance):
+def test_query_norm_routing_equals_a_loop_over_tokens(shared, top_k, balance):
     q = queries(5, 3, 8, 4)
     routing = query_norm_routing(q, shared_heads=shared, top_k=top_k, balance=balance)
     heads = list(range(shared)) if isinstance(shared, int) else shared
@@ -263,21 +263,21 @@ def test_query_norm_routing_is_the_loop(shared, top_k, balance):
     assert_close(routing.balance_loss, loss, rtol=1e-5, atol=1e-6)
 
 
-def test_choose_by_norm_takes_norms():
+def test_choose_by_norm_equals_query_norm_routing():
     q = queries(6, 8, 4)
     by_norms = choose_by_norm(q.norm(dim=-1), shared_heads=2, top_k=3, balance="scaled")
     for got, expected in zip(by_norms, query_norm_routing(q, shared_heads=2, top_k=3), strict=True):
         assert_close(got, expected)
 
 
-def test_routed_heads():
+def test_routed_heads_are_those_not_shared():
     assert routed_heads(6, 2) == [2, 3, 4, 5]
     assert routed_heads(6, [5, 0]) == [1, 2, 3, 4]
     assert routed_heads(3, 3) == []
 
 
 @pytest.mark.parametrize("shared", [9, -1, [8], [-1], [1, 1]])
-def test_shared_heads_that_are_none(shared):
+def test_impossible_shared_heads_are_refused(shared):
     with pytest.raises(
         ValueError, match=r"^shared_heads must be (distinct heads below 8|from 0 to the number of heads \(8\))\. Got "
     ):
@@ -285,7 +285,7 @@ def test_shared_heads_that_are_none(shared):
 
 
 def score_gradient(q, probe, shared):
-    """Autograd of sum(probe * score), the score being the official softmax, for the routed heads."""
+    """The gradient of sum(probe * score) by autograd, with the official softmax as score of the routed heads."""
     leaf = q.clone().requires_grad_()
     norms = leaf[..., shared:, :].norm(dim=-1)
     score = (norms / norms.std(-1, keepdim=True)).softmax(-1)
@@ -294,11 +294,11 @@ def score_gradient(q, probe, shared):
 
 
 @pytest.mark.parametrize("only_chosen", [True, False])
-def test_gates_pass_their_gradient_straight_to_the_scores(only_chosen):
+def test_gates_pass_their_gradient_to_the_scores(only_chosen):
     q = queries(5, 2, 8, 4).requires_grad_()
     routing = query_norm_routing(q, shared_heads=2, top_k=3)
     probe = queries(5, 2, 8, seed=4)
-    if only_chosen:  # what a backend that computes only active heads sends back
+    if only_chosen:  # the gradient from a backend that computes only active heads
         probe = probe * routing.active
     (got,) = torch.autograd.grad((routing.gates * probe).sum(), q)
     assert_close(got, score_gradient(q.detach(), probe, 2), rtol=1e-4, atol=1e-6)
@@ -306,7 +306,7 @@ def test_gates_pass_their_gradient_straight_to_the_scores(only_chosen):
     assert got.abs().max() > 1e-3
 
 
-def test_the_balance_loss_sends_its_gradient_to_the_scores():
+def test_balance_loss_passes_its_gradient_to_the_scores():
     q = queries(6, 8, 4).requires_grad_()
     routing = query_norm_routing(q, shared_heads=2, top_k=3)
     (got,) = torch.autograd.grad(routing.balance_loss, q)
@@ -316,7 +316,7 @@ def test_the_balance_loss_sends_its_gradient_to_the_scores():
 
 
 @pytest.mark.parametrize("flat", [torch.zeros(2, 8, 4), torch.ones(2, 8, 4)])
-def test_equal_queries_give_no_nan_and_uniform_scores(flat):
+def test_equal_queries_give_uniform_scores_without_nan(flat):
     q = flat.clone().requires_grad_()
     routing = query_norm_routing(q, shared_heads=2, top_k=3)
     assert routing.gates.tolist() == [[1.0] * 5 + [0.0] * 3] * 2
@@ -327,7 +327,7 @@ def test_equal_queries_give_no_nan_and_uniform_scores(flat):
     assert q.grad.isfinite().all()
 
 
-def test_one_zero_query_among_others_gives_no_nan():
+def test_zero_query_among_others_gives_no_nan():
     q = queries(3, 8, 4)
     q[0, 5] = 0
     q[1, :] = 0
@@ -340,7 +340,7 @@ def test_one_zero_query_among_others_gives_no_nan():
     assert q.grad[2].abs().max() > 0
 
 
-def test_a_single_routed_head_is_always_chosen():
+def test_single_routed_head_is_always_chosen():
     q = queries(4, 3, 4).requires_grad_()
     routing = query_norm_routing(q, shared_heads=2, top_k=1)
     assert routing.gates.tolist() == [[1.0] * 3] * 4
@@ -350,13 +350,13 @@ def test_a_single_routed_head_is_always_chosen():
     assert q.grad.abs().max() == 0
 
 
-def test_bf16_queries_are_normed_in_fp32():
+def test_query_norm_routing_of_bf16_computes_in_fp32():
     q = queries(6, 2, 8, 4).bfloat16()
     narrow = query_norm_routing(q, shared_heads=2, top_k=3)
     wide = query_norm_routing(q.float(), shared_heads=2, top_k=3)
     assert narrow.gates.dtype == torch.float32
     for got, expected in zip(narrow, wide, strict=True):
         assert torch.equal(got, expected)
-    # 1 + 2^-8 is 1 in bf16: only fp32 sees which query is longer.
+    # 1 + 2^-8 is 1 in bf16, so only fp32 tells which query is longer.
     close = torch.tensor([[1.0, 0.0], [1.0, 2**-4]], dtype=torch.bfloat16)
     assert query_norm_routing(close, shared_heads=0, top_k=1).active.tolist() == [False, True]

@@ -1,4 +1,4 @@
-"""What the routing functions refuse, and the precision they keep."""
+"""Inputs that the routing functions refuse, and the precision they keep."""
 
 import math
 
@@ -10,7 +10,7 @@ from moh_megatron.moh.routing import learned_routing, query_norm_routing
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_not_finite_are_told(value):
+def test_routing_refuses_scores_that_are_not_finite(value):
     x, parts = tokens(3), weights(2, 6)
     x[1, 0] = value
     with pytest.raises(
@@ -31,18 +31,18 @@ def test_scores_that_are_not_finite_are_told(value):
         (((2, D), (6, D), (3, D)), r"w_alpha must have 2 rows, shared and routed\. Got 3\."),
     ],
 )
-def test_weights_of_other_shapes_are_told(shapes, message):
+def test_routing_refuses_weights_of_other_shapes(shapes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         learned_routing(tokens(3), *(torch.zeros(shape) for shape in shapes), top_k=2)
 
 
-def test_float64_stays():
+def test_routing_keeps_float64():
     x, parts = tokens(5).double(), [None if part is None else part.double() for part in weights(2, 6)]
     assert learned_routing(x, *parts, top_k=2).gates.dtype == torch.float64
     assert query_norm_routing(queries(3, 8, 4).double(), shared_heads=2, top_k=2).gates.dtype == torch.float64
 
 
-def test_finite_queries_never_give_nan():
+def test_query_norm_routing_of_extreme_queries_is_finite():
     for size in (1e20, 1e-22, 0.0):
         q = (size * queries(5, 8, 4)).requires_grad_()
         routing = query_norm_routing(q, shared_heads=2, top_k=3)
@@ -52,7 +52,7 @@ def test_finite_queries_never_give_nan():
             assert values.isfinite().all(), size
 
 
-def test_no_tokens_no_loss():
+def test_balance_loss_without_tokens_is_zero():
     assert query_norm_routing(torch.zeros(0, 8, 4), shared_heads=2, top_k=3).balance_loss == 0
     assert learned_routing(torch.zeros(0, D), *weights(2, 6), top_k=2).balance_loss == 0
 
@@ -66,7 +66,7 @@ def test_no_tokens_no_loss():
         ({"x": torch.tensor(1.0)}, r"^x must be floating-point numbers \[..., D\]"),
     ],
 )
-def test_arguments_that_are_none_of_those_there_are(change, message):
+def test_routing_refuses_unknown_arguments(change, message):
     w_shared, w_routed, w_alpha = weights(2, 6)
     arguments = {"x": tokens(3), "w_shared": w_shared, "w_routed": w_routed, "w_alpha": w_alpha, "top_k": 2, **change}
     with pytest.raises(ValueError, match=message):
@@ -76,7 +76,7 @@ def test_arguments_that_are_none_of_those_there_are(change, message):
             query_norm_routing(queries(3, 8, 4), shared_heads=2, top_k=2, **change)
 
 
-def test_shared_heads_may_be_a_tensor():
+def test_query_norm_routing_accepts_shared_heads_as_tensor():
     q = queries(5, 8, 4)
     listed, tensor = (query_norm_routing(q, shared_heads=heads, top_k=2) for heads in ([1, 4], torch.tensor([1, 4])))
     assert torch.equal(listed.active, tensor.active)

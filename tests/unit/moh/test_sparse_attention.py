@@ -1,4 +1,4 @@
-"""Every backend against dense attention with each head masked: values and gradients."""
+"""Every backend against masked dense attention, in values and gradients; argument checks and builds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, active: Tensor, starts: Tensor) -> Tensor:
-    """Attention written out: scores, mask, softmax, mask of heads."""
+    """Attention step by step: scores, causal mask, softmax, mask of heads."""
     width = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(width, 2) for x in (k, v))
     scores = torch.einsum("ibnh,jbnh->bnij", q, k) * q.shape[-1] ** -0.5
@@ -34,7 +34,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, active: Tensor, starts: Tensor) -
 
 
 def compare(backend: str, q: Tensor, k: Tensor, v: Tensor, active: Tensor, documents: list[int] | None = None) -> None:
-    """Output and gradients within rounding of the reference."""
+    """Assert that output and gradients equal the reference to rounding."""
     length = q.shape[0]
     ends = documents or [0, length]
     starts = torch.tensor([s for s, e in itertools.pairwise(ends) for _ in range(e - s)])
@@ -47,7 +47,7 @@ def compare(backend: str, q: Tensor, k: Tensor, v: Tensor, active: Tensor, docum
     gradients = torch.autograd.grad(got, leaves, probe)
     assert not got[~active].any()
     for name, a, b in zip(["out", "q", "k", "v"], (got, *gradients), (expected, *expected_gradients), strict=True):
-        # A gradient that is zero (tokens that see only themselves) has no scale: take that of the inputs, one.
+        # A gradient may be zero (tokens that see only themselves); the scale of the inputs, 1, is used then.
         largest = float(b.abs().max())
         scale = largest if largest > 1e-3 else 1.0
         assert float((a - b).abs().max()) <= TOLERANCE[q.dtype] * scale, name
@@ -74,7 +74,7 @@ def draw(
     share=st.sampled_from([0.0, 0.02, 0.5, 0.75, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_and_share(backend: str, seed: int, **shape: Any) -> None:
+def test_backend_equals_reference_for_any_shape_and_share(backend: str, seed: int, **shape: Any) -> None:
     compare(backend, *draw(**shape, seed=seed, dtype=torch.float32))
 
 
@@ -85,18 +85,18 @@ def test_any_shape_and_share(backend: str, seed: int, **shape: Any) -> None:
     share=st.sampled_from([0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_packed_documents(backend: str, cuts: list[int], share: float, seed: int) -> None:
+def test_backend_equals_reference_for_packed_documents(backend: str, cuts: list[int], share: float, seed: int) -> None:
     compare(backend, *draw(150, 1, 2, 2, 16, share, seed, torch.float32), documents=[0, *sorted(cuts), 150])
 
 
 @pytest.mark.parametrize("backend", ["dense", "gathered"])
-def test_float64_tells_a_bug_from_rounding(backend: str) -> None:
+def test_backend_equals_reference_in_float64(backend: str) -> None:
     compare(backend, *draw(200, 2, 3, 3, 16, 0.5, 1, torch.float64))
     compare(backend, *draw(200, 1, 3, 3, 16, 0.5, 1, torch.float64), documents=[0, 3, 90, 200])
 
 
 @pytest.mark.parametrize("backend", SPARSE)
-def test_skewed_routing_and_heads_nobody_chose(backend: str) -> None:
+def test_backend_equals_reference_for_skewed_routing_and_unused_heads(backend: str) -> None:
     q, k, v, active = draw(300, 2, 2, 3, 16, 0.5, 2, torch.float32)
     active[..., 0], active[..., 1], active[:250, :, 2], active[1:, :, 5] = True, False, False, False
     active[:, 1, 3:] = False
@@ -104,13 +104,13 @@ def test_skewed_routing_and_heads_nobody_chose(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", SPARSE)
-def test_large_scores_do_not_overflow(backend: str) -> None:
+def test_backend_equals_reference_for_large_scores(backend: str) -> None:
     q, k, v, active = draw(300, 1, 1, 2, 16, 0.5, 3, torch.float32)
     compare(backend, q * 30, k, v, active)
 
 
 @pytest.mark.parametrize("backend", ["dense", *SPARSE])
-def test_bf16_stays_near(backend: str) -> None:
+def test_backend_in_bf16_is_close_to_fp32(backend: str) -> None:
     q, k, v, active = draw(260, 1, 2, 2, 32, 0.5, 4, torch.float32)
     exact = sparse_attention(q, k, v, active, backend="dense")
     rounded = sparse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), active, backend=backend)  # type: ignore[arg-type]
@@ -119,13 +119,13 @@ def test_bf16_stays_near(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["dense", *SPARSE])
-def test_scale_and_strides(backend: str) -> None:
+def test_backend_accepts_scale_and_strided_inputs(backend: str) -> None:
     q, k, v, active = draw(70, 2, 2, 2, 16, 0.5, 5, torch.float32)
     plain = sparse_attention(q * 2, k, v, active, scale=0.25, backend=backend)  # type: ignore[arg-type]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     doubled = sparse_attention(*leaves, active, scale=0.5, backend=backend)  # type: ignore[arg-type]
     torch.testing.assert_close(plain, doubled)
-    # The same by scaled queries and the usual scale, 1 / 4, whose gradients other tests hold.
+    # Scaled queries with the default scale, 1 / 4, give the same; other tests check their gradients.
     expected = reference(leaves[0] * 2, leaves[1], leaves[2], active, torch.zeros(70, dtype=torch.int64))
     gradients = [torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in (doubled, expected)]
     for a, b in zip(*gradients, strict=True):
@@ -141,26 +141,23 @@ def test_repeated_runs_are_bit_identical() -> None:
         assert torch.equal(first, second)
 
 
-def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_only_what_can_compute_and_is_known_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
-    def choose(length: int, share: float, dtype: torch.dtype = torch.float32) -> str:
-        return choice.choose_backend(length=length, share=share, dtype=dtype, device=torch.device("cpu"))
+    def choose(share: float = 0.5, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+        return choice.choose_backend(length=2048, share=share, dtype=dtype, device=torch.device(device))
 
-    assert choose(128, 0.5) == "dense"
-    assert choose(256, 0.75) == "dense"
-    assert choose(256, 0.5) == "cpu"
-    assert choose(512, 0.75) == "cpu"
-    assert choose(2048, 1.0) == "dense"
-    assert choose(2048, 0.5) == "cpu"
-    assert choose(2048, 0.5, torch.float64) == "gathered"
+    assert choose() == "cpu"
+    assert choose(share=1.0) == "dense"
+    assert choose(dtype=torch.float64) == "gathered"
+    assert choose(device="cuda") == "dense"
     monkeypatch.setattr(cpu, "kernel_library", lambda: None)
-    assert choose(2048, 0.5) == "gathered"
+    assert choose() == "gathered"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert choose(2048, 0.5) == "dense"
+    assert choose() == "dense"
 
 
-def test_auto_goes_by_the_share_of_active_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_depends_on_the_share_of_active_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
     def choose(*, share: float, **_: Any) -> str:
@@ -176,7 +173,7 @@ def test_auto_goes_by_the_share_of_active_heads(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("backend", SPARSE)
-def test_a_second_derivative_is_refused(backend: str) -> None:
+def test_backend_refuses_second_derivative(backend: str) -> None:
     leaves = [x.requires_grad_() for x in draw(9, 1, 1, 2, 8, 0.5, 1, torch.float32)[:3]]
     active = torch.ones(9, 1, 2, dtype=torch.bool)
     out = sparse_attention(*leaves, active, backend=backend)  # type: ignore[arg-type]
@@ -185,7 +182,7 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
         gradient.sum().backward()
 
 
-def test_auto_goes_by_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_depends_on_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def choose(*, length: int, **_: Any) -> str:
@@ -199,8 +196,8 @@ def test_auto_goes_by_the_length_of_documents(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("backend", ["dense", *SPARSE])
-def test_documents_of_a_batch(backend: Any) -> None:
-    """Rows of different documents, folded into one, are as each row alone."""
+def test_attend_packed_equals_separate_batch_rows(backend: Any) -> None:
+    """Batch rows of different documents give the same together and one by one."""
     *inputs, active = draw(40, 2, 2, 2, 16, 0.5, 8, torch.float32)
     leaves = [x.requires_grad_() for x in inputs]
 
@@ -242,7 +239,7 @@ def test_documents_of_a_batch(backend: Any) -> None:
         ({"backend": "cpu", **dict.fromkeys("qkv", torch.zeros(4, 1, 4, 8, dtype=torch.float64))}, "'cpu' needs fp32"),
     ],
 )
-def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+def test_sparse_attention_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "q": torch.zeros(4, 1, 4, 8),
         "k": torch.zeros(4, 1, 2, 8),
@@ -253,7 +250,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         sparse_attention(**{**arguments, **change})
 
 
-def test_documents_need_one_row() -> None:
+def test_documents_require_a_batch_of_one() -> None:
     q = torch.zeros(4, 2, 2, 8)
     with pytest.raises(ValueError, match="needs B = 1"):
         sparse_attention(
@@ -280,7 +277,7 @@ for length, batch, heads, groups, size, documents in [(37, 1, 4, 2, 16, None), (
 """
 
 
-def test_triton_in_its_interpreter() -> None:
+def test_triton_equals_dense_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-c", TRITON],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -298,7 +295,7 @@ def test_triton_in_its_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_on_a_gpu(dtype: torch.dtype) -> None:
+def test_triton_equals_dense_on_a_gpu(dtype: torch.dtype) -> None:
     q, k, v, active = (x.cuda() for x in draw(700, 2, 2, 4, 64, 0.5, 7, torch.float32))
     leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     d_out = torch.randn_like(leaves[0])
@@ -311,7 +308,7 @@ def test_triton_on_a_gpu(dtype: torch.dtype) -> None:
         assert float((a - b).abs().max() / b.abs().max()) < tolerance
 
 
-def test_triton_needs_a_gpu_or_its_interpreter() -> None:
+def test_triton_without_gpu_is_refused() -> None:
     q = torch.zeros(4, 1, 2, 8)
     with pytest.raises(ValueError, match="backend 'triton' needs"):
         sparse_attention(q, q, q, torch.ones(4, 1, 2, dtype=torch.bool), backend="triton")
@@ -337,7 +334,7 @@ def _build(program: str = BUILD, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_ranks_that_build_at_once_and_an_abandoned_lock(tmp_path: Any) -> None:
+def test_concurrent_builds_succeed_despite_an_abandoned_lock(tmp_path: Any) -> None:
     (tmp_path / "moh_megatron").mkdir()
     (tmp_path / "moh_megatron" / "lock").touch()
     ranks = [_build(TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
@@ -346,7 +343,7 @@ def test_ranks_that_build_at_once_and_an_abandoned_lock(tmp_path: Any) -> None:
     assert not list((tmp_path / "moh_megatron").glob(".build-*"))
 
 
-def test_without_a_compiler_there_is_one_warning(tmp_path: Any) -> None:
+def test_missing_compiler_gives_one_warning_and_falls_back(tmp_path: Any) -> None:
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/no/such/compiler"}
     out, err = _build(WITHOUT_COMPILER, **environment).communicate(timeout=120)
     assert out.strip() == "True", err
@@ -354,5 +351,5 @@ def test_without_a_compiler_there_is_one_warning(tmp_path: Any) -> None:
     assert "/no/such/compiler" in err
 
 
-def test_the_kernel_is_there() -> None:
+def test_cpu_kernel_can_be_compiled() -> None:
     assert cpu.kernel_library() is not None

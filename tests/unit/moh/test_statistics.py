@@ -1,4 +1,4 @@
-"""Head counts and balance losses of one layer, summed over micro-batches."""
+"""Head counts and balance losses of one layer over micro-batches."""
 
 import torch
 
@@ -13,7 +13,7 @@ def routing(active, balance):
     return Routing(mask.float(), mask, torch.tensor(balance, requires_grad=True))
 
 
-def test_counts_add_up_and_balance_losses_are_averaged():
+def test_statistics_add_counts_and_average_balance_losses():
     statistics = HeadStatistics(3)
     statistics.record(routing([[[True, False, True]], [[True, True, False]]], 1.0))
     statistics.record(routing([[[True, False, True]], [[True, False, False]]], 2.0))
@@ -23,7 +23,7 @@ def test_counts_add_up_and_balance_losses_are_averaged():
     assert drained.tolist() == [4.0, 1.0, 2.0, 1.5]
 
 
-def test_draining_empties():
+def test_drain_resets_the_statistics():
     statistics = HeadStatistics(2)
     statistics.record(routing([[[True, False]]], 1.0))
     statistics.drain(CPU)
@@ -32,7 +32,7 @@ def test_draining_empties():
     assert statistics.drain(CPU).tolist() == [0.0, 1.0, 3.0]
 
 
-def test_many_tokens_are_counted_exactly():
+def test_statistics_count_many_tokens_exactly():
     statistics = HeadStatistics(1)
     many = routing([True], 0.0)._replace(active=torch.ones(2**12, 2**12, 1, dtype=torch.bool))
     statistics.record(many)

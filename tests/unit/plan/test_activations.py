@@ -1,4 +1,4 @@
-"""The estimate of activations against what autograd saves on a CPU."""
+"""The estimate of activations against the bytes that autograd saves on a CPU."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def alone() -> Iterator[None]:
 
 
 def saved_bytes(config: Config) -> int:
-    """Bytes of all storages that autograd keeps of one micro-batch, weights and buffers aside."""
+    """Bytes of all storages that autograd keeps of one micro-batch, without weights and buffers."""
     model = build_model(config).train()
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    kept: list[Tensor] = []  # alive, so that no address serves two storages
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []  # references, so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
@@ -52,7 +52,7 @@ def saved_bytes(config: Config) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = token_losses(model, tokens).mean()
     assert loss.requires_grad
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for address, size in storages.items() if address not in own)
 
 
@@ -69,7 +69,7 @@ def saved_bytes(config: Config) -> int:
     ],
     ids=str,
 )
-def test_near_what_autograd_saves(tiny: Tiny, precision: str, changes: dict[str, Any]) -> None:
+def test_layer_estimate_is_close_to_what_autograd_saves(tiny: Tiny, precision: str, changes: dict[str, Any]) -> None:
     backend = changes.get("moh.backend", "dense")
     one, two = (
         tiny({**SHAPE, "moh.backend": backend, **changes, "train.precision": precision, "model.num_layers": layers})
@@ -80,7 +80,7 @@ def test_near_what_autograd_saves(tiny: Tiny, precision: str, changes: dict[str,
     assert estimated == pytest.approx(measured, rel=WITHIN)
 
 
-def test_the_head_is_near_too(tiny: Tiny) -> None:
+def test_total_estimate_is_close_to_what_autograd_saves(tiny: Tiny) -> None:
     config = tiny({**SHAPE, "moh.backend": "dense"})
     assert activations(config, "dense").total == pytest.approx(saved_bytes(config), rel=WITHIN)
 
@@ -90,13 +90,13 @@ def parts(tiny: Tiny, **changes: Any) -> Activations:
     return activations(tiny({**SHAPE, "train.precision": "bf16", **names}), "dense")
 
 
-def test_full_recomputation_keeps_inputs_and_one_layer(tiny: Tiny) -> None:
+def test_full_recomputation_keeps_layer_inputs_and_one_layer(tiny: Tiny) -> None:
     none, full = parts(tiny), parts(tiny, train__recompute="full")
     assert full.layers == 2 * 2 * 512 * 128
     assert full.recomputed == none.layers // 2
 
 
-def test_sequence_parallelism_shards_the_rest(tiny: Tiny) -> None:
+def test_sequence_parallelism_shards_the_remaining_activations(tiny: Tiny) -> None:
     tensor = parts(tiny, parallel__tensor=2)
     both = parts(tiny, parallel__tensor=2, parallel__sequence=True)
     one = parts(tiny)

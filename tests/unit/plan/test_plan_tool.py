@@ -1,4 +1,4 @@
-"""tools/plan.py as a user calls it."""
+"""Calls tools/plan.py as a user does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Where torch, Megatron-core and DeepSpeed cannot be imported."""
+    """Call the tool without torch, Megatron-core and DeepSpeed."""
     command = [sys.executable, "-c", WITHOUT_TORCH, "tools/plan.py", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
@@ -52,7 +52,7 @@ def as_json(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_llama3_8b_on_64_nodes_of_8_in_seconds(llama: str) -> None:
+def test_plan_of_llama3_8b_on_512_ranks_has_known_numbers(llama: str) -> None:
     started = time.monotonic()
     plan = as_json(llama, "--world-size", "512", "--gpu-memory", "80")
     assert time.monotonic() - started < 20
@@ -69,7 +69,7 @@ def test_llama3_8b_on_64_nodes_of_8_in_seconds(llama: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "world_size"), [("smoke", 4), ("pretrain/llm_b_moh75", 64)])
-def test_the_table_says_it_all(name: str, world_size: int) -> None:
+def test_report_has_every_table(name: str, world_size: int) -> None:
     done = call(f"configs/{name}.yaml", "--world-size", str(world_size), "--gpu-memory", "80")
     assert done.returncode == 0, done.stderr
     for word in ("parameters", "gradients", "optimizer state", "activations", "max / mean", "dense-equivalent"):
@@ -79,14 +79,14 @@ def test_the_table_says_it_all(name: str, world_size: int) -> None:
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
-def verdict(llama: str, overrides: Sequence[str], memory: str) -> list[str]:
+def fit_report(llama: str, overrides: Sequence[str], memory: str) -> list[str]:
     done = call(llama, "--world-size", "8", "--gpu-memory", memory, *overrides)
     lines = done.stdout.splitlines()
-    return lines[next(place for place, line in enumerate(lines) if line.startswith("It does")) :]
+    return lines[next(index for index, line in enumerate(lines) if line.startswith("It does")) :]
 
 
-def test_what_helps_most_stands_first(llama: str) -> None:
-    first, *rest = verdict(llama, [], "80")
+def test_setting_that_saves_most_is_listed_first(llama: str) -> None:
+    first, *rest = fit_report(llama, [], "80")
     assert first.startswith("It does not fit 80.00 GiB: ")
     assert rest[0].startswith("  helps most: ")
     assert any("parallel.zero_stage=3 (now 1) saves" in line for line in rest)
@@ -95,13 +95,13 @@ def test_what_helps_most_stands_first(llama: str) -> None:
     assert not any("micro_batch_size" in line for line in rest), "it is 1 already"
 
 
-def test_nothing_alone_is_enough(llama: str) -> None:
-    lines = verdict(llama, [], "4")
+def test_report_says_if_no_single_setting_is_enough(llama: str) -> None:
+    lines = fit_report(llama, [], "4")
     assert "still too much" in lines[1]
     assert lines[-1] == "No single one is enough: combine them, or use more ranks."
 
 
-def test_uneven_heads_are_warned_of(llama: str) -> None:
+def test_report_warns_of_uneven_heads(llama: str) -> None:
     done = call(llama, "--world-size", "8", "parallel.tensor=8")
     assert "4.00, 2.00" in done.stdout
     assert "moh.shared_placement=spread" in done.stdout
@@ -121,7 +121,7 @@ def test_uneven_heads_are_warned_of(llama: str) -> None:
     ],
     ids=str,
 )
-def test_mistakes(llama: str, arguments: list[str], complaint: str) -> None:
+def test_wrong_arguments_are_refused(llama: str, arguments: list[str], complaint: str) -> None:
     done = call(llama, *arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
@@ -129,7 +129,7 @@ def test_mistakes(llama: str, arguments: list[str], complaint: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", ["0", "-4", "2.5", "many"])
-def test_an_impossible_number_of_ranks(llama: str, ranks: str) -> None:
+def test_impossible_number_of_ranks_is_refused(llama: str, ranks: str) -> None:
     done = call(llama, f"--world-size={ranks}")
     assert done.returncode == 2
     assert (
@@ -139,13 +139,13 @@ def test_an_impossible_number_of_ranks(llama: str, ranks: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "0", "-80", "lots"])
-def test_an_impossible_memory(llama: str, memory: str) -> None:
+def test_impossible_memory_is_refused(llama: str, memory: str) -> None:
     done = call(llama, "--world-size=512", f"--gpu-memory={memory}")
     assert done.returncode == 2
     assert f"argument --gpu-memory: must be above 0 and finite, such as 80. Got {memory}\n" in done.stderr
 
 
-def test_an_absurd_depth_is_refused_and_the_deepest_is_planned_in_seconds(llama: str) -> None:
+def test_depth_above_the_limit_is_refused_and_the_limit_is_planned(llama: str) -> None:
     refused = call(llama, "--world-size=512", "model.num_layers=1000000")
     assert refused.returncode == 2
     assert "model.num_layers: must be at most 10000. Got 1000000." in refused.stderr
