@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf.hf_export import check_tokenizer
+from moh_megatron.checkpoint.hf.hf_export import check_exported_tokenizer
 from moh_megatron.checkpoint.hf.hf_reader import MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.transformers_io import open_causal_lm
 from moh_megatron.config.load import load_config
@@ -99,7 +99,7 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
 
 
 def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
-    check_tokenizer(path)
+    check_exported_tokenizer(path)
     model = open_causal_lm(path, dtype).to(device)
     marker = read_json_if_any(path / MARKER, MARKER_CONTENT)
 

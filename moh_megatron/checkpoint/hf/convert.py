@@ -135,6 +135,7 @@ def _verify_export(
     Returns the largest difference of the logits; raises Fault if it is too large.
     """
     # Imported here, because Megatron-core takes long to load.
+    from moh_megatron.checkpoint.hf import transformers_io
     from moh_megatron.checkpoint.hf import verify as verification
 
     if precision is not None:
@@ -144,8 +145,8 @@ def _verify_export(
 
     def reopen() -> PreTrainedModel:
         if form == "official":
-            return verification.open_without_folder_code(folder, config)
-        return verification.open_export(folder)
+            return transformers_io.open_without_folder_code(folder, config)
+        return transformers_io.open_export(folder)
 
     comparison = verification.compare_forms(config, weights, reopen)
     logger.info(str(comparison))

@@ -156,7 +156,7 @@ def write_folder(
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_exported_tokenizer(folder: Path) -> None:
     """Raise UserError if an exported folder holds another tokenizer than it was written with."""
     expected = read_json_if_any(folder / MARKER, MARKER_CONTENT).get("tokenizer_sha256")
     if expected is not None and (got := load_tokenizer(folder).sha256) != expected:

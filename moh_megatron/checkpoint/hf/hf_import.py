@@ -183,13 +183,14 @@ def hf_to_megatron(
                 logger.info("The checkpoint was not compared with the dense model: at this size that needs --verify.")
             return
         # Imported here, because Megatron-core and Transformers take long to load.
+        from moh_megatron.checkpoint.hf import transformers_io
         from moh_megatron.checkpoint.hf import verify as verification
 
         if upcycled:
             logger.info("with all heads active, against the dense model:")
             config = replace(config, moh=replace(config.moh, active_heads=config.model.num_attention_heads))
         comparison = verification.compare_forms(
-            config, read_weights(folder), lambda: verification.open_without_folder_code(hf_dir, source_config)
+            config, read_weights(folder), lambda: transformers_io.open_without_folder_code(hf_dir, source_config)
         )
         logger.info(str(comparison))
         verification.require_agreement(comparison, f"{save_dir}: the checkpoint's logits differ from those of {hf_dir}")

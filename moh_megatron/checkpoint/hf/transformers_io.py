@@ -10,9 +10,22 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from moh_megatron.checkpoint.hf.hf_config import hf_config
+from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
+from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
+from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
+from moh_megatron.checkpoint.hf.hf_reader import check_index
+from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 
 
@@ -57,6 +70,28 @@ def open_causal_lm(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
             f"{folder}: must hold a causal language model that Transformers opens. It does not load: {error}"
         ) from error
     return model.eval()
+
+
+def open_export(folder: Path) -> PreTrainedModel:
+    """Load a folder that this project wrote, in fp32, with the code in the folder."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def open_without_folder_code(folder: Path, config: Config) -> PreTrainedModel:
+    """Load any folder in fp32 without running code in it; Transformers itself reads its config.json.
+
+    A folder of the official form does not state how its heads are routed: ``config`` does.
+
+    Raises:
+        UserError: Transformers does not open the folder.
+    """
+    check_index(folder)
+    model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
+    is_official = config.moh.enabled and not HFConfigReader(folder).is_moh
+    settings = hf_config(config, torch.float32, SpecialTokenIds()) if is_official else None
+    with quiet(), as_user_error(folder, "a model"):
+        return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

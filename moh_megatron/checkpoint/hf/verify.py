@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moh_megatron.checkpoint.hf.hf_config import hf_config
-from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
-from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
-from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
-from moh_megatron.checkpoint.hf.hf_reader import check_index
-from moh_megatron.checkpoint.hf.transformers_io import as_user_error, quiet
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault
 from moh_megatron.model.build import position_ids
@@ -114,28 +107,6 @@ def trace_megatron(model: Any, config: Config, tokens: Tensor) -> Trace:
 def trace_hf(model: Any, tokens: Tensor) -> Trace:
     """Trace a LLaMA of transformers, or one of our exports."""
     return _trace(model.model.layers, lambda: model(tokens, use_cache=False).logits, transposed=False)
-
-
-def open_export(folder: Path) -> PreTrainedModel:
-    """Load a folder that this project wrote, in fp32, with the code in the folder."""
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-
-
-def open_without_folder_code(folder: Path, config: Config) -> PreTrainedModel:
-    """Load any folder in fp32 without running code in it; Transformers itself reads its config.json.
-
-    A folder of the official form does not state how its heads are routed: ``config`` does.
-
-    Raises:
-        UserError: Transformers does not open the folder.
-    """
-    check_index(folder)
-    model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
-    is_official = config.moh.enabled and not HFConfigReader(folder).is_moh
-    settings = hf_config(config, torch.float32, SpecialTokenIds()) if is_official else None
-    with quiet(), as_user_error(folder, "a model"):
-        return model_class.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
 
 
 def compare_forms(config: Config, weights: Mapping[str, Tensor], reopen: Callable[[], PreTrainedModel]) -> Comparison:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from moh_megatron.checkpoint.hf import hf_export, verify
+from moh_megatron.checkpoint.hf import hf_export, transformers_io, verify
 from moh_megatron.checkpoint.hf.verify import Trace
 from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
 from moh_megatron.checkpoint.mapping import from_hf, rules
@@ -106,7 +106,7 @@ def test_export_reloads_with_every_weight(config, tokenizer_dir, tmp_path):
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reference = model(tokens).logits
-    again = verify.trace_hf(verify.open_export(folder), tokens)
+    again = verify.trace_hf(transformers_io.open_export(folder), tokens)
     assert verify.compare(again, Trace(again.layers, reference)).logits.largest < 1e-5
     shifted = verify.compare(again, Trace(again.layers, reference + 0.25)).logits
     assert (shifted.largest, shifted.mean) == pytest.approx((0.25, 0.25), abs=1e-4)
@@ -127,11 +127,11 @@ def test_tokenizer_and_generation_settings(tokenizer_dir, tmp_path):
 
 def test_changed_tokenizer_of_an_export_is_refused(tokenizer_dir, tmp_path):
     export(tmp_path / "hf", make_config(), tokenizer_dir)
-    hf_export.check_tokenizer(tmp_path / "hf")
+    hf_export.check_exported_tokenizer(tmp_path / "hf")
     file = tmp_path / "hf" / "tokenizer.json"
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"tokenizer\.json: expected sha256 \w+, the tokenizer the model learned with"):
-        hf_export.check_tokenizer(tmp_path / "hf")
+        hf_export.check_exported_tokenizer(tmp_path / "hf")
 
 
 def test_tokenizer_json_without_settings_encodes_the_same(tokenizer_dir, tmp_path):
