@@ -1,4 +1,4 @@
-"""A small prepared dataset and runs over it."""
+"""A small prepared dataset and runs on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.runs import Run, prepare_small
 
 @pytest.fixture(scope="module")
 def process_groups() -> Iterator[None]:
-    """Ends those that the module opened in this process, for the module that is next."""
+    """Destroy the process groups of the module at its end, so that the next one can create its own."""
     yield
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -23,20 +23,20 @@ def process_groups() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, prepared dataset)"""
+    """Return (configuration, prepared dataset)."""
     return prepare_small(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="session")
 def new_run(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Run]:
-    """Makes a run with a folder of its own."""
+    """Return a function that makes a run with a new folder."""
     config, data = prepared
     return lambda: Run(config, data, tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(new_run: Callable[[], Run]) -> Run:
-    """A run that nothing disturbed."""
+    """Return a finished run that was never interrupted."""
     run = new_run()
     done = run.finish()
     assert done.returncode == 0, done.stdout + done.stderr

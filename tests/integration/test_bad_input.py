@@ -1,4 +1,4 @@
-"""Mistakes a user makes: exit code 2, one message that names the remedy, no traceback, nothing half done."""
+"""User errors end with exit code 2 and one message that names the remedy, without a traceback or partial results."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def refused(arguments: list[str], *expected: str) -> None:
         ("train.total_tokens=many", "train.total_tokens"),
     ],
 )
-def test_impossible_values(override: str, expected: str, tmp_path: Path) -> None:
+def test_invalid_value_is_refused_before_the_run_folder_is_made(override: str, expected: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     refused(command("pretrain.py", SMOKE, "--nproc-per-node", 2, f"run.dir={run}", override), expected)
     assert not run.exists()
 
 
-def test_missing_configuration() -> None:
+def test_missing_configuration_is_refused() -> None:
     refused(command("pretrain.py", "no/such.yaml"), "no/such.yaml")
 
 
-def test_training_before_preparing(tmp_path: Path) -> None:
+def test_training_without_prepared_data_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     refused(command("pretrain.py", SMOKE, "--nproc-per-node", 2, f"run.dir={run}"), "prepare_data.py")
     assert [path.name for path in run.iterdir()] == ["exit.json"]
@@ -60,7 +60,7 @@ def test_training_before_preparing(tmp_path: Path) -> None:
         (2, ("deepspeed.zero_optimization.stage=2",), "parallel.zero_stage"),
     ],
 )
-def test_what_does_not_fit_the_data_or_the_world(
+def test_configuration_that_does_not_fit_the_data_or_the_ranks_is_refused(
     new_run: Callable[[], Run], ranks: int, overrides: tuple[str, ...], expected: str
 ) -> None:
     run = new_run()
@@ -75,7 +75,7 @@ def test_what_does_not_fit_the_data_or_the_world(
         (b"A single short sentence.", ""),
     ],
 )
-def test_unusable_text(content: bytes, expected: str, tmp_path: Path) -> None:
+def test_unusable_text_is_refused(content: bytes, expected: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     run = tmp_path / "run"
@@ -83,12 +83,12 @@ def test_unusable_text(content: bytes, expected: str, tmp_path: Path) -> None:
     assert not list(run.glob("data/*"))
 
 
-def test_missing_text(tmp_path: Path) -> None:
+def test_missing_text_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.jsonl"
     refused(command("prepare_data.py", SMOKE, f"run.dir={tmp_path}", f"data.inputs=[{missing}]"), str(missing))
 
 
-def test_converting_and_generating_from_nothing(tmp_path: Path) -> None:
+def test_conversion_and_generation_without_a_model_are_refused(tmp_path: Path) -> None:
     nothing, target = tmp_path / "nothing", tmp_path / "hf"
     refused(command("convert.py", "megatron-to-hf", "--load-dir", nothing, "--hf-dir", target), str(nothing))
     refused(command("generate.py", SMOKE, f"run.dir={nothing}"), str(nothing))

@@ -1,4 +1,4 @@
-"""A dense run tuned on into MoH: upcycled, distilled, stopped and resumed; and with a larger vocabulary."""
+"""A dense model continue-tuned into MoH: upcycled, distilled, stopped and resumed; and with a larger vocabulary."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def dense(new_run: Callable[[], Run]) -> Run:
 
 
 def tune(run: Run, source: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    places = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={source}")
-    return finish(command("continue_tune.py", run.config, *arguments, *places))
+    paths = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={source}")
+    return finish(command("continue_tune.py", run.config, *arguments, *paths))
 
 
 @pytest.fixture(scope="module")
@@ -47,41 +47,42 @@ def tuned(dense: Run, new_run: Callable[[], Run]) -> tuple[Run, str]:
     return run, done.stderr
 
 
-def test_with_all_heads_active_the_start_is_the_dense_model(tuned: tuple[Run, str]) -> None:
+def test_initial_checkpoint_with_all_heads_active_is_the_dense_model(tuned: tuple[Run, str]) -> None:
     (line,) = (line for line in tuned[1].splitlines() if line.startswith("with all heads active"))
     assert float(line.split("KL from the dense model ")[1].split()[0]) < 1e-8
 
 
-def test_training_starts_from_the_dense_weights_with_the_measured_heads(tuned: tuple[Run, str], dense: Run) -> None:
+def test_training_starts_from_the_dense_weights_with_calibrated_heads(tuned: tuple[Run, str], dense: Run) -> None:
     run, _ = tuned
     start = run.folder / "start"
-    there, here = layout.read_weights(layout.resolve_checkpoint(dense.folder)), layout.read_weights(start)
-    assert all(torch.equal(there[name], here[name]) for name in there)
+    original, tuned_weights = layout.read_weights(layout.resolve_checkpoint(dense.folder)), layout.read_weights(start)
+    assert all(torch.equal(original[name], tuned_weights[name]) for name in original)
     report = run.json("calibration.json")
     listed = [sorted(ranking[:2]) for ranking in report["ranking"]]
     config = layout.read_config(layout.resolve_checkpoint(run.folder))
     assert [list(heads) for heads in config.moh.shared_heads or ()] == listed  # type: ignore[union-attr]
     assert config.train.init_from == str(start)
-    # The schedule begins with every head: the first loss is the dense model's.
+    # The schedule begins with all heads, so that the first loss is that of the dense model.
     assert run.records()[0]["lm_loss"] < dense.records()[-1]["lm_loss"] + 0.3
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit(tuned: tuple[Run, str], dense: Run) -> None:
-    whole, _ = tuned
-    run = replace(whole, folder=whole.folder.with_name("stopped"))
+def test_stopped_run_resumes_bit_for_bit(tuned: tuple[Run, str], dense: Run) -> None:
+    uninterrupted, output = tuned
+    run = replace(uninterrupted, folder=uninterrupted.folder.with_name("stopped"))
     arguments = ("--nproc-per-node", 2, *UPCYCLED, f"distillation.teacher={dense.folder}")
     stopped = tune(run, dense.folder, *arguments, "train.max_seconds=0.01")
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr
     assert run.records()[-1]["step"] == 1
     resumed = tune(run, dense.folder, *arguments)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "made of" not in resumed.stderr
-    for one, other in zip(run.records(), whole.records(), strict=True):
+    assert "made of" in output, "the initial checkpoint is written once"
+    assert "made of" not in resumed.stdout + resumed.stderr
+    for one, other in zip(run.records(), uninterrupted.records(), strict=True):
         assert (one["lm_loss"], one["grad_norm"]) == (other["lm_loss"], other["grad_norm"])
 
 
-def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[], Run], tmp_path: Path) -> None:
+def test_new_tokens_start_from_the_mean_of_their_pieces(dense: Run, new_run: Callable[[], Run], tmp_path: Path) -> None:
     run = replace(new_run(), data=tmp_path / "data")
     old = dense.data / "tokenizer"
     grown = ("moh.enabled=false", "model.vocab_size=416")
@@ -90,23 +91,23 @@ def test_a_larger_vocabulary_starts_from_means(dense: Run, new_run: Callable[[],
     assert made.returncode == 0, made.stderr
     done = tune(run, dense.folder, "--prepare", *grown)
     assert done.returncode == 0, done.stdout + done.stderr
-    there, here = (
+    original, grown_weights = (
         layout.read_weights(layout.resolve_checkpoint(dense.folder)),
         layout.read_weights(run.folder / "start"),
     )
     pieces = new_pieces(load_tokenizer(old), load_tokenizer(run.data / "tokenizer"))
     assert len(pieces) == 26
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert here[name].shape == (416, 64)
-        assert torch.equal(here[name][:384], there[name])
+        assert grown_weights[name].shape == (416, 64)
+        assert torch.equal(grown_weights[name][:384], original[name])
         for number, parts in pieces.items():
-            torch.testing.assert_close(here[name][number], there[name][parts].mean(0))
+            torch.testing.assert_close(grown_weights[name][number], original[name][parts].mean(0))
     trained = tune(run, dense.folder, *grown, "parallel.tensor=1", "train.total_tokens=1024")
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert layout.read_config(layout.resolve_checkpoint(run.folder)).model.vocab_size == 416
 
 
-def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
+def test_report_compares_the_choices_of_shared_heads(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
     done = finish(
         [
             *command("../tools/upcycle_report.py", dense.config, "--out", tmp_path, "--documents", 5),
@@ -130,7 +131,7 @@ def test_the_report_compares_the_choices(dense: Run, tuned: tuple[Run, str], tmp
 
 
 @pytest.mark.slow
-def test_the_table_says_what_was_recovered(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
+def test_table_shows_the_recovered_loss(dense: Run, tuned: tuple[Run, str], tmp_path: Path) -> None:
     run, _ = tuned
     control = replace(run, folder=run.folder.with_name("control"))
     done = tune(control, dense.folder, "moh.enabled=false", "train.total_tokens=3072", "parallel.tensor=1")
@@ -155,12 +156,12 @@ def test_the_table_says_what_was_recovered(dense: Run, tuned: tuple[Run, str], t
     ],
     ids=["no source", "other layers", "smaller vocabulary", "gates that are not 1"],
 )
-def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
+def test_model_that_cannot_be_tuned_is_refused_without_a_folder(
     dense: Run, new_run: Callable[[], Run], arguments: tuple[str, ...], message: str
 ) -> None:
     run = new_run()
-    places = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={dense.folder}")
-    done = finish(command("continue_tune.py", run.config, *places, *arguments))
+    paths = (f"run.dir={run.folder}", f"data.dir={run.data}", f"train.init_from={dense.folder}")
+    done = finish(command("continue_tune.py", run.config, *paths, *arguments))
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert not (run.folder / "start").exists()
@@ -174,7 +175,7 @@ def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
         (("--documents", "1"), "must be a whole number of at least 2. Got 1"),
     ],
 )
-def test_arguments_of_the_report_are_checked_first(
+def test_arguments_of_the_report_are_checked_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -182,4 +183,4 @@ def test_arguments_of_the_report_are_checked_first(
     done = finish([*command("../tools/upcycle_report.py", "absent.yaml", "--out", "report"), *arguments])
     assert done.returncode == 2
     assert message in done.stderr
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

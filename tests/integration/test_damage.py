@@ -1,4 +1,4 @@
-"""Whatever happens to a file of the newest checkpoint: the run goes on from the one before, and says why."""
+"""A damaged file of the newest checkpoint: the run resumes from the one before, with a warning that says why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "first_bit": lambda content, draw: bytes([content[0] ^ 1]) + content[1:],
     "any_bit": lambda content, draw: flipped(content, draw.randrange(len(content)), 1 << draw.randrange(8)),
     "one_byte_more": lambda content, draw: content + b"\n",
-    "gone": lambda content, draw: None,
+    "deleted": lambda content, draw: None,
 }
 
 
@@ -29,7 +29,9 @@ def flipped(content: bytes, position: int, bits: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_any_file_in_any_way(uninterrupted: Run, tmp_path: Path, damage: str) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(
+    uninterrupted: Run, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run, draw = tmp_path / "run", random.Random(damage)
     shutil.copytree(uninterrupted.folder / "checkpoints", run / "checkpoints")
     config = load_config(uninterrupted.folder / "config.yaml", [f"run.dir={run}"])
@@ -38,12 +40,14 @@ def test_any_file_in_any_way(uninterrupted: Run, tmp_path: Path, damage: str) ->
     folders = {path.relative_to(newest).parts[0] for path in files}
     assert folders == {"config.yaml", "manifest.json", "manifest.sha256", "optimizer", "rng", "tokenizer", "weights"}
     for path in files:
-        content, reports = path.read_bytes(), list[str]()
-        assert newest_good(config, reports.append) == newest
-        spoilt = DAMAGES[damage](content, draw)
-        path.unlink() if spoilt is None else path.write_bytes(spoilt)
-        assert newest_good(config, reports.append) == before, path
-        assert len(reports) == 1
-        assert reports[0].startswith(f"warning: {newest} is passed over: ")
-        assert path.name in reports[0] or path.name == "manifest.json"
+        content = path.read_bytes()
+        caplog.clear()
+        assert newest_good(config) == newest
+        damaged = DAMAGES[damage](content, draw)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert newest_good(config) == before, path
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.message.startswith(f"{newest} is passed over: ")
+        assert path.name in record.message or path.name == "manifest.json"
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Ranks and launchers that are stopped, not killed: nobody hangs, and the right one is named."""
+"""Ranks and launchers that are stopped, not killed: the other processes end and name the right one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from support.runs import Run, gone, ranks_of
 pytestmark = pytest.mark.slow
 
 TIMEOUT_SECONDS = 8
-LONGEST_SECONDS = TIMEOUT_SECONDS + 20
+DEADLINE_SECONDS = TIMEOUT_SECONDS + 20
 
 
 @pytest.fixture
 def started(new_run: Callable[[], Run]) -> Iterator[tuple[Run, int, list[int], Callable[[], tuple[int, str]]]]:
-    """A run in training: its launcher's process, its ranks', and what waits for the launcher's code and output."""
+    """Start a run; return it, the process ids of launcher and ranks, and a function that waits for code and output."""
     run = new_run()
     process = run.start("train.total_tokens=2560000", f"train.timeout_seconds={TIMEOUT_SECONDS}")
     run.wait_for_step(6, process)
@@ -29,33 +29,33 @@ def started(new_run: Callable[[], Run]) -> Iterator[tuple[Run, int, list[int], C
 
     ranks = ranks_of(process.pid)
     yield run, process.pid, ranks, wait
-    for each in [process.pid, *ranks]:
-        if not gone(each):
-            os.kill(each, signal.SIGKILL)
+    for pid in [process.pid, *ranks]:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def test_a_stopped_rank_is_named_and_ended(started: tuple[Run, int, list[int], Callable[[], tuple[int, str]]]) -> None:
+def test_stopped_rank_is_named_and_killed(started: tuple[Run, int, list[int], Callable[[], tuple[int, str]]]) -> None:
     run, _, ranks, wait = started
     os.kill(ranks[1], signal.SIGSTOP)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     code, output = wait()
     assert code == 1
-    assert time.monotonic() - begun < LONGEST_SECONDS
+    assert time.monotonic() - started_at < DEADLINE_SECONDS
     assert "rank 1 (" in run.json("exit.json")["reason"]
     assert "is missing: no sign of life for 8 s" in run.json("exit.json")["reason"]
     assert "whose message says why" not in output
     assert all(gone(rank) for rank in ranks)
 
 
-def test_a_stopped_launcher_is_named_by_its_ranks(
+def test_stopped_launcher_is_named_by_its_ranks(
     started: tuple[Run, int, list[int], Callable[[], tuple[int, str]]],
 ) -> None:
     run, launcher, ranks, wait = started
     os.kill(launcher, signal.SIGSTOP)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     while not all(gone(rank) for rank in ranks):
-        assert time.monotonic() - begun < LONGEST_SECONDS
+        assert time.monotonic() - started_at < DEADLINE_SECONDS
         time.sleep(0.1)
     assert f"the launcher (process {launcher}) is missing" in run.json("exit.json")["reason"]
     os.kill(launcher, signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""Stopping, killing, filling the disk, breaking files: the loss curve is the uninterrupted one, bit for bit."""
+"""A run that was stopped, killed, out of disk space or damaged has the curve of an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CURVE = ("step", "tokens", "loss", "lm_loss", "balance_loss", "grad_norm", "lr")
 
 
 def curve(run: Run) -> list[tuple[Any, ...]]:
-    """What must not depend on how often a run was stopped."""
+    """Return the values that do not depend on how often a run was stopped."""
     return [tuple(record[name] for name in CURVE) for record in run.records()]
 
 
@@ -30,7 +30,7 @@ def checkpoints(run: Run) -> list[str]:
     return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
 
 
-def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
+def test_finished_run_leaves_records_summary_checkpoints_and_events(uninterrupted: Run) -> None:
     records, summary = uninterrupted.records(), uninterrupted.json("summary.json")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert all(record["tokens_per_second"] > 0 for record in records)
@@ -57,18 +57,17 @@ def test_a_run_leaves_what_was_promised(uninterrupted: Run) -> None:
     assert abs(routed - 2) < 1e-5
 
 
-def test_two_replicas_are_one_run(uninterrupted: Run, new_run: NewRun) -> None:
-    """The same model and data at TP 1 x DP 2: every replica's data counts, in training and in validation. That nothing
-    can be shown does not end it."""
+def test_two_replicas_learn_as_one_and_train_on_without_tensorboard(uninterrupted: Run, new_run: NewRun) -> None:
+    """The same model and data at TP 1 x DP 2: the data of every replica counts, in training and in validation."""
     run = new_run()
     run.folder.mkdir()
     (run.folder / "tensorboard").write_text("a file where the folder should be")
     done = run.finish("parallel.tensor=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    (warning,) = [line for line in (done.stdout + done.stderr).splitlines() if "warning: TensorBoard" in line]
+    (warning,) = [line for line in done.stderr.splitlines() if "warning: TensorBoard" in line]
     assert str(run.folder / "tensorboard") in warning
     assert warning.endswith("Training goes on without it.")
-    losses, expected = ([record["lm_loss"] for record in each.records()] for each in (run, uninterrupted))
+    losses, expected = ([record["lm_loss"] for record in either.records()] for either in (run, uninterrupted))
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)
     assert losses == pytest.approx(expected, rel=5e-3)
     assert run.json("summary.json")["val_loss"] == pytest.approx(
@@ -76,30 +75,30 @@ def test_two_replicas_are_one_run(uninterrupted: Run, new_run: NewRun) -> None:
     )
 
 
-def test_documents_are_kept_apart(uninterrupted: Run, new_run: NewRun) -> None:
-    """The same data and weights, seen otherwise from the first step on."""
+def test_document_mask_changes_the_first_loss_and_still_learns(uninterrupted: Run, new_run: NewRun) -> None:
+    """The same data and weights give another loss from the first step on."""
     run = new_run()
     done = run.finish("data.document_mask=true")
     assert done.returncode == 0, done.stdout + done.stderr
-    losses, crossing = ([record["lm_loss"] for record in each.records()] for each in (run, uninterrupted))
-    assert losses[0] != crossing[0]
-    assert losses[0] == pytest.approx(crossing[0], abs=0.02)
+    losses, unmasked = ([record["lm_loss"] for record in either.records()] for either in (run, uninterrupted))
+    assert losses[0] != unmasked[0]
+    assert losses[0] == pytest.approx(unmasked[0], abs=0.02)
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_changed_optimizer_values_are_told_and_act(uninterrupted: Run, new_run: NewRun) -> None:
+def test_changed_optimizer_value_is_reported_on_resume_and_takes_effect(uninterrupted: Run, new_run: NewRun) -> None:
     run = new_run()
     shutil.copytree(uninterrupted.folder, run.folder)
     for name in ("step_00000030", "step_00000020"):
         shutil.rmtree(run.folder / "checkpoints" / name)
     done = run.finish("optimizer.weight_decay=50.0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "optimizer.weight_decay is 50.0 from here on; it was 0.1" in done.stdout
+    assert "optimizer.weight_decay is 50.0 from here on; it was 0.1" in done.stderr
     assert run.records()[10]["loss"] == uninterrupted.records()[10]["loss"]
     assert run.records()[-1]["loss"] != uninterrupted.records()[-1]["loss"]
 
 
-def test_stopped_then_disk_full_then_finished(uninterrupted: Run, new_run: NewRun) -> None:
+def test_run_that_was_stopped_and_then_hit_a_full_disk_finishes(uninterrupted: Run, new_run: NewRun) -> None:
     run = new_run()
     process = run.start()
     run.wait_for_step(6, process)
@@ -125,7 +124,7 @@ def test_stopped_then_disk_full_then_finished(uninterrupted: Run, new_run: NewRu
     assert curve(run) == curve(uninterrupted)
 
 
-def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun) -> None:
+def test_run_with_a_killed_rank_and_then_damaged_checkpoints_finishes(uninterrupted: Run, new_run: NewRun) -> None:
     run = new_run()
     process = run.start()
     run.wait_for_step(13, process)
@@ -134,7 +133,7 @@ def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun
     os.kill(ranks[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert re.search("error: (rank 0 ends, because )?rank 1 was ended by SIGKILL", output), "rank 0 knows it, too"
+    assert re.search("error: (rank 0 ends, because )?rank 1 was ended by SIGKILL", output), "rank 0 may report it, too"
     assert "whose message says why" not in output
     assert all(gone(rank) for rank in ranks)
     ending = run.json("exit.json")
@@ -142,7 +141,7 @@ def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun
 
     done = run.finish()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed after step 10" in done.stdout
+    assert "resumed after step 10" in done.stderr
     assert curve(run) == curve(uninterrupted)
 
     newest, before = (run.folder / "checkpoints" / name for name in ("step_00000030", "step_00000020"))
@@ -154,13 +153,13 @@ def test_killed_rank_then_broken_checkpoints(uninterrupted: Run, new_run: NewRun
     state.write_bytes(content)
     again = run.finish()
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "step_00000030 is passed over" in again.stdout
-    assert "step_00000020 is passed over" in again.stdout
-    assert "resumed after step 10" in again.stdout
+    assert "step_00000030 is passed over" in again.stderr
+    assert "step_00000020 is passed over" in again.stderr
+    assert "resumed after step 10" in again.stderr
     assert curve(run) == curve(uninterrupted)
 
 
-def test_killed_launcher_leaves_no_rank_behind(new_run: NewRun) -> None:
+def test_ranks_end_when_the_launcher_is_killed(new_run: NewRun) -> None:
     run = new_run()
     process = run.start()
     run.wait_for_step(2, process)
@@ -174,7 +173,7 @@ def test_killed_launcher_leaves_no_rank_behind(new_run: NewRun) -> None:
     assert run.json("exit.json")["code"] in (0, 75)
 
 
-def test_other_values_are_refused_on_resume_and_weights_start_a_new_run(uninterrupted: Run, new_run: NewRun) -> None:
+def test_resume_refuses_other_values_and_init_from_starts_a_new_run(uninterrupted: Run, new_run: NewRun) -> None:
     refused = uninterrupted.finish("moh.active_heads=5")
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "moh.active_heads: 4 there, 5 here" in refused.stderr
@@ -196,7 +195,7 @@ def test_other_values_are_refused_on_resume_and_weights_start_a_new_run(uninterr
     assert (summary["tensor_parallel"], summary["data_parallel"]) == (1, 2)
 
 
-def test_a_finished_run_stays_finished(uninterrupted: Run, new_run: NewRun) -> None:
+def test_finished_run_stays_finished(uninterrupted: Run, new_run: NewRun) -> None:
     run = new_run()
     shutil.copytree(uninterrupted.folder, run.folder)
     before = json.loads(Path(run.folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""A run with biases instead of a balance loss, spread shared heads and an activation schedule; two replicas."""
+"""A run of two replicas with biases in place of a balance loss, spread shared heads and an activation schedule."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def trained(new_run: Callable[[], Run]) -> Run:
     run = new_run()
     done = run.finish(*OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "heads, interleaved, every layer: 6 of 8 active, 4 of them shared" in done.stdout
-    # So few tokens a step may leave a head unchosen; nothing else is to be warned about.
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert "heads, interleaved, every layer: 6 of 8 active, 4 of them shared" in done.stderr
+    # With so few tokens a step, a head may not be chosen; no other warning is expected.
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
     assert all("(monitor.alarm_" in line for line in warnings), warnings
     return run
 
@@ -42,7 +42,7 @@ def biases(checkpoint: Path) -> list[Tensor]:
     return [weights[f"decoder.layers.{layer}.self_attention.router.bias_steps"] for layer in range(2)]
 
 
-def test_every_step_moves_the_biases_and_no_loss_is_added(trained: Run) -> None:
+def test_every_step_changes_the_biases_and_adds_no_loss(trained: Run) -> None:
     records = trained.records()
     assert all(record["loss"] == record["lm_loss"] for record in records)
     assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
@@ -56,16 +56,16 @@ def test_every_step_moves_the_biases_and_no_loss_is_added(trained: Run) -> None:
             assert layer.any()
 
 
-def test_the_schedule_runs_down_to_the_target(trained: Run) -> None:
+def test_schedule_decreases_the_active_heads_to_the_target(trained: Run) -> None:
     events = EventAccumulator(str(trained.folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     heads = [events.Scalars(f"head_load/layer_00/head_{head:02d}") for head in range(8)]
     used = [sum(head[step].value for head in heads) for step in range(30)]
     assert [round(value) for value in used] == [8] + [8] * 9 + [7] * 10 + [6] * 10
-    assert all(head.value == 1.0 for each in (0, 2, 4, 6) for head in heads[each])
+    assert all(head.value == 1.0 for number in (0, 2, 4, 6) for head in heads[number])
 
 
-def test_going_on_from_a_checkpoint_is_going_on(trained: Run, new_run: Callable[[], Run]) -> None:
+def test_resumed_run_repeats_losses_and_biases(trained: Run, new_run: Callable[[], Run]) -> None:
     run = new_run()
     shutil.copytree(trained.folder, run.folder)
     for name in ("step_00000030", "step_00000020"):
@@ -74,11 +74,11 @@ def test_going_on_from_a_checkpoint_is_going_on(trained: Run, new_run: Callable[
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record["loss"] for record in run.records()] == [record["loss"] for record in trained.records()]
     newest = "checkpoints/step_00000030"
-    for here, there in zip(biases(run.folder / newest), biases(trained.folder / newest), strict=True):
-        assert here.equal(there)
+    for resumed, expected in zip(biases(run.folder / newest), biases(trained.folder / newest), strict=True):
+        assert resumed.equal(expected)
 
 
-def test_the_export_chooses_heads_as_training_did(trained: Run, tmp_path: Path) -> None:
+def test_exported_model_chooses_the_same_heads(trained: Run, tmp_path: Path) -> None:
     difference = megatron_to_hf(trained.folder / "checkpoints/step_00000030", tmp_path / "hf")
     assert difference is not None
     assert difference < 1e-5

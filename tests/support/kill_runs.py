@@ -1,7 +1,7 @@
-"""Train, kill -9, train on, until the run is finished: python kill_runs.py SPECIFICATION.json RESULT.json
+"""Starts runs, kills them with -9 and resumes them until they finish: kill_runs.py SPECIFICATION.json RESULT.json
 
-A process imports for many seconds and trains for one. So this one imports, and each life of a run is forked from it:
-the ranks run what ``pipelines/pretrain.py`` runs in each of its own.
+Imports take many seconds and training one. So this process imports, and forks the ranks of each start; they run what
+each rank of ``pipelines/pretrain.py`` runs.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import moh_megatron.train.loop  # noqa: F401  (what every life would import anew)
+import moh_megatron.train.loop  # noqa: F401  (imported once for all ranks)
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.train.fault_tolerance.signals import StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
 
-_LONGEST_LIFE, _LONGEST_END = 180.0, 60.0
+_RUN_TIMEOUT, _EXIT_TIMEOUT = 180.0, 60.0
 _POLL_SECONDS = 0.001
 _MOMENTS = ("step", "save", "step", "save", "start")
-_LATEST = {"step": 0.05, "save": 0.01, "start": 2.0}
-"""Seconds after the beginning of a moment until when the kill comes."""
+_LONGEST_DELAY = {"step": 0.05, "save": 0.01, "start": 2.0}
+"""The longest delay in seconds between a moment and the kill."""
 
 
 @dataclass
-class Death:
-    """One kill, and what it left."""
+class Kill:
+    """A kill and the state that it left."""
 
     moment: str
     step: int
-    """The last step that was recorded."""
+    """The last step in metrics.jsonl."""
     complete: int
-    """The newest checkpoint."""
+    """The step of the newest complete checkpoint."""
     in_flight: int | None
-    """The checkpoint that was being written, if one was."""
+    """The step of the checkpoint that was being written, if any."""
     seconds: float
-    """How long the last rank lived on."""
+    """How long it took until the last rank ended."""
 
 
 def start(config: Config, ranks: int, log: Path) -> list[int]:
-    """Fork every rank of one life; returns their process ids."""
+    """Fork all ranks of a run; return their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -78,7 +78,7 @@ def start(config: Config, ranks: int, log: Path) -> list[int]:
 
 
 def wait_all(pids: list[int], limit: float) -> list[int]:
-    """Exit codes of all, negative for a signal; whoever outlives ``limit`` seconds is killed, and an error raised."""
+    """Return all exit codes, negative for a signal; after ``limit`` seconds kill the rest and raise TimeoutError."""
     deadline, codes = time.monotonic() + limit, dict[int, int]()
     while len(codes) < len(pids):
         for pid in pids:
@@ -92,7 +92,7 @@ def wait_all(pids: list[int], limit: float) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def recorded(folder: Path) -> int:
+def recorded_steps(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -107,10 +107,10 @@ def newest_complete(folder: Path) -> int:
 
 
 def in_flight(folder: Path, since: float) -> int | None:
-    """The checkpoint that a life begun at ``since`` is writing.
+    """Return the step of the checkpoint that a run started at ``since`` is writing.
 
-    A partial folder of an earlier step than the newest complete one is what retention deletes; one that is older than
-    this life was left behind by another.
+    A partial folder of a step before the newest complete one is being deleted by retention; one that is older than
+    ``since`` was left by an earlier start.
     """
     newest = newest_complete(folder)
     for step in steps_of(folder, r"\.partial_"):
@@ -121,32 +121,34 @@ def in_flight(folder: Path, since: float) -> int | None:
     return None
 
 
-def live_and_die(config: Config, ranks: int, draw: random.Random, moment: str, log: Path) -> Death | None:
-    """One life, ended at a drawn moment: at a "step", in a "save" or at the "start"; None if it came to its end."""
+def run_and_kill(config: Config, ranks: int, draw: random.Random, moment: str, log: Path) -> Kill | None:
+    """Start a run and kill it at random, after a "step", in a "save" or at the "start"; None if it finished."""
     folder, interval = Path(config.run.dir), config.checkpoint.interval
     done, earlier = newest_complete(folder), _inode(folder)
     target, delay, victim = done + draw.randint(1, 2 * interval - 1), draw.random(), draw.randrange(ranks)
-    born = time.time()
+    started = time.time()
     pids = start(config, ranks, log)
-    deadline = time.monotonic() + _LONGEST_LIFE
+    deadline = time.monotonic() + _RUN_TIMEOUT
     while moment != "start":
-        # Lines of an earlier life are cut, in a new file, when this one begins to train.
-        steps = recorded(folder) if _inode(folder) != earlier else 0
-        if steps >= target if moment == "step" else steps and in_flight(folder, born):
+        # When this run begins to train, it replaces the file by one without the steps it repeats.
+        steps = recorded_steps(folder) if _inode(folder) != earlier else 0
+        if steps >= target if moment == "step" else steps and in_flight(folder, started):
             break
         if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            codes = wait_all(pids, _LONGEST_END)
+            codes = wait_all(pids, _EXIT_TIMEOUT)
             assert codes == [0] * ranks, f"{codes}: {log.read_text()[-3000:]}"
             return None
-        assert time.monotonic() < deadline, f"no such moment in {_LONGEST_LIFE} s: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"no such moment in {_RUN_TIMEOUT} s: {log.read_text()[-3000:]}"
         time.sleep(_POLL_SECONDS)
-    time.sleep(delay * _LATEST[moment])
-    # Ranks that have not met yet would wait for each other: the launcher, which is not here, ends them.
+    time.sleep(delay * _LONGEST_DELAY[moment])
+    # Ranks that have not met yet would wait for each other, and there is no launcher to end them: kill all.
     for pid in pids if moment == "start" else [pids[victim]]:
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    wait_all(pids, _LONGEST_END)
-    return Death(moment, recorded(folder), newest_complete(folder), in_flight(folder, born), time.monotonic() - killed)
+    wait_all(pids, _EXIT_TIMEOUT)
+    return Kill(
+        moment, recorded_steps(folder), newest_complete(folder), in_flight(folder, started), time.monotonic() - killed
+    )
 
 
 def _inode(folder: Path) -> int | None:
@@ -160,19 +162,19 @@ def curve(config: Config) -> list[list[Any]]:
 
 
 def campaign(file: str, overrides: list[str], ranks: int, kills: int, seed: int, folder: str) -> dict[str, Any]:
-    """An undisturbed run, and one that is killed ``kills`` times, every other time in a save."""
-    whole = load_config(file, [*overrides, f"run.dir={folder}/whole"])
-    codes = wait_all(start(whole, ranks, Path(f"{folder}/whole.log")), _LONGEST_LIFE)
-    assert codes == [0] * ranks, Path(f"{folder}/whole.log").read_text()[-3000:]
+    """Run once without kills, and once with ``kills`` kills at moments in turn."""
+    uninterrupted = load_config(file, [*overrides, f"run.dir={folder}/uninterrupted"])
+    codes = wait_all(start(uninterrupted, ranks, Path(f"{folder}/uninterrupted.log")), _RUN_TIMEOUT)
+    assert codes == [0] * ranks, Path(f"{folder}/uninterrupted.log").read_text()[-3000:]
     killed = load_config(file, [*overrides, f"run.dir={folder}/killed"])
-    log, draw, deaths = Path(f"{folder}/killed.log"), random.Random(seed), list[Death]()
+    log, draw, done = Path(f"{folder}/killed.log"), random.Random(seed), list[Kill]()
     for index in range(kills):
-        death = live_and_die(killed, ranks, draw, _MOMENTS[index % len(_MOMENTS)], log)
-        assert death is not None, f"finished after {index} of {kills} kills"
-        deaths.append(death)
-    codes = wait_all(start(killed, ranks, log), _LONGEST_LIFE)
+        kill = run_and_kill(killed, ranks, draw, _MOMENTS[index % len(_MOMENTS)], log)
+        assert kill is not None, f"finished after {index} of {kills} kills"
+        done.append(kill)
+    codes = wait_all(start(killed, ranks, log), _RUN_TIMEOUT)
     assert codes == [0] * ranks, log.read_text()[-3000:]
-    return {"deaths": [asdict(death) for death in deaths], "whole": curve(whole), "killed": curve(killed)}
+    return {"kills": [asdict(kill) for kill in done], "uninterrupted": curve(uninterrupted), "killed": curve(killed)}
 
 
 if __name__ == "__main__":

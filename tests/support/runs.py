@@ -1,4 +1,4 @@
-"""Commands as a user types them, and run folders to look into."""
+"""Runs commands as a user types them, and reads the run folders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
     "checkpoint": {"interval": 10},
-    # How fast this machine is, and how evenly, is not what is tested.
+    # The tests do not depend on the speed of this machine.
     "monitor": {
         "log_interval": 1,
         "image_interval": 10,
@@ -56,19 +56,19 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def command(script: str, *arguments: object) -> list[str]:
-    """A pipeline script with arguments."""
+    """Return the command line of a pipeline script with arguments."""
     return [sys.executable, str(REPOSITORY / "pipelines" / script), *map(str, arguments)]
 
 
 def finish(arguments: list[str], timeout: float = TIMEOUT_SECONDS, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output captured as text."""
+    """Run a command to its end and capture its output as text; log records are in ``stderr``."""
     return subprocess.run(
         arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False, **options
     )
 
 
 def prepare_small(folder: Path) -> tuple[Path, Path]:
-    """(configuration, prepared dataset) below ``folder``: sentences of a small made-up language."""
+    """Prepare sentences of a small artificial language below ``folder``; return (configuration, prepared dataset)."""
     draw = random.Random(0)
     syllables = ["ka", "lo", "mi", "ter", "an", "su", "ve", "ro", "pin", "da", "the", "or"]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(300)]
@@ -87,7 +87,7 @@ def prepare_small(folder: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder over the shared dataset."""
+    """A run on the shared dataset, in a folder of its own."""
 
     config: Path
     data: Path
@@ -133,13 +133,14 @@ class Run:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Process ids of a launcher's ranks."""
+    """Return the process ids of a launcher's ranks."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children if b"pretrain.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    module = b"\0moh_megatron.commands.pretrain\0"
+    return [int(child) for child in children if module in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def gone(process: int) -> bool:
-    """Whether a process has ended (a zombie nobody waited for counts)."""
+    """Return whether a process has ended; a zombie counts as ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
@@ -147,7 +148,7 @@ def gone(process: int) -> bool:
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
-    """Signal a launcher and wait: exit code and output."""
+    """Send a signal to a launcher and wait for its end; return exit code and output."""
     process.send_signal(number)
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     return process.returncode, output
