@@ -28,7 +28,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.train.fault_tolerance.world import World
 

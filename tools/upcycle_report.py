@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--documents", type=at_least(2), default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
     from moh_megatron.checkpoint import layout
-    from moh_megatron.data.prepared import load_prepared
+    from moh_megatron.data.prepared_data import load_prepared
     from moh_megatron.io.errors import UserError
     from moh_megatron.io.json_file import write_json
     from moh_megatron.model.single import build_single_process

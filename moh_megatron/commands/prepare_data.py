@@ -1,9 +1,9 @@
-"""Prepare a dataset: train or copy the tokenizer, encode the text, write Megatron files and a manifest.
+"""Prepares a dataset: trains or copies the tokenizer, encodes the text, writes Megatron files and a manifest.
 
 moh-prepare CONFIG.yaml [section.key=value ...] [--dry-run]
-moh-prepare CONFIG.yaml data.shard=3/16     one job of a Slurm array; then once without data.shard
-moh-prepare CONFIG.yaml --tokenizer DIR     only the tokenizer
-moh-prepare CONFIG.yaml --source NAME       one of data.sources; without it all, one by one
+moh-prepare CONFIG.yaml data.shard=3/16     prepares one shard in a Slurm array; run it without data.shard afterwards
+moh-prepare CONFIG.yaml --tokenizer DIR     makes only the tokenizer
+moh-prepare CONFIG.yaml --source NAME       prepares one of data.sources; without it all, one after another
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from moh_megatron.config.schema import Config
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Config]:
+    """The command's arguments and its configuration."""
     parser = config_parser("Make the dataset of data.inputs in data.dir.")
     parser.add_argument("--tokenizer", metavar="DIR", help="make only the tokenizer, in the new folder DIR")
     parser.add_argument("--source", metavar="NAME", help="only this one of data.sources")
@@ -25,29 +26,30 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
 
 
 def main() -> None:
+    """Prepare what the arguments name and print a summary."""
     args, config = parse_arguments()
     from moh_megatron.data.prepare.pipeline import prepare, prepare_shard, prepare_tokenizer
-    from moh_megatron.data.prepared import load_prepared
+    from moh_megatron.data.prepared_data import load_prepared
     from moh_megatron.data.source_configs import source_configs
 
     if args.tokenizer is not None:
         tokenizer = prepare_tokenizer(config, Path(args.tokenizer).expanduser())
         print(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, sha256 {tokenizer.sha256}")
         return
-    for name, each in source_configs(config, args.source):
+    for name, source in source_configs(config, args.source):
         if config.data.shard is not None:
             shard, shards = map(int, config.data.shard.split("/"))
-            prepare_shard(each, shard, shards)
+            prepare_shard(source, shard, shards)
             print(f"{name}: shard {config.data.shard} is done; without data.shard the dataset is put together")
         else:
-            print(prepare(each).summary())
-            print(f"dataset: {data_dir(each)}")
+            print(prepare(source).summary())
+            print(f"dataset: {data_dir(source)}")
     if config.data.sources and config.data.shard is None and args.source is None:
         print(load_prepared(config).budget(config))
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

@@ -1,4 +1,4 @@
-"""From which source each sample of a run comes, and which of that source's samples it is."""
+"""Decides from which source each sample of a run comes, and which sample of that source it is."""
 
 from __future__ import annotations
 
@@ -16,50 +16,54 @@ from moh_megatron.config.source_weights import phases
 
 @dataclass(frozen=True)
 class Draws:
+    """The source of each sample of a run, in order."""
+
     sources: NDArray[np.int16]
-    """Of each sample of the run in order, the number of its source."""
-    places: NDArray[np.int64]
-    """Which sample of that source, counted over all epochs: none is drawn twice or left out."""
+    """The index of the source of each sample."""
+    indices: NDArray[np.int64]
+    """The index of each sample within its source, over all epochs; none is drawn twice or left out."""
     counts: list[int]
-    """Samples drawn of each source."""
+    """The number of samples drawn from each source."""
 
 
 def draw(config: Config) -> Draws:
-    """The draws of a whole run, by Megatron-core's rule: always the source that lags furthest behind its share.
+    """The draws of a complete run, by Megatron-core's rule: always the source that lags furthest behind its share.
 
-    What a step draws does not depend on weights that come later.
+    What a step draws does not depend on later weights.
     """
     from megatron.core.datasets import helpers
 
     batch = config.train.global_batch_size
     number = len(config.data.sources)
     counts = np.zeros(number, dtype=np.int64)
-    sources, places = [], []
+    sources, indices = [], []
     for phase in phases(config):
         size = (phase.stop - phase.start) * batch
         shares = np.array(list(phase.shares.values()), dtype=np.float64)
-        (drawn,) = np.nonzero(shares)  # the rule could draw one without weight where all are even
-        chosen, place = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
-        helpers.build_blending_indices(chosen, place, shares[drawn], len(drawn), size, False)
+        (drawn,) = np.nonzero(shares)  # among equal sources the rule could draw one without weight
+        chosen, index = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+        helpers.build_blending_indices(chosen, index, shares[drawn], len(drawn), size, False)
         source = drawn[chosen].astype(np.int16)
         sources.append(source)
-        places.append(place + counts[source])
+        indices.append(index + counts[source])
         counts = counts + np.bincount(source, minlength=number)
-    return Draws(np.concatenate(sources), np.concatenate(places), counts.tolist())
+    return Draws(np.concatenate(sources), np.concatenate(indices), counts.tolist())
 
 
 def draws_name(config: Config) -> str:
-    """A name for the cache of ``draw``: other draws have another."""
-    decides = [[asdict(phase) for phase in phases(config)], config.train.global_batch_size]
-    return f"blend-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
+    """The name of the cache of ``draw``, which is another one for other draws."""
+    inputs = [[asdict(phase) for phase in phases(config)], config.train.global_batch_size]
+    return f"blend-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
 
 def save_draws(config: Config, folder: Path) -> None:
+    """Write the draws of ``config`` into ``folder``."""
     draws = draw(config)
     np.save(folder / "sources.npy", draws.sources)
-    np.save(folder / "places.npy", draws.places)
+    # The caches of existing datasets have a file of this name.
+    np.save(folder / "places.npy", draws.indices)
 
 
 def load_draws(folder: Path) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """Mapped: the ranks of a node share the memory."""
+    """The sources and indices of ``Draws``, memory-mapped, so that the ranks of a node share them."""
     return np.load(folder / "sources.npy", mmap_mode="r"), np.load(folder / "places.npy", mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Prepared data as fixed-length sequences, read through megatron.core.datasets."""
+"""Reads prepared data as fixed-length sequences through megatron.core.datasets."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from torch.utils.data import Dataset
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data import blend
-from moh_megatron.data.cache import Cache, build_once
-from moh_megatron.data.prepared import PreparedData, Source
+from moh_megatron.data.index_cache import IndexCache, build_once
+from moh_megatron.data.prepared_data import PreparedData, Source
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import Fault
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a part of a sample stands in the prepared data."""
+class DocumentPosition:
+    """Where a part of a sample begins in the prepared data."""
 
     source: str
-    """``ONLY`` without data.sources."""
+    """Name of the source; ``ONLY`` without data.sources."""
     document: int
     token: int
-    """First token of the part, in the document."""
+    """Index of the part's first token in the document."""
 
 
-def _nowhere(index: int) -> list[Place]:
+def _unknown(index: int) -> list[DocumentPosition]:
     return []
 
 
 class Sequences(Dataset[Tensor]):
-    """``length`` samples, each int64 tokens [S+1]: S inputs and, one to the right, S targets.
+    """``length`` samples, each int64 tokens [S+1]: S inputs and, shifted by one, S targets.
 
-    ``name`` says for people what they are read from, ``places`` from which documents.
+    ``name`` names the files in messages.
     """
 
     def __init__(
         self,
         sample: Callable[[int], Tensor],
         length: int,
-        places: Callable[[int], list[Place]] = _nowhere,
+        documents: Callable[[int], list[DocumentPosition]] = _unknown,
         name: str = "memory",
     ) -> None:
         self._sample = sample
         self._length = length
-        self._places = places
+        self._documents = documents
         self.name = name
 
     def __len__(self) -> int:
@@ -66,61 +66,63 @@ class Sequences(Dataset[Tensor]):
             raise IndexError(f"sample {index} of {self._length}")
         return self._sample(index)
 
-    def places(self, index: int) -> list[Place]:
-        """The documents that sample ``index`` is made of, in order, all of one source; none where nobody knows."""
-        return self._places(index)
+    def documents(self, index: int) -> list[DocumentPosition]:
+        """The documents that sample ``index`` is made of, in order, all of one source; empty if unknown."""
+        return self._documents(index)
 
 
 def build_train_dataset(config: Config, data: PreparedData, tokenizer: Tokenizer) -> Sequences:
-    """The samples of the whole run in order, train.steps * train.global_batch_size, over as many epochs as it takes.
+    """All samples of the run in order: train.steps * train.global_batch_size, over as many epochs as needed.
 
-    Which source a sample is from follows from the weights alone. Within a source each epoch has an order of its own: a
-    function of run.seed, the epoch's number, train.sequence_length and the data, so that other weights later on neither
-    repeat nor leave out a sequence. Every rank calls this; indices are built once, as ``build_once`` says.
+    The source of a sample depends on the weights alone. Within a source each epoch has its own order, which depends on
+    run.seed, the epoch, train.sequence_length and the data, so that a change of weights neither repeats nor leaves out
+    a sequence. Every rank calls this; the indices are built once, as ``build_once`` says.
 
-    Raises UserError where the data is too little for a sequence, Fault where an index cannot be written.
+    Raises UserError if the data has too few tokens for a sequence, Fault if an index cannot be written.
     """
     data.check_fits(config)
     samples = config.train.steps * config.train.global_batch_size
     epochs = [_Epochs(config, source, "train", tokenizer) for source in data.sources]
     if len(epochs) == 1:
-        (only,) = epochs
-        build_once([*only.caches(samples)])
-        return Sequences(only.sample, samples, only.places, only.name)
-    draws = Cache(data_dir(config) / "cache" / blend.draws_name(config), partial(blend.save_draws, config))
+        (source,) = epochs
+        build_once([*source.caches(samples)])
+        return Sequences(source.sample, samples, source.documents, source.name)
+    draws = IndexCache(data_dir(config) / "cache" / blend.draws_name(config), partial(blend.save_draws, config))
     counts = blend.draw(config).counts
-    build_once([draws, *(cache for each, count in zip(epochs, counts, strict=True) for cache in each.caches(count))])
-    sources, drawn = blend.load_draws(draws.folder)
+    caches = [cache for source, count in zip(epochs, counts, strict=True) for cache in source.caches(count)]
+    build_once([draws, *caches])
+    sources, indices = blend.load_draws(draws.folder)
 
     def sample(index: int) -> Tensor:
-        return epochs[int(sources[index])].sample(int(drawn[index]))
+        return epochs[int(sources[index])].sample(int(indices[index]))
 
-    def places(index: int) -> list[Place]:
-        return epochs[int(sources[index])].places(int(drawn[index]))
+    def documents(index: int) -> list[DocumentPosition]:
+        return epochs[int(sources[index])].documents(int(indices[index]))
 
-    return Sequences(sample, samples, places, ", ".join(each.name for each in epochs))
+    return Sequences(sample, samples, documents, ", ".join(source.name for source in epochs))
 
 
 def build_validation_datasets(config: Config, data: PreparedData, tokenizer: Tokenizer) -> dict[str, Sequences]:
-    """Of each source train.eval_samples sequences drawn from one pass over its validation split, or all of that pass if
-    it has fewer; none of a source that holds nothing out. As ``build_train_dataset`` otherwise.
+    """The validation sequences of each source: the first train.eval_samples of one pass, or all if there are fewer.
+
+    A source that holds nothing out has none. Otherwise this works as ``build_train_dataset``.
     """
     data.check_fits(config)
-    found: dict[str, Sequences] = {}
+    datasets: dict[str, Sequences] = {}
     for source in data.sources:
         if not source.manifest.validation.documents:
             continue
         epochs = _Epochs(config, source, "validation", tokenizer)
         build_once([*epochs.caches(1)])
         length = epochs.length if config.train.eval_samples is None else min(config.train.eval_samples, epochs.length)
-        found[source.name] = Sequences(epochs.sample, length, epochs.places, epochs.name)
-    return found
+        datasets[source.name] = Sequences(epochs.sample, length, epochs.documents, epochs.name)
+    return datasets
 
 
 class _Tokens(GPTDataset):
-    """Samples as they are stored. GPTDataset itself would turn padding ids, which may end documents too, into id 0.
+    """The samples as they are stored. GPTDataset itself would replace padding ids, which may end documents, by id 0.
 
-    Megatron-core 0.19 also says how long each part of a sample is; nobody here asks.
+    Megatron-core 0.19 also returns the length of each part of a sample, which we do not use.
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
@@ -128,18 +130,18 @@ class _Tokens(GPTDataset):
         return {"tokens": torch.from_numpy(tokens)}
 
     def parts(self, idx: int) -> list[tuple[int, int]]:
-        """(document, first token in it) of each part of a sample."""
+        """(document, index of the first token in it) of each part of a sample."""
         _, documents, *_ = self._query_document_sample_shuffle_indices(idx)
         assert self.shuffle_index is not None, "loaded by the call above"
         _, offset = self.sample_index[self.shuffle_index[idx]]
-        return [(int(document), int(offset) if place == 0 else 0) for place, document in enumerate(documents)]
+        return [(int(document), int(offset) if index == 0 else 0) for index, document in enumerate(documents)]
 
 
 class _Epochs:
     """The sequences of one split of one source, epoch after epoch.
 
-    The files are memory-mapped: one that vanishes or shrinks is a Fault at the next sample, where it would be a bus
-    error, or a run that cannot be resumed.
+    The files are memory-mapped. If one disappears or changes its size, the next sample raises a Fault; otherwise the
+    process would end by a bus error, or the run could not be resumed.
     """
 
     def __init__(self, config: Config, source: Source, split: str, tokenizer: Tokenizer) -> None:
@@ -150,52 +152,56 @@ class _Epochs:
         self._sequence_length, self._seed, self._tokenizer = config.train.sequence_length, config.run.seed, tokenizer
         self._folder = source.folder.resolve() / "cache" / f"{split}-{self._sequence_length}-{self._seed}"
         self.length = (source.manifest.split(split).tokens - 1) // self._sequence_length
-        """Of an epoch."""
+        """The number of sequences in an epoch."""
         self._opened: dict[int, _Tokens] = {}
 
     @property
     def name(self) -> str:
-        """The files' common name."""
+        """The common path of the files, without suffix."""
         return str(self._prefix)
 
-    def caches(self, samples: int) -> list[Cache]:
-        """The indices that so many samples need."""
-        return [Cache(self._cache(epoch), partial(self._open, epoch)) for epoch in range(-(-samples // self.length))]
+    def caches(self, samples: int) -> list[IndexCache]:
+        """The index caches that ``samples`` samples need."""
+        epochs = range(-(-samples // self.length))
+        return [IndexCache(self._cache_folder(epoch), partial(self._open, epoch)) for epoch in epochs]
 
     def sample(self, index: int) -> Tensor:
-        epoch, place = divmod(index, self.length)
-        return self._epoch(epoch)[place]["tokens"]
+        """Sample ``index``, counted over all epochs: int64 tokens [S+1]."""
+        epoch, position = divmod(index, self.length)
+        return self._epoch(epoch)[position]["tokens"]
 
-    def places(self, index: int) -> list[Place]:
-        """As ``Sequences.places``."""
-        epoch, place = divmod(index, self.length)
-        return [Place(self._source, document, token) for document, token in self._epoch(epoch).parts(place)]
+    def documents(self, index: int) -> list[DocumentPosition]:
+        """As ``Sequences.documents``."""
+        epoch, position = divmod(index, self.length)
+        parts = self._epoch(epoch).parts(position)
+        return [DocumentPosition(self._source, document, token) for document, token in parts]
 
     def _epoch(self, epoch: int) -> _Tokens:
         self._check_files()
         if epoch not in self._opened:
-            self._opened[epoch] = self._open(epoch, self._cache(epoch))
+            self._opened[epoch] = self._open(epoch, self._cache_folder(epoch))
         return self._opened[epoch]
 
     def _check_files(self) -> None:
         for file, size in self._sizes.items():
             try:
-                now = file.stat().st_size
+                found = file.stat().st_size
             except OSError as error:
                 raise Fault(
                     f"{file}: the data can no longer be read: {error.strerror}. Bring the file back and start again."
                 ) from error
-            if now != size:
+            if found != size:
                 raise Fault(
-                    f"{file}: the data has changed: {now} bytes, expected {size}. Bring the file back and start again."
+                    f"{file}: the data has changed: {found} bytes, expected {size}. "
+                    "Bring the file back and start again."
                 )
 
-    def _cache(self, epoch: int) -> Path:
+    def _cache_folder(self, epoch: int) -> Path:
         return self._folder / f"epoch-{epoch}"
 
     def _open(self, epoch: int, cache: Path) -> _Tokens:
         with warnings.catch_warnings():
-            # That padding shares an id with the end of documents matters only to a reader that pads.
+            # Padding may share its id with the end of documents, since our sequences are never padded.
             warnings.filterwarnings("ignore", message="The pad token id in the tokenizer collides")
             config = GPTDatasetConfig(
                 random_seed=(self._seed + epoch * 1_000_003) % 2**32,

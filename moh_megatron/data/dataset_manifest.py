@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared dataset was made of, with which settings, and what it holds."""
+"""Reads and writes manifest.json: what a prepared dataset was made of, with which settings, and what it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moh_megatron.io.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = 2
 SPLITS = ("train", "validation")
-AGAIN = "Run pipelines/prepare_data.py CONFIG again."
+PREPARE_AGAIN = "Run pipelines/prepare_data.py CONFIG again."
 
 
 @dataclass(frozen=True)
@@ -29,56 +29,64 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class InputRecord:
+    """A file that was read, or a hub dataset, of which only ``path`` and ``revision`` are known."""
+
     path: str
-    """Of a file; a hub dataset has its name here, and of the rest only the revision."""
+    """The path of a file, or the name of a hub dataset."""
     bytes: int | None
     sha256: str | None
     modified_ns: int | None
-    """When the file was last changed: one that has not been since need not be hashed again."""
+    """When the file was last modified; if it has not been since, it need not be hashed again."""
     revision: str | None = None
-    """The commit of a hub dataset, where the hub could be asked."""
+    """The commit of a hub dataset, if the hub answered."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the records of the inputs."""
+    """How many records the inputs have, and what became of them."""
 
     records: int
     rejects: int
-    """In rejects.jsonl."""
+    """Records that are listed in rejects.jsonl."""
     too_short: int
     too_long: int
     duplicates: int
     empty: int
-    """Documents without a token, kept as empty entries."""
+    """Documents without a token, which are kept as empty entries."""
     in_pieces: int
-    """Documents above data.max_document_bytes."""
+    """Documents above data.max_document_bytes, which were encoded in several chunks."""
 
 
 @dataclass(frozen=True)
 class SplitRecord:
+    """What one split holds."""
+
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Tokens, including those that end documents."""
     text_bytes: int
     files: tuple[FileRecord, ...]
-    """.bin and .idx, by name."""
+    """The .bin and the .idx."""
 
 
 @dataclass(frozen=True)
 class TokenizerRecord:
+    """The tokenizer a dataset was made with."""
+
     sha256: str
     entries: int
     eos_token_id: Annotated[int, Field(alias="end_of_document")]
-    """Named ``end_of_document`` in manifest.json, as in every dataset made so far."""
+    """In manifest.json the key is ``end_of_document``, as in existing datasets."""
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of manifest.json."""
+
     format: int
     inputs: tuple[InputRecord, ...]
     settings: dict[str, Any]
-    """What besides the inputs decides the tokens: two runs with the same inputs and settings give the same dataset."""
+    """What determines the dataset besides the inputs: the same inputs and settings give the same dataset."""
     tokenizer: TokenizerRecord
     dtype: str
     train: SplitRecord
@@ -88,13 +96,14 @@ class Manifest:
     versions: dict[str, str]
     command: str
     others: tuple[FileRecord, ...] = ()
-    """The files of tokenizer/, and rejects.jsonl; none in a manifest of before they were recorded."""
+    """The files of tokenizer/, and rejects.jsonl; older manifests have none."""
 
     def split(self, name: str) -> SplitRecord:
+        """The record of the split ``name``, one of SPLITS."""
         return {"train": self.train, "validation": self.validation}[name]
 
     def check_fits(self, config: Config) -> None:
-        """Raise UserError where this dataset cannot feed the configured model."""
+        """Raise UserError if this dataset does not fit the configured model."""
         if self.tokenizer.entries > config.model.tokens:
             raise UserError(
                 f"model.vocab_size must be at least {self.tokenizer.entries}, the entries of the tokenizer. "
@@ -121,7 +130,7 @@ class Manifest:
                 )
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A few lines of text about the dataset."""
         lines = [
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens ({split.text_bytes / 1e6:.2f} MB of text)"
             for name in SPLITS
@@ -134,7 +143,7 @@ class Manifest:
             "duplicates": self.counts.duplicates,
         }
         if any(removed.values()):
-            lines.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in removed.items() if count))
+            lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in removed.items() if count))
         lines.append(f"tokenizer: {self.tokenizer.entries:,} entries, sha256 {self.tokenizer.sha256[:12]}")
         if self.baselines is not None:
             nats = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
@@ -142,6 +151,7 @@ class Manifest:
         return "\n".join(lines)
 
     def to_json(self) -> bytes:
+        """The content of manifest.json."""
         return TypeAdapter(Manifest).dump_json(self, indent=2, by_alias=True) + b"\n"
 
 
@@ -155,9 +165,9 @@ def hash_file(path: Path) -> str:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared dataset, after a look at the presence and size of its files.
+    """Load the manifest of a prepared dataset, and check that its files exist with the recorded sizes.
 
-    Raises UserError where there is none or something of it is missing.
+    Raises UserError if there is no manifest, or if a file is missing or has another size.
     """
     file = folder / MANIFEST
     try:
@@ -165,22 +175,22 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"No prepared data at {folder}. Run pipelines/prepare_data.py CONFIG first.") from None
     except ValidationError as error:
-        raise UserError(f"{file}: not a manifest ({error.errors()[0]['msg']}). {AGAIN}") from None
+        raise UserError(f"{file}: not a manifest ({error.errors()[0]['msg']}). {PREPARE_AGAIN}") from None
     if manifest.format != FORMAT:
-        raise UserError(f"{file}: expected format {FORMAT}. Got {manifest.format}. {AGAIN}")
+        raise UserError(f"{file}: expected format {FORMAT}. Got {manifest.format}. {PREPARE_AGAIN}")
     for name in SPLITS:
         for record in manifest.split(name).files:
             path = folder / record.path
             size = os.path.getsize(path) if path.is_file() else None
             if size != record.bytes:
-                came = "the file is missing" if size is None else f"it has {size}"
-                raise UserError(f"{path}: expected {record.bytes} bytes, but {came}. {AGAIN}")
+                finding = "the file is missing" if size is None else f"it has {size}"
+                raise UserError(f"{path}: expected {record.bytes} bytes, but {finding}. {PREPARE_AGAIN}")
     return manifest
 
 
 def load_dataset_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer the dataset was made with. Raises UserError where its file has changed since."""
+    """Load the tokenizer the dataset was made with. Raises UserError if its file has changed since."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.sha256 != manifest.tokenizer.sha256 or tokenizer.eos_token_id != manifest.tokenizer.eos_token_id:
-        raise UserError(f"{folder / 'tokenizer'}: not the tokenizer this dataset was made with. {AGAIN}")
+        raise UserError(f"{folder / 'tokenizer'}: not the tokenizer this dataset was made with. {PREPARE_AGAIN}")
     return tokenizer

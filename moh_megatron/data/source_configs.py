@@ -1,4 +1,4 @@
-"""One configuration for each corpus of data.sources, as prepare_data sees it."""
+"""Derives from a configuration with data.sources one configuration for each source, for preparation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from moh_megatron.io.errors import UserError
 
 
 def source_folders(config: Config) -> dict[str, Path]:
-    """The folder of each prepared source by name; without data.sources the one of data.dir."""
+    """The folder of each prepared source by its name; without data.sources only data.dir."""
     folder = data_dir(config)
     if not config.data.sources:
         return {ONLY: folder}
-    return {each.name: folder / each.name if each.dir is None else Path(each.dir) for each in config.data.sources}
+    return {
+        source.name: folder / source.name if source.dir is None else Path(source.dir) for source in config.data.sources
+    }
 
 
 def source_configs(config: Config, only: str | None = None) -> Iterator[tuple[str, Config]]:
-    """(name, a configuration of that corpus alone). Raises UserError where ``only`` names none."""
-    if only is not None and only not in (names := [each.name for each in config.data.sources]):
+    """(name, configuration of that source alone) of each source, or of ``only``. Raises UserError if it is unknown."""
+    if only is not None and only not in (names := [source.name for source in config.data.sources]):
         raise UserError(f"--source: expected one of data.sources ({', '.join(names) or 'there are none'}). Got {only}.")
     if not config.data.sources:
         yield ONLY, config

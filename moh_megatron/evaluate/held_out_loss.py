@@ -11,7 +11,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.config.source_weights import mean_by_shares
 from moh_megatron.data.batches import validation_batches
 from moh_megatron.data.dataset import Sequences, build_validation_datasets
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.io.console import progress_bar

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
-from moh_megatron.data.prepared import PreparedData, load_prepared
+from moh_megatron.data.prepared_data import PreparedData, load_prepared
 from moh_megatron.evaluate.suite import load_suite
 from moh_megatron.io.errors import UserError
 

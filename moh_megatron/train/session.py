@@ -17,7 +17,7 @@ from moh_megatron.checkpoint.optimizer_state import StoredState
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
-from moh_megatron.data.prepared import PreparedData
+from moh_megatron.data.prepared_data import PreparedData
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.attention_backend import check_backend
 from moh_megatron.model.build import build_model

@@ -24,7 +24,7 @@ from moh_megatron.checkpoint.weights import Stored, opened
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import build_train_dataset
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder, refuse_unless_new
 from moh_megatron.io.errors import Fault, UserError, refuse_differences

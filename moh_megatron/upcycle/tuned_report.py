@@ -12,7 +12,7 @@ from moh_megatron.checkpoint import layout
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import data_dir, require_folder
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import UserError, refuse_differences
 from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.model.single import build_single_process

@@ -16,7 +16,7 @@ from support.runs import ENVIRONMENT, Run
 from moh_megatron.checkpoint.layout import problem_with
 from moh_megatron.config.load import load_config
 from moh_megatron.data.dataset import build_train_dataset
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 
 WORKER = Path(__file__).parent / "workers" / "faults.py"
 NAMESPACE = ("unshare", "-r", "-m")
@@ -117,8 +117,8 @@ def test_a_bad_step_is_skipped_counted_and_told_with_its_documents(cases: Cases)
     config = load_config(str(found.run / "config.yaml"), [])
     data = load_prepared(config)
     dataset = build_train_dataset(config, data, data.tokenizer())
-    documents = dataset.places(36)
-    assert [place["document"] for place in told[0]["samples"]["36"]] == [place.document for place in documents]
+    documents = dataset.documents(36)
+    assert [part["document"] for part in told[0]["samples"]["36"]] == [part.document for part in documents]
     assert f"sample 36: document {documents[0].document} from token {documents[0].token}" in found.logs[0]
 
 

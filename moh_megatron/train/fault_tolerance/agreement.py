@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moh_megatron.config.schema import Config
-from moh_megatron.data.prepared import PreparedData
+from moh_megatron.data.prepared_data import PreparedData
 from moh_megatron.io.errors import UserError
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "tokenizers", "transformers")

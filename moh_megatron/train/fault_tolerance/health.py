@@ -23,7 +23,7 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.config.source_weights import ONLY
 from moh_megatron.data.batches import micro_batch_samples
-from moh_megatron.data.dataset import Place, Sequences
+from moh_megatron.data.dataset import DocumentPosition, Sequences
 from moh_megatron.io.errors import Fault
 from moh_megatron.monitor.accumulator import StepMetrics
 from moh_megatron.monitor.records import StepRecords, read_records
@@ -132,7 +132,7 @@ class Health:
         else:
             reason = "the gradient is not finite, though every loss is"
         self._score = None
-        documents = {sample: self._dataset.places(sample) for sample in samples}
+        documents = {sample: self._dataset.documents(sample) for sample in samples}
         if self._records:
             values = {sample: [asdict(document) for document in found] for sample, found in documents.items()}
             self._records.write([{"step": step, "reason": reason, "samples": values}])
@@ -190,7 +190,7 @@ class Health:
         return [suspect for suspect in micro_batches if not math.isfinite(suspect.loss)] or micro_batches
 
 
-def _names(documents: list[Place]) -> str:
+def _names(documents: list[DocumentPosition]) -> str:
     first, *more = (str(document.document) for document in documents)
     start = f"document {first} from token {documents[0].token}"
     source = "" if documents[0].source == ONLY else f"{documents[0].source} "

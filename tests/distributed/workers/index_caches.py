@@ -1,4 +1,4 @@
-"""Two ranks build the indices of a dataset on one file system, and as two nodes that share none."""
+"""Two ranks build index caches on a shared file system, and as two nodes that share none."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from moh_megatron.config.load import config_from_mapping
 from moh_megatron.config.schema import Config
-from moh_megatron.data import cache
 from moh_megatron.data.dataset import build_train_dataset
+from moh_megatron.data.index_cache import IndexCache, build_once
 from moh_megatron.data.prepare.pipeline import prepare
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault
 
 
@@ -61,7 +61,7 @@ def make_config(folder: Path, data: Path) -> Config:
     )
 
 
-def rows(config: Config) -> list[list[int]]:
+def sampled_tokens(config: Config) -> list[list[int]]:
     data = load_prepared(config)
     dataset = build_train_dataset(config, data, data.tokenizer())
     return [dataset[index].tolist() for index in range(0, len(dataset), 9)]
@@ -71,13 +71,13 @@ def main(result: Path) -> None:
     dist.init_process_group("gloo")
     rank, folder = dist.get_rank(), result.parent
     built: list[int] = []
-    attempt = cache._attempt
 
-    def counted(caches: list[cache.Cache]) -> None:
+    def make(cache: Path) -> None:
         built.append(rank)
-        attempt(caches)
+        (cache / "rank").write_text(str(rank))
 
-    cache._attempt = counted
+    probe = folder / "caches" / "probe"
+    build_once([IndexCache(probe, make)])
     config = make_config(folder, folder / "shared") if rank == 0 else None
     if config is not None:
         prepare(config)
@@ -86,19 +86,17 @@ def main(result: Path) -> None:
     dist.barrier()
     shared = make_config(folder, folder / "shared")
     own = replace(shared, data=replace(shared.data, dir=str(folder / f"node{rank}")))
-    found = {"shared": rows(shared), "built": list(built)}
-    # The spawned builder is a process of its own: it takes the module's own function.
-    cache._attempt = attempt
+    found = {"shared": sampled_tokens(shared), "built": built, "rank_in_cache": (probe / "rank").read_text()}
     socket.gethostname = lambda: f"node{rank}"
-    found["own"] = rows(own)
+    found["own"] = sampled_tokens(own)
     found["caches"] = sorted(str(path.relative_to(folder)) for path in folder.glob("node*/cache/*/*/complete"))
-    dist.barrier()  # the other node's next caches do not count
+    dist.barrier()  # the next caches of the other node must not be counted
     broken = replace(own, train=replace(own.train, sequence_length=8))
     blocked = folder / f"node{rank}" / "cache" / "train-8-1234"
     if rank == 1:
         blocked.write_text("a file where a folder is needed")
     try:
-        rows(broken)
+        sampled_tokens(broken)
         found["fault"] = ""
     except Fault as error:
         found["fault"] = str(error)

@@ -17,7 +17,7 @@ from moh_megatron.data.dataset import build_train_dataset, build_validation_data
 from moh_megatron.data.dataset_manifest import SPLITS
 from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.pipeline import prepare, prepare_tokenizer
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.data.source_configs import source_configs
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.train.fault_tolerance import agreement
@@ -68,7 +68,7 @@ def test_the_papers_mixture_is_drawn_by_its_weights(make_config: MakeConfig) -> 
         drawn = int((draws.sources == number).sum())
         assert drawn == draws.counts[number]
         assert abs(drawn / 10_000 - source.weight / total) < 0.005 * source.weight / total + 1e-4
-        assert draws.places[draws.sources == number].tolist() == list(range(drawn))
+        assert draws.indices[draws.sources == number].tolist() == list(range(drawn))
 
 
 def test_weights_change_from_their_step_on_and_nothing_is_drawn_twice(make_config: MakeConfig) -> None:
@@ -79,10 +79,10 @@ def test_weights_change_from_their_step_on_and_nothing_is_drawn_twice(make_confi
     cut = 1000 * 4
     assert first.counts == [0, 9000, 3000]
     assert np.array_equal(first.sources[:cut], second.sources[:cut])
-    assert np.array_equal(first.places[:cut], second.places[:cut])
+    assert np.array_equal(first.indices[:cut], second.indices[:cut])
     assert np.bincount(second.sources[cut:], minlength=3).tolist() == [4000, 0, 4000]
     for number in range(3):
-        assert second.places[second.sources == number].tolist() == list(range(second.counts[number]))
+        assert second.indices[second.sources == number].tolist() == list(range(second.counts[number]))
     assert shares_until(before, 1000) == shares_until(after, 1000) != shares_until(after, 1001)
     assert shares_until(before, 3000) == shares_until(with_sources(base, {"a": 0, "b": 6, "c": 2}, {7: {"b": 6}}), 3000)
 
@@ -152,7 +152,7 @@ def test_places_name_the_source_and_the_document_in_every_epoch(blended: Config,
         documents[name] = np.split(stored, np.flatnonzero(stored == eos_token_id) + 1)
     sources = draw(blended).sources
     for index in range(len(train)):
-        places = train.places(index)
+        places = train.documents(index)
         assert {place.source for place in places} == {("long", "short")[sources[index]]}
         parts = np.concatenate([documents[place.source][place.document][place.token :] for place in places])
         assert (parts[:17] == train[index].numpy()).all()

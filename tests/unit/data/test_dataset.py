@@ -12,7 +12,7 @@ from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.dataset_manifest import load_dataset_tokenizer
 from moh_megatron.data.prepare.pipeline import prepare
-from moh_megatron.data.prepared import load_prepared
+from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 
 MakeConfig = Callable[..., Config]
@@ -64,7 +64,7 @@ def test_places_say_which_documents_a_sample_is_made_of(make_config: MakeConfig,
     documents = np.split(stored, np.flatnonzero(stored == 1) + 1)
     several = 0
     for index in range(len(train)):
-        places, tokens = train.places(index), train[index].numpy()
+        places, tokens = train.documents(index), train[index].numpy()
         several += len(places) > 1
         parts = np.concatenate([documents[place.document][place.token :] for place in places])
         assert (parts[: len(tokens)] == tokens).all()

@@ -52,7 +52,7 @@ def test_fault_names_the_checkpoint_of_this_run_and_no_later_damaged_one(tiny, f
         fake_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", config, step=step)
     (tmp_path / "checkpoints" / "step_00000020" / "optimizer" / "state.pt").write_bytes(b"")
     document = SimpleNamespace(source="only", document=3, token=0)
-    dataset: Any = SimpleNamespace(name="data", places=lambda sample: [document])
+    dataset: Any = SimpleNamespace(name="data", documents=lambda sample: [document])
     control = dist.group.WORLD
     assert control is not None
     health = Health(config, dataset, control, [], None)

@@ -1,4 +1,4 @@
-"""What training reads: one prepared dataset, or several that are mixed."""
+"""Loads the prepared data that a run reads: one dataset, or several that are mixed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import UserError
 
 MANY_EPOCHS = 4
-"""Beyond so many epochs repeated text teaches much less than new text (arXiv 2305.16264)."""
+"""The number of epochs above which repeated text teaches much less than new text (arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
 class Source:
+    """One prepared dataset."""
+
     name: str
     folder: Path
     manifest: Manifest
@@ -32,54 +34,52 @@ class PreparedData:
 
     @property
     def hash(self) -> str:
-        """One hash for all tokens."""
-        files = [
-            record for each in self.sources for record in (*each.manifest.train.files, *each.manifest.validation.files)
-        ]
+        """A hash of the tokens of all sources."""
+        manifests = [source.manifest for source in self.sources]
+        files = [record for manifest in manifests for record in (*manifest.train.files, *manifest.validation.files)]
         return hashlib.sha256(" ".join(record.sha256 for record in files).encode()).hexdigest()
 
     @property
     def baselines(self) -> dict[str, float]:
-        """What counting gives on the validation text; known for a single source only."""
+        """The n-gram baselines of the validation text; known for a single source only."""
         return (self.sources[0].manifest.baselines or {}) if len(self.sources) == 1 else {}
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where its files have changed since."""
+        """The tokenizer of all sources. Raises UserError if its files have changed since."""
         return load_dataset_tokenizer(self.sources[0].folder, self.sources[0].manifest)
 
     def check_fits(self, config: Config) -> None:
-        """Raise UserError where a source cannot feed the configured model."""
-        for each in self.sources:
+        """Raise UserError if a source does not fit the configured model."""
+        for source in self.sources:
             try:
-                each.manifest.check_fits(config)
+                source.manifest.check_fits(config)
             except UserError as error:
-                raise UserError(f"{each.folder}: {error}" if len(self.sources) > 1 else str(error)) from None
+                raise UserError(f"{source.folder}: {error}" if len(self.sources) > 1 else str(error)) from None
 
     def budget(self, config: Config) -> str:
-        """How many tokens and epochs of each source the run takes; with a warning for those above MANY_EPOCHS."""
-        drawn = dict.fromkeys((each.name for each in self.sources), 0.0)
+        """A table of the tokens and epochs that the run takes of each source, with a warning above MANY_EPOCHS."""
+        drawn = dict.fromkeys((source.name for source in self.sources), 0.0)
         for phase in phases(config):
             for name, share in phase.shares.items():
                 drawn[name] += share * (phase.stop - phase.start) * config.train.tokens_per_step
         total = sum(drawn.values())
         lines = ["source, share of the run, tokens, epochs:"]
-        for each in self.sources:
-            epochs = drawn[each.name] / each.manifest.train.tokens
-            lines.append(
-                f"  {each.name:16} {100 * drawn[each.name] / total:6.2f} %  {drawn[each.name]:18,.0f}  {epochs:8.2f}"
-            )
+        for source in self.sources:
+            tokens = drawn[source.name]
+            epochs = tokens / source.manifest.train.tokens
+            lines.append(f"  {source.name:16} {100 * tokens / total:6.2f} %  {tokens:18,.0f}  {epochs:8.2f}")
             if epochs > MANY_EPOCHS:
                 lines.append(
-                    f"  warning: {each.name} is read {epochs:.1f} times, more than {MANY_EPOCHS}: give it more text, "
+                    f"  warning: {source.name} is read {epochs:.1f} times, more than {MANY_EPOCHS}: give it more text, "
                     "less weight, or lower train.total_tokens"
                 )
         return "\n".join(lines)
 
 
 def load_prepared(config: Config) -> PreparedData:
-    """The datasets of a configuration, after a look at the presence and size of their files.
+    """Load the datasets of a configuration, and check that their files exist with the recorded sizes.
 
-    Raises UserError where one is missing or another tokenizer made it.
+    Raises UserError if one is missing or was made with another tokenizer.
     """
     sources = tuple(Source(name, folder, load_manifest(folder)) for name, folder in source_folders(config).items())
     first = sources[0]
