@@ -1,10 +1,10 @@
-// Causal attention of ragged queries on one CPU thread: forward with a running softmax, backward from its logarithm.
+// Causal attention of ragged queries on one CPU thread: forward with an online softmax, backward from its log-sum-exp.
 //
 // A list holds the active queries of one KV group, sorted by position. Row i sees the keys first[i] .. last[i], both
-// bounds non-decreasing in i. Queries come scaled. All matrices are row-major fp32: q, out, their gradients [rows, H];
+// bounds non-decreasing in i. Queries are scaled already. All matrices are row-major fp32: q, out, their gradients [rows, H];
 // k, v, their gradients [S, H]; lse and delta [rows].
 //
-// Nothing of torch's headers is used, so that this builds in a second; matrix products are the BLAS torch itself holds.
+// It includes no headers of torch, so that it compiles in a second; matrix products use torch's own BLAS.
 
 #include <algorithm>
 #include <cmath>
@@ -47,7 +47,7 @@ inline float exponential(float x) {
     return p * scale;
 }
 
-// The rows of [a, e) that see any key of [start, stop): both bounds rise with the row, so they are neighbours.
+// The rows of [a, e) that see any key of [start, stop): both bounds rise with the row, so the rows are contiguous.
 struct Rows {
     int64_t begin, end;
     Rows(const int64_t* first, const int64_t* last, int64_t a, int64_t e, int64_t start, int64_t stop)
