@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Check what a job is about to train, and print its run folder; the job scripts call this before anything is started.
+"""Checks the configuration and data of a training job, and prints its run folder; the job scripts call it first.
 
 python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data] [--snapshot NAME]
 
-With --snapshot it writes down in <run.dir>/slurm/NAME what this life of the run is made of.
+With --snapshot it records configuration, code and environment of this start in <run.dir>/slurm/NAME.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_TOLD = re.compile(
+_RECORDED = re.compile(
     r"(SLURM|SLURMD|MOH|NCCL|TORCH_NCCL|GLOO|CUDA|OMP|MALLOC|MASTER|UCX|FI|HF_HUB_OFFLINE)(_|$)|MAX_RESTARTS"
 )
-"""The variables a snapshot keeps: an environment may hold secrets."""
+"""The variables that a snapshot records; others may hold secrets."""
 _SECRET = re.compile("JWT|TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
-"""And of those it does not: SLURM_JWT opens a user's account on the cluster."""
+"""Variables that it does not record even so: SLURM_JWT, for one, gives access to a user's account on the cluster."""
 
 WRITABLE = "run.dir must be a folder that can be written."
 
 
 def check_resume(config: Config, world_size: int, data_hash: str) -> None:
-    """Raise UserError where the run folder's newest readable checkpoint is of another run."""
+    """Raise UserError if the newest readable checkpoint of the run folder belongs to another run."""
     root = checkpoint_dir(config)
     if not root.is_dir():
         return
-    # Imported here: these take seconds, and a new run needs nothing of them.
+    # Imported here because these imports take seconds, and a new run does not need them.
     from moh_megatron.checkpoint.layout import complete_checkpoints
     from moh_megatron.train.resume import check_same_run
 
     if config.moh.shared_placement == "calibrated":
         from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, resolve
 
-        if initial_checkpoint_folder(config).is_dir():  # as its ranks train it
+        if initial_checkpoint_folder(config).is_dir():  # the ranks do the same
             config = resolve(config)
     for folder, _ in complete_checkpoints(root):
         check_same_run(folder, config, world_size, data_hash)
@@ -57,30 +57,30 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Raise UserError where ``run_dir`` could not be made or written, as a folder shows that comes and goes there."""
+    """Raise UserError if ``run_dir`` cannot be created or written; tried with a temporary folder."""
     try:
-        there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-        with TemporaryDirectory(prefix=".moh-", dir=there):
+        existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        with TemporaryDirectory(prefix=".moh-", dir=existing):
             return
     except OSError as error:
         raise UserError(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
 
 
-def _git(*words: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
         return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
         ).stdout.rstrip("\n")
     except (OSError, subprocess.CalledProcessError):
-        return None  # no git here, or not a clone
+        return None  # git is not installed, or this is not a clone
 
 
-def _told(name: str) -> bool:
-    return bool(_TOLD.match(name)) and not _SECRET.search(name)
+def _is_recorded(name: str) -> bool:
+    return bool(_RECORDED.match(name)) and not _SECRET.search(name)
 
 
 def snapshot(config: Config, folder: Path) -> None:
-    """config.yaml, job.json and, where the code is not what was committed, code.patch; ``folder`` may be there."""
+    """Write config.yaml, job.json and, if the code has uncommitted changes, code.patch; ``folder`` may exist."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     patch = _git("diff", "HEAD")
@@ -94,18 +94,18 @@ def snapshot(config: Config, folder: Path) -> None:
             "commit": _git("rev-parse", "HEAD"),
             "changed": None if patch is None else bool(patch),
             "nodes": os.environ.get("MOH_NODES", platform.node()).split(),
-            "environment": {name: value for name, value in sorted(os.environ.items()) if _told(name)},
+            "environment": {name: value for name, value in sorted(os.environ.items()) if _is_recorded(name)},
             "python": platform.python_version(),
-            "packages": dict(sorted((each.name, each.version) for each in distributions())),
+            "packages": dict(sorted((package.name, package.version) for package in distributions())),
         },
     )
 
 
 def main() -> None:
-    parser = config_parser("Check what a job is about to train, and print its run folder.")
-    parser.add_argument("--world-size", type=int, required=True, nargs="+", metavar="N", help="ranks there may be")
+    parser = config_parser("Check the configuration and data of a training job, and print its run folder.")
+    parser.add_argument("--world-size", type=int, required=True, nargs="+", metavar="N", help="numbers of ranks")
     parser.add_argument("--no-data", action="store_true", help="the prepared data is not on this machine")
-    parser.add_argument("--snapshot", metavar="NAME", help="write it down in <run.dir>/slurm/NAME")
+    parser.add_argument("--snapshot", metavar="NAME", help="record this start in <run.dir>/slurm/NAME")
     arguments, config = parse_config(parser)
     from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
     from moh_megatron.train.preflight import preflight
@@ -123,9 +123,9 @@ def main() -> None:
         try:
             snapshot(config, run_dir / "slurm" / arguments.snapshot)
         except OSError as error:
-            # Not the file: it has the number of this life, and the same failure must be known again.
-            mistake = isinstance(error, NotADirectoryError | FileExistsError)
-            raise (UserError if mistake else Fault)(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
+            # The message leaves out the file: its name differs in each start, and the same failure must be recognised.
+            user_error = isinstance(error, NotADirectoryError | FileExistsError)
+            raise (UserError if user_error else Fault)(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
     print(run_dir)
 
 

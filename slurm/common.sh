@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034,SC2154  # variables that pass between this file and those that source it
-# What the job scripts of this folder share. They set `script` to their own path and source this; README.md has every
-# variable. A script that Slurm runs is a job; one that is typed checks what it can and submits itself.
+# shellcheck disable=SC2034,SC2154  # variables shared by this file and those that source it
+# Functions that the job scripts of this folder share. They set `script` to their own path and source this file; README.md
+# lists the variables. A script that Slurm runs is a job; a script that is typed checks what it can and submits itself.
 set -euo pipefail
 
 repository=$(dirname "$(dirname "$script")")
@@ -10,13 +10,13 @@ max_restarts=${MAX_RESTARTS:-3}
 restart_pause=${RESTART_PAUSE:-60}
 
 say() { echo "[$(date +%FT%T)] $*" >&2; }
-fail() { # CODE MESSAGE: the last line of the log is the reason
+fail() { # CODE MESSAGE: the last line of the log gives the reason
     echo "error: ${*:2}" >&2
     exit "$1"
 }
 
-# Numbers that variables tell, before anything is done: `[` takes for false what it cannot read, and in a job Python would
-# stop at it on every node.
+# Check the numbers in variables first: `[` treats as false what it cannot read, and in a job Python would fail on every
+# node.
 check_number() { # NAME PATTERN WHAT
     [[ ${!1:-0} =~ ^$2$ ]] || fail 2 "$1: expected $3 without a unit. Got ${!1}"
 }
@@ -27,11 +27,11 @@ for name in MOH_FREE_GIB MOH_MEETING_SECONDS MOH_GPU_MEMORY; do
     check_number "$name" '[0-9]{1,9}(\.[0-9]+)?' "a number"
 done
 
-# Arguments: sbatch's own flags and --dry-run first, then CONFIG and overrides.
+# Arguments: first the flags of sbatch and --dry-run, then CONFIG and overrides.
 
 flags=() given=() arguments=() dry_run=
 parse() {
-    # Of a job, sbatch has read the flags: what stands here is the command's.
+    # In a job, sbatch has read its flags: the arguments are those of the command.
     while ! in_job && [[ ${1:-} == -* && $1 != -- ]]; do
         case $1 in
             --dry-run) dry_run=1 ;;
@@ -49,12 +49,12 @@ parse() {
     given=("$@") arguments=("$@")
 }
 
-# A task of an array by its two numbers: the id of one of them is that of the whole array.
+# A task of an array needs both numbers: the job id of one task is also that of the array.
 this_job=${SLURM_JOB_ID:-}
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-# What is typed inside an allocation (salloc, a notebook) is not that job's own, nor is the job that it submits: sbatch
-# takes such variables for wishes.
+# A script that is typed inside an allocation (salloc, a notebook) is not that job, and neither is the job it submits: sbatch
+# would take the allocation's variables as requests.
 in_job() { [ "$script" != "$(readlink -f "$0")" ]; }
 forget_job() {
     local configuration=${SLURM_CONF:-}
@@ -63,12 +63,12 @@ forget_job() {
 }
 if ! in_job && [ -n "${SLURM_JOB_ID:-}" ]; then forget_job; fi
 
-requested() { # FLAG DEFAULT: what the script's #SBATCH lines, sbatch's variables and the flags ask for; the last one counts
+requested() { # FLAG DEFAULT: the request of #SBATCH lines, sbatch's variables and flags; the last one counts
     local found variable=SBATCH_${1^^}
     case $1 in
         time) variable=SBATCH_TIMELIMIT ;;
         array) variable=SBATCH_ARRAY_INX ;;
-        nodes | ntasks | ntasks-per-node | cpus-per-task) variable=none ;; # sbatch has none
+        nodes | ntasks | ntasks-per-node | cpus-per-task) variable=none ;; # sbatch has no variable for these
     esac
     variable=${variable//-/_}
     found=$({
@@ -79,7 +79,7 @@ requested() { # FLAG DEFAULT: what the script's #SBATCH lines, sbatch's variable
     echo "${found:-$2}"
 }
 
-# sbatch understands more; here it must be known what the job may get.
+# sbatch accepts more forms; the scripts must know what the job may get.
 check_request() { # FLAG PATTERN WHAT
     local value
     value=$(requested "$1" '')
@@ -101,7 +101,7 @@ check_requests() {
     done
 }
 
-numbers_of() { # of 4, 2-4, 2-8:2 or 1,2,4: one a line, in order
+numbers_of() { # 4, 2-4, 2-8:2 or 1,2,4: prints one number a line, in order
     local part step
     for part in ${1//,/ }; do
         case $part in *:*) step=${part##*:} ;; *) step=1 ;; esac
@@ -110,19 +110,19 @@ numbers_of() { # of 4, 2-4, 2-8:2 or 1,2,4: one a line, in order
     done | sort -nu
 }
 
-# The environment of every process of a job: a job inherits the submitter's, whatever that is.
+# The environment of every process of a job; a job inherits that of its submitter.
 
 prepare_environment() {
-    # Modules and files of others are not written for a shell that ends at the first error.
+    # Site modules and setup files may not work in a shell that ends at the first error.
     set +euo pipefail
     # shellcheck disable=SC2086
     [ -z "${MOH_MODULES:-}" ] || module load $MOH_MODULES || fail 2 "MOH_MODULES: module load $MOH_MODULES failed with $?"
     # shellcheck disable=SC1090
     [ -z "${MOH_SETUP:-}" ] || . "$MOH_SETUP" || fail 2 "MOH_SETUP: $MOH_SETUP ended with exit code $?, expected 0"
     set -euo pipefail
-    # The code is that of this folder, whatever is installed.
+    # Use the code of this repository, even if another version is installed.
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-    # A shell that was once a rank says things that are no longer true.
+    # The submitting shell may carry variables of a rank that it once was.
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MOH_LAUNCHER_PID TORCHELASTIC_USE_AGENT_STORE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     # Megatron-core overlaps tensor-parallel communication correctly only with one queue.
@@ -130,40 +130,40 @@ prepare_environment() {
     # glibc hands large freed blocks back to the system, and faults their pages in again at every step.
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-8589934592}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
-    # NCCL says which peer or device failed, and nothing else.
+    # With WARN, NCCL reports failed peers and devices only.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # A progress bar writes a line a refresh into a log file.
+    # A progress bar writes one line to the log file at each refresh.
     export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
     if [ "${MOH_DEVICE:-auto}" = cpu ]; then export CUDA_VISIBLE_DEVICES=''; fi
 }
 
-tasks_per_node() { # --ntasks counts more than --ntasks-per-node
+tasks_per_node() { # --ntasks overrides --ntasks-per-node
     local total nodes
     if in_job; then total=$SLURM_NTASKS nodes=$SLURM_NNODES; else total=$(requested ntasks '') nodes=$(requested nodes 1); fi
     if [ -n "$total" ]; then echo $(((total + ${nodes%%[-,]*} - 1) / ${nodes%%[-,]*})); else requested ntasks-per-node 1; fi
 }
 
-gpus_per_node() { # of the request: `8`, `h100:8` or nothing
-    local each=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)} task=${SLURM_GPUS_PER_TASK:-$(requested gpus-per-task 0)}
+gpus_per_node() { # requested as `8`, as `h100:8` or not at all
+    local per_node=${SLURM_GPUS_PER_NODE:-$(requested gpus-per-node 0)} per_task=${SLURM_GPUS_PER_TASK:-$(requested gpus-per-task 0)}
     if [ "${MOH_DEVICE:-auto}" = cpu ]; then
         echo 0
-    elif [ "${each##*:}" -gt 0 ]; then
-        echo "${each##*:}"
+    elif [ "${per_node##*:}" -gt 0 ]; then
+        echo "${per_node##*:}"
     else
-        echo $((${task##*:} * $(tasks_per_node)))
+        echo $((${per_task##*:} * $(tasks_per_node)))
     fi
 }
 
-# How a command gets onto the nodes: srun starts every process itself, so that signals and exit codes come through.
+# srun starts every process directly, so that signals and exit codes reach it and its caller.
 
 srun_line=() inside=()
 prepare_srun() {
     local mounts=${MOH_MOUNTS:-$repository:$repository,$PWD:$PWD} pair pairs
-    # Blocks: the ranks of a node follow one another, whatever the submitter's SLURM_DISTRIBUTION says.
+    # In blocks: the ranks of a node are consecutive, whatever SLURM_DISTRIBUTION of the submitter says.
     srun_line=(srun --kill-on-bad-exit=0 --wait="${MOH_WAIT_SECONDS:-120}" --distribution=block)
-    # Since Slurm 22.05 srun does not take this from sbatch.
+    # Since Slurm 22.05 srun does not inherit this from sbatch.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_line+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-    # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs its peers' devices in sight.
+    # Every rank sees all GPUs of its node and takes the one of its local rank: NCCL needs to see those of its peers.
     [ "$(gpus_per_node)" = 0 ] || srun_line+=(--gpu-bind=none)
     case ${MOH_CONTAINER:-} in
         '') ;;
@@ -180,29 +180,29 @@ prepare_srun() {
     esac
 }
 
-show() { # NAME WORD...: a line of a dry run
+show() { # NAME WORD...: print a line of a dry run
     printf '%-7s %s\n' "$1:" "$(printf '%q ' "${@:2}")"
 }
 
-as=() # what becomes of an srun line: it is run, or shown
+as=() # how an srun line is used: empty runs it, `show srun` prints it
 on_one() { "${as[@]}" "${srun_line[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${inside[@]}" "$@"; }
 on_all() { "${as[@]}" "${srun_line[@]}" bash "$repository/slurm/rank.sh" "${inside[@]}" "$@"; }
 
-# Ranks meet at the first node, on a port that follows from the job's id: two jobs on one node do not collide, and nobody
-# has to be asked. Below 32768, where the system takes ports for itself.
+# Ranks meet at the first node, on a port computed from the job's id, so that two jobs on one node do not collide. It lies
+# below 32768, from where on the system chooses ports.
 prepare_meeting() {
     MOH_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     MOH_NODES=${MOH_NODES% }
-    # A lone node may not know its own name.
+    # A single node may not be able to resolve its own name.
     if [ "$SLURM_NNODES" = 1 ]; then MASTER_ADDR=127.0.0.1; else MASTER_ADDR=${MOH_NODES%% *}; fi
     MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
     MOH_GPUS=$(gpus_per_node)
     export MOH_NODES MASTER_ADDR MASTER_PORT MOH_GPUS
 }
 
-# From a typed script.
+# Functions of a typed script.
 
-submit() { # LINE...: print it, or do it
+submit() { # LINE...: run it, or print it in a dry run
     if [ -n "$dry_run" ]; then
         show sbatch "$@"
     else
@@ -210,14 +210,14 @@ submit() { # LINE...: print it, or do it
     fi
 }
 
-show_srun() { # on_one|on_all COMMAND...: in a dry run, the line that the job will run
+show_srun() { # on_one|on_all COMMAND...: in a dry run, print the line that the job will run
     local as=(show srun)
     [ -n "$dry_run" ] || return 0
     SLURM_CPUS_PER_TASK=$(requested cpus-per-task '') prepare_srun
     "$@"
 }
 
-# Where this job's output goes, and where this life of it begins there: to read again what was said.
+# The file of this job's output, and the position where this start begins, to read its messages again.
 log='' begin=1
 remember_log() {
     log=$(readlink -f /proc/$$/fd/2)
@@ -226,7 +226,8 @@ remember_log() {
 
 one_line() { echo "${1//[$'\t\r\n']/ }"; }
 
-# The last message of this life, if there is one, without what srun adds: a script's own, argparse's, or an exception's.
+# Print the last error message of this start, if there is one, leaving out those of srun: one of a script, of argparse or
+# of an exception.
 last_words() {
     tail -c "+$begin" "$log" 2>/dev/null | grep -vE '^(srun|slurm[a-z]*)[^ ]*: ' | awk '
         /^([^ :]+: )?error: / { text = substr($0, index($0, "error: ") + 7); more = 1; next }
@@ -236,47 +237,47 @@ last_words() {
         END { if (text != "") print text }' || true
 }
 
-reason_of_end() { # the last message; where there is none, the last line, if possible not srun's
-    local reason said line
+reason_of_end() { # the last error message; if there is none, the last line, preferably not of srun
+    local reason output line
     reason=$(last_words)
     if [ -z "$reason" ]; then
-        said=$(tail -c "+$begin" "$log" 2>/dev/null | grep . || true)
-        line=$(grep -v '^srun: ' <<<"$said" | tail -n 1 || true)
-        line=${line:-$(tail -n 1 <<<"$said")}
+        output=$(tail -c "+$begin" "$log" 2>/dev/null | grep . || true)
+        line=$(grep -v '^srun: ' <<<"$output" | tail -n 1 || true)
+        line=${line:-$(tail -n 1 <<<"$output")}
         reason="no reason was given, and the log ends with: $line"
         case $line in *execve*"$python"*) reason="MOH_PYTHON, $python, cannot be run: $line" ;; esac
     fi
     echo "$reason"
 }
 
-# Runs a command to its end, and remembers whether Slurm asked this shell to end meanwhile: with TERM it announces
-# scancel, a requeue, the end of a grace time and of the time limit.
+# Run a command to its end, and record whether Slurm asked this shell to end meanwhile: Slurm sends TERM before scancel, a
+# requeue, and the end of a grace time or of the time limit.
 stopped=
 supervise() {
-    local code pid told
+    local code pid before
     trap 'stopped+=1' TERM
-    # Slurm may tell every shell of the job: the one that waits for srun has its exit code, and must outlive the signal.
+    # Slurm may signal every shell of the job: the one that waits for srun has its exit code, and must survive the signal.
     { trap : TERM && "$@"; } &
     pid=$!
     while
-        told=$stopped code=0
+        before=$stopped code=0
         wait "$pid" || code=$?
-        # What came was the signal, or the end just before it.
-        [ "$told" != "$stopped" ]
+        # wait returned because of a signal, or because the command ended just before it: wait again.
+        [ "$before" != "$stopped" ]
     do :; done
     trap - TERM
     return "$code"
 }
 
-# Slurm remembers the tasks of the last life, and with them would wait for as many nodes even if --nodes=1-2 asked for fewer;
-# it counts them anew when it starts the job. Only a job that waits can be changed: whatever ends this shell, also a TERM at
-# any moment, this is said last.
+# Slurm keeps the number of tasks of the last start, and would wait for as many nodes even if --nodes=1-2 allows fewer. It
+# counts them again when it starts the job. Only a pending job can be changed, so this is the last command of the shell,
+# however it ends, also by TERM.
 may_take_fewer_nodes() {
     [ -z "${SLURM_NTASKS_PER_NODE:-}" ] ||
         scontrol update JobId="$this_job" NumTasks="$SLURM_NTASKS_PER_NODE" 2>/dev/null || true
 }
 
-avoid() { # NODES: as comma-separated names; this job, which waits, is not to start on them
+avoid() { # NODES: comma-separated names of nodes on which this pending job must not start
     local excluded
     [ -n "$1" ] || return 0
     excluded=$(scontrol show job "$this_job" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
@@ -285,16 +286,16 @@ avoid() { # NODES: as comma-separated names; this job, which waits, is not to st
         say "warning: Slurm did not take the list of nodes to avoid, $1"
 }
 
-requeue() { # NODES: start this job again, away from these nodes
-    # Slurm will end this shell; not before it has said which nodes to avoid.
+requeue() { # NODES: start this job again on other nodes
+    # Slurm ends this shell, which must set the nodes to avoid first.
     trap '' TERM
     scontrol requeue "$this_job" || fail 1 "Slurm refused to requeue job $this_job. Submit it again."
     avoid "$1"
     exit 75
 }
 
-# After a failure that no run folder keeps: the log remembers those of earlier lives.
-start_again() { # CODE REASON: unless that is in vain
+# After a failure without a run folder: the log has the failures of earlier starts.
+start_again() { # CODE REASON: unless it would fail again
     local life=${SLURM_RESTART_COUNT:-0} reason failed before failures
     reason=$(one_line "$2")
     failed="failed with exit code $1: $reason"
@@ -304,7 +305,7 @@ start_again() { # CODE REASON: unless that is in vain
         fail 1 "job $this_job failed twice in the same way, with exit code $1, and is not started again: $reason"
     fi
     failures=$(grep -c . <<<"$before" || true)
-    # A log that is not kept remembers nothing.
+    # A log that is overwritten has no earlier failures.
     [ "$begin" -gt 1 ] || failures=$life
     if [ "$failures" -ge "$max_restarts" ]; then
         fail 1 "failed with exit code $1 after $failures restarts (MAX_RESTARTS), and is not started again: $reason"
@@ -314,9 +315,9 @@ start_again() { # CODE REASON: unless that is in vain
     requeue ''
 }
 
-# Submits the next job of a chain from inside this one: the same script, and of this job's request what Slurm tells. It does
-# not tell --signal: SBATCH_SIGNAL in the environment counts for both.
-submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, because this job is started again
+# Submit the next job of a chain from inside this one: the same script, with the parts of this job's request that Slurm
+# shows. It does not show --signal; SBATCH_SIGNAL in the environment applies to both.
+submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless an earlier start of this job has submitted it
     local output shown pair value name=$1 more=()
     shift
     [ -z "$(squeue -h --name="$name" -o %i)" ] || return 0
@@ -341,7 +342,7 @@ submit_next() { # NAME FLAGS... -- ARGUMENTS...: unless it waits already, becaus
     )
 }
 
-# The whole of a job that needs one process, and may be done again from its beginning.
+# Run a job that needs one process and can be repeated from its beginning.
 one_process_job() { # PIPELINE ARGUMENT...
     local code=0 reason
     remember_log
@@ -354,13 +355,13 @@ one_process_job() { # PIPELINE ARGUMENT...
     start_again "$code" "$reason"
 }
 
-# Typed, it submits itself, if its arguments, and what they name, are as they should be.
+# Submit a typed script if its arguments and the inputs they name are valid.
 submit_one_process() { # PIPELINE ARGUMENT...
-    local here=()
+    local check_flags=()
     prepare_environment
-    if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then here=(--no-data); fi
+    if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then check_flags=(--no-data); fi
     if "$python" -c '' 2>/dev/null; then
-        "$python" "$repository/slurm/check_process.py" "${here[@]}" "$@" || exit
+        "$python" "$repository/slurm/check_process.py" "${check_flags[@]}" "$@" || exit
     else
         say "warning: $python does not run here; the arguments are checked when the job starts"
     fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Continue-tune LLaMA3-8B into MoH, stage 1 and, when it has finished, stage 2:
 #   sbatch slurm/continue_tune_llama3_8b.sh [CONFIG1 [section.key=value ...]] [-- CONFIG2 [section.key=value ...]]
-# With nothing before `--` only stage 2 is run. Stage 2 starts from stage 1's weights, as its configuration says.
+# With nothing before `--` it runs only stage 2, which starts from the weights of stage 1, as its configuration says.
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -11,14 +11,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# To the ranks, not to this shell, twenty minutes before the time limit: they save and end with 75.
+# The ranks, not this shell, get the signal twenty minutes before the time limit: they save and end with 75.
 #SBATCH --signal=USR1@1200
 
-# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+# Slurm runs a copy of this file without the files beside it, and knows the path of the original.
 script=$(readlink -f "${BASH_SOURCE[0]}")
 if [ ! -e "${script%/*}/common.sh" ]; then
     script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
-    # Its arguments stand behind it.
+    # Slurm shows the path followed by the arguments.
     while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
     script=$(readlink -f "$script")
     if [ ! -e "${script%/*}/common.sh" ]; then
@@ -32,10 +32,10 @@ fi
 
 parse "$@"
 stage2=("$repository/configs/continue_tune/llama3_8b_stage2_moh75.yaml")
-for place in "${!arguments[@]}"; do
-    if [ "${arguments[place]}" = -- ]; then
-        stage2=("${arguments[@]:place+1}")
-        arguments=("${arguments[@]:0:place}")
+for index in "${!arguments[@]}"; do
+    if [ "${arguments[index]}" = -- ]; then
+        stage2=("${arguments[@]:index+1}")
+        arguments=("${arguments[@]:0:index}")
         break
     fi
 done

@@ -8,11 +8,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+# Slurm runs a copy of this file without the files beside it, and knows the path of the original.
 script=$(readlink -f "${BASH_SOURCE[0]}")
 if [ ! -e "${script%/*}/common.sh" ]; then
     script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
-    # Its arguments stand behind it.
+    # Slurm shows the path followed by the arguments.
     while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
     script=$(readlink -f "$script")
     if [ ! -e "${script%/*}/common.sh" ]; then
@@ -26,9 +26,9 @@ fi
 
 parse "$@"
 [ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/convert.py: megatron-to-hf --load-dir DIR --hf-dir DIR [...]"
-work=("$repository/pipelines/convert.py" "${arguments[@]}")
+command=("$repository/pipelines/convert.py" "${arguments[@]}")
 if in_job; then
-    one_process_job "${work[@]}"
+    one_process_job "${command[@]}"
 else
-    submit_one_process "${work[@]}"
+    submit_one_process "${command[@]}"
 fi

@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Are these nodes fit for the run? Every rank starts this, by srun, before the training: about ten seconds.
+"""Tests whether the nodes of a job are fit for the run; srun starts it on every rank. It takes about ten seconds.
 
 python slurm/preflight.py CONFIG.yaml [section.key=value ...] --report FILE
 
-Each node looks at its GPUs, clock, disk and the prepared data; all meet at the first one; then each node adds up a
-tensor with its right neighbour in the ring of nodes, and with its left one. Rank 0 says what is wrong, with the node's
-name, and writes NODE<tab>MESSAGE to FILE. Exit codes: 0 fit; 2 the same is wrong with all nodes, which is the user's to
-mend; 1 otherwise.
+Each node checks its GPUs, clock, disk and the prepared data. All ranks meet at the first node; then each node
+all-reduces a tensor with its right neighbour in the ring of nodes, and with its left one. Rank 0 reports the problems
+with the names of the nodes, and writes NODE<tab>MESSAGE to FILE. Exit codes: 0 for fit; 2 for the same problem on all
+nodes, which the user must solve; 1 otherwise.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -32,22 +33,25 @@ from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.train.fault_tolerance.world import World
 
+logger = logging.getLogger("moh_megatron.slurm.preflight")
+"""Below the logger of the package, whose records ``exit_code`` shows."""
+
 MEETING_SECONDS = float(os.environ.get("MOH_MEETING_SECONDS") or "120")
-"""How long the first rank waits for the last one: starting Python from a shared disk may be slow."""
+"""How long the first rank waits for the last one: Python may start slowly from a shared disk."""
 ROUND_SECONDS = 15.0
-"""Of which there are two."""
+"""The time limit of each of the two rounds of all-reduces."""
 CLOCK_SECONDS = 5.0
-"""Clocks further apart make times of files and of logs misleading."""
+"""The largest difference of clocks: above it, times in files and logs are misleading."""
 FREE_GIB = float(os.environ.get("MOH_FREE_GIB") or "20")
 ELEMENTS = {"nccl": 2**24, "gloo": 2**18}
-LEAVING_SECONDS = 5.0
+EXIT_SECONDS = 5.0
 
 
 def node_problems(config: Config) -> Iterator[str]:
-    """What is wrong with this node by itself."""
-    wanted = int(os.environ.get("MOH_GPUS", "0"))
-    if (seen := torch.cuda.device_count()) < wanted:
-        yield f"sees {seen} GPUs, and {wanted} were asked for"
+    """Yield the problems of this node."""
+    requested = int(os.environ.get("MOH_GPUS", "0"))
+    if (seen := torch.cuda.device_count()) < requested:
+        yield f"sees {seen} GPUs, and {requested} were asked for"
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -65,30 +69,30 @@ def node_problems(config: Config) -> Iterator[str]:
 
 
 def neighbours(round_number: int, node: int, nodes: int) -> tuple[int, ...]:
-    """The nodes that ``node`` adds up with in round 0 or 1, in order; itself alone where none is left."""
+    """Return the nodes that all-reduce with ``node`` in round 0 or 1, in order; itself alone if no partner is left."""
     if nodes == 1:
         return (0,)
     first = (node - round_number) % nodes
     first = (first - first % 2 + round_number) % nodes
     second = (first + 1) % nodes
-    # In an odd ring one node has no partner left in each round.
+    # With an odd number of nodes, one has no partner in each round.
     if nodes % 2 and (node - round_number) % nodes == nodes - 1:
         return (node,)
     return (first, second)
 
 
 class Preflight:
-    """One rank's part. Keys of the store: here/RANK, go, clock/RANK, report/RANK, verdict, gone/RANK."""
+    """The test of one rank. Keys of the store: present/RANK, go, clock/RANK, report/RANK, code, gone/RANK."""
 
     def __init__(self, world: World, nodes: list[str]) -> None:
         self.world, self.nodes = world, nodes
         self.ranks_per_node = world.size // len(nodes)
         self.node = world.rank // self.ranks_per_node
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.of_nodes: list[str] = []
-        """On rank 0: what nodes say of themselves, as NODE<tab>MESSAGE."""
+        self.node_problems: list[str] = []
+        """On rank 0: the problems that nodes found on themselves, as NODE<tab>MESSAGE."""
         self.found: list[str] = []
-        """On rank 0: all that is wrong, the same way."""
+        """On rank 0: all problems, in the same form."""
         name, first = nodes[self.node], nodes[0]
         try:
             self.store = self._connect(world.rank == 0)
@@ -103,33 +107,33 @@ class Preflight:
         return TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
 
     def meet(self, problems: list[str]) -> bool:
-        """Wait for everybody, hear the nodes' problems, compare clocks; returns whether it is worth going on."""
-        self.store.set(f"here/{self.world.rank}", json.dumps(problems))
+        """Wait for all ranks, collect the nodes' problems, compare clocks; return whether to continue."""
+        self.store.set(f"present/{self.world.rank}", json.dumps(problems))
         if self.world.rank:
-            self.store.wait(["go"], timedelta(seconds=MEETING_SECONDS + LEAVING_SECONDS))
+            self.store.wait(["go"], timedelta(seconds=MEETING_SECONDS + EXIT_SECONDS))
             self.store.set(f"clock/{self.world.rank}", str(time.time()))
             return self.store.get("go") == b"yes"
-        absent = self._wait_for("here", MEETING_SECONDS)
+        absent = self._wait_for("present", MEETING_SECONDS)
         for node, ranks in self._by_node(absent).items():
             late = ", ".join(map(str, ranks))
             self.found.append(f"{self.nodes[node]}\trank {late} did not come to the meeting in {MEETING_SECONDS:g} s")
         for rank in sorted(set(range(self.world.size)) - set(absent)):
-            told = json.loads(self.store.get(f"here/{rank}"))
-            self.of_nodes += [f"{self.nodes[rank // self.ranks_per_node]}\t{each}" for each in told]
-        self.found += self.of_nodes
-        sent, going = time.time(), not self.found
-        self.store.set("go", "yes" if going else "no")
-        unheard = {*absent, *self._wait_for("clock", ROUND_SECONDS, absent)}
+            messages = json.loads(self.store.get(f"present/{rank}"))
+            self.node_problems += [f"{self.nodes[rank // self.ranks_per_node]}\t{message}" for message in messages]
+        self.found += self.node_problems
+        sent, fit = time.time(), not self.found
+        self.store.set("go", "yes" if fit else "no")
+        silent = {*absent, *self._wait_for("clock", ROUND_SECONDS, absent)}
         for node, name in enumerate(self.nodes):
             rank = node * self.ranks_per_node
-            if rank and rank not in unheard:
-                apart = float(self.store.get(f"clock/{rank}")) - sent
-                if abs(apart) > CLOCK_SECONDS:
-                    self.found.append(f"{name}\tits clock is {apart:+.1f} s from that of {self.nodes[0]}")
-        return going
+            if rank and rank not in silent:
+                difference = float(self.store.get(f"clock/{rank}")) - sent
+                if abs(difference) > CLOCK_SECONDS:
+                    self.found.append(f"{name}\tits clock is {difference:+.1f} s from that of {self.nodes[0]}")
+        return fit
 
     def _wait_for(self, key: str, seconds: float, without: list[int] | tuple[int, ...] = ()) -> list[int]:
-        """Ranks, rank 0 and those ``without`` aside, whose key is not there after so long."""
+        """Return the ranks, except rank 0 and those ``without``, whose key is not set after ``seconds``."""
         missing = [rank for rank in range(1, self.world.size) if rank not in without]
         deadline = time.monotonic() + seconds
         while missing and time.monotonic() < deadline:
@@ -143,19 +147,19 @@ class Preflight:
             found.setdefault(rank // self.ranks_per_node, []).append(rank)
         return found
 
-    def add_up(self, round_number: int) -> str | None:
-        """All-reduce with a neighbour, in a thread that may be given up; returns what went wrong."""
+    def test_link(self, round_number: int) -> str | None:
+        """All-reduce with a neighbour, in a thread that may be abandoned; return the problem, if any."""
         pair = neighbours(round_number, self.node, len(self.nodes))
         outcome: list[str | None] = [f"did not finish in {ROUND_SECONDS:g} s"]
 
-        def work() -> None:
+        def run() -> None:
             try:
                 self._all_reduce(round_number, pair)
                 outcome[0] = None
-            except Exception as error:  # whatever the network does is the finding
+            except Exception as error:  # any failure of the network is the result
                 outcome[0] = f"failed: {str(error).splitlines()[0]}"
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(ROUND_SECONDS)
         return outcome[0]
@@ -170,7 +174,7 @@ class Preflight:
         rank = pair.index(self.node) * self.ranks_per_node + self.world.rank % self.ranks_per_node
         dist.init_process_group(
             backend,
-            # A connection of its own: waiting blocks the other one.
+            # A separate connection, since waiting blocks the other one.
             store=PrefixStore(f"round{round_number}/{min(pair)}-{max(pair)}", self._connect(False)),
             rank=rank,
             world_size=size,
@@ -185,37 +189,37 @@ class Preflight:
             dist.destroy_process_group()
 
     def conclude(self, rounds: list[str | None]) -> int:
-        """Rank 0 gathers what came of the rounds; every rank returns the same exit code."""
+        """Let rank 0 collect the results of the rounds; return the same exit code on every rank."""
         self.store.set(f"report/{self.world.rank}", json.dumps(rounds))
         if self.world.rank:
-            self.store.wait(["verdict"], timedelta(seconds=MEETING_SECONDS + 4 * ROUND_SECONDS))
-            code = int(self.store.get("verdict"))
+            self.store.wait(["code"], timedelta(seconds=MEETING_SECONDS + 4 * ROUND_SECONDS))
+            code = int(self.store.get("code"))
             self.store.set(f"gone/{self.world.rank}", "")
             return code
-        # A node may have waited in vain in both rounds.
-        absent = self._wait_for("report", 2 * ROUND_SECONDS + LEAVING_SECONDS)
+        # A node may have waited for its time limit in both rounds.
+        absent = self._wait_for("report", 2 * ROUND_SECONDS + EXIT_SECONDS)
         if not self.found:
             self.found += [f"{self.nodes[node]}\tsaid nothing" for node in self._by_node(absent)]
-            told = [rank for rank in range(self.world.size) if rank not in absent]
-            self.found += self._faulty({rank: json.loads(self.store.get(f"report/{rank}")) for rank in told})
-        code = 0 if not self.found else 2 if self._asked_for() else 1
-        self.store.set("verdict", str(code))
-        self._wait_for("gone", LEAVING_SECONDS, absent)
+            present = [rank for rank in range(self.world.size) if rank not in absent]
+            self.found += self._faulty_nodes({rank: json.loads(self.store.get(f"report/{rank}")) for rank in present})
+        code = 0 if not self.found else 2 if self._is_user_error() else 1
+        self.store.set("code", str(code))
+        self._wait_for("gone", EXIT_SECONDS, absent)
         return code
 
-    def _asked_for(self) -> bool:
-        """Whether all is wrong in the same way, and of the nodes themselves: not a node's fault, but the request's.
+    def _is_user_error(self) -> bool:
+        """Return whether all nodes found the same problem on themselves: then the request is wrong, and no node.
 
-        Of one node that shows only in the first life: later, what it had it has lost.
+        On a single node this counts only in the first start: after a restart, the node has lost what it had before.
         """
-        messages = {line.partition("\t")[2] for line in self.of_nodes}
-        alike = len(messages) == 1 and len(self.of_nodes) == len(self.found) == len(self.nodes)
-        return alike and (len(self.nodes) > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") == "0")
+        messages = {line.partition("\t")[2] for line in self.node_problems}
+        same = len(messages) == 1 and len(self.node_problems) == len(self.found) == len(self.nodes)
+        return same and (len(self.nodes) > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") == "0")
 
-    def _faulty(self, reports: dict[int, list[str | None]]) -> list[str]:
-        """A node all of whose sums failed; else, both ends of a link."""
+    def _faulty_nodes(self, reports: dict[int, list[str | None]]) -> list[str]:
+        """Name a node if all its all-reduces failed; otherwise name both nodes of a link."""
         failed: dict[tuple[int, ...], str] = {}
-        fine: set[int] = set()
+        working: set[int] = set()
         for rank, rounds in reports.items():
             for round_number, outcome in enumerate(rounds):
                 pair = neighbours(round_number, rank // self.ranks_per_node, len(self.nodes))
@@ -225,40 +229,40 @@ class Preflight:
             for node in range(len(self.nodes)):
                 pair = neighbours(round_number, node, len(self.nodes))
                 if pair not in failed and len(pair) > 1:
-                    fine.update(pair)
+                    working.update(pair)
         found = []
         for pair, outcome in failed.items():
             names = " and ".join(self.nodes[node] for node in pair)
-            to_blame = [node for node in pair if node not in fine] or list(pair)
-            found += [f"{self.nodes[node]}\tthe sum over {names} {outcome}" for node in to_blame]
+            culprits = [node for node in pair if node not in working] or list(pair)
+            found += [f"{self.nodes[node]}\tthe sum over {names} {outcome}" for node in culprits]
         return found
 
 
 def main() -> int:
-    parser = config_parser("Are these nodes fit for the run?")
-    parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="what is wrong, a line a finding")
+    parser = config_parser("Test whether the nodes of a job are fit for the run.")
+    parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="file for the problems, one a line")
     arguments, config = parse_config(parser)
     world = World.from_environment() or World(0, 1, 0)
     nodes = os.environ.get("MOH_NODES", socket.gethostname()).split()
     started = time.monotonic()
     run = Preflight(world, nodes)
-    going = run.meet(list(node_problems(config)) if world.local_rank == 0 else [])
+    fit = run.meet(list(node_problems(config)) if world.local_rank == 0 else [])
     met = time.monotonic()
     rounds = range(2 if len(nodes) > 1 else 1)
-    code = run.conclude([run.add_up(number) for number in rounds] if going else [])
+    code = run.conclude([run.test_link(number) for number in rounds] if fit else [])
     if world.rank == 0:
         found = list(dict.fromkeys(run.found))
         arguments.report.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
         for line in found:
-            print("error: preflight: node " + line.replace("\t", ": "), file=sys.stderr)
+            logger.error("preflight: node " + line.replace("\t", ": "))
         if not found:
-            print(
+            logger.info(
                 f"preflight: {len(nodes)} nodes, {world.size} ranks are fit; they met after {met - started:.1f} s, "
                 f"and their sums took {time.monotonic() - met:.1f} s"
             )
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a thread that was given up may still hang
+    os._exit(code)  # An abandoned thread may still hang.
 
 
 if __name__ == "__main__":

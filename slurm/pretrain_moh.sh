@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on one or more nodes: sbatch slurm/pretrain_moh.sh [CONFIG [section.key=value ...]]
-# Typed without sbatch, the same line checks everything first; with --dry-run it only shows. slurm/README.md has the rest.
+# Typed without sbatch, it checks everything and then submits itself; with --dry-run it only shows what it would do. See
+# slurm/README.md.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -10,14 +11,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# To the ranks, not to this shell, ten minutes before the time limit: they save and end with 75.
+# The ranks, not this shell, get the signal ten minutes before the time limit: they save and end with 75.
 #SBATCH --signal=USR1@600
 
-# Slurm runs a copy of this file, apart from its neighbours, and knows where the original is.
+# Slurm runs a copy of this file without the files beside it, and knows the path of the original.
 script=$(readlink -f "${BASH_SOURCE[0]}")
 if [ ! -e "${script%/*}/common.sh" ]; then
     script=$(scontrol show job "${SLURM_JOB_ID:-none}" | sed -n '/^ *Command=/{ s///p; q }')
-    # Its arguments stand behind it.
+    # Slurm shows the path followed by the arguments.
     while [ ! -f "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
     script=$(readlink -f "$script")
     if [ ! -e "${script%/*}/common.sh" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a run is doing: slurm/status.sh RUN_FOLDER
+# Show the state of a run: slurm/status.sh RUN_FOLDER
 set -euo pipefail
 
 fail() {
@@ -14,8 +14,8 @@ waits="a job makes it when it starts; squeue --me shows those that wait"
 [ -f "$history" ] || fail "$run: no job has trained in this folder. What is missing is slurm/history.tsv: $waits"
 
 IFS=$'\t' read -r _ job life event code _ _ reason < <(tail -n 1 "$history")
-asked=$(squeue -h -j "$job" -t all -o '%T|%L|%N|%r' 2>&1) || asked="silent|||$asked"
-IFS='|' read -r state left nodes why <<<"$asked"
+answer=$(squeue -h -j "$job" -t all -o '%T|%L|%N|%r' 2>&1) || answer="silent|||$answer"
+IFS='|' read -r state left nodes why <<<"$answer"
 newest=$(tail -n 1 "$run/metrics.jsonl" 2>/dev/null || true)
 value() { sed -n 's/.*"'"$1"'": \([0-9.e+-]*\).*/\1/p' <<<"$newest"; }
 setting() { awk -v section="$1:" -v key="$2:" '$0 !~ /^ / { inside = $1 == section } inside && $1 == key { print $2 }' \

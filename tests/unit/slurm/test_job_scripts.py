@@ -84,6 +84,12 @@ def test_a_dry_run_shows_what_would_happen():
     assert "It fits 80.00 GiB" in done.stdout
 
 
+def test_suite_is_accepted_by_its_name():
+    command = [sys.executable, "slurm/check_process.py", "pipelines/evaluate.py", "configs", "--suite", "offline"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
+
+
 def test_a_container_by_its_name():
     config = "configs/pretrain/llm_s_moh75.yaml"
     sif = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/a:/a,/b:/c")
@@ -117,6 +123,7 @@ def test_a_container_by_its_name():
         ("convert.sh", ["hf-to-megatron", "--hf-dir", "nope", "--save-dir", "new"], "--hf-dir: nope is not there"),
         ("evaluate.sh", ["nope"], "MODEL: nope is not there"),
         ("evaluate.sh", ["configs", "--suite", "none.yaml"], "--suite: none.yaml is not there"),
+        ("evaluate.sh", ["configs", "--suite", "ofline"], "Did you mean the suite offline?"),
         ("convert.sh", [], "expected the arguments of pipelines/convert.py"),
         ("evaluate.sh", [], "expected the arguments of pipelines/evaluate.py"),
         ("status.sh", ["nowhere"], "expected a run folder"),

@@ -25,7 +25,7 @@ def preflight(monkeypatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert 2 * module.ROUND_SECONDS <= 30
-    for name, seconds in (("ROUND_SECONDS", ROUND), ("LEAVING_SECONDS", 1.0), ("MEETING_SECONDS", 10.0)):
+    for name, seconds in (("ROUND_SECONDS", ROUND), ("EXIT_SECONDS", 1.0), ("MEETING_SECONDS", 10.0)):
         monkeypatch.setattr(module, name, seconds)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,7 +48,7 @@ def meet(
         run = preflight.Preflight(World(number, len(nodes), 0), nodes)
         run._all_reduce = lambda round_number, pair: sums(number, pair)
         going = run.meet((problems or {}).get(number, []))
-        codes.add(run.conclude([run.add_up(each) for each in (0, 1)] if going else []))
+        codes.add(run.conclude([run.test_link(each) for each in (0, 1)] if going else []))
         found.extend(run.found)
 
     threads = [threading.Thread(target=rank, args=(number,), name=str(number)) for number in range(len(nodes))]
