@@ -1,6 +1,6 @@
-"""Real runs in which something goes wrong, without a launcher: ranks forked from one process that has imported all.
+"""Runs that fail or are stopped, without a launcher; their ranks are forked from one process that has imported all.
 
-python faults.py CONFIG DATA FOLDER CASE...: a folder for each case, the logs of its ranks, and results.json.
+python faults.py CONFIG DATA FOLDER CASE... writes a folder for each case, the logs of its ranks, and results.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPLICAS = "parallel.tensor=1"
 
 @dataclass(frozen=True)
 class Case:
-    """Overrides, what is different on a rank, and what happens outside after a step was logged."""
+    """Overrides, what differs on a rank, and what happens outside after a step was logged."""
 
     overrides: tuple[str, ...] = ()
     patch: Callable[[int, StopRequest], tuple[str, ...]] = lambda rank, stop: ()
@@ -45,14 +45,14 @@ class Case:
     event: Callable[[Path, dict[int, int]], Any] | None = None
     """Called with the case's folder and the ranks' process ids."""
     after_step: int = 6
-    """From step 11 on the checkpoint of step 10 is awaited, too."""
+    """With more than 10, the event also waits for the checkpoint of step 10."""
     stopped: int | None = None
-    """A rank that only the system can end."""
-    longest: float = 60.0
+    """A rank that is stopped, so that only the system can end it."""
+    timeout: float = 60.0
 
 
-def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callable[[int, StopRequest], tuple[str, ...]]:
-    """The losses of some steps (1 for the first) are another, on some ranks."""
+def scale_losses(factor: float, steps: range, ranks: tuple[int, ...]) -> Callable[[int, StopRequest], tuple[str, ...]]:
+    """Multiply the losses of some steps (1 for the first) on some ranks."""
 
     def patch(rank: int, stop: StopRequest) -> tuple[str, ...]:
         original, calls = loop.token_losses, iter(range(10**9))
@@ -68,8 +68,8 @@ def losses_times(factor: float, steps: range, ranks: tuple[int, ...]) -> Callabl
     return patch
 
 
-def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    """Steps 5 and 6 of rank 1; a step that is skipped must leave the state alone, to the bit."""
+def skip_two_steps(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Make the losses of steps 5 and 6 on rank 1 NaN, and check that a skipped step changes no bit of the state."""
     original = session.Engine.step
 
     def step(self: Any, learning_rate: float) -> torch.Tensor:
@@ -81,7 +81,7 @@ def losses_nan(rank: int, stop: StopRequest) -> tuple[str, ...]:
         return norm
 
     session.Engine.step = step
-    return losses_times(math.nan, range(5, 7), (1,))(rank, stop)
+    return scale_losses(math.nan, range(5, 7), (1,))(rank, stop)
 
 
 def optimizer_state(engine: Any) -> list[torch.Tensor]:
@@ -89,19 +89,19 @@ def optimizer_state(engine: Any) -> list[torch.Tensor]:
     return [value.clone() for slots in state for value in slots.values() if torch.is_tensor(value)]
 
 
-def ran_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    """Over the time limit on rank 1; the time-outs of the process groups are written down, in seconds."""
+def run_longer(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Exceed the time limit on rank 1; write the timeouts of the process groups in seconds."""
     stop._started -= 1000 * rank
     original = loop._Training.train_steps
 
     def run(self: Any) -> loop.Outcome:
-        every = {
+        process_groups = {
             "all ranks": torch.distributed.group.WORLD,
             "tensor parallelism": groups.tp_group(),
             "data parallelism": groups.dp_group(),
             "control": self.control_group,
         }
-        found = {name: timeout_seconds(group) for name, group in every.items()}
+        found = {name: timeout_seconds(group) for name, group in process_groups.items()}
         Path(os.environ["CASE_FOLDER"], f"timeouts_{rank}.json").write_text(json.dumps(found))
         return original(self)
 
@@ -130,7 +130,7 @@ def another_weight(rank: int, stop: StopRequest) -> tuple[str, ...]:
 
 
 def own_folder(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    """One name, another disk on each node."""
+    """Use one name for a folder on another disk of each node."""
     node = Path(os.environ["CASE_FOLDER"], f"node{rank}")
     node.mkdir()
     os.chdir(node)
@@ -141,8 +141,8 @@ def own_copy(rank: int, stop: StopRequest) -> tuple[str, ...]:
     return (f"data.dir={os.environ['CASE_FOLDER']}/data",)
 
 
-def weighed(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    """Write down the resident memory after some steps, in KiB."""
+def record_memory(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Write the resident memory after every 100 steps, in KiB."""
     original = loop._Training._train_step
     memory: dict[int, int] = {}
 
@@ -179,7 +179,7 @@ def delete_run(folder: Path, ranks: dict[int, int]) -> None:
 
 
 def run_another(folder: Path) -> None:
-    """A second job on the same run folder, to its end."""
+    """Run a second job on the same run folder to its end."""
     port, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], str(free_port())
     another: list[int] = []
     for rank in range(RANKS):
@@ -192,13 +192,13 @@ def run_another(folder: Path) -> None:
 
 
 def start_another(folder: Path, ranks: dict[int, int]) -> None:
-    """When the second job has ended, the first is asked to stop."""
+    """Run a second job, then ask the first one to stop."""
     run_another(folder)
     os.kill(ranks[0], signal.SIGTERM)
 
 
-def saves_take_long(rank: int, stop: StopRequest) -> tuple[str, ...]:
-    """Those after step 10, in the first job."""
+def slow_down_saves(rank: int, stop: StopRequest) -> tuple[str, ...]:
+    """Make the saves after step 10 take ten minutes, in the first job."""
     write_part, first = save.write_part, not Path(os.environ["CASE_FOLDER"], "signalled").exists()
 
     def write_slowly(root: Path, snapshot: save.Snapshot) -> Any:
@@ -210,13 +210,13 @@ def saves_take_long(rank: int, stop: StopRequest) -> tuple[str, ...]:
     return ()
 
 
-def insist(folder: Path, ranks: dict[int, int]) -> None:
-    """Two signals to all ranks, as Slurm sends them, the second in the middle of a save; then the job runs again."""
+def signal_twice(folder: Path, ranks: dict[int, int]) -> None:
+    """Send two signals to all ranks, as Slurm does, the second during a save; then run the job again."""
     for rank in ranks.values():
         os.kill(rank, signal.SIGUSR1)
     while not list((folder / "run" / "checkpoints").glob(".partial_*/optimizer/*")):
         time.sleep(0.02)
-    time.sleep(2.5)  # a request may arrive by several ways for two seconds
+    time.sleep(2.5)  # signals within two seconds count as one request
     (folder / "signalled").write_text(str(time.time()))
     for rank in ranks.values():
         os.kill(rank, signal.SIGUSR1)
@@ -227,10 +227,10 @@ def insist(folder: Path, ranks: dict[int, int]) -> None:
     run_another(folder)
 
 
-def lock(folder: Path, ranks: dict[int, int]) -> None:
-    place = folder / "run" / "checkpoints"
-    subprocess.run(["mount", "--bind", place, place], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+def make_read_only(folder: Path, ranks: dict[int, int]) -> None:
+    checkpoints = folder / "run" / "checkpoints"
+    subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", checkpoints], check=True)
 
 
 def send(rank: int, number: signal.Signals) -> Callable[[Path, dict[int, int]], None]:
@@ -239,14 +239,14 @@ def send(rank: int, number: signal.Signals) -> Callable[[Path, dict[int, int]], 
 
 SPIKE = ("train.spike_window=8", REPLICAS)
 MOUNTED = ("full", "full_log", "read_only")
-"""Cases whose folder is a small disk of its own."""
+"""Cases whose folder is a small separate disk."""
 CASES: dict[str, Case] = {
-    "over_time": Case((ENDLESS, "train.max_seconds=500", "train.timeout_seconds=77"), ran_longer),
+    "over_time": Case((ENDLESS, "train.max_seconds=500", "train.timeout_seconds=77"), run_longer),
     "signalled": Case((ENDLESS,), event=send(1, signal.SIGUSR1)),
-    "nan": Case((REPLICAS, "monitor.profile=true"), losses_nan),
-    "nan_again_and_again": Case((REPLICAS, "train.max_bad_steps=3"), losses_times(math.nan, range(13, 99), (1,))),
-    "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), losses_times(30.0, range(15, 16), (0,))),
-    "spike_told": Case(SPIKE, losses_times(30.0, range(15, 16), (0,))),
+    "nan": Case((REPLICAS, "monitor.profile=true"), skip_two_steps),
+    "nan_again_and_again": Case((REPLICAS, "train.max_bad_steps=3"), scale_losses(math.nan, range(13, 99), (1,))),
+    "spike_skipped": Case((*SPIKE, "train.skip_spikes=true"), scale_losses(30.0, range(15, 16), (0,))),
+    "spike_reported": Case(SPIKE, scale_losses(30.0, range(15, 16), (0,))),
     "another_seed": Case((), another_seed),
     "own_folder": Case((), own_folder),
     "another_weight": Case((REPLICAS,), another_weight),
@@ -264,15 +264,15 @@ CASES: dict[str, Case] = {
             "checkpoint.interval=250",
             "checkpoint.keep_last=2",
         ),
-        weighed,
-        longest=500.0,
+        record_memory,
+        timeout=500.0,
     ),
-    "insisted": Case((), saves_take_long, event=insist, after_step=12),
-    "occupied": Case((ENDLESS,), event=start_another),
+    "signalled_twice": Case((), slow_down_saves, event=signal_twice, after_step=12),
+    "run_folder_in_use": Case((ENDLESS,), event=start_another),
     "run_deleted": Case((ENDLESS,), event=delete_run, after_step=12),
     "full": Case((ENDLESS,), event=fill, after_step=12),
     "full_log": Case((ENDLESS, "checkpoint.interval=0"), event=fill, after_step=2),
-    "read_only": Case((ENDLESS,), event=lock, after_step=12),
+    "read_only": Case((ENDLESS,), event=make_read_only, after_step=12),
 }
 
 
@@ -296,7 +296,7 @@ def free_port() -> int:
 
 
 def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
-    """Exit codes (None: still there at the end) and seconds from the event to the last end."""
+    """Return exit codes (None: still running) and seconds from the event to the last end."""
     case, folder = CASES[name], out / name
     folder.mkdir()
     if name in MOUNTED:
@@ -310,13 +310,13 @@ def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
             rank_process(rank, name, config, data, out)
     codes: dict[int, int] = {}
     event, metrics = case.event, folder / "run" / "metrics.jsonl"
-    begun = last = time.time()
-    deadline = begun + case.longest
+    event_time = last = time.time()
+    deadline = event_time + case.timeout
     while time.time() < deadline and set(range(RANKS)) - codes.keys() - {case.stopped}:
         saved = case.after_step <= 10 or (folder / "run" / "checkpoints" / "step_00000010").exists()
         if event and saved and metrics.exists() and metrics.read_bytes().count(b"\n") >= case.after_step:
             event(folder, ranks)
-            event, begun = None, time.time()
+            event, event_time = None, time.time()
         for rank in ranks.keys() - codes.keys():
             ended, status = os.waitpid(ranks[rank], os.WNOHANG)
             if ended:
@@ -326,10 +326,10 @@ def run(name: str, config: Path, data: Path, out: Path) -> dict[str, Any]:
         os.kill(ranks[rank], signal.SIGKILL)
         os.waitpid(ranks[rank], 0)
     if name in MOUNTED:
-        # The disk goes with this process.
+        # The disk vanishes with this process.
         (folder / "filler").unlink(missing_ok=True)
         shutil.copytree(folder, out / f"{name}_kept")
-    return {"codes": [codes.get(rank) for rank in range(RANKS)], "seconds": last - begun}
+    return {"codes": [codes.get(rank) for rank in range(RANKS)], "seconds": last - event_time}
 
 
 if __name__ == "__main__":
