@@ -1,7 +1,7 @@
-"""One page about one run or several, for any browser and without a network.
+"""Writes a page about one or several runs that any browser shows without a network.
 
-Curves over tokens, head maps, throughput, restarts, what the configurations differ in, evaluations and samples of text,
-from the files in the run folders; a run may still be going on.
+It has curves over tokens, head maps, throughput, starts, differences of the configurations, evaluations and samples of
+text, from the files in the run folders. A run may still be training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid #111; 
 blockquote { white-space: pre-wrap; }
 @media (max-width: 600px) {
   body { padding: .5rem; } table { font-size: .7rem; } th, td { padding: .1rem .2rem; }
-  /* What is still wider casts a shadow at the side where there is more. */
+  /* A table that is still wider has a shadow at the side where it continues. */
   .wide { background: linear-gradient(to right, #fff 30%, #fff0) local, linear-gradient(to left, #fff 30%, #fff0) local,
     linear-gradient(to right, #666, #fff0) left, linear-gradient(to left, #666, #fff0) right;
     background-repeat: no-repeat; background-size: 40px 100%, 40px 100%, 10px 100%, 10px 100%;
@@ -57,7 +57,7 @@ blockquote { white-space: pre-wrap; }
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Nothing without rows."""
+    """A table; empty without rows."""
     lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
     if not lines:
         return ""
@@ -67,18 +67,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """Nothing where all parts are empty."""
+    """A section with a heading; empty where all parts are empty."""
     content = "".join(parts)
     return f"<h2>{escape(title)}</h2>{content}" if content else ""
 
 
 def over_tokens(runs: Sequence[RunFolder], key: str) -> list[Series]:
-    """A column of metrics.jsonl."""
-    return [(run.name, [(each["tokens"], each.get(key)) for each in run.steps]) for run in runs]
+    """A column of metrics.jsonl over tokens, as one series per run."""
+    return [(run.name, [(record["tokens"], record.get(key)) for record in run.steps]) for run in runs]
 
 
 def tagged(runs: Sequence[RunFolder], tag: str) -> list[Series]:
-    """A scalar of the event files."""
+    """A scalar of the event files over tokens, as one series per run."""
     return [
         (run.name, [(step * run.config.train.tokens_per_step, value) for step, value in run.series(tag)])
         for run in runs
@@ -86,22 +86,22 @@ def tagged(runs: Sequence[RunFolder], tag: str) -> list[Series]:
 
 
 def validation(runs: Sequence[RunFolder]) -> list[Series]:
-    """The loss, and behind those of all runs that of each source where there are several."""
-    found: list[Series] = [
-        (run.name, [(each["step"] * run.config.train.tokens_per_step, each["loss"]) for each in run.validations])
+    """The validation loss of each run, then the losses of each run's sources where there are several."""
+    series: list[Series] = [
+        (run.name, [(record["step"] * run.config.train.tokens_per_step, record["loss"]) for record in run.validations])
         for run in runs
     ]
     for run in runs:
         tokens = run.config.train.tokens_per_step
-        sources = {name for each in run.validations for name in each.get("sources", {})}
+        sources = {name for record in run.validations for name in record.get("sources", {})}
         for name in sorted(sources):
-            points = [(each["step"] * tokens, each.get("sources", {}).get(name)) for each in run.validations]
-            found.append((f"{run.name}: {name}", points))
-    return found
+            points = [(record["step"] * tokens, record.get("sources", {}).get(name)) for record in run.validations]
+            series.append((f"{run.name}: {name}", points))
+    return series
 
 
 def charts(runs: Sequence[RunFolder]) -> str:
-    """Curves of all runs together."""
+    """Charts of losses, norms and learning rate, each with the curves of all runs."""
     drawn = [
         curves("training loss", "nats a token", over_tokens(runs, "lm_loss")),
         curves("validation loss", "nats a token", validation(runs)),
@@ -114,7 +114,7 @@ def charts(runs: Sequence[RunFolder]) -> str:
 
 
 def throughput(runs: Sequence[RunFolder]) -> str:
-    """Rates, and where the time of a step goes."""
+    """Charts of rates and memory, and of the parts of a step's time."""
     drawn = [
         curves("tokens a second", "", over_tokens(runs, "tokens_per_second")),
         curves("executed TFLOP/s", "of each device", tagged(runs, "throughput/tflops_executed")),
@@ -128,22 +128,22 @@ def throughput(runs: Sequence[RunFolder]) -> str:
 
 
 def overview(runs: Sequence[RunFolder]) -> str:
-    """How far each run is and how it ended."""
+    """A table of how far each run is and how it ended."""
     rows = []
     for run in runs:
         last = run.steps[-1] if run.steps else {"step": 0, "tokens": 0}
-        losses = [each["loss"] for each in run.validations if each["loss"] is not None]
+        losses = [record["loss"] for record in run.validations if record["loss"] is not None]
         loss = f"{losses[-1]:.4f}" if losses else ""
-        bad = sum(bool(each.get("skipped")) for each in run.steps)
+        skipped = sum(bool(record.get("skipped")) for record in run.steps)
         ending = run.ending.get("reason", "still running, or killed")
         restarts = max(len(run.starts) - 1, 0)
-        rows.append((run.name, f"{last['step']:,}", f"{last['tokens']:,}", loss, bad, restarts, ending))
+        rows.append((run.name, f"{last['step']:,}", f"{last['tokens']:,}", loss, skipped, restarts, ending))
     head = ("run", "steps", "tokens", "validation loss", "skipped steps", "restarts", "ended")
     return table(head, rows)
 
 
 def starts(runs: Sequence[RunFolder]) -> str:
-    """Every start of every run."""
+    """A table of every start of every run."""
     rows = [
         (
             run.name,
@@ -159,7 +159,7 @@ def starts(runs: Sequence[RunFolder]) -> str:
 
 
 def differences(runs: Sequence[RunFolder]) -> str:
-    """Keys whose values are not the same in all runs; of a single run all keys."""
+    """A table of the keys whose values differ between runs; for a single run, of all keys."""
     keys = sorted({key for run in runs for key in run.settings})
     rows = [(key, *(run.settings.get(key, "") for run in runs)) for key in keys]
     if len(runs) > 1:
@@ -169,35 +169,45 @@ def differences(runs: Sequence[RunFolder]) -> str:
 
 
 def evaluations(runs: Sequence[RunFolder]) -> str:
-    """Tables of every evaluation; each number says what it is. One that is not as they are written is named."""
+    """The tables of every evaluation; one whose file has another form is named."""
     parts = []
     for run in runs:
-        for name, found in run.evaluations.items():
+        for name, results in run.evaluations.items():
             parts.append(f"<h3>{escape(f'{run.name}, {name}')}</h3>")
             try:
-                parts.append(evaluation(found))
+                parts.append(evaluation(results))
             except (LookupError, TypeError, ValueError, AttributeError):
                 parts.append("<p>Its results.json is not as pipelines/evaluate.py writes it.</p>")
     return "".join(parts)
 
 
-def evaluation(found: dict[str, Any]) -> str:
-    """Of one results.json."""
-    parts = [f"<p>{escape(model_line(found))}</p>"]
-    if "validation" in found:
-        rows = validation_rows(found["validation"])
+def evaluation(results: dict[str, Any]) -> str:
+    """The tables of one results.json."""
+    parts = [f"<p>{escape(model_line(results))}</p>"]
+    if "validation" in results:
+        rows = validation_rows(results["validation"])
         parts.append(table(VALIDATION_COLUMNS, rows) or f"<p>{NOTHING_HELD_OUT}</p>")
-    if "suite" in found:
-        parts.append(f"<h4>{escape(suite_line(found['suite']))}</h4>")
-        parts.append(table(TASK_COLUMNS, task_rows(found["suite"])))
-        parts.append(table(AVERAGE_COLUMNS, average_rows(found["suite"])))
-    if "comparison" in found:
-        parts.append(f"<h4>{escape('Against ' + found['comparison']['against'])}, question by question</h4>")
-        parts.append(table(COMPARISON_COLUMNS, comparison_rows(found["comparison"]["tasks"])))
+    if "suite" in results:
+        parts.append(f"<h4>{escape(suite_line(results['suite']))}</h4>")
+        parts.append(table(TASK_COLUMNS, task_rows(results["suite"])))
+        parts.append(table(AVERAGE_COLUMNS, average_rows(results["suite"])))
+    if "comparison" in results:
+        parts.append(f"<h4>{escape('Against ' + results['comparison']['against'])}, question by question</h4>")
+        parts.append(table(COMPARISON_COLUMNS, comparison_rows(results["comparison"]["tasks"])))
     return "".join(parts)
 
 
+def last_samples(run: RunFolder) -> str:
+    """The texts of the last validations."""
+    return "".join(
+        f"<p>{escape(run.name)}, step {record['step']:,}</p><blockquote>{escape(str(record['sample']))}</blockquote>"
+        for record in run.validations[-3:]
+        if "sample" in record
+    )
+
+
 def for_each(runs: Sequence[RunFolder], part: Callable[[RunFolder], str]) -> str:
+    """The same part of the page for each run."""
     return "".join(part(run) for run in runs)
 
 
@@ -205,14 +215,7 @@ def page(runs: Sequence[RunFolder]) -> str:
     """The whole page."""
     title = "Run report: " + ", ".join(run.name for run in runs)
     alarms = [(run.name, step, message) for run in runs for step, message in run.alarms]
-    samples = for_each(
-        runs,
-        lambda run: "".join(
-            f"<p>{escape(run.name)}, step {each['step']:,}</p><blockquote>{escape(str(each['sample']))}</blockquote>"
-            for each in run.validations[-3:]
-            if "sample" in each
-        ),
-    )
+    samples = for_each(runs, last_samples)
     body = [
         overview(runs),
         section("Losses", charts(runs)),

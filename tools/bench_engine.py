@@ -1,9 +1,9 @@
-"""`bench_step.py engine`: an optimizer step through the engine against a bare loop, the same model and torch optimizer.
+"""`bench_step.py engine`: measures an optimizer step through the engine against a bare loop with the same model.
 
-One process, fp32, one micro-batch a step, at the width of LLM-S with MoH, samples in memory. The engine's steps are the
-training loop's own: reading the batch, timers, telemetry, router statistics, watchdog, a look at the save in flight,
-the vote on stopping; not what comes once a logging interval. The bare loop finds its batches made. Goals: 1.05 for
-ZeRO 0, 1.10 for ZeRO 1, our own code under 1 %.
+One process, fp32, one micro-batch per step, at the width of LLM-S with MoH, samples in memory. The engine's steps are
+those of the training loop: reading the batch, timers, telemetry, router statistics, watchdog, advancing the save in
+flight, the agreement on stopping; without what is done once per logging interval. The bare loop gets finished batches.
+Goals: 1.05 for ZeRO 0, 1.10 for ZeRO 1, our own code under 1 %.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GOALS = {0: 1.05, 1: 1.10}
 
 
 class Stopwatch:
-    """CPU seconds spent inside the functions given to it."""
+    """Measures the CPU seconds spent in the functions given to it, per turn."""
 
     def __init__(self) -> None:
         self.turns: list[float] = []
@@ -61,7 +61,7 @@ class Stopwatch:
 
 
 def bare_step(config: Config, rows: torch.Tensor) -> Callable[[], None]:
-    """Forward, backward, clipping, AdamW; ``rows`` [N, S + 1] in turn."""
+    """Forward, backward, clipping and AdamW, with one of the ``rows`` [N, S + 1] per step."""
     model = fresh_model(config)
     optimizer = adamw(model, config)
     batches = cycle(rows.split(1))
@@ -77,11 +77,11 @@ def bare_step(config: Config, rows: torch.Tensor) -> Callable[[], None]:
 
 
 def engine_step(config: Config, rows: torch.Tensor, inside: Stopwatch) -> Callable[[], None]:
-    """The training loop's step; ``inside`` measures what is spent in DeepSpeed, the model's own work included."""
+    """A step of the training loop; ``inside`` measures the time in DeepSpeed, that of the model included."""
     engine = Engine(fresh_model(config), config, data_parallel=1, accumulation_steps=1)
     for name in ("forward", "backward", "step"):
         setattr(engine.model, name, inside.around(getattr(engine.model, name)))
-    training = in_training(config, engine, rows)
+    training = new_training(config, engine, rows)
     batches = training.timer.each(
         "data",
         train_batches(
@@ -106,17 +106,17 @@ def engine_step(config: Config, rows: torch.Tensor, inside: Stopwatch) -> Callab
     return run
 
 
-def in_training(config: Config, engine: Engine, rows: torch.Tensor) -> _Training:
-    """A run that is about to begin, over ``rows`` in turn."""
-    nothing: Any = None  # of what only validations and saves use
+def new_training(config: Config, engine: Engine, rows: torch.Tensor) -> _Training:
+    """A run before its first step, whose samples are the ``rows`` in turn."""
+    unused: Any = None  # Only validations and saves need these.
     session = Session(
         config=config,
         world=World(0, 1, 0),
         device=rows.device,
         engine=engine,
-        tokenizer=nothing,
-        hf_extras=nothing,
-        data=nothing,
+        tokenizer=unused,
+        hf_extras=unused,
+        data=unused,
         train_dataset=Sequences(lambda index: rows[index % len(rows)], config.train.steps),
         validation_datasets={},
         start_step=0,
@@ -132,20 +132,20 @@ def fresh_model(config: Config) -> nn.Module:
 
 
 def report(turns: list[Turn], inside: dict[str, Stopwatch]) -> str:
-    """Where the time of a step goes, milliseconds and ratios; medians over turns, ranges in brackets."""
+    """The parts of a step's time in milliseconds, and ratios; medians over turns, ranges in brackets."""
     rows = []
     for stage, goal in GOALS.items():
         name = f"ZeRO {stage}"
-        # The first pass was nobody's turn.
-        own = [turn[name] - within for turn, within in zip(turns, inside[name].turns[1:], strict=True)]
-        theirs = [within - turn["bare"] for turn, within in zip(turns, inside[name].turns[1:], strict=True)]
-        share = statistics.median(mine / turn["bare"] for mine, turn in zip(own, turns, strict=True))
+        # The first pass is a warm-up.
+        own_code = [turn[name] - within for turn, within in zip(turns, inside[name].turns[1:], strict=True)]
+        deepspeed = [within - turn["bare"] for turn, within in zip(turns, inside[name].turns[1:], strict=True)]
+        share = statistics.median(seconds / turn["bare"] for seconds, turn in zip(own_code, turns, strict=True))
         rows.append(
             (
                 name,
                 f"{1000 * statistics.median(turn['bare'] for turn in turns):.0f}",
-                f"{1000 * statistics.median(theirs):.0f}",
-                f"{1000 * statistics.median(own):.1f} ({share:.2%})",
+                f"{1000 * statistics.median(deepspeed):.0f}",
+                f"{1000 * statistics.median(own_code):.1f} ({share:.2%})",
                 median_and_range(ratios(turns, name, "bare"), digits=3),
                 f"{goal:.2f}",
             )
@@ -155,7 +155,7 @@ def report(turns: list[Turn], inside: dict[str, Stopwatch]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, turns: int = 24) -> None:
-    """Those of `bench_step.py engine`."""
+    """Add the options of `bench_step.py engine`."""
     parser.add_argument("--turns", type=int, default=turns, help="interleaved turns, after one that is not timed")
     parser.add_argument("--length", type=int, default=1024, help="tokens a step")
     parser.add_argument("--layers", type=int, default=2)
@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser, turns: int = 24) -> None:
 
 
 def with_allocator() -> None:
-    """Begin again with the launcher's settings of the allocator, before its first use; a bare loop gains by it too."""
+    """Restart this process with the launcher's settings of the allocator, from which a bare loop gains, too."""
     if os.environ.keys().isdisjoint(ALLOCATOR):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
@@ -182,8 +182,10 @@ def measure(arguments: argparse.Namespace) -> None:
     with_allocator()
     with tempfile.TemporaryDirectory() as folder:
         configs = {
-            name: load_config(CONFIG, [*(f"{key}={value}" for key, value in each.items()), f"run.dir={folder}/{name}"])
-            for name, each in stages.items()
+            name: load_config(
+                CONFIG, [*(f"{key}={value}" for key, value in values.items()), f"run.dir={folder}/{name}"]
+            )
+            for name, values in stages.items()
         }
         compare(configs, arguments)
 

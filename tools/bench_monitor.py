@@ -1,8 +1,8 @@
-"""`bench_step.py --monitor on off`: what all monitoring costs a step, at the width of LLM-S. Goal: under 1 %.
+"""`bench_step.py --monitor on off`: measures what all monitoring costs per step, at the width of LLM-S.
 
-Two figures: CPU seconds spent inside monitoring code (heads counted, routers looked at, parts timed, figures reduced,
-drawn and written), over the step's; and steps with everything on, Prometheus' file too, over steps whose losses are
-reduced and whose heads nobody counts, in interleaved pairs.
+The goal is under 1 %. There are two figures: the share of a step's CPU seconds that is spent in monitoring code
+(counting heads, observing routers, timing parts, reducing, drawing and writing figures), and the time of steps with all
+monitoring, the Prometheus file included, over that of steps that only reduce losses, in interleaved pairs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from moh_megatron.monitor.accumulator import MetricsAccumulator
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.fault_tolerance.world import World
+from moh_megatron.train.run_recorder import RunRecorder
+from moh_megatron.train.startup_clock import StartupClock
 from moh_megatron.train.telemetry import Telemetry
 
 GOAL = 0.01
 
 
-def silent(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], None]:
-    """``interval`` steps whose losses are reduced once, and shown nowhere; heads are not counted."""
-    engine, layers = made(config)
+def unmonitored(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], None]:
+    """``interval`` steps whose losses are reduced once and not shown; heads are not counted."""
+    engine, layers = build(config)
     for layer in layers:
         layer.statistics.record = lambda routing: None
     metrics = MetricsAccumulator(groups.dp_group(), config.train.tokens_per_step)
@@ -51,26 +53,34 @@ def silent(config: Config, tokens: torch.Tensor, interval: int) -> Callable[[], 
     return run
 
 
-def watched(config: Config, tokens: torch.Tensor, interval: int, inside: bench_engine.Stopwatch) -> Callable[[], None]:
-    """The same with all that a run tells; ``inside`` measures what that takes."""
-    engine, layers = made(config)
+def monitored(
+    config: Config, tokens: torch.Tensor, interval: int, inside: bench_engine.Stopwatch
+) -> Callable[[], None]:
+    """The same steps with all monitoring of a run; ``inside`` measures the time spent in it."""
+    engine, layers = build(config)
     session: Any = SimpleNamespace(
         config=config, engine=engine, device=torch.device("cpu"), world=World(0, 1, 0), first=True, start_step=0
     )
+    recorder = RunRecorder(session, layers, StartupClock())
     telemetry = Telemetry(session, layers, groups.control_group())
+
+    def flush_and_record(step: int) -> None:
+        interval, stats = telemetry.flush()
+        recorder.interval(interval, stats, step)
+
     begin, before, end, log = map(
-        inside.around, (telemetry.begin_step, telemetry.before_update, telemetry.end_step, telemetry.log)
+        inside.around, (telemetry.begin_step, telemetry.before_update, telemetry.end_step, flush_and_record)
     )
     counted = cast(Callable[[list[Any]], torch.Tensor], inside.around(counts))
     for layer in layers:
         layer.statistics.record = inside.around(layer.statistics.record)
 
     @contextmanager
-    def part(name: str) -> Iterator[None]:
-        piece = telemetry.timer.part(name)
-        inside.around(piece.__enter__)()
+    def timed_part(name: str) -> Iterator[None]:
+        part = telemetry.timer.part(name)
+        inside.around(part.__enter__)()
         yield
-        inside.around(piece.__exit__)(None, None, None)
+        inside.around(part.__exit__)(None, None, None)
 
     observer = telemetry._observer
     for layer, seen in zip(layers, observer._seen, strict=True):
@@ -84,25 +94,26 @@ def watched(config: Config, tokens: torch.Tensor, interval: int, inside: bench_e
     def run() -> None:
         nonlocal done
         inside.turns.append(0.0)
-        for _ in range(interval):
-            done += 1
-            with part("data"):
-                pass
-            begin(done)
-            with part("forward"):
-                loss = token_losses(engine.model, tokens).mean()
-            with part("backward"):
-                engine.backward(loss)
-            before()
-            with part("optimizer"):
-                norm = engine.step(1e-4)
-            end(done, 1e-4, [loss.detach()], norm, counted(layers), skipped=False)
-        log(done)
+        with recorder.training():
+            for _ in range(interval):
+                done += 1
+                with timed_part("data"):
+                    pass
+                begin(done)
+                with timed_part("forward"):
+                    loss = token_losses(engine.model, tokens).mean()
+                with timed_part("backward"):
+                    engine.backward(loss)
+                before()
+                with timed_part("optimizer"):
+                    norm = engine.step(1e-4)
+                end(done, 1e-4, [loss.detach()], norm, counted(layers), skipped=False)
+            log(done)
 
     return run
 
 
-def made(config: Config) -> tuple[Engine, list[Any]]:
+def build(config: Config) -> tuple[Engine, list[Any]]:
     model = bench_engine.fresh_model(config)
     return Engine(model, config, data_parallel=1, accumulation_steps=1), moh_layers(model)
 
@@ -112,7 +123,7 @@ def counts(layers: list[Any]) -> torch.Tensor:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print both figures; with only one of on and off, its seconds a step."""
+    """Print both figures; with only one of on and off, its seconds per step."""
     bench_engine.with_allocator()
     settings = {
         "model.num_layers": arguments.layers,
@@ -136,14 +147,14 @@ def measure(arguments: argparse.Namespace) -> None:
         inside = bench_engine.Stopwatch()
         runs: dict[str, Callable[[], None]] = {}
         if "on" in arguments.monitor:
-            runs["on"] = watched(config, tokens, arguments.interval, inside)
+            runs["on"] = monitored(config, tokens, arguments.interval, inside)
         if "off" in arguments.monitor:
-            runs["off"] = silent(config, tokens, arguments.interval)
+            runs["off"] = unmonitored(config, tokens, arguments.interval)
         turns = take_turns(runs, arguments.turns)
     for name in runs:
         print(f"monitor {name}: {statistics.median(turn[name] for turn in turns) / arguments.interval:.3f} s a step")
     if "on" in runs:
-        # The first pass was nobody's turn.
+        # The first pass is a warm-up.
         shares = [spent / turn["on"] for spent, turn in zip(inside.turns[1:], turns, strict=True)]
         print(f"inside monitoring code: {statistics.median(shares):.3%} of a step; goal: under {GOAL:.0%}")
     if len(runs) == 2:

@@ -6,8 +6,8 @@ python tools/bench_step.py engine [--turns 24] [--length 1024] [--layers 2] [--v
 python tools/bench_step.py --monitor on off [--turns 20] [--interval 10]
 
 `attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
-models are the project's own, with the same fused attention; they take turns in one process. Beside the measured ratio
-stands the one that counting floating-point operations predicts (`monitor/flops.py`, executed).
+models are the project's own, with the same fused attention; they take turns in one process. The table shows the
+measured ratio beside the one that counts of floating-point operations predict (`monitor/flops.py`, executed).
 
 `engine`: see `bench_engine.py`. `--monitor`: see `bench_monitor.py`.
 """
@@ -52,7 +52,7 @@ def stack_pass(model: GPTModel, length: int, hidden: int) -> Callable[[], None]:
     return run
 
 
-def whole_pass(model: GPTModel, length: int, vocabulary: int) -> Callable[[], None]:
+def full_model_pass(model: GPTModel, length: int, vocabulary: int) -> Callable[[], None]:
     """Forward + backward from tokens to the loss, one sequence."""
     tokens = torch.randint(0, vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
@@ -71,9 +71,9 @@ def twins(path: str, length: int, layers: int) -> dict[str, Config]:
 
 
 def with_all_layers(stack: list[Turn], whole: list[Turn], depth: float) -> list[Turn]:
-    """Turns of the stack made those of a whole model ``depth`` times as deep.
+    """Extrapolate turns of the stack to a whole model that is ``depth`` times as deep.
 
-    Embedding, head and loss, the same in both twins, take what the whole model took beyond the stack.
+    Embedding, head and loss are the same in both twins; their time is what the whole model takes beyond the stack.
     """
     medians = {name: statistics.median(turn[name] for turn in stack) for name in stack[0]}
     ends = statistics.median(turn[name] - medians[name] for turn in whole for name in turn)
@@ -81,11 +81,11 @@ def with_all_layers(stack: list[Turn], whole: list[Turn], depth: float) -> list[
 
 
 def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -> list[list[object]]:
-    """Lines of the table for one length: the stack, the whole model as measured, and with all its layers."""
+    """Rows of the table for one length: the stack, the model as measured, and the model with all its layers."""
     configs, all_layers = twins(path, length, layers), load_config(path).model.num_layers
     backend = attention_backend(configs["moh"], torch.device("cpu"))
-    # Of the dense twin too what is executed: its attention computes the scores again, as ours does.
-    work = {
+    # The executed operations of the dense twin, too: its attention computes the scores again, as MoH attention does.
+    flops = {
         name: flops_per_token(config, attention_backends(config, torch.device("cpu"))).executed
         for name, config in configs.items()
     }
@@ -93,21 +93,21 @@ def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -
     size = configs["dense"].model
     stack = take_turns({name: stack_pass(model, length, size.hidden_size) for name, model in models.items()}, turns)
     whole = take_turns(
-        {name: whole_pass(model, length, size.vocab_size) for name, model in models.items()}, whole_turns
+        {name: full_model_pass(model, length, size.vocab_size) for name, model in models.items()}, whole_turns
     )
 
-    def line(part: str, of: list[Turn], work_of: Callable[[Flops], float]) -> list[object]:
-        measured, predicted = ratios(of, "moh", "dense"), work_of(work["moh"]) / work_of(work["dense"])
+    def row(part: str, timed: list[Turn], operations: Callable[[Flops], float]) -> list[object]:
+        measured, predicted = ratios(timed, "moh", "dense"), operations(flops["moh"]) / operations(flops["dense"])
         realised = (1 - statistics.median(measured)) / (1 - predicted)
         return [length, part, backend, median_and_range(measured, 3), f"{predicted:.3f}", f"{realised:.0%}"]
 
     return [
-        line(f"stack, {layers} layers", stack, lambda each: each.layers),
-        line(f"whole, {layers} layers", whole, lambda each: each.total),
-        line(
+        row(f"stack, {layers} layers", stack, lambda counts: counts.layers),
+        row(f"whole, {layers} layers", whole, lambda counts: counts.total),
+        row(
             f"whole, {all_layers} layers, extrapolated",
             with_all_layers(stack, whole, all_layers / layers),
-            lambda each: each.layers * all_layers / layers + each.head,
+            lambda counts: counts.layers * all_layers / layers + counts.head,
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Times of passes that take turns, for the bench scripts beside this file."""
+"""Measures candidates in interleaved turns, for the bench scripts beside this file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Turn = dict[str, float]
 
 
 def take_turns(runs: Mapping[str, Callable[[], None]], turns: int) -> list[Turn]:
-    """Time all candidates one after another, ``turns`` times over (A B A B ...), after a first pass nobody times.
+    """Time all candidates one after another, ``turns`` times (A B A B ...), after a first pass that is not timed.
 
-    A machine that slows down so slows all of them; compare candidates within a turn. On one thread the time is this
-    process's CPU time, to which other programs add little; on several it is the clock's.
+    A machine that slows down then slows all of them: compare candidates within a turn. On one thread the time is this
+    process's CPU time, to which other programs add little; on several threads it is wall-clock time.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for run in runs.values():
@@ -31,7 +31,7 @@ def _seconds(run: Callable[[], None], clock: Callable[[], float]) -> float:
 
 
 def ratios(turns: Iterable[Turn], name: str, over: str) -> list[float]:
-    """The time of ``name`` over that of ``over``, turn by turn."""
+    """The time of ``name`` over that of ``over``, for each turn."""
     return [turn[name] / turn[over] for turn in turns]
 
 
@@ -41,12 +41,12 @@ def median_and_range(values: Sequence[float], digits: int = 2) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def circumstances() -> str:
-    """What the figures depend on, in a line."""
+    """The circumstances that the figures depend on, in one line."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {capability}, fp32"

@@ -19,7 +19,7 @@ from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 def main() -> int:
-    # Until the handlers stand (a rank's, or the launcher's), a request to stop waits instead of killing.
+    # A signal to stop waits until the handlers of a rank or of the launcher are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parser = config_parser("Pretrain a Mixture-of-Head (or dense) language model.")
     parser.add_argument(
@@ -32,13 +32,16 @@ def main() -> int:
     args, config = parse_config(parser)
     if args.profile:
         config = replace(config, monitor=replace(config.monitor, profile=True))
-    # Ranks get the launcher's arguments too, and are told by RANK.
+    # Ranks get the arguments of the launcher, too; the variable RANK marks them.
     ranks = args.nproc_per_node
     world = World.from_environment() if ranks is None or "RANK" in os.environ else None
-    return rank(config, world) if world is not None else launch_node(config, 1 if ranks is None else ranks)
+    if world is not None:
+        return run_as_rank(config, world)
+    return run_as_launcher(config, 1 if ranks is None else ranks)
 
 
-def rank(config: Config, world: World) -> int:
+def run_as_rank(config: Config, world: World) -> int:
+    """Be one rank of a run."""
     speak_for_rank(world.rank)
     from moh_megatron.train.rank import run_rank
 
@@ -48,10 +51,11 @@ def rank(config: Config, world: World) -> int:
     return run_rank(config, world, stop)
 
 
-def launch_node(config: Config, ranks: int) -> int:
+def run_as_launcher(config: Config, ranks: int) -> int:
+    """Start the ranks of this node and wait for them."""
     from moh_megatron.train.launcher import launch_run
 
-    # -P: nothing is imported from the folder the user stands in.
+    # -P: nothing is imported from the current folder.
     return launch_run(["-P", "-m", "moh_megatron.commands.pretrain", *sys.argv[1:]], config, ranks)
 
 

@@ -14,7 +14,7 @@ from moh_megatron.run_report import page
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = command_parser("One self-contained HTML page about runs.")
+    parser = command_parser("Write one self-contained HTML page about runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run folder")
     return parser.parse_args()
@@ -24,8 +24,8 @@ def main() -> None:
     arguments = parse_arguments()
     runs = [open_run(path) for path in arguments.runs]
     names = [run.name for run in runs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"Run folders must differ in their names. Got {', '.join(sorted(twice))} twice.")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"Run folders must differ in their names. Got {', '.join(sorted(repeated))} twice.")
     out = arguments.out or arguments.runs[0] / "report.html"
     if out.is_dir():
         raise UserError(f"--out: {out} must be a file. Got a folder; name one in it, such as {out / 'report.html'}.")

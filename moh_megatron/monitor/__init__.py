@@ -1,1 +1,1 @@
-"""What a run tells: metrics files, TensorBoard, summaries."""
+"""Measures a run and shows it: metrics files, TensorBoard, alarms, counts of operations."""

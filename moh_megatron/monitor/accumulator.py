@@ -1,4 +1,4 @@
-"""Step metrics that stay on the device until the logging interval, then cross over in one reduction."""
+"""Keeps step metrics on the device until the logging interval, then reduces them and moves them to the host at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class StepMetrics:
 
     step: int
     tokens: int
-    """Trained on so far, this step included."""
+    """Number of tokens trained on so far, this step included."""
     lm_loss: float
     balance_loss: float
-    """Mean over MoH layers, before beta; 0 in a dense model."""
+    """Mean over the MoH layers, before the factor beta; 0 in a dense model."""
     grad_norm: float
     lr: float
     tokens_per_second: float
     skipped: bool = False
-    """Whether the step changed nothing: its loss or gradient was not finite, or a spike."""
+    """Whether the step changed nothing: its loss or gradient was not finite, or its loss was a spike."""
 
 
 @dataclass
@@ -45,15 +45,15 @@ class Interval:
     head_load: Tensor | None
     """[L, N] share of tokens that used each head (logical order), None in a dense model."""
     observed: Tensor | None = None
-    """[L, M] what was told of each layer, averaged; None where nothing was."""
+    """[L, M] means of what was observed in each layer; None where nothing was observed."""
     seconds_per_step: float = 0.0
 
 
 @dataclass
 class MetricsAccumulator:
-    """Collects steps; ``flush`` reduces them over the data-parallel ranks (every rank calls it at the same step).
+    """Collects steps; ``flush`` reduces them over the data-parallel ranks, and every rank calls it at the same step.
 
-    ``sequence_group``: the ranks of which each observes its part of the sequence, under sequence parallelism.
+    ``sequence_group``: under sequence parallelism, the ranks that each observe a part of the sequence.
     """
 
     group: dist.ProcessGroup
@@ -65,7 +65,7 @@ class MetricsAccumulator:
     _since: float = field(default_factory=time.monotonic)
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last flush (validation, saving) from the next rate."""
+        """Leave the time since the last flush, such as that of a validation or a save, out of the next rate."""
         self._since = time.monotonic()
 
     def add(
@@ -78,10 +78,10 @@ class MetricsAccumulator:
         *,
         skipped: bool = False,
     ) -> None:
-        """One finished step.
+        """Add a finished step.
 
-        ``losses``: one scalar a micro-batch. ``routers`` [L, N + 1]: of each MoH layer the tokens that used each head
-        and the mean balance loss. Of a ``skipped`` step, no head counts.
+        ``losses``: one scalar per micro-batch. ``routers`` [L, N + 1]: for each MoH layer the number of tokens that
+        used each head, and the mean balance loss. The heads of a ``skipped`` step are not counted.
         """
         lm_loss = torch.stack(losses).double().mean()
         balance = lm_loss.new_zeros(()) if routers is None else routers[:, -1].mean()
@@ -91,27 +91,27 @@ class MetricsAccumulator:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def observe(self, observed: Tensor | None) -> None:
-        """[L, M] means of this rank's tokens, of the last step that was added; they replace those before."""
+        """Set what was observed in the last step that was added: [L, M] means over this rank's tokens."""
         self._observed = observed
 
     def flush(self) -> Interval:
-        """Everything since the last flush, on the host."""
+        """Everything since the last flush, reduced and on the host."""
         if not self._pending:
             return Interval([], None)
         pending, counts, observed = self._pending, self._counts, self._observed
         self._pending, self._counts, self._observed = [], None, None
-        flat = [torch.cat([entry.values for entry in pending])]
-        flat += [each.flatten() for each in (counts, observed) if each is not None]
-        together = torch.cat(flat)
-        dist.all_reduce(together, group=self.group)
-        together /= self.group.size()
+        parts = [torch.cat([entry.values for entry in pending])]
+        parts += [tensor.flatten() for tensor in (counts, observed) if tensor is not None]
+        reduced = torch.cat(parts)
+        dist.all_reduce(reduced, group=self.group)
+        reduced /= self.group.size()
         if observed is not None:
-            observed = together[-observed.numel() :].view_as(observed)
+            observed = reduced[-observed.numel() :].view_as(observed)
             if self.sequence_group is not None:
                 dist.all_reduce(observed, group=self.sequence_group)
                 observed /= self.sequence_group.size()
-        norms = torch.stack([entry.grad_norm.to(together.device) for entry in pending]).tolist()
-        losses = together[: 2 * len(pending)].view(-1, 2).tolist()
+        norms = torch.stack([entry.grad_norm.to(reduced.device) for entry in pending]).tolist()
+        losses = reduced[: 2 * len(pending)].view(-1, 2).tolist()
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9) / len(pending)
         rate = self.tokens_per_step / seconds
@@ -134,5 +134,5 @@ class MetricsAccumulator:
             applied = sum(not entry.skipped for entry in pending)
             local_tokens = applied * self.tokens_per_step / self.group.size()
             start = 2 * len(pending)
-            load = (together[start : start + counts.numel()].view_as(counts) / local_tokens).cpu()
+            load = (reduced[start : start + counts.numel()].view_as(counts) / local_tokens).cpu()
         return Interval(steps, load, None if observed is None else observed.cpu(), seconds)

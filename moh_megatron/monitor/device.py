@@ -1,4 +1,4 @@
-"""What the device could do and what is in use of it."""
+"""Knows the peak rates of GPUs and reads the memory in use."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _PEAKS = {
     "A40": 150.0,
     "A10": 125.0,
 }
-"""TFLOP/s of dense bf16 matrix products, from the makers' data sheets; the first name that fits counts."""
+"""TFLOP/s of dense bf16 matrix products, from the data sheets of the makers; the first name that matches counts."""
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """Of a GPU that is known, in bf16; None for another."""
+    """The peak of a known GPU in bf16; None for other devices and precisions."""
     if device.type != "cuda" or precision != "bf16":
         return None
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """bf16 TFLOP/s of the GPU that calls itself ``name``."""
+    """bf16 TFLOP/s of the GPU with this name, None where it is unknown."""
     return next((peak for known, peak in _PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """In use by this process: on a GPU the most that tensors took since the last call, else what is resident."""
+    """Bytes in use by this process: on a GPU the peak of its tensors since the last call, else the resident memory."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,8 +1,8 @@
-"""Floating-point operations of a token, forward and backward, under three counts that are never mixed.
+"""Counts floating-point operations per token, forward and backward, in three ways that are never mixed.
 
-Counted are matrix products, two operations to a multiply-add; norms, activations, softmax and the loss are left out.
-Attention is causal: a query meets (S + 1) / 2 keys on average; with ``causal=False`` it is counted as if it met all S,
-as torch's own counter and many quoted figures do. Borders of documents are not known here; with
+Only matrix products count, with two operations per multiply-add; norms, activations, softmax and the loss do not.
+Attention is causal: a query attends to (S + 1) / 2 keys on average. With ``causal=False`` it counts as if it attended
+to all S, as in torch's own counter and in many quoted figures. The boundaries of documents are not known here: with
 data.document_mask the attention part is an upper bound.
 """
 
@@ -18,18 +18,18 @@ from moh_megatron.config.schema import Config
 
 _MULTIPLY_ADD = 2
 _WEIGHT = 3
-"""Products with a weight: forward, and backward the gradients of its input and of itself."""
+"""Products with a weight: one forward, and backward the gradients of its input and of itself."""
 _FORWARD, _BACKWARD = 2, 4
-"""Products of attention, S x S x H each: scores and output; backward the gradients of v, p, q and k."""
+"""Products of attention, S x S x H each: forward scores and output; backward the gradients of v, p, q and k."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one token."""
+    """Operations per token."""
 
     layers: float
     head: float
-    """The output layer; the embedding is looked up."""
+    """The output layer; the embedding is a lookup without operations."""
 
     @property
     def total(self) -> float:
@@ -38,37 +38,37 @@ class Flops:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Of the heads a token uses at one step."""
+    """Operations per token, with the heads that are active at one step."""
 
     dense_equivalent: Flops
-    """Of the dense twin: every head, no router. Model FLOPs as they are usually quoted."""
+    """The dense twin, with every head and no router: model FLOPs as they are usually quoted."""
     active_heads: Flops
-    """What the model asks for: attention and output of active heads only, and their queries (all, if norms route)."""
+    """What the model needs: attention and output of active heads only, and their queries (all under query_norm)."""
     executed: Flops
-    """What is computed: heads that are masked afterwards, dense projections, and what is computed again, be it by
-    fused attention's backward pass or by train.recompute."""
+    """What is computed, including heads that are masked afterwards, dense projections, and everything that the backward
+    pass of fused attention or train.recompute computes again."""
 
 
 def skips_heads(backend: str) -> bool:
-    """Whether an attention backend leaves inactive heads out rather than masking them."""
+    """Whether an attention backend leaves inactive heads out instead of masking them."""
     return backend != "dense"
 
 
 Backends = str | Sequence[Sequence[str]]
-"""What computes attention: everywhere, or of each layer on each tensor-parallel rank, as
-``model.attention_backend.attention_backends`` says."""
+"""The attention backend of all layers, or [layer][tensor-parallel rank], as
+``model.attention_backend.attention_backends`` returns them."""
 
 
 def flops_per_token(
     config: Config, backends: Backends, *, step: int | None = None, causal: bool = True
 ) -> FlopsPerToken:
-    """After ``step`` steps of the activation schedule; None: when it has run out."""
+    """Operations per token after ``step`` steps of the activation schedule; None: after its end."""
     head = _MULTIPLY_ADD * _WEIGHT * float(config.model.hidden_size * config.model.vocab_size)
     layers = [*_layers(config, backends, step, causal)]
     return FlopsPerToken(
-        dense_equivalent=Flops(sum(each.dense for each in layers), head),
-        active_heads=Flops(sum(each.active for each in layers), head),
-        executed=Flops(sum(each.executed for each in layers), head),
+        dense_equivalent=Flops(sum(layer.dense for layer in layers), head),
+        active_heads=Flops(sum(layer.active for layer in layers), head),
+        executed=Flops(sum(layer.executed for layer in layers), head),
     )
 
 
@@ -80,10 +80,10 @@ class _Layer:
 
 
 def computed_heads(config: Config, backends: Backends, step: int | None = None) -> list[float]:
-    """Of each layer, for how many heads a token's attention is computed, over all tensor-parallel ranks.
+    """For each layer, the number of heads whose attention is computed per token, over all tensor-parallel ranks.
 
-    With data.document_mask auto masks short documents' heads, and their lengths are not known here: none counts as
-    skipped.
+    With data.document_mask the backend ``auto`` masks the heads of short documents. The lengths of documents are not
+    known here, so no head counts as skipped then.
     """
     model, moh, tensor = config.model, config.moh, config.parallel.tensor
     if isinstance(backends, str):
@@ -91,14 +91,14 @@ def computed_heads(config: Config, backends: Backends, step: int | None = None) 
     unknown = config.data.document_mask and moh.fixed_backend is None
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
 
-    def computed(heads: LayerHeads, of_layer: Sequence[str]) -> float:
-        skips = [skips_heads(backend) and not unknown for backend in of_layer]
+    def computed(heads: LayerHeads, layer_backends: Sequence[str]) -> float:
+        skips = [skips_heads(backend) and not unknown for backend in layer_backends]
         if all(skips):
             return heads.active
         loads = layout.expected_load(heads.shared, heads.active, tensor)
         return sum(load if skip else heads.count / tensor for load, skip in zip(loads, skips, strict=True))
 
-    return [computed(*each) for each in zip(heads_after(model, moh, step), backends, strict=True)]
+    return [computed(heads, names) for heads, names in zip(heads_after(model, moh, step), backends, strict=True)]
 
 
 def _layers(config: Config, backends: Backends, step: int | None, causal: bool) -> Iterator[_Layer]:
@@ -111,7 +111,7 @@ def _layers(config: Config, backends: Backends, step: int | None, causal: bool) 
     for heads, computed in zip(layers, computed_heads(config, backends, step), strict=True):
         router = model.hidden_size * sum(router_weight_rows(moh, heads).values())
         queries = heads.count if moh.enabled and moh.router == "query_norm" else heads.active
-        # Fused attention computes the scores once more in its backward pass.
+        # Fused attention computes the scores again in its backward pass.
         weights, attention = _WEIGHT, _FORWARD + _BACKWARD + 1
         if recompute != "none":
             attention += _FORWARD

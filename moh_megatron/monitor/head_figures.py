@@ -1,4 +1,4 @@
-"""Figures about heads that follow from how many tokens used each: dead ones, evenness, the work of each rank."""
+"""Computes figures of the heads from how many tokens used each: dead heads, evenness, imbalance between ranks."""
 
 from __future__ import annotations
 
@@ -12,54 +12,59 @@ from torch import Tensor
 from moh_megatron.config.layer_heads import LayerHeads
 
 DEAD = 0.1
-"""A routed head is dead where its load is below this share of its fair one."""
+"""A routed head is dead where its load is below this share of its fair load."""
 _CELL = 12
 """Pixels of a head in the heat map."""
 
 
 @dataclass(frozen=True)
 class HeadFigures:
-    """Of one interval; L layers, N heads, in logical order."""
+    """The heads in one interval; L layers, N heads, in logical order."""
 
     load: Tensor
     """[L, N] share of tokens that used each head."""
     relative: list[list[float]]
-    """Of each layer, load over fair load for each routed head: 1 everywhere where the load is even."""
+    """For each layer, load over fair load of each routed head: 1 everywhere where the load is even."""
     routed: list[tuple[int, ...]]
-    """Which heads those are."""
+    """For each layer, the routed heads."""
     load_entropy: list[float]
-    """Of each layer, entropy of the load over the routed heads, over that of an even load; NaN without a choice."""
+    """For each layer, entropy of the load over the routed heads, over that of an even load; NaN without a choice."""
     rank_imbalance: list[float]
-    """Of each layer, the busiest tensor-parallel rank's heads over the mean."""
+    """For each layer, the heads of the busiest tensor-parallel rank over the mean."""
 
     def dead_share(self, layer: int) -> float:
         """Share of the routed heads of a layer that are dead."""
         relative = self.relative[layer]
-        return sum(each < DEAD for each in relative) / len(relative) if relative else 0.0
+        return sum(load < DEAD for load in relative) / len(relative) if relative else 0.0
 
     def below(self, threshold: float) -> list[tuple[int, int]]:
         """(layer, head) of each routed head whose load is below ``threshold`` times the fair one."""
         return [
             (layer, head)
             for layer, (heads, relative) in enumerate(zip(self.routed, self.relative, strict=True))
-            for head, each in zip(heads, relative, strict=True)
-            if each < threshold
+            for head, load in zip(heads, relative, strict=True)
+            if load < threshold
         ]
 
 
 def head_figures(
     load: Tensor, layers: Sequence[LayerHeads], top_k: Sequence[int], ranks: Sequence[Sequence[int]]
 ) -> HeadFigures:
-    """``load`` [L, N]; ``top_k`` routed heads a token of each layer uses now; ``ranks`` logical heads of each
-    tensor-parallel rank."""
+    """Compute the figures.
+
+    Args:
+        load: [L, N] share of tokens that used each head.
+        top_k: number of routed heads per token in each layer at this step.
+        ranks: the logical heads of each tensor-parallel rank.
+    """
     relative, entropy, imbalance = [], [], []
     for heads, k, shares in zip(layers, top_k, load.tolist(), strict=True):
-        of_routed = [shares[head] for head in heads.routed]
-        relative.append([share * len(of_routed) / k for share in of_routed])
-        entropy.append(_evenness(of_routed))
+        routed = [shares[head] for head in heads.routed]
+        relative.append([share * len(routed) / k for share in routed])
+        entropy.append(_evenness(routed))
         work = [sum(shares[head] for head in local) for local in ranks]
         imbalance.append(max(work) * len(work) / sum(work) if sum(work) else 1.0)
-    return HeadFigures(load, relative, [each.routed for each in layers], entropy, imbalance)
+    return HeadFigures(load, relative, [heads.routed for heads in layers], entropy, imbalance)
 
 
 def _evenness(loads: Sequence[float]) -> float:
@@ -71,9 +76,9 @@ def _evenness(loads: Sequence[float]) -> float:
 
 
 def balance_excess(balance: float, layers: Sequence[LayerHeads], top_k: Sequence[int], form: str) -> float:
-    """Where a balance loss, the mean over layers, lies between an even load (0) and the same heads for every token (1).
+    """Position of a balance loss, the mean over layers, between an even load (0) and the same heads for all tokens (1).
 
-    ``form`` as moh.balance_loss. 0 where no layer has a choice.
+    ``form`` as in moh.balance_loss. 0 where no layer has a choice.
     """
     even, collapsed = 0.0, 0.0
     for heads, k in zip(layers, top_k, strict=True):
@@ -86,7 +91,7 @@ def balance_excess(balance: float, layers: Sequence[LayerHeads], top_k: Sequence
 
 
 def heat_map(load: Tensor) -> np.ndarray:
-    """uint8 [height, width, 1]: a row of squares for each layer, the first on top; white is no token, black is all."""
+    """uint8 [height, width, 1]: a row of squares per layer, the first one on top; white is no token, black is all."""
     shade = (255 * (1 - load.double().clamp(0, 1).numpy())).round().astype(np.uint8)
     cells = np.kron(shade, np.ones((_CELL, _CELL), dtype=np.uint8))
     cells[::_CELL, :] = cells[:, ::_CELL] = 128

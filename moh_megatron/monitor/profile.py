@@ -1,4 +1,4 @@
-"""A torch profiler trace of a few steps, for TensorBoard's profiler plugin or chrome://tracing."""
+"""Writes a torch profiler trace of a few steps, for TensorBoard's profiler plugin or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 logger = logging.getLogger(__name__)
 
-_SKIPPED, _WARMING, _RECORDED = 2, 1, 3
-"""Steps: the first ones allocate and compile, one more starts the profiler itself."""
+_SKIPPED, _WARM_UP, _RECORDED = 2, 1, 3
+"""Numbers of steps: the first ones allocate and compile, and in the next one the profiler itself starts."""
 
 
 @contextlib.contextmanager
 def profiled(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """What is yielded is called after each step; the trace appears in ``folder`` (None: no profiling). A
-    folder that cannot be written is a warning."""
+    """Profile the block; call the function that is yielded after each step.
+
+    The trace is written to ``folder`` (None: no profiling). A folder that cannot be written is a warning.
+    """
     if folder is None:
         yield lambda: None
         return
     write = tensorboard_trace_handler(str(folder), worker_name="rank0")
 
-    def ready(profiler: profile) -> None:
+    def write_trace(profiler: profile) -> None:
         try:
             write(profiler)
-        except Exception as error:  # of any library: nothing that only shows a run may end it
+        except Exception as error:  # Whatever the error is: a profile must not end a run.
             logger.warning(f"profile: {error}. Training goes on without it.")
             return
         logger.info(f"profile of {_RECORDED} steps: {folder}; see it with: tensorboard --logdir {folder}")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    steps = schedule(wait=_SKIPPED, warmup=_WARMING, active=_RECORDED, repeat=1)
-    with profile(activities=activities, schedule=steps, on_trace_ready=ready) as profiler:
+    steps = schedule(wait=_SKIPPED, warmup=_WARM_UP, active=_RECORDED, repeat=1)
+    with profile(activities=activities, schedule=steps, on_trace_ready=write_trace) as profiler:
         yield profiler.step

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, in order, however often a run is stopped and started again."""
+"""Reads and writes the JSON files of a run: records with one line per step, the summary, and exit.json."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moh_megatron.io.json_file import read_json, write_json
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line and its record; None where it is broken."""
+    """Each line with its record; None where the line is damaged."""
     with path.open("rb") as stream:
         for line in stream:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 record = None
-            whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-            yield line, record if whole else None
+            complete = isinstance(record, dict) and isinstance(record.get("step"), int)
+            yield line, record if complete else None
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Those before the first broken one: what a crash left may be out of order."""
+    """The lines before the first damaged one: after a crash, those behind it may be out of order."""
     for line, record in _lines(path):
         if record is None:
             return
@@ -36,7 +36,10 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An OSError of a stream does not say which file it was; here it does. Fault where the file is there no more."""
+    """Add ``path`` to an OSError of the block, since errors of a stream do not name the file.
+
+    Raises Fault where the file no longer exists.
+    """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -50,7 +53,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 class StepRecords:
-    """Appends records to a file; what lies after ``start_step``, left by an earlier life of the run, is cut first."""
+    """Appends records to a file, after cutting off records of steps after ``start_step`` from before a restart."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         if path.exists():
@@ -61,9 +64,9 @@ class StepRecords:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append and flush. What JSON has no number for (NaN, infinity) becomes null.
+        """Append and flush. NaN and infinity, which JSON does not have, become null.
 
-        OSError names the file; a file that was deleted or moved, to which one can write for ever, is a Fault.
+        An OSError names the file. A file that was deleted or moved is a Fault: the system would accept writes to it.
         """
         with naming(self._stream.name):
             if not os.path.samestat(os.stat(self._stream.name), os.fstat(self._stream.fileno())):
@@ -77,33 +80,33 @@ class StepRecords:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a file, broken lines left out; none where there is no file."""
+    """Every record of a file, without damaged lines; empty where there is no file."""
     return [record for _, record in _lines(path) if record is not None] if path.exists() else []
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_step(path: Path) -> int | None:
-    """Step of the last whole record, or None."""
+    """The step of the last complete record, or None."""
     steps = [record["step"] for _, record in _complete_lines(path)] if path.exists() else []
     return steps[-1] if steps else None
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The content of a run's summary.json. Raises UserError where it is none."""
+    """Read a run's summary.json. Raises UserError where it is not one."""
     return read_json(path, "the summary.json of a run", "Name the folder of a run that ended.")
 
 
 def merge_summary(path: Path, values: dict[str, Any]) -> None:
-    """Add ``values`` to a run's summary.json, which is replaced at once or not at all. Raises UserError."""
+    """Add ``values`` to a run's summary.json, which is replaced atomically. Raises UserError."""
     write_json(path, read_summary(path) | values)
 
 
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:
-    """exit.json: how a run ended, for the one who starts it again; on a full disk it may be missing."""
+    """Write exit.json, which says how a run ended; an error of the disk is ignored, and the file may be missing."""
     with contextlib.suppress(OSError):
         write_json(run_dir / "exit.json", {"code": code, "reason": reason, "step": step})

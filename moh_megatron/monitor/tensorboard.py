@@ -1,4 +1,4 @@
-"""Event files for TensorBoard."""
+"""Writes event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from moh_megatron.monitor.writer import Scalar
 
 
 class TensorBoard:
-    """One run's event files; a resumed run's steps after ``start_step`` replace those of its earlier life."""
+    """Writes a run's event files; the steps of a resumed run replace those after ``start_step`` from before."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._folder, self._step = str(folder), start_step
-        self._told_before, threading.excepthook = threading.excepthook, self._tell
+        self._previous_hook, threading.excepthook = threading.excepthook, self._thread_hook
         try:
             with naming(self._folder):
                 self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
         except BaseException:
-            self._tell_as_before()
+            self._restore_hook()
             raise
 
-    def _tell(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread of its own, and raises again in the next call what went wrong there."""
-        of_writer = type(args.thread).__module__.partition(".")[0] == "tensorboard"
-        if not (of_writer and issubclass(args.exc_type, OSError)):
-            self._told_before(args)
+    def _thread_hook(self, args: threading.ExceptHookArgs) -> None:
+        """Ignore OSErrors of TensorBoard's writing thread: the next call raises them again."""
+        is_writer = type(args.thread).__module__.partition(".")[0] == "tensorboard"
+        if not (is_writer and issubclass(args.exc_type, OSError)):
+            self._previous_hook(args)
 
-    def _tell_as_before(self) -> None:
-        if threading.excepthook == self._tell:
-            threading.excepthook = self._told_before
+    def _restore_hook(self) -> None:
+        if threading.excepthook == self._thread_hook:
+            threading.excepthook = self._previous_hook
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._step = max(self._step, step)
@@ -57,7 +57,7 @@ class TensorBoard:
 
     def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
         with naming(self._folder):
-            # add_hparams would write to a folder of its own, which TensorBoard shows as another run.
+            # add_hparams would write to another folder, which TensorBoard would show as another run.
             file_writer = self._writer._get_file_writer()
             for summary in hparams(dict(settings), dict(results)):
                 file_writer.add_summary(summary)
@@ -73,4 +73,4 @@ class TensorBoard:
             with naming(self._folder):
                 self._writer.close()
         finally:
-            self._tell_as_before()
+            self._restore_hook()

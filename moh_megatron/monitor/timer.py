@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without waiting for the device."""
+"""Measures the parts of a step without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class StepTimer:
-    """Seconds spent in named parts. On a GPU they are the device's, between events that are read when asked for."""
+    """Adds up the seconds of named parts. On a GPU they are the device's, from events that are read by ``drain``."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -23,7 +23,7 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The block is a piece of ``name``."""
+        """Add the time of the block to the part ``name``."""
         if not self._cuda:
             start = time.perf_counter()
             yield
@@ -36,7 +36,7 @@ class StepTimer:
         self._events.append((name, first, last))
 
     def each(self, name: str, items: Iterable[_T]) -> Iterator[_T]:
-        """``items``, whose making is a piece of ``name``."""
+        """Iterate over ``items``, and add the time they take to the part ``name``."""
         iterator = iter(items)
         while True:
             with self.part(name):
@@ -47,7 +47,7 @@ class StepTimer:
             yield item
 
     def drain(self) -> dict[str, float]:
-        """Seconds of every part since the last call; on a GPU the device must have been waited for, or this waits."""
+        """Seconds of every part since the last call; on a GPU this waits for the last event."""
         for name, first, last in self._events:
             last.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1000

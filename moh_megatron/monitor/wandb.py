@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who have it: ``pip install wandb``."""
+"""Writes to Weights & Biases, where it is installed: ``pip install wandb``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moh_megatron.monitor.writer import Scalar
 
 
 class WeightsAndBiases:
-    """A run of ``project``; a resumed training goes on in the same one. It has the environment's WANDB_ settings."""
+    """Writes to a run of ``project``, the same one after a restart. W&B reads WANDB_ settings of the environment."""
 
     def __init__(self, project: str, run_dir: Path) -> None:
         try:
@@ -29,8 +29,8 @@ class WeightsAndBiases:
             dir=str(run_dir),
             resume="allow",
         )
-        # W&B drops what is logged for a step below its newest, and an evaluation is of an earlier one: the step is a
-        # figure like others.
+        # W&B drops figures of a step below its newest one, such as those of an evaluation. Therefore the step is logged
+        # as a figure of its own.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -55,7 +55,7 @@ class WeightsAndBiases:
         self._run.log({**values, "step": step})
 
     def flush(self) -> None:
-        """Nothing: it sends by itself."""
+        """Nothing: W&B sends by itself."""
 
     def close(self) -> None:
         self._run.finish()

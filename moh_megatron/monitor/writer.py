@@ -1,4 +1,4 @@
-"""Where figures go: one small interface, and what keeps a writer that fails from stopping the training."""
+"""The interface of writers of figures, and a wrapper that keeps a failing writer from ending the training."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ Scalar = float | int | str | bool
 
 
 class Writer(Protocol):
-    """TensorBoard, Weights & Biases, a file for Prometheus. Tags have the form group/name."""
+    """Writes figures: to TensorBoard, Weights & Biases or a file for Prometheus. Tags have the form group/name."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One number for each tag."""
+        """Write one number for each tag."""
         ...
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Markdown."""
+        """Write a text in Markdown."""
         ...
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 [height, width, 1 or 3]."""
+        """Write an image, uint8 [height, width, 1 or 3]."""
         ...
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """How ``values`` are spread."""
+        """Write the distribution of ``values``."""
         ...
 
     def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
-        """What a run was, beside what came of it."""
+        """Write the settings of a run together with its results."""
         ...
 
     def flush(self) -> None:
-        """Show what was written."""
+        """Make everything that was written visible."""
         ...
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Flush and close; nothing more is written."""
         ...
 
 
@@ -49,7 +49,7 @@ class Writers:
     """Several writers as one. A writer that raises is named in one warning and left out from then on.
 
     Args:
-        makers: of each writer, by what a warning calls it.
+        makers: functions that make the writers, by the name that a warning uses.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Writer]]) -> None:
@@ -61,32 +61,32 @@ class Writers:
                 self._give_up(name, error)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda writer: writer.scalars(values, step))
+        self._call(lambda writer: writer.scalars(values, step))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._each(lambda writer: writer.text(tag, text, step))
+        self._call(lambda writer: writer.text(tag, text, step))
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        self._each(lambda writer: writer.image(tag, pixels, step))
+        self._call(lambda writer: writer.image(tag, pixels, step))
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        self._each(lambda writer: writer.histogram(tag, values, step))
+        self._call(lambda writer: writer.histogram(tag, values, step))
 
     def hyperparameters(self, settings: Mapping[str, Scalar], results: Mapping[str, float]) -> None:
-        self._each(lambda writer: writer.hyperparameters(settings, results))
+        self._call(lambda writer: writer.hyperparameters(settings, results))
 
     def flush(self) -> None:
-        self._each(lambda writer: writer.flush())
+        self._call(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self._each(lambda writer: writer.close())
+        self._call(lambda writer: writer.close())
         self._open.clear()
 
-    def _each(self, write: Callable[[Writer], None]) -> None:
+    def _call(self, write: Callable[[Writer], None]) -> None:
         for name, writer in list(self._open.items()):
             try:
                 write(writer)
-            except Exception as error:  # of any library: nothing that only shows a run may end it
+            except Exception as error:  # Whatever the error is: a writer must not end a run.
                 del self._open[name]
                 self._give_up(name, error)
 

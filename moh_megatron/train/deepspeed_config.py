@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what our sections say, tuned by the user's ``deepspeed`` section. No torch here."""
+"""Makes DeepSpeed's configuration from our sections and the user's ``deepspeed`` section. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 
 _BUCKET_ELEMENTS = 200_000_000
-"""What NCCL moves at once: large enough for full bandwidth, small enough to overlap with the backward pass."""
+"""Bucket of NCCL: large enough for full bandwidth, small enough to overlap with the backward pass."""
 
 _NEVER = 2**62
 
-_ELSEWHERE = {
+_DECIDED_ELSEWHERE = {
     "optimizer": "the optimizer section",
     "scheduler": "optimizer.schedule",
     "bfloat16": "train.precision",
@@ -35,21 +35,21 @@ _ELSEWHERE = {
     "weight_quantization": "train.precision",
     "autotuning": "the command that starts a run",
 }
-"""Keys of DeepSpeed that would be ignored, do twice what another section does, or undo it."""
+"""Keys of DeepSpeed that would be ignored, or would repeat or undo what another section does."""
 
 _STAGE_3 = ("offload_param", "cpu_offload_param", "zero_quantized_", "zero_hpz_partition_size")
-"""Beginnings of keys of ``zero_optimization`` whose promise the other stages silently break; thresholds and sizes of
-stage 3 promise nothing, and may stay while the stage changes."""
+"""Prefixes of keys of ``zero_optimization`` that the other stages silently ignore. Thresholds and sizes of stage 3 are
+not among them: they have no effect in other stages, and may stay while the stage changes."""
 
 
 class _Derived(NamedTuple):
     value: Any
     owner: str
-    """The key of ours that sets it."""
+    """Our key that sets the value."""
 
 
 def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dict[str, _Derived]:
-    """What other sections decide."""
+    """The values that other sections decide."""
     train, parallel = config.train, config.parallel
     bf16 = train.precision == "bf16"
     return {
@@ -67,7 +67,7 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
         "bf16.enabled": _Derived(bf16, "train.precision"),
         "bf16.bf16_master_weights_and_grads": _Derived(False, "train.precision"),
         "bf16.bf16_optimizer_states": _Derived(False, "train.precision"),
-        # Otherwise a gradient that is not finite reaches the weights.
+        # Otherwise a gradient that is not finite would reach the weights.
         "bf16.check_grad_overflow": _Derived(True, "train.max_bad_steps"),
         "fp16.enabled": _Derived(False, "train.precision"),
         "data_types.grad_accum_dtype": _Derived("fp32", "train.precision"),
@@ -75,7 +75,7 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
         "zero_optimization.offload_optimizer.device": _Derived(
             "cpu" if parallel.offload_optimizer else "none", "parallel.offload_optimizer"
         ),
-        # The optimizer is torch's own, offloaded or not: DeepSpeed's is compiled for minutes on first use.
+        # The optimizer is torch's, offloaded or not: DeepSpeed compiles its own for minutes on first use.
         "zero_force_ds_cpu_optimizer": _Derived(False, "parallel.offload_optimizer"),
         "zero_optimization.offload_optimizer.ratio": _Derived(1.0, "parallel.offload_optimizer"),
         "zero_optimization.offload_optimizer.super_offload": _Derived(False, "parallel.offload_optimizer"),
@@ -85,15 +85,15 @@ def _derived(config: Config, data_parallel: int, accumulation_steps: int) -> dic
 
 
 def _tuning(config: Config, cuda: bool) -> dict[str, Any]:
-    """What the user may set otherwise."""
-    # Gradients may stay in the bucket they were reduced in: no larger than they are.
+    """Values that the user may set otherwise."""
+    # Gradients may stay in the bucket in which they were reduced, so it is not larger than they are.
     bucket = min(_BUCKET_ELEMENTS, rank_parameters(config))
     return {
         "steps_per_print": _NEVER,
-        # bf16 would round each rank's fp32 gradient before the sum over data parallelism.
+        # bf16 would round the fp32 gradient of each rank before the sum over data parallelism.
         "communication_data_type": "fp32",
         "zero_optimization.contiguous_gradients": True,
-        # gloo works on the thread that computes.
+        # gloo communicates on the thread that computes.
         "zero_optimization.overlap_comm": cuda,
         "zero_optimization.reduce_bucket_size": bucket,
         "zero_optimization.allgather_bucket_size": bucket,
@@ -102,7 +102,7 @@ def _tuning(config: Config, cuda: bool) -> dict[str, Any]:
 
 
 def deepspeed_config(config: Config, data_parallel: int, accumulation_steps: int, *, cuda: bool) -> dict[str, Any]:
-    """The dictionary ``deepspeed.initialize`` is given.
+    """The dictionary for ``deepspeed.initialize``.
 
     Raises:
         UserError: the ``deepspeed`` section contradicts another one.
@@ -110,12 +110,12 @@ def deepspeed_config(config: Config, data_parallel: int, accumulation_steps: int
     derived, own = _derived(config, data_parallel, accumulation_steps), dict(leaves(config.deepspeed))
     if problems := dict.fromkeys([*_contradictions(derived, own), *_ignored(config.parallel.zero_stage, own)]):
         raise UserError("\n".join(problems))
-    return nested(_tuning(config, cuda) | {path: each.value for path, each in derived.items()} | own)
+    return nested(_tuning(config, cuda) | {path: setting.value for path, setting in derived.items()} | own)
 
 
 def _contradictions(derived: dict[str, _Derived], own: dict[str, Any]) -> Iterator[str]:
     for path, value in own.items():
-        for key, owner in _ELSEWHERE.items():
+        for key, owner in _DECIDED_ELSEWHERE.items():
             if within(path, key):
                 yield f"deepspeed.{path}: {owner} decides this; leave deepspeed.{key} out."
         for key, (expected, owner) in derived.items():
@@ -141,29 +141,31 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-class _Asked(dict[str, Any]):
-    """A mapping that remembers which keys it was asked for; DeepSpeed has no list of those it knows."""
+class _RecordingDict(dict[str, Any]):
+    """A mapping that records which of its keys are read, since DeepSpeed has no list of the keys that it knows."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__({key: _Asked(each) if isinstance(each, dict) else each for key, each in values.items()})
-        self.asked: set[str] = set()
+        super().__init__(
+            {key: _RecordingDict(value) if isinstance(value, dict) else value for key, value in values.items()}
+        )
+        self.keys_read: set[str] = set()
 
-    def __copy__(self) -> _Asked:
+    def __copy__(self) -> _RecordingDict:
         return self
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.keys_read.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
+        self.keys_read.add(str(key))
         return super().__contains__(key)
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.keys_read.add(key)
         return super().get(key, default)
 
     def keys(self) -> Any:
@@ -171,55 +173,55 @@ class _Asked(dict[str, Any]):
 
 
 def check_known(own: dict[str, Any], settings: dict[str, Any], parse: Callable[[dict[str, Any]], object]) -> None:
-    """Raise UserError where DeepSpeed does not know a key of the user's, or refuses a value.
+    """Raise UserError where DeepSpeed does not know one of the user's keys, or refuses a value.
 
     Args:
         own: the ``deepspeed`` section.
-        settings: the whole dictionary, ``own`` included.
-        parse: DeepSpeed's reader of such a dictionary.
+        settings: the complete dictionary, ``own`` included.
+        parse: DeepSpeed's function that reads such a dictionary.
     """
-    asked = _Asked(settings)
+    recording = _RecordingDict(settings)
     try:
-        parse(asked)
+        parse(recording)
     except ValidationError as error:
         raise UserError("\n".join(_refusals(error, own))) from None
-    except Exception as error:  # all but the user's part is known to be read: whatever it is, it is in there
+    except Exception as error:  # Everything else is known to be accepted, so the user's section is the cause.
         raise UserError(f"deepspeed: {error}") from None
-    if problems := [*_unknown(own, asked, "deepspeed")]:
+    if problems := [*_unknown(own, recording, "deepspeed")]:
         raise UserError("\n".join(problems))
 
 
-def _unknown(own: dict[str, Any], asked: _Asked, place: str) -> Iterator[str]:
+def _unknown(own: dict[str, Any], settings: _RecordingDict, path: str) -> Iterator[str]:
     for key, value in own.items():
-        if key not in asked.asked:
-            yield f"{place}.{key}: unknown key; {nearest(key, sorted(asked.asked), f'{place} has the keys')}"
+        if key not in settings.keys_read:
+            yield f"{path}.{key}: unknown key; {nearest(key, sorted(settings.keys_read), f'{path} has the keys')}"
             continue
-        inner = dict.get(asked, key)
-        # What pydantic reads it reads whole, and refuses unknown keys itself.
-        if isinstance(inner, _Asked) and inner.asked:
-            yield from _unknown(value, inner, f"{place}.{key}")
+        inner = dict.get(settings, key)
+        # pydantic reads its mappings completely, and refuses unknown keys itself.
+        if isinstance(inner, _RecordingDict) and inner.keys_read:
+            yield from _unknown(value, inner, f"{path}.{key}")
 
 
 def _refusals(error: ValidationError, own: dict[str, Any]) -> Iterator[str]:
-    """pydantic's findings; it tells the model and the place inside it, not where in the section that stands."""
+    """The errors of pydantic, which names the model and the field in it, but not the path in the section."""
     for detail in error.errors(include_url=False):
         *above, name = map(str, detail["loc"])
         inner = ".".join([*above, name])
-        place = next((path for path, _ in leaves(own) if f".{path}".endswith(f".{inner}")), inner)
+        path = next((path for path, _ in leaves(own) if f".{path}".endswith(f".{inner}")), inner)
         if detail["type"] == "extra_forbidden":
-            known = nearest(name, _fields(error.title, above), f"{place.rpartition('.')[0]} has the keys")
-            yield f"deepspeed.{place}: unknown key; {known}"
+            known = nearest(name, _fields(error.title, above), f"{path.rpartition('.')[0]} has the keys")
+            yield f"deepspeed.{path}: unknown key; {known}"
         else:
-            yield f"deepspeed.{place}: {detail['msg']}. Got {_plain(detail['input'])}."
+            yield f"deepspeed.{path}: {detail['msg']}. Got {_plain(detail['input'])}."
 
 
 def _fields(title: str, above: list[str]) -> list[str]:
-    """What the pydantic model called ``title`` accepts, inside its fields ``above``."""
+    """The fields that the pydantic model ``title`` accepts at the path ``above``."""
     models = [BaseModel]
     while models[0].__name__ != title:
         models = [*models[1:], *models[0].__subclasses__()]
     model = models[0]
     for name in above:
         hint = model.model_fields[name].annotation
-        model = next(each for each in (hint, *get_args(hint)) if isinstance(each, type) and issubclass(each, BaseModel))
+        model = next(kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, BaseModel))
     return [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]

@@ -1,6 +1,6 @@
-"""DeepSpeed behind a few verbs: backward, step, the gradient norm, and what a checkpoint needs. Its only importer.
+"""Wraps DeepSpeed in a few methods: backward, step, norms, and the state for checkpoints. No other module imports it.
 
-DeepSpeed owns ZeRO, gradient accumulation, averaging over data parallelism and clipping; nothing else.
+DeepSpeed does ZeRO, gradient accumulation, averaging over data parallelism and clipping, and nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MASTER = "master"
 def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
     """Join the process group of this run: NCCL on GPUs, gloo elsewhere. Its collectives wait for ``timeout``.
 
-    Raises UserError where this rank finds no GPU of its own.
+    Raises UserError where there is no GPU for this rank.
     """
     if not is_verbose():
         deepspeed.logger.setLevel(logging.WARNING)
@@ -55,7 +55,7 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
         world.require_gpu(torch.cuda.device_count())
         torch.cuda.set_device(world.local_rank)
     else:
-        # Otherwise DeepSpeed compiles a shared-memory extension for minutes, under a lock a killed run leaves behind.
+        # Otherwise DeepSpeed compiles an extension for minutes, under a lock that a killed run leaves behind.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     deepspeed.init_distributed(
@@ -69,17 +69,17 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
 
 
 def check_deepspeed_section(config: Config, world_size: int) -> None:
-    """Raise UserError where the ``deepspeed`` section contradicts another, or holds what DeepSpeed does not know."""
+    """Raise UserError where the ``deepspeed`` section contradicts another one or has a key unknown to DeepSpeed."""
     replicas = data_parallel_size(config, world_size)
     steps = gradient_accumulation_steps(config, world_size)
     settings = deepspeed_config(config, replicas, steps, cuda=torch.cuda.is_available())
-    # DeepSpeed holds the batch against the world size, which is 1 before the processes meet.
-    alone = settings | {"train_batch_size": settings["train_batch_size"] // replicas}
-    check_known(config.deepspeed, alone, DeepSpeedConfig)
+    # DeepSpeed checks the batch against the world size, which is 1 before the process group exists.
+    one_rank = settings | {"train_batch_size": settings["train_batch_size"] // replicas}
+    check_known(config.deepspeed, one_rank, DeepSpeedConfig)
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW whose weight decay spares norms (every parameter with fewer than two dimensions)."""
+    """AdamW without weight decay for norms, that is, for parameters with fewer than two dimensions."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     optimizer = config.optimizer
@@ -92,11 +92,12 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 class Engine:
-    """One model in training on this rank.
+    """Trains one model on this rank.
 
     Args:
-        model: this tensor-parallel rank's part, whole; stage 3 shares it out over the data-parallel ranks in place.
-        make_optimizer: what updates the weights, from model and configuration.
+        model: the complete shard of this tensor-parallel rank; stage 3 partitions it over the data-parallel ranks in
+            place.
+        make_optimizer: makes the optimizer from model and configuration.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Engine:
         self._optimizer = make_optimizer(model, config)
         self._module = model
         self.applied = True
-        """Whether the last step changed the weights: where the gradient was not finite, nothing changes on any rank."""
+        """Whether the last step changed the weights: a gradient that is not finite changes nothing on any rank."""
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -120,27 +121,27 @@ class Engine:
             config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
         )
         if self._stage == 0:
-            # DeepSpeed's ZeRO optimizers skip a gradient that is not finite by themselves.
+            # In the other stages DeepSpeed's optimizers skip a gradient that is not finite.
             self._optimizer.register_step_pre_hook(self._drop_gradients_unless_finite)
         self._make_state()
         if self._stage == 0 and data_parallel == 1:
-            # The average over one replica: every gradient copied into one buffer and back.
+            # This skips averaging over a single replica, which copies every gradient into a buffer and back.
             self._deepspeed.enable_backward_allreduce = False
 
     @property
     def model(self) -> nn.Module:
-        """The model, callable as DeepSpeed wants it called."""
+        """The model as DeepSpeed's engine, to be called in training."""
         return self._deepspeed
 
     @property
     def module(self) -> nn.Module:
-        """The Megatron-core model inside; under stage 3 its parameters are whole only while it runs."""
+        """The Megatron-core model inside; under stage 3 its parameters are complete only while it runs."""
         return self._module
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every parameter and buffer, whole on this tensor-parallel rank; all ranks go through it.
+        """(name, tensor) of every parameter and buffer of this tensor-parallel rank; all ranks iterate together.
 
-        Stage 3 gathers each when its turn comes, and lets go of it at the next one.
+        Stage 3 gathers each tensor when it is reached, and releases it at the next one.
         """
         for name, tensor in model_tensors(self._module).items():
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
@@ -148,21 +149,21 @@ class Engine:
 
     @property
     def optimizer_state_bytes(self) -> int:
-        """Bytes of optimizer state this rank holds."""
+        """Bytes of optimizer state on this rank."""
         state = (value for slots in self._optimizer.state.values() for value in slots.values())
         return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss; the last one of a step also averages over DP.
+        """Accumulate the gradients of a micro-batch's mean loss; the last one of a step also averages over replicas.
 
-        A loss that is not finite makes its gradients so, whatever it is made of: the step is then skipped everywhere.
+        A loss that is not finite makes all its gradients not finite, so that every rank skips the step.
         """
         self._deepspeed.backward(loss * (loss.detach() * 0 + 1))
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clip, update the weights, clear the gradients; returns the global gradient norm before clipping."""
+        """Clip, update the weights and clear the gradients; returns the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self._stage == 0:
@@ -178,12 +179,12 @@ class Engine:
         return norm.detach().float()
 
     def _drop_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-        # What has no gradient is left alone: the weights, Adam's moments and its count of steps.
+        # Without gradients the optimizer changes neither weights nor moments nor its count of steps.
         if not self.applied:
             optimizer.zero_grad(set_to_none=True)
 
     def _clear_offloaded_gradients(self) -> None:
-        # With offload, stages 1 and 2 add a step's gradients to buffers that a skipped step does not clear.
+        # With offload, stages 1 and 2 add gradients to buffers that a skipped step does not clear.
         zero: Any = self._deepspeed.optimizer
         if self._stage in (1, 2):
             for group in zero.averaged_gradients:
@@ -193,7 +194,7 @@ class Engine:
                     partition.grad.zero_()
 
     def _own_gradient_norm(self) -> Tensor:
-        # Stage 0 reports none. Replicated parameters count once, sharded ones on every tensor-parallel rank.
+        # DeepSpeed reports no norm in stage 0. Replicated parameters count once, sharded ones on every rank.
         group = groups.tp_group()
         gradients = [
             p.grad
@@ -205,30 +206,31 @@ class Engine:
         return total.sqrt()
 
     def router_gradient_norm(self) -> Tensor | None:
-        """Of the routers alone, between the last ``backward`` of a step and ``step``; None where none is trained.
+        """The gradient norm of the routers, None where none is trained.
 
-        All ranks call it: stages 1 to 3 gather each router's gradient, which every tensor-parallel rank holds whole.
+        All ranks call it between the last ``backward`` of a step and ``step``. Stages 1 to 3 gather each
+        router's gradient, which is complete on every tensor-parallel rank.
         """
         routers = [parameter for name, parameter in self._trained() if ".router." in name]
         if not routers:
             return None
         gradients = [p.grad if self._stage == 0 else safe_get_full_grad(p) for p in routers]
-        return torch.nn.utils.get_total_norm([each.float() for each in gradients if each is not None])
+        return torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients if gradient is not None])
 
     def parameter_norm(self) -> Tensor:
-        """Of all weights, replicated ones counted once; all ranks call it."""
+        """The norm of all weights, in which replicated ones count once; all ranks call it."""
         group, replicas = groups.tp_group(), groups.dp_group()
-        held: list[Tensor] = []
+        shards: list[Tensor] = []
         for parameter in cast(Iterator[Any], self._module.parameters()):
             if group.rank() != 0 and not getattr(parameter, "tensor_model_parallel", False):
                 continue
             if self._stage < 3:
-                held.append(parameter.detach())
+                shards.append(parameter.detach())
             else:
-                # The last rank's part is padded with whatever lay there.
-                part = parameter.ds_tensor.detach().flatten()
-                held.append(part[: max(0, min(part.numel(), parameter.ds_numel - replicas.rank() * part.numel()))])
-        total = torch.nn.utils.get_total_norm([each for each in held if each.numel()]).float().square()
+                # The shard of the last rank ends with padding of any content.
+                shard = parameter.ds_tensor.detach().flatten()
+                shards.append(shard[: max(0, min(shard.numel(), parameter.ds_numel - replicas.rank() * shard.numel()))])
+        total = torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()]).float().square()
         dist.all_reduce(total, group=group)
         if self._stage == 3:
             dist.all_reduce(total, group=replicas)
@@ -240,58 +242,60 @@ class Engine:
         return int(next(iter(self._optimizer.state.values()))["step"])
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(slot/parameter, fp32 tensor in the parameter's shape) of Adam's state; all ranks go through it together.
+        """(slot/parameter, fp32 tensor in the parameter's shape) of Adam's state; all ranks iterate together.
 
-        The slots are Adam's two moments, and ``master`` where the weights are kept in fp32 beside those in bf16.
+        The slots are Adam's two moments, and ``master`` where the weights exist in fp32 beside those in bf16.
         """
         for name, parameter in self._trained():
             for slot in _MOMENTS:
                 if self._stage == 0:
                     yield f"{slot}/{name}", self._optimizer.state[parameter][slot]
                 else:
-                    yield f"{slot}/{name}", _whole(safe_get_full_optimizer_state(parameter, slot), parameter)
+                    yield f"{slot}/{name}", _in_shape(safe_get_full_optimizer_state(parameter, slot), parameter)
             if parameter.dtype is not torch.float32:
-                yield f"{_MASTER}/{name}", _whole(safe_get_full_fp32_param(parameter), parameter)
+                yield f"{_MASTER}/{name}", _in_shape(safe_get_full_fp32_param(parameter), parameter)
 
     def load_optimizer(self, updates: int, read: Callable[[str, str], Tensor]) -> None:
-        """Take over Adam's state; ``read(slot, parameter)`` gives what ``optimizer_tensors`` gave, at any stage.
+        """Load Adam's state; ``read(slot, parameter)`` returns a tensor of ``optimizer_tensors``, of any stage.
 
-        The weights themselves are set before the engine is made.
+        The weights themselves are loaded before the engine is made.
         """
         for state in self._optimizer.state.values():
             state["step"] = torch.full_like(state["step"], updates)
         for name, parameter in self._trained():
             if self._stage in (1, 2) and parameter._hp_mapping is None:
-                continue  # no part of it is here
+                continue  # No shard of it is on this rank.
             for slot in (*_MOMENTS, _MASTER) if parameter.dtype is not torch.float32 else _MOMENTS:
                 self._set(parameter, slot, read(slot, name))
 
     def _trained(self) -> Iterator[tuple[str, Any]]:
-        # Any: DeepSpeed hangs its own attributes on parameters. Frozen ones have no state.
+        # Any: DeepSpeed adds attributes to parameters. Frozen parameters have no optimizer state.
         return ((name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad)
 
-    def _set(self, parameter: Any, slot: str, whole: Tensor) -> None:
+    def _set(self, parameter: Any, slot: str, full_tensor: Tensor) -> None:
         if self._stage == 0:
-            self._optimizer.state[parameter][slot].copy_(whole)
+            self._optimizer.state[parameter][slot].copy_(full_tensor)
         elif self._stage < 3:
-            flat = whole.to(parameter.device).flatten()
+            flat = full_tensor.to(parameter.device).flatten()
             if slot == _MASTER:
                 safe_set_full_fp32_param(parameter, flat)
             else:
                 safe_set_full_optimizer_state(parameter, flat, slot)
         else:
-            # DeepSpeed's function for whole tensors does not know the padding of uneven ones.
+            # DeepSpeed's function for full tensors ignores the padding of those that cannot be split evenly.
             size, rank = parameter.ds_tensor.numel(), groups.dp_group().rank()
-            padded = nn.functional.pad(whole.flatten(), (0, size * groups.dp_group().size() - whole.numel()))
-            part = padded[rank * size : (rank + 1) * size].to(parameter.device)
+            padded = nn.functional.pad(
+                full_tensor.flatten(), (0, size * groups.dp_group().size() - full_tensor.numel())
+            )
+            shard = padded[rank * size : (rank + 1) * size].to(parameter.device)
             if slot == _MASTER:
-                safe_set_local_fp32_param(parameter, part)
+                safe_set_local_fp32_param(parameter, shard)
             else:
-                safe_set_local_optimizer_state(parameter, part, slot)
+                safe_set_local_optimizer_state(parameter, shard, slot)
 
     def _make_state(self) -> None:
-        # Adam makes its state in its first update, group by group, and after the first group DeepSpeed ties every
-        # parameter to the state there is: those of the second group to none. So it is made here, as Adam would.
+        # Adam makes its state in its first update, group by group. After the first group DeepSpeed would link every
+        # parameter to the state that exists, those of the second group to none. So it is made here, as Adam would do.
         if not isinstance(self._optimizer, torch.optim.AdamW):
             return
         zero: Any = self._deepspeed.optimizer
@@ -303,5 +307,5 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
 
-def _whole(state: Any, parameter: Any) -> Tensor:
+def _in_shape(state: Any, parameter: Any) -> Tensor:
     return state.view(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)

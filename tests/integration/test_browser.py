@@ -1,4 +1,4 @@
-"""TensorBoard's page and the run report in a real browser: Debian's chromium, which CI installs."""
+"""The page of TensorBoard and the run report in a real browser: Debian's chromium, which CI installs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def runs(new_run: Callable[[], Run]) -> tuple[Run, Run]:
-    """Two short runs that differ in one value; the first is stopped, goes on, raises an alarm and is evaluated."""
+    """Two short runs that differ in one value; the first is stopped and resumed, raises an alarm and is evaluated."""
     first, second = new_run(), new_run()
     settings = ["monitor.image_interval=10", "monitor.alarm_dead_heads=1.0", "train.eval_interval=10"]
     for run, overrides, code in (
@@ -84,14 +84,14 @@ def resize(browser: webdriver.Chrome, width: int, height: int) -> None:
 def shown(browser: webdriver.Chrome, *words: str) -> str:
     """The page's text, shadow roots included, once it has all ``words``."""
     script = """
-        const text = node => [...node.childNodes].map(each =>
-            each.nodeType === 3 ? each.nodeValue : ['STYLE', 'SCRIPT'].includes(each.nodeName) ? '' :
-            text(each) + (each.shadowRoot ? text(each.shadowRoot) : '')).join(' ');
+        const text = node => [...node.childNodes].map(child =>
+            child.nodeType === 3 ? child.nodeValue : ['STYLE', 'SCRIPT'].includes(child.nodeName) ? '' :
+            text(child) + (child.shadowRoot ? text(child.shadowRoot) : '')).join(' ');
         return text(document.body);"""
     deadline = time.monotonic() + 90
     while True:
         found = browser.execute_script(script)
-        # TensorBoard breaks a tag in two.
+        # TensorBoard breaks a tag into two texts.
         missing = [word for word in words if "".join(word.split()) not in "".join(found.split())]
         if not missing:
             return found
@@ -128,7 +128,7 @@ def tensorboard(runs: tuple[Run, Run]) -> Iterator[str]:
         process.wait()
 
 
-def test_tensorboard_serves_what_a_run_shows(browser: webdriver.Chrome, tensorboard: str, tmp_path: Path) -> None:
+def test_tensorboard_shows_a_run(browser: webdriver.Chrome, tensorboard: str, tmp_path: Path) -> None:
     for plugin, tag in (
         ("scalars", "throughput/tflops_executed"),
         ("images", "head_load/layers_by_heads"),
@@ -136,7 +136,7 @@ def test_tensorboard_serves_what_a_run_shows(browser: webdriver.Chrome, tensorbo
         ("text", "config/text_summary"),
     ):
         tags = json.load(urllib.request.urlopen(f"{tensorboard}/data/plugin/{plugin}/tags", timeout=60))
-        assert any(tag in of_run for of_run in tags.values()), (plugin, tags)
+        assert any(tag in run_tags for run_tags in tags.values()), (plugin, tags)
     resize(browser, *DESKTOP)
     browser.get(f"{tensorboard}/?darkMode=false&tagFilter=%5Eloss/#timeseries")
     shown(browser, "loss/lm", "loss/balance", "loss/perplexity")
@@ -150,11 +150,13 @@ def test_tensorboard_serves_what_a_run_shows(browser: webdriver.Chrome, tensorbo
     shown(browser, "config", "version", "num_attention_heads")
 
 
-def test_the_report_looks_right(browser: webdriver.Chrome, runs: tuple[Run, Run], tmp_path: Path) -> None:
+def test_the_report_is_readable_on_desktop_and_phone(
+    browser: webdriver.Chrome, runs: tuple[Run, Run], tmp_path: Path
+) -> None:
     page = tmp_path / "report.html"
     command = [sys.executable, str(REPOSITORY / "tools" / "report.py"), *(str(run.folder) for run in runs)]
     subprocess.run([*command, "--out", str(page)], env=ENVIRONMENT, check=True)
-    assert "http" not in page.read_text(encoding="utf-8").replace("https://", "http"), "it needs nothing beside it"
+    assert "http" not in page.read_text(encoding="utf-8").replace("https://", "http"), "the page is self-contained"
     for width, height in (DESKTOP, PHONE):
         resize(browser, width, height)
         browser.get_log("browser")
@@ -167,13 +169,13 @@ def test_the_report_looks_right(browser: webdriver.Chrome, runs: tuple[Run, Run]
         assert browser.get_log("browser") == []
         assert pixels(browser).std() > 5
         overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-        assert overflow <= 0, "nothing is wider than the window"
+        assert overflow <= 0, "no part is wider than the window"
         charts = browser.find_elements(By.CSS_SELECTOR, "svg.chart")
         assert len(charts) >= 8
         for chart in charts:
             assert 0 < chart.rect["width"] <= width
         lines = browser.find_elements(By.CSS_SELECTOR, "figure:first-of-type polyline")[:2]
         dashes = {line.get_attribute("stroke-dasharray") for line in lines}
-        assert len(dashes) == 2, "the runs differ without colour"
+        assert len(dashes) == 2, "the lines of the runs differ without colour"
     rows = browser.execute_script("return [...document.querySelectorAll('tr')].map(row => row.innerText)")
     assert any(row.startswith("one") and "\t1\tfinished" in row for row in rows), "one restart"

@@ -1,4 +1,4 @@
-"""What docs/monitoring.md says a run shows is what it shows."""
+"""A run shows the tags that docs/monitoring.md documents."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 
 COUNTS = ("dense_equivalent", "active_heads", "executed")
-OF_OTHER_RUNS = {"validation/NAME", "evaluation/TASK", "alarms"}
-"""Of several sources, of a suite, and of what went wrong: this run need not show them."""
+OPTIONAL_TAGS = {"validation/NAME", "evaluation/TASK", "alarms"}
+"""Tags of several sources, of a suite and of alarms, which this run need not show."""
 
 
 def documented() -> set[str]:
-    """Tags of the table: `group/` `name`, ..., or whole."""
+    """The tags of the table, written as `group/` `name`, ..., or complete."""
     text = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
     found: set[str] = set()
     for cell in re.findall(r"^\| (.*?`.*?) \|", text.split("## Alarms")[0], re.MULTILINE):
@@ -24,7 +24,7 @@ def documented() -> set[str]:
     return {tag.replace("COUNT", count) for tag in found for count in COUNTS}
 
 
-def test_a_run_shows_what_is_documented_and_nothing_else(uninterrupted: Run) -> None:
+def test_a_run_shows_exactly_the_documented_tags(uninterrupted: Run) -> None:
     events = EventAccumulator(str(uninterrupted.folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -32,7 +32,7 @@ def test_a_run_shows_what_is_documented_and_nothing_else(uninterrupted: Run) -> 
     names = {tag.removesuffix("/text_summary") for tag in shown}
     names = {re.sub(r"head_\d\d$", "head_HH", re.sub(r"layer_\d\d\b", "layer_LL", name)) for name in names}
     assert names <= documented()
-    assert documented() - names <= OF_OTHER_RUNS
+    assert documented() - names <= OPTIONAL_TAGS
     written = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = metadata.parse_session_start_info_plugin_data(written).hparams
     assert settings["moh.active_heads"].number_value == 4

@@ -1,4 +1,4 @@
-"""What the bench scripts count and how they compare; the times themselves are nobody's promise."""
+"""What the bench scripts count and how they compare times; the times themselves are not tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return bench_step
 
 
-def test_the_dense_twin_computes_twice_the_heads(bench_step: ModuleType) -> None:
+def test_the_dense_twin_computes_twice_as_many_heads(bench_step: ModuleType) -> None:
     path = REPOSITORY / "configs" / "pretrain" / "llm_s_moh50.yaml"
     configs = bench_step.twins(path, 4096, 2)
     moh, dense = (flops_per_token(configs[name], "cpu").executed.layers for name in ("moh", "dense"))
@@ -30,12 +30,12 @@ def test_the_dense_twin_computes_twice_the_heads(bench_step: ModuleType) -> None
     assert dense - (moh - router) == 2 * 2 * 7 * 6 * 64 * 4097 / 2
 
 
-def test_a_deeper_model_adds_layers_and_keeps_its_ends(bench_step: ModuleType) -> None:
+def test_extrapolation_adds_layers_and_keeps_embedding_and_head(bench_step: ModuleType) -> None:
     stack, whole = [{"moh": 1.0, "dense": 2.0}], [{"moh": 11.0, "dense": 12.0}]
     assert bench_step.with_all_layers(stack, whole, 6) == [{"moh": 16.0, "dense": 22.0}]
 
 
-def test_ratios_are_of_one_turn(bench_step: ModuleType) -> None:
+def test_ratios_compare_candidates_within_a_turn(bench_step: ModuleType) -> None:
     turns = bench_step.take_turns({"a": lambda: None, "b": lambda: None}, 3)
     assert [set(turn) for turn in turns] == [{"a", "b"}] * 3
     assert bench_step.ratios([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}], "a", "b") == [0.5, 0.75]
@@ -43,7 +43,7 @@ def test_ratios_are_of_one_turn(bench_step: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("bench_step", "one_rank")
-def test_the_engine_is_timed_in_the_steps_of_the_training_loop(
+def test_the_engine_is_timed_in_steps_of_the_training_loop(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -52,27 +52,27 @@ def test_the_engine_is_timed_in_the_steps_of_the_training_loop(
     from moh_megatron.train import loop
 
     bench_engine.initialize_distributed(bench_engine.World(0, 1, 0))
-    passed: list[str] = []
-    for owner, verbs in {
+    called: list[str] = []
+    for owner, methods in {
         loop.Telemetry: ("begin_step", "before_update", "end_step"),
         loop.Watchdog: ("progress",),
         loop.Health: ("applied",),
         loop.Saver: ("advance",),
         loop._Training: ("_stop_agreed",),
     }.items():
-        for verb in verbs:
-            monkeypatch.setattr(owner, verb, noted(passed, verb, getattr(owner, verb)))
+        for method in methods:
+            monkeypatch.setattr(owner, method, recording(called, method, getattr(owner, method)))
     sizes = {"train.global_batch_size": 1, "train.micro_batch_size": 1, "parallel.zero_stage": 0}
     inside = bench_engine.Stopwatch()
     step = bench_engine.engine_step(tiny({"run.dir": str(tmp_path)} | sizes), torch.arange(34).view(2, 17), inside)
     step()
-    assert passed == ["begin_step", "progress", "before_update", "end_step", "applied", "advance", "_stop_agreed"]
+    assert called == ["begin_step", "progress", "before_update", "end_step", "applied", "advance", "_stop_agreed"]
     assert inside.turns[0] > 0
 
 
-def noted(passed: list[str], name: str, function: Any) -> Any:
+def recording(called: list[str], name: str, function: Any) -> Any:
     def call(*arguments: Any, **options: Any) -> Any:
-        passed.append(name)
+        called.append(name)
         return function(*arguments, **options)
 
     return call

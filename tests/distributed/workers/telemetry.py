@@ -1,8 +1,9 @@
-"""What two ranks tell of one step under each layout, and what was counted by hand from the routing masks."""
+"""The figures of one step on two ranks under each layout, and counts made by hand from the routing masks."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.parallel import groups
 from moh_megatron.train.engine import Engine
 from moh_megatron.train.fault_tolerance.world import World
+from moh_megatron.train.run_recorder import RunRecorder
+from moh_megatron.train.startup_clock import StartupClock
 from moh_megatron.train.telemetry import Telemetry
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -31,33 +34,44 @@ MICRO_BATCH = 2
 DEAD_HEAD = 5
 
 
+class Messages(logging.Handler):
+    """Collects the warnings of the package."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 def count(masks: list[list[torch.Tensor]]) -> list[list[int]]:
-    """[L][N] tokens that used each head, one by one; ``masks`` of each layer, [S, B, N] a micro-batch."""
+    """[L][N] tokens that used each head, counted one by one; ``masks``: [S, B, N] per layer and micro-batch."""
     counts = []
-    for of_layer in masks:
-        counts.append([0] * of_layer[0].shape[-1])
-        for mask in of_layer:
+    for layer_masks in masks:
+        counts.append([0] * layer_masks[0].shape[-1])
+        for mask in layer_masks:
             for token in mask.flatten(0, 1).tolist():
                 for head, used in enumerate(token):
                     counts[-1][head] += used
     return counts
 
 
-def watch_first_passes(model: torch.nn.Module, batches: int) -> list[list[torch.Tensor]]:
-    """Of each layer the masks of its first pass over each micro-batch: a pass that is repeated comes right after."""
+def record_first_passes(model: torch.nn.Module) -> list[list[torch.Tensor]]:
+    """The masks of each layer's first pass over each micro-batch, without passes that are recomputed."""
     masks: list[list[torch.Tensor]] = [[] for _ in moh_layers(model)]
-    for of_layer, layer in zip(masks, moh_layers(model), strict=True):
+    for layer_masks, layer in zip(masks, moh_layers(model), strict=True):
 
-        def record(module: Any, inputs: Any, output: Any, of_layer: list[torch.Tensor] = of_layer) -> None:
-            if not any(torch.equal(output.active, seen) for seen in of_layer):
-                of_layer.append(output.active.detach().clone())
+        def record(module: Any, inputs: Any, output: Any, recorded: list[torch.Tensor] = layer_masks) -> None:
+            if not any(torch.equal(output.active, mask) for mask in recorded):
+                recorded.append(output.active.detach().clone())
 
         layer.router.register_forward_hook(record)
     return masks
 
 
 def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, Any]:
-    """Train one step of four rows and tell it as training does; rank 0 writes event files below ``folder``."""
+    """Train and record one step of four rows as training does; rank 0 writes event files below ``folder``."""
     config = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(folder)),
@@ -72,23 +86,22 @@ def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, A
             assert layer.router.bias_steps is not None
             layer.router.bias_steps[DEAD_HEAD - 2] = -(10**6)
     engine = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
-    masks = watch_first_passes(model, accumulation)
+    masks = record_first_passes(model)
     group = groups.dp_group()
-    told: list[str] = []
-    first = dist.get_rank() == 0
-    if first:
-        folder.mkdir()
+    handler = Messages()
+    logging.getLogger("moh_megatron").addHandler(handler)
     session: Any = SimpleNamespace(
         config=config,
         engine=engine,
         device=torch.device("cpu"),
         world=World(dist.get_rank(), size, dist.get_rank()),
-        first=first,
+        first=dist.get_rank() == 0,
         start_step=0,
     )
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    telemetry = Telemetry(session, layers, everyone, told.append)
+    control_group = dist.group.WORLD
+    assert control_group is not None
+    recorder = RunRecorder(session, layers, StartupClock())
+    telemetry = Telemetry(session, layers, control_group)
     telemetry.begin_step(1)
     losses = []
     for rows in tiny.tokens(4, seed=77).split(MICRO_BATCH)[group.rank() :: replicas]:
@@ -100,20 +113,23 @@ def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, A
     norm = engine.step(1e-3)
     routers = torch.stack([layer.statistics.drain(torch.device("cpu")) for layer in layers])
     telemetry.end_step(1, 1e-3, losses, norm, routers, skipped=False)
-    interval = telemetry.log(1)
-    telemetry.close()
+    interval, stats = telemetry.flush()
+    with recorder.training():
+        recorder.interval(interval, stats, 1)
+    recorder.close()
+    logging.getLogger("moh_megatron").removeHandler(handler)
     return {
         "by_hand": count(masks),
         "load": interval.head_load,
         "observed": interval.observed,
         "router_norm": None if router_norm is None else float(router_norm),
         "parameter_norm": float(parameter_norm),
-        "told": told,
+        "messages": handler.messages,
     }
 
 
-def bare() -> dict[str, Any]:
-    """Norms of one process: of all weights, and of the routers' gradients of the whole batch."""
+def single_process() -> dict[str, Any]:
+    """The norm of all weights, and that of the routers' gradients of the whole batch, in one process."""
     config = tiny.tiny_config()
     model = tiny.fresh_model(config, 2)
     for rows in tiny.tokens(4, seed=77).split(MICRO_BATCH):
@@ -126,7 +142,7 @@ def bare() -> dict[str, Any]:
 if __name__ == "__main__":
     joined()
     folder = Path(sys.argv[1]).parent
-    results: dict[Any, Any] = {"bare": bare()}
+    results: dict[Any, Any] = {"single process": single_process()}
     for layout, parallel in LAYOUTS.items():
         for recompute in RECOMPUTE:
             config = tiny.tiny_config(parallel=parallel, train={"recompute": recompute})

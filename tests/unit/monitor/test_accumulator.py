@@ -1,4 +1,4 @@
-"""Step metrics in one process: averages, rates, head load. Several ranks are tested among the distributed tests."""
+"""Step metrics in one process: averages, rates, head load. The distributed tests cover several ranks."""
 
 import math
 
@@ -20,7 +20,7 @@ def group():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until told."""
+    """A clock that moves only when ``now`` is set."""
 
     class Clock:
         now = 100.0
@@ -38,7 +38,7 @@ def routers(*layers):
     return torch.tensor(layers, dtype=torch.float64)
 
 
-def test_a_dense_model(group, clock):
+def test_figures_of_a_dense_model(group, clock):
     metrics = MetricsAccumulator(group, tokens_per_step=64)
     metrics.restart_clock()
     metrics.add(1, 0.1, scalars(2.0, 4.0), torch.tensor(0.5), None)
@@ -53,7 +53,7 @@ def test_a_dense_model(group, clock):
     assert first.tokens_per_second == second.tokens_per_second == 2 * 64 / 4.0
 
 
-def test_balance_loss_is_the_mean_over_layers_and_head_load_the_share_of_tokens(group):
+def test_balance_loss_is_a_mean_over_layers_and_head_load_a_share_of_tokens(group):
     metrics = MetricsAccumulator(group, tokens_per_step=10)
     metrics.add(1, 0.1, scalars(1.0), torch.tensor(1.0), routers([10, 4, 6, 1.0], [10, 10, 0, 2.0]))
     metrics.add(2, 0.1, scalars(1.0), torch.tensor(1.0), routers([10, 6, 4, 3.0], [10, 9, 1, 5.0]))
@@ -64,7 +64,7 @@ def test_balance_loss_is_the_mean_over_layers_and_head_load_the_share_of_tokens(
     assert_close(interval.head_load, expected, rtol=0, atol=1e-15)
 
 
-def test_each_interval_stands_alone(group, clock):
+def test_intervals_are_independent(group, clock):
     metrics = MetricsAccumulator(group, tokens_per_step=10)
     metrics.restart_clock()
     metrics.add(1, 0.1, scalars(1.0), torch.tensor(1.0), routers([10, 0, 1.0]))
@@ -78,7 +78,7 @@ def test_each_interval_stands_alone(group, clock):
     assert interval.head_load.tolist() == [[0.0, 1.0]]
 
 
-def test_time_spent_on_something_else_can_be_left_out(group, clock):
+def test_restart_clock_leaves_earlier_time_out_of_the_rate(group, clock):
     metrics = MetricsAccumulator(group, tokens_per_step=10)
     clock.now += 1000.0
     metrics.restart_clock()
@@ -87,7 +87,7 @@ def test_time_spent_on_something_else_can_be_left_out(group, clock):
     assert metrics.flush().steps[0].tokens_per_second == 5.0
 
 
-def test_nothing_to_flush(group):
+def test_flush_without_steps_is_empty(group):
     interval = MetricsAccumulator(group, tokens_per_step=10).flush()
     assert interval.steps == []
     assert interval.head_load is None
@@ -103,14 +103,14 @@ def test_large_counts_and_losses_are_not_rounded(group):
     assert interval.head_load.tolist() == [[1.0, (tokens - 1) / tokens]]
 
 
-def test_bf16_losses_are_averaged_beyond_bf16(group):
+def test_bf16_losses_are_averaged_in_higher_precision(group):
     metrics = MetricsAccumulator(group, tokens_per_step=1)
     losses = [torch.tensor(value, dtype=torch.bfloat16) for value in (4.0, 4.03125)]
     metrics.add(1, 0.1, losses, torch.tensor(1.0), None)
     assert metrics.flush().steps[0].lm_loss == 4.015625
 
 
-def test_no_head_counts_in_a_skipped_step(group):
+def test_heads_of_a_skipped_step_are_not_counted(group):
     metrics = MetricsAccumulator(group, tokens_per_step=4)
     metrics.add(1, 0.1, scalars(2.0), torch.tensor(1.0), routers([4, 0, 0.5]))
     metrics.add(2, 0.1, scalars(math.nan), torch.tensor(math.inf), routers([1, 3, math.nan]), skipped=True)

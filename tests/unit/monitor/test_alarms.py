@@ -1,4 +1,4 @@
-"""Alarms: when they begin, what they name, when they end."""
+"""Alarms: when they begin, what they name, and when they end."""
 
 import math
 
@@ -19,104 +19,106 @@ def figures(*load):
     return head_figures(torch.tensor(load), LAYERS, TOP_K, [(0, 1, 2), (3, 4, 5)])
 
 
-def signs(**changes):
+def inputs(**changes):
     return AlarmInputs(**{"tokens_per_second": 100.0, "heads": figures(EVEN, EVEN), **changes})
 
 
 def test_a_healthy_run_is_silent():
     alarms = Alarms(MonitorConfig())
-    healthy = signs(observed={"entropy": [0.9, 0.8]}, balance_excess=0.1, busy=[1.0, 1.1])
+    healthy = inputs(observed={"entropy": [0.9, 0.8]}, balance_excess=0.1, busy=[1.0, 1.1])
     assert [alarms.check(healthy) for _ in range(60)] == [[]] * 60
 
 
 def test_dead_heads_are_named_once_and_again_when_others_die():
     alarms = Alarms(MonitorConfig())
-    one = signs(heads=figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
-    two = signs(heads=figures([1.0, 1.0, 1.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
+    one = inputs(heads=figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
+    two = inputs(heads=figures([1.0, 1.0, 1.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
     (message,) = alarms.check(one)
     assert message.startswith("dead heads: layer 1 head 4, layer 1 head 5 with less than 0.1 of the fair load")
     assert "monitor.alarm_dead_heads" in message
     assert alarms.check(one) == []
     (message,) = alarms.check(two)
     assert message.startswith("dead heads: layer 0 head 5, layer 1 head 4, layer 1 head 5")
-    (message,) = alarms.check(signs())
+    (message,) = alarms.check(inputs())
     assert message.startswith("over: dead heads")
-    assert alarms.check(signs()) == []
+    assert alarms.check(inputs()) == []
 
 
-def test_a_router_that_is_sure():
-    (message,) = Alarms(MonitorConfig()).check(signs(observed={"entropy": [0.9, 0.01]}))
+def test_low_entropy_raises_an_alarm():
+    (message,) = Alarms(MonitorConfig()).check(inputs(observed={"entropy": [0.9, 0.01]}))
     assert message.startswith("entropy collapse: the routers of layer 1 are surer than 0.05")
     assert "monitor.alarm_entropy" in message
-    assert Alarms(MonitorConfig()).check(signs(observed={"entropy": [math.nan, 0.5]})) == []
+    assert Alarms(MonitorConfig()).check(inputs(observed={"entropy": [math.nan, 0.5]})) == []
 
 
 @pytest.mark.parametrize(("excess", "alarmed"), [(0.6, True), (-0.6, True), (0.4, False), (math.nan, True)])
-def test_the_balance_loss_is_out_of_range(excess, alarmed):
-    messages = Alarms(MonitorConfig()).check(signs(balance_excess=excess))
+def test_balance_loss_out_of_range_raises_an_alarm(excess, alarmed):
+    messages = Alarms(MonitorConfig()).check(inputs(balance_excess=excess))
     assert [message.split(":")[0] for message in messages] == ["balance loss out of range"] * alarmed
 
 
-def test_the_rate_drops_and_comes_back():
+def test_a_rate_drop_raises_an_alarm_that_ends_when_the_rate_recovers():
     alarms = Alarms(MonitorConfig())
-    assert [alarms.check(signs()) for _ in range(20)] == [[]] * 20
-    found = [message for _ in range(5) for message in alarms.check(signs(tokens_per_second=50.0))]
+    assert [alarms.check(inputs()) for _ in range(20)] == [[]] * 20
+    found = [message for _ in range(5) for message in alarms.check(inputs(tokens_per_second=50.0))]
     (message,) = found
     assert message.startswith("MFU drop: 50 tokens a second in the last 5 intervals, usually 100; more than 30% less")
-    found = [message for _ in range(5) for message in alarms.check(signs())]
+    found = [message for _ in range(5) for message in alarms.check(inputs())]
     assert [message.split(":")[0] for message in found] == ["over"]
 
 
-def test_a_drop_that_lasts_does_not_end_by_itself():
+def test_a_lasting_rate_drop_does_not_become_the_usual_rate():
     alarms = Alarms(MonitorConfig())
     rates = [100.0] * 20 + [50.0] * 200
-    assert len([message for rate in rates for message in alarms.check(signs(tokens_per_second=rate))]) == 1
-    found = [message for _ in range(5) for message in alarms.check(signs())]
+    assert len([message for rate in rates for message in alarms.check(inputs(tokens_per_second=rate))]) == 1
+    found = [message for _ in range(5) for message in alarms.check(inputs())]
     assert [message.split(":")[0] for message in found] == ["over"]
 
 
-def test_an_interval_that_tells_nothing_about_a_kind_leaves_it_as_it_was():
+def test_an_interval_without_figures_leaves_an_alarm_as_it_was():
     alarms = Alarms(MonitorConfig())
     dead = figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0])
-    bad = signs(heads=dead, observed={"entropy": [0.9, 0.01]}, balance_excess=0.9)
+    bad = inputs(heads=dead, observed={"entropy": [0.9, 0.01]}, balance_excess=0.9)
     assert len(alarms.check(bad)) == 3
-    assert alarms.check(AlarmInputs(100.0)) == [], "a save between two intervals, or skipped steps"
+    assert alarms.check(AlarmInputs(100.0)) == [], "as after skipped steps"
     assert alarms.check(bad) == []
-    ended = alarms.check(signs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.0))
+    ended = alarms.check(inputs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.0))
     assert [message.split(":")[0] for message in ended] == ["over"] * 3
 
 
-def test_one_slow_interval_is_no_drop():
+def test_one_slow_interval_raises_no_alarm():
     alarms = Alarms(MonitorConfig())
     rates = [100.0] * 20 + [1.0] + [100.0] * 5
-    assert [alarms.check(signs(tokens_per_second=rate)) for rate in rates] == [[]] * len(rates)
+    assert [alarms.check(inputs(tokens_per_second=rate)) for rate in rates] == [[]] * len(rates)
 
 
-def test_the_slowest_rank_is_named_when_it_stays_slow():
-    alarms, slow = Alarms(MonitorConfig()), signs(busy=[1.0, 1.0, 1.8, 1.0])
-    assert [alarms.check(each) for each in (slow, slow, signs(busy=[1.0] * 4), signs(busy=[9.0, 1, 1, 1]))] == [[]] * 4
+def test_a_rank_that_stays_slow_is_named():
+    alarms, slow = Alarms(MonitorConfig()), inputs(busy=[1.0, 1.0, 1.8, 1.0])
+    assert [
+        alarms.check(interval) for interval in (slow, slow, inputs(busy=[1.0] * 4), inputs(busy=[9.0, 1, 1, 1]))
+    ] == [[]] * 4
     (message,) = alarms.check(slow)
     assert message.startswith("slowest rank: rank 2 takes 1.80 times the median's time")
     assert "monitor.alarm_slow_rank" in message
 
 
-def test_the_remedy_is_the_key_in_use():
-    (message,) = Alarms(MonitorConfig(), balance_key="moh.bias_update_rate").check(signs(balance_excess=0.9))
+def test_the_message_names_the_balance_key_in_use():
+    (message,) = Alarms(MonitorConfig(), balance_key="moh.bias_update_rate").check(inputs(balance_excess=0.9))
     assert message.endswith("Raise moh.bias_update_rate.")
 
 
-def test_null_turns_an_alarm_off():
+def test_null_disables_an_alarm():
     off = MonitorConfig(
         alarm_dead_heads=None, alarm_entropy=None, alarm_balance=None, alarm_mfu_drop=None, alarm_slow_rank=None
     )
     alarms = Alarms(off)
     dead = figures(EVEN, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    bad = signs(heads=dead, observed={"entropy": [0.0, 0.0]}, balance_excess=1.0, busy=[1.0, 9.0, 1.0])
+    bad = inputs(heads=dead, observed={"entropy": [0.0, 0.0]}, balance_excess=1.0, busy=[1.0, 9.0, 1.0])
     assert [alarms.check(bad) for _ in range(20)] == [[]] * 20
 
 
 @pytest.mark.parametrize(("form", "even", "collapsed"), [("scaled", 2.0, 4.0), ("paper", 0.5, 1.0)])
-def test_the_scale_of_the_balance_loss(form, even, collapsed):
+def test_balance_excess_is_0_for_an_even_and_1_for_a_collapsed_load(form, even, collapsed):
     assert balance_excess(even, LAYERS, TOP_K, form) == 0.0
     assert balance_excess(collapsed, LAYERS, TOP_K, form) == 1.0
     assert balance_excess(1.0, [LayerHeads(4, (0, 1), 4)], [2], form) == 0.0

@@ -1,4 +1,4 @@
-"""Operations of a token against torch's own counter and against sums by hand."""
+"""Compares operations per token with torch's own counter and with sums made by hand."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("changes", [{}, {"moh.enabled": False}, {"moh.router": "query_norm"}], ids=str)
-def test_weights_as_torch_counts_them(tiny: Tiny, recompute: str, changes: dict[str, Any]) -> None:
-    """torch's counter finds no operations in a CPU's fused attention; what it counts is the rest."""
+def test_operations_with_weights_equal_those_of_torch(tiny: Tiny, recompute: str, changes: dict[str, Any]) -> None:
+    """torch's counter counts no operations in fused attention on a CPU, only the others."""
     config = tiny({"moh.backend": "dense", **changes, "train.recompute": recompute})
     model, tokens = build_model(config).train(), torch.randint(0, 96, (2, 17))
     with FlopCounterMode(display=False) as counter:
@@ -43,7 +43,7 @@ def attention_of_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H], in matrix products over the full S x S."""
     width = q.shape[2] // k.shape[2]
     q_BNSH, k_BNSH, v_BNSH = (
-        each.permute(1, 2, 0, 3) for each in (q, k.repeat_interleave(width, 2), v.repeat_interleave(width, 2))
+        tensor.permute(1, 2, 0, 3) for tensor in (q, k.repeat_interleave(width, 2), v.repeat_interleave(width, 2))
     )
     scores = q_BNSH @ k_BNSH.transpose(-1, -2) / q.shape[-1] ** 0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -51,8 +51,10 @@ def attention_of_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("changes", [{}, {"moh.enabled": False}, {"moh.router": "query_norm"}], ids=str)
-def test_attention_as_torch_counts_it(tiny: Tiny, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With attention written as products torch's counter sees the full S x S, and no scores computed again."""
+def test_operations_of_attention_equal_those_of_torch(
+    tiny: Tiny, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention written as products, torch counts the full S x S, and no scores that are computed again."""
     config = tiny({"moh.backend": "dense", **changes})
     model, tokens = build_model(config).train(), torch.randint(0, 96, (2, 17))
     for layer in moh_layers(model):
@@ -63,15 +65,15 @@ def test_attention_as_torch_counts_it(tiny: Tiny, changes: dict[str, Any], monke
     full = flops_per_token(config, "dense", causal=False)
     expected = full.dense_equivalent.total + (0 if changes else ROUTER)
     assert counter.get_total_flops() == pytest.approx(2 * 16 * expected, rel=0.01)
-    # The scores, which fused attention computes once more.
-    again = 2 * 8 * 2 * 4 * 16
-    assert full.executed.total == pytest.approx(expected + again)
+    # Fused attention computes the scores again.
+    recomputed = 2 * 8 * 2 * 4 * 16
+    assert full.executed.total == pytest.approx(expected + recomputed)
     assert full.executed.total > flops_per_token(config, "dense").executed.total
 
 
-def test_what_is_executed_falls_with_the_active_heads_only_where_they_are_skipped(tiny: Tiny) -> None:
+def test_executed_operations_fall_with_active_heads_only_where_heads_are_skipped(tiny: Tiny) -> None:
     def executed(backend: str) -> list[float]:
-        return [three(tiny({"moh.active_heads": active}), backend)[2] for active in (8, 6, 4, 3)]
+        return [totals(tiny({"moh.active_heads": active}), backend)[2] for active in (8, 6, 4, 3)]
 
     dense, sparse = executed("dense"), executed("cpu")
     assert len(set(dense)) == 1
@@ -80,50 +82,51 @@ def test_what_is_executed_falls_with_the_active_heads_only_where_they_are_skippe
     assert len(set(sparse)) == 4
 
 
-def three(config: Config, backend: str) -> tuple[float, float, float]:
+def totals(config: Config, backend: str) -> tuple[float, float, float]:
+    """Operations per token: dense-equivalent, active heads, executed."""
     flops: FlopsPerToken = flops_per_token(config, backend)
     return flops.dense_equivalent.total, flops.active_heads.total, flops.executed.total
 
 
-def test_masked_heads_are_executed(tiny: Tiny) -> None:
+def test_masked_heads_count_as_executed(tiny: Tiny) -> None:
     config = tiny()  # 4 of 8 heads are active
-    dense, active, executed = three(config, "dense")
+    dense, active, executed = totals(config, "dense")
     twin = tiny({"moh.enabled": False})
-    assert dense == flops_per_token(twin, "dense").dense_equivalent.total == three(config, "triton")[0]
+    assert dense == flops_per_token(twin, "dense").dense_equivalent.total == totals(config, "triton")[0]
     projections = 6 * (2 * 8 + 2 * 4) * 32 * 4 + 6 * 3 * 32 * 48
     assert dense == HEAD + 2 * (projections + 6 * 8 * HEAD_CORE)
     assert active == HEAD + ROUTER + 2 * (projections - 6 * 2 * 4 * 32 * 4 + 6 * 4 * HEAD_CORE)
     assert executed == HEAD + ROUTER + 2 * (projections + 7 * 8 * HEAD_CORE)
-    assert three(config, "triton")[2] == HEAD + ROUTER + 2 * (projections + 7 * 4 * HEAD_CORE)
+    assert totals(config, "triton")[2] == HEAD + ROUTER + 2 * (projections + 7 * 4 * HEAD_CORE)
     assert executed > dense > active
 
 
-def test_norms_of_all_queries_route(tiny: Tiny) -> None:
+def test_query_norm_routing_needs_all_queries(tiny: Tiny) -> None:
     queries = 2 * 6 * 4 * 32 * 4
-    active = three(tiny({"moh.router": "query_norm"}), "dense")[1]
-    assert active == three(tiny(), "dense")[1] - ROUTER + queries
+    active = totals(tiny({"moh.router": "query_norm"}), "dense")[1]
+    assert active == totals(tiny(), "dense")[1] - ROUTER + queries
 
 
-def test_recomputation_is_executed_and_not_credited(tiny: Tiny) -> None:
-    none, selective, full = (three(tiny({"train.recompute": kind}), "dense") for kind in ("none", "selective", "full"))
+def test_recomputation_counts_as_executed_only(tiny: Tiny) -> None:
+    none, selective, full = (totals(tiny({"train.recompute": kind}), "dense") for kind in ("none", "selective", "full"))
     assert none[:2] == selective[:2] == full[:2]
     assert selective[2] == none[2] + 2 * 2 * 8 * HEAD_CORE
     assert full[2] > selective[2]
 
 
-def test_every_layer_counts_its_own_heads(tiny: Tiny) -> None:
+def test_each_layer_counts_its_own_heads(tiny: Tiny) -> None:
     few, many, mixed = (
-        three(tiny({"moh.active_heads": active, "moh.shared_heads": 2}), "cpu")[2] for active in (3, 7, [3, 7])
+        totals(tiny({"moh.active_heads": active, "moh.shared_heads": 2}), "cpu")[2] for active in (3, 7, [3, 7])
     )
     assert mixed == (few + many) / 2
 
 
-def test_names_of_backends() -> None:
+def test_which_backends_skip_heads() -> None:
     assert [skips_heads(name) for name in ("dense", "cpu", "gathered")] == [False, True, True]
 
 
-def test_what_counts_as_computed_is_what_a_running_model_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers whose shares differ take different backends, and the schedule's heads are not the final ones."""
+def test_computed_heads_are_those_a_running_model_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with different shares of active heads use different backends, and the schedule starts with more heads."""
     computed: list[int] = []
 
     def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor, **unused: Any) -> torch.Tensor:
@@ -146,7 +149,7 @@ def test_what_counts_as_computed_is_what_a_running_model_computes(tiny: Tiny, mo
         computed.clear()
         follow_schedule(moh_layers(model), step)
         token_losses(model, tokens)
-        found.append([each / 512 for each in computed])
+        found.append([pairs / 512 for pairs in computed])
         assert computed_heads(config, attention_backends(config, device, step), step) == found[-1]
     assert found == [[8, 8], [6, 8], [3, 7]]
     assert computed_heads(config, attention_backends(config, device)) == found[-1]

@@ -1,4 +1,4 @@
-"""Event files, read back as TensorBoard reads them."""
+"""Event files, read as TensorBoard reads them."""
 
 import io
 import math
@@ -23,19 +23,20 @@ def metrics(step, lm_loss):
     )
 
 
-def board_in(folder, start=0, **options):
+def new_logger(folder, start=0, **options):
     return MetricsLogger(TensorBoard(folder, start), **options)
 
 
-def live(folder, start, end, lm_loss):
-    board = board_in(folder, start)
+def train(folder, start, end, lm_loss):
+    """Write the steps of a run between two restarts: start + 1 to end."""
+    metrics_logger = new_logger(folder, start)
     for step in range(start + 1, end + 1):
-        board.step(metrics(step, lm_loss), lm_loss + 1)
-    board.close()
+        metrics_logger.step(metrics(step, lm_loss), lm_loss + 1)
+    metrics_logger.close()
     # TensorBoard reads files in the order of their names, which hold the second and, within one process, a count.
-    lives = list(folder.glob("events.out.tfevents.life*"))
-    (written,) = set(folder.glob("events.out.tfevents.*")) - set(lives)
-    written.rename(folder / f"events.out.tfevents.life{len(lives)}")
+    earlier = list(folder.glob("events.out.tfevents.part*"))
+    (written,) = set(folder.glob("events.out.tfevents.*")) - set(earlier)
+    written.rename(folder / f"events.out.tfevents.part{len(earlier)}")
 
 
 def events(folder):
@@ -53,7 +54,7 @@ def text_of(accumulator, tag):
 
 
 def test_scalars_of_a_step(tmp_path):
-    live(tmp_path, 0, 2, 4.0)
+    train(tmp_path, 0, 2, 4.0)
     read = events(tmp_path)
     expected = {
         "loss/total": 5.0,
@@ -70,10 +71,10 @@ def test_scalars_of_a_step(tmp_path):
     assert sorted(read.Tags()["scalars"]) == sorted([*expected, "throughput/tokens"])
 
 
-def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_path):
+def test_figures_of_an_interval(tmp_path):
     flops = FlopsPerToken(Flops(4e9, 0.0), Flops(3e9, 0.0), Flops(5e9, 0.0))
-    board = board_in(tmp_path, devices=2, peak_tflops=100.0)
-    vitals = IntervalStats(
+    metrics_logger = new_logger(tmp_path, devices=2, peak_tflops=100.0)
+    stats = IntervalStats(
         seconds={"forward": 0.25, "step": 0.5},
         memory=[2**30, 2**31],
         busy=[0.2, 0.1, 0.1],
@@ -83,8 +84,8 @@ def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_p
         restarts=1,
         flops=flops,
     )
-    board.interval(tokens_per_second=2000.0, vitals=vitals, step=10)
-    board.close()
+    metrics_logger.interval(tokens_per_second=2000.0, stats=stats, step=10)
+    metrics_logger.close()
     read = events(tmp_path)
     found = {tag: values(read, tag)[0][1] for tag in read.Tags()["scalars"]}
     assert found == pytest.approx(
@@ -107,24 +108,24 @@ def test_an_interval_has_times_memory_norms_and_three_counts_of_operations(tmp_p
     )
 
 
-def test_head_load_has_a_scalar_a_head(tmp_path):
-    board = board_in(tmp_path)
-    board.head_load(torch.tensor([[1.0, 0.25], [0.5, 0.75]]), 10)
-    board.close()
+def test_head_load_has_a_scalar_per_head(tmp_path):
+    metrics_logger = new_logger(tmp_path)
+    metrics_logger.head_load(torch.tensor([[1.0, 0.25], [0.5, 0.75]]), 10)
+    metrics_logger.close()
     read = events(tmp_path)
     loads = [[values(read, f"head_load/layer_0{layer}/head_0{head}") for head in range(2)] for layer in range(2)]
     assert loads == [[[(10, 1.0)], [(10, 0.25)]], [[(10, 0.5)], [(10, 0.75)]]]
 
 
-def test_what_follows_from_loads_and_what_routers_showed(tmp_path):
+def test_figures_of_heads_and_routers(tmp_path):
     layers = [LayerHeads(4, (0,), 2), LayerHeads(4, (0, 1, 2, 3), 4)]
     load = torch.tensor([[1.0, 0.5, 0.49, 0.01], [1.0, 1.0, 1.0, 1.0]])
     figures = head_figures(load, layers, [1, 0], [(0, 1), (2, 3)])
     observed = {"z_loss": [2.0, math.nan], "entropy": [0.75, math.nan], "alpha_shared": [1.25, math.nan]}
-    board = board_in(tmp_path)
-    board.heads(figures, observed, 5)
-    board.head_maps(figures, 5)
-    board.close()
+    metrics_logger = new_logger(tmp_path)
+    metrics_logger.heads(figures, observed, 5)
+    metrics_logger.head_maps(figures, 5)
+    metrics_logger.close()
     read = events(tmp_path)
     found = {tag: values(read, tag)[0][1] for tag in read.Tags()["scalars"] if not tag.startswith("head_load/")}
     shares = np.array([0.5, 0.49, 0.01])
@@ -148,9 +149,9 @@ def test_what_follows_from_loads_and_what_routers_showed(tmp_path):
     assert spread.histogram_value.sum == pytest.approx(3.0)
 
 
-def test_validation_shows_its_loss_and_the_text_at_once(tmp_path):
-    board = board_in(tmp_path)
-    board.validation(3.5, "It is a truth — universally", 20, {"books": 3.0, "web": 4.0})
+def test_validation_shows_its_losses_and_its_sample_immediately(tmp_path):
+    metrics_logger = new_logger(tmp_path)
+    metrics_logger.validation(3.5, "It is a truth — universally", 20, {"books": 3.0, "web": 4.0})
     read = events(tmp_path)
     assert values(read, "loss/validation") == [(20, 3.5)]
     assert values(read, "loss/validation_perplexity") == [(20, pytest.approx(math.exp(3.5)))]
@@ -158,15 +159,15 @@ def test_validation_shows_its_loss_and_the_text_at_once(tmp_path):
     (text,) = read.Tensors("sample/text_summary")
     assert text.step == 20
     assert text.tensor_proto.string_val[0].decode() == "It is a truth — universally"
-    board.close()
+    metrics_logger.close()
 
 
-def test_words_alarms_and_hyperparameters(tmp_path):
-    board = board_in(tmp_path)
-    board.describe({"config": "run: {}", "version": "git abc"}, 0)
-    board.alarm(["dead heads: layer 1 head 2"], 3)
-    board.finish({"moh.active_heads": 4, "moh.enabled": True, "moh.router": "learned"}, {"final/loss": 2.5})
-    board.close()
+def test_texts_alarms_and_hyperparameters(tmp_path):
+    metrics_logger = new_logger(tmp_path)
+    metrics_logger.describe({"config": "run: {}", "version": "git abc"}, 0)
+    metrics_logger.alarm(["dead heads: layer 1 head 2"], 3)
+    metrics_logger.finish({"moh.active_heads": 4, "moh.enabled": True, "moh.router": "learned"}, {"final/loss": 2.5})
+    metrics_logger.close()
     read = events(tmp_path)
     assert [text_of(read, tag) for tag in ("config", "version")] == ["run: {}", "git abc"]
     assert text_of(read, "alarms") == "dead heads: layer 1 head 2"
@@ -180,32 +181,32 @@ def test_words_alarms_and_hyperparameters(tmp_path):
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
-def test_a_resumed_run_shows_one_value_a_step(tmp_path, start):
-    live(tmp_path, 0, 5, 4.0)
-    live(tmp_path, start, 7, 2.0)
+def test_a_resumed_run_shows_one_value_per_step(tmp_path, start):
+    train(tmp_path, 0, 5, 4.0)
+    train(tmp_path, start, 7, 2.0)
     expected = [(step, 4.0 if step <= start else 2.0) for step in range(1, 8)]
     assert values(events(tmp_path), "loss/lm") == expected
 
 
-def test_a_run_resumed_twice(tmp_path):
-    live(tmp_path, 0, 5, 4.0)
-    live(tmp_path, 4, 6, 2.0)
-    live(tmp_path, 2, 6, 1.0)
+def test_a_run_resumed_twice_shows_one_value_per_step(tmp_path):
+    train(tmp_path, 0, 5, 4.0)
+    train(tmp_path, 4, 6, 2.0)
+    train(tmp_path, 2, 6, 1.0)
     assert values(events(tmp_path), "loss/lm") == [(1, 4.0), (2, 4.0), (3, 1.0), (4, 1.0), (5, 1.0), (6, 1.0)]
 
 
-def test_the_torn_file_of_a_killed_run_does_not_hide_the_next_life(tmp_path):
-    live(tmp_path, 0, 5, 4.0)
-    (torn,) = tmp_path.iterdir()
-    torn.write_bytes(torn.read_bytes()[:-7])
-    live(tmp_path, 4, 6, 2.0)
+def test_a_truncated_file_of_a_killed_run_does_not_hide_later_steps(tmp_path):
+    train(tmp_path, 0, 5, 4.0)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    train(tmp_path, 4, 6, 2.0)
     assert values(events(tmp_path), "loss/lm") == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 4.0), (5, 2.0), (6, 2.0)]
 
 
-def test_what_came_of_a_run_stands_at_its_last_step(tmp_path):
-    board = board_in(tmp_path, start=10)
-    board.step(metrics(12, 4.0), 5.0)
-    board.evaluation({"piqa": 0.5}, 11)
-    board.finish({"run.seed": 1}, {"final/train_loss": 4.0})
-    board.close()
+def test_final_results_are_shown_at_the_last_step(tmp_path):
+    metrics_logger = new_logger(tmp_path, start=10)
+    metrics_logger.step(metrics(12, 4.0), 5.0)
+    metrics_logger.evaluation({"piqa": 0.5}, 11)
+    metrics_logger.finish({"run.seed": 1}, {"final/train_loss": 4.0})
+    metrics_logger.close()
     assert values(events(tmp_path), "final/train_loss") == [(12, 4.0)]

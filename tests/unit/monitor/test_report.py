@@ -1,4 +1,4 @@
-"""The run report from files made by hand: what is missing, what was measured, and that lines can be told apart."""
+"""The run report of files made by hand: missing parts, measured figures, and lines that can be told apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moh_megatron.monitor.tensorboard import TensorBoard
 
 @pytest.fixture
 def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
-    """Three steps, of which one is not finite, validated twice without a number, with many alarms."""
+    """A run of three steps, one of them not finite, with two validations without a loss and many alarms."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(tiny()))
@@ -33,12 +33,12 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
     sources = [{"a": 3.0, "b": None}, {"a": 2.0}]
     write(
         folder / "validation.jsonl",
-        [{"step": n, "loss": None, "sources": each, "sample": "text"} for n, each in enumerate(sources, start=1)],
+        [{"step": n, "loss": None, "sources": losses, "sample": "text"} for n, losses in enumerate(sources, start=1)],
     )
-    board = TensorBoard(folder / "tensorboard", 0)
+    writer = TensorBoard(folder / "tensorboard", 0)
     for step in range(1, 31):
-        board.text("alarms", f"dead heads: number {step:02d}.", step)
-    board.close()
+        writer.text("alarms", f"dead heads: number {step:02d}.", step)
+    writer.close()
     return folder
 
 
@@ -70,9 +70,16 @@ def test_every_part_of_an_evaluation_is_shown(run: Path, monkeypatch: pytest.Mon
     compared["comparison"] = {"against": "theirs", "tasks": [{**task, "p_value": 0.0625}]}
     scored = {"task": "piqa", "shots": 0, "metric": "acc", "value": 0.5, "standard_error": None, "questions": 5}
     tasks["suite"] = {"name": "s", "description": "d", "limit": 5, "tasks": [scored], "published": []}
-    torn = {**tasks, "suite": {"name": "s"}}
-    every = {"alone": alone, "nothing": nothing, "compared": compared, "tasks": tasks, "torn": torn, "list": []}
-    for name, found in every.items():
+    damaged = {**tasks, "suite": {"name": "s"}}
+    evaluations = {
+        "alone": alone,
+        "nothing": nothing,
+        "compared": compared,
+        "tasks": tasks,
+        "damaged": damaged,
+        "list": [],
+    }
+    for name, found in evaluations.items():
         (run / "eval" / name).mkdir(parents=True)
         (run / "eval" / name / "results.json").write_text(json.dumps(found))
     page = page_of(run, monkeypatch)
@@ -85,9 +92,9 @@ def test_every_part_of_an_evaluation_is_shown(run: Path, monkeypatch: pytest.Mon
     assert page.count("Its results.json is not as") == 2
 
 
-def test_files_of_another_form_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_without_the_expected_keys_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "exit.json").write_text("null")
-    for name in ("metrics.jsonl", "validation.jsonl", "lives.jsonl"):
+    for name in ("metrics.jsonl", "validation.jsonl", "restarts.jsonl"):
         with (run / name).open("a") as stream:
             stream.write('{"step": 9}\n')
     page = page_of(run, monkeypatch)
@@ -101,7 +108,7 @@ def test_files_of_another_form_are_left_out(run: Path, monkeypatch: pytest.Monke
         ("file/report.html", "file: must be a folder to write to.*name another with --out"),
     ],
 )
-def test_a_page_that_cannot_be_written(
+def test_a_page_that_cannot_be_written_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, expected: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -113,7 +120,7 @@ def test_a_page_that_cannot_be_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot() -> None:
+def test_a_run_has_the_same_style_in_every_chart_and_a_single_point_is_a_dot() -> None:
     drawn = curves("t", "u", [("none", []), ("dot", [(1.0, 2.0)]), ("line", [(0.0, 1.0), (1.0, 1.0)])])
     alone = curves("t", "u", [(name, [(0.0, 1.0), (1.0, 1.0)]) for name in "abc"])
     keys = re.compile(r'stroke="([^"]*)" stroke-dasharray="([^"]*)"/></svg>')
@@ -126,9 +133,17 @@ def test_a_run_looks_the_same_in_every_chart_and_one_point_is_a_dot() -> None:
     assert [name for name, _ in run_report.validation(runs)] == ["one", "two", "one: a", "two: a"]
 
 
-def test_no_two_lines_look_alike_without_colour() -> None:
+def test_lines_differ_without_colour() -> None:
     drawn = curves("t", "u", [(f"run {number}", [(0.0, number), (1.0, number + 1.0)]) for number in range(30)])
     keys = re.findall(r'class="key">.*?stroke-dasharray="([^"]*)".*?</svg>(.?) run \d+<', drawn)
     assert len(keys) == len(set(keys)) == 30
     colours = re.findall(r'class="curve" stroke="([^"]*)" stroke-dasharray="([^"]*)"', drawn)
-    assert len(set(colours)) == 30, "colour tells them apart as well"
+    assert len(set(colours)) == 30, "colours and dashes together differ, too"
+
+
+def test_starts_in_a_file_of_the_former_name_are_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(run / "lives.jsonl", [{"step": 0, "time": 0.0, "ranks": 2, "code": "git former"}])
+    write(run / "restarts.jsonl", [{"step": 2, "time": 60.0, "ranks": 4, "code": "git current"}])
+    page = page_of(run, monkeypatch)
+    assert page.index("git former") < page.index("git current")
+    assert "<td>0</td><td>1</td><td>still running, or killed</td>" in page, "no bad step, one restart"

@@ -1,4 +1,4 @@
-"""Writers that fail are left out, and say so once; Prometheus' and Weights & Biases' files and calls."""
+"""Failing writers are left out with one warning; the file for Prometheus and the calls of Weights & Biases."""
 
 import os
 import sys
@@ -15,6 +15,13 @@ from moh_megatron.monitor.wandb import WeightsAndBiases
 from moh_megatron.monitor.writer import Writers
 
 
+def warnings(caplog):
+    """The messages that the writers logged; they are warnings."""
+    records = [record for record in caplog.records if record.name.startswith("moh_megatron")]
+    assert {record.levelname for record in records} <= {"WARNING"}
+    return [record.getMessage() for record in records]
+
+
 def use(writers):
     writers.scalars({"loss/lm": 2.5}, 1)
     writers.text("note", "words", 1)
@@ -24,51 +31,49 @@ def use(writers):
     writers.flush()
 
 
-def test_a_folder_that_cannot_be_made_is_named_and_the_others_are_written(tmp_path):
+def test_a_writer_without_its_folder_is_named_and_the_others_go_on(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    said = []
     makers = {
         "TensorBoard": lambda: TensorBoard(tmp_path / "file" / "tensorboard", 0),
         "the file for Prometheus": lambda: PrometheusFile(tmp_path / "metrics.prom", "run"),
     }
-    writers = Writers(makers, said.append)
+    writers = Writers(makers)
     use(writers)
     writers.close()
-    (warning,) = said
-    assert warning.startswith("warning: TensorBoard: ")
+    (warning,) = warnings(caplog)
+    assert warning.startswith("TensorBoard: ")
     assert str(tmp_path / "file") in warning
     assert warning.endswith("Training goes on without it.")
     assert 'moh_loss_lm{run="run"} 2.5' in (tmp_path / "metrics.prom").read_text()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_told_once(tmp_path):
-    said = []
-    writers = Writers({"TensorBoard": lambda: TensorBoard(tmp_path, 0)}, said.append)
-    (file,) = tmp_path.iterdir()  # which TensorBoard opens anew for every write, at any moment
+def test_a_full_disk_is_reported_once(tmp_path, caplog):
+    writers = Writers({"TensorBoard": lambda: TensorBoard(tmp_path, 0)})
+    (file,) = tmp_path.iterdir()  # TensorBoard opens it again for every write, at any moment.
     (full := tmp_path / "full").symlink_to("/dev/full")
     full.replace(file)
     for _ in range(3):
         use(writers)
     writers.close()
-    (warning,) = said
+    (warning,) = warnings(caplog)
     assert "No space left on device" in warning
     assert str(tmp_path) in warning
 
 
-def test_only_the_writer_s_own_thread_is_silenced_and_only_while_it_is_open(tmp_path, monkeypatch):
-    told = []
-    hook = told.append
+def test_errors_of_the_writing_thread_only_are_ignored_while_the_writer_is_open(tmp_path, monkeypatch):
+    reported = []
+    hook = reported.append
     monkeypatch.setattr(threading, "excepthook", hook)
 
     def fail():
-        raise OSError("of somebody else")
+        raise OSError("of another thread")
 
     writer = TensorBoard(tmp_path, 0)
     other = threading.Thread(target=fail)
     other.start()
     other.join()
-    assert [str(each.exc_value) for each in told] == ["of somebody else"]
+    assert [str(arguments.exc_value) for arguments in reported] == ["of another thread"]
     writer.close()
     assert threading.excepthook is hook
     (tmp_path / "file").write_text("")
@@ -82,19 +87,24 @@ def test_prometheus_format(tmp_path):
     writer = PrometheusFile(path, 'my "run"')
     writer.scalars({"head_load/layer_00/head_01": 0.5, "loss/lm": float("nan")}, 7)
     writer.scalars({"optimizer/lr": float("inf")}, 8)
-    assert path.read_text() == "", "nothing is shown before it is asked for"
+    assert path.read_text() == "", "nothing is written before flush"
     writer.flush()
-    assert path.read_text() == (
-        '# TYPE moh_head_load_layer_00_head_01 gauge\nmoh_head_load_layer_00_head_01{run="my \\"run\\""} 0.5\n'
-        '# TYPE moh_loss_lm gauge\nmoh_loss_lm{run="my \\"run\\""} NaN\n'
-        '# TYPE moh_optimizer_lr gauge\nmoh_optimizer_lr{run="my \\"run\\""} +Inf\n'
-        '# TYPE moh_step gauge\nmoh_step{run="my \\"run\\""} 8.0\n'
-    )
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# HELP ")]
+    assert lines == [
+        "# TYPE moh_head_load_layer_00_head_01 gauge",
+        'moh_head_load_layer_00_head_01{run="my \\"run\\""} 0.5',
+        "# TYPE moh_loss_lm gauge",
+        'moh_loss_lm{run="my \\"run\\""} NaN',
+        "# TYPE moh_step gauge",
+        'moh_step{run="my \\"run\\""} 8.0',
+        "# TYPE moh_optimizer_lr gauge",
+        'moh_optimizer_lr{run="my \\"run\\""} +Inf',
+    ]
     use(writer)
-    assert [each.name for each in path.parent.iterdir()] == ["run.prom"]
+    assert [file.name for file in path.parent.iterdir()] == ["run.prom"]
 
 
-def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
+def test_calls_of_weights_and_biases(tmp_path, monkeypatch):
     logged, defined = [], []
     run = SimpleNamespace(
         define_metric=lambda name, **options: defined.append((name, options)),
@@ -115,7 +125,7 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
     use(writer)
     writer.close()
     assert (made[0]["project"], made[0]["name"], made[0]["resume"]) == ("moh", "run", "allow")
-    assert defined == [("step", {}), ("*", {"step_metric": "step"})], "or figures of an earlier step would be dropped"
+    assert defined == [("step", {}), ("*", {"step_metric": "step"})], "otherwise W&B drops figures of earlier steps"
     assert logged == [
         {"loss/lm": 2.5, "step": 1},
         {"note": ("table", [[1, "words"]]), "step": 1},
@@ -127,10 +137,9 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
     ]
 
 
-def test_a_library_that_is_not_there_is_a_warning(tmp_path, monkeypatch):
+def test_a_missing_library_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    said = []
-    writers = Writers({"Weights & Biases": lambda: WeightsAndBiases("moh", tmp_path)}, said.append)
+    writers = Writers({"Weights & Biases": lambda: WeightsAndBiases("moh", tmp_path)})
     use(writers)
-    assert len(said) == 1
-    assert "monitor.wandb_project needs the package wandb: pip install wandb" in said[0]
+    (warning,) = warnings(caplog)
+    assert "monitor.wandb_project needs the package wandb: pip install wandb" in warning

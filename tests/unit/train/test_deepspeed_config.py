@@ -1,4 +1,4 @@
-"""What the user may add to DeepSpeed's configuration, and what is refused."""
+"""What a user may add to DeepSpeed's configuration, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def with_section(tiny: Tiny, section: dict[str, Any], changes: dict[str, Any] | 
     return dataclasses.replace(tiny(changes), deepspeed=section)
 
 
-def complaint(config: Config, world_size: int = 2) -> list[str]:
+def error_lines(config: Config, world_size: int = 2) -> list[str]:
     with pytest.raises(UserError) as caught:
         check_deepspeed_section(config, world_size)
     return str(caught.value).splitlines()
@@ -28,7 +28,7 @@ def complaint(config: Config, world_size: int = 2) -> list[str]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("cuda", [False, True])
-def test_what_is_derived(tiny: Tiny, stage: int, cuda: bool) -> None:
+def test_values_derived_from_other_sections(tiny: Tiny, stage: int, cuda: bool) -> None:
     changes = {"parallel.zero_stage": stage, "parallel.offload_optimizer": True, "train.precision": "bf16"}
     settings = deepspeed_config(tiny(changes), 2, 2, cuda=cuda)
     assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (4, 2)
@@ -49,7 +49,7 @@ def test_buckets_are_no_larger_than_the_model(tiny: Tiny) -> None:
     assert large["reduce_bucket_size"] == large["allgather_bucket_size"] == 200_000_000
 
 
-def test_a_user_may_add_and_tune(tiny: Tiny) -> None:
+def test_users_may_add_keys_and_tune_values(tiny: Tiny) -> None:
     section = {
         "zero_optimization": {
             "stage": 1,
@@ -153,11 +153,11 @@ def test_a_user_may_add_and_tune(tiny: Tiny) -> None:
         ({"amp": {"enabled": True}}, "deepspeed: NVIDIA Apex AMP integration has been removed."),
     ],
 )
-def test_contradictions_and_unknown_keys_are_told(tiny: Tiny, section: dict[str, Any], message: str) -> None:
-    (line,) = complaint(with_section(tiny, section))
+def test_contradictions_and_unknown_keys_are_refused(tiny: Tiny, section: dict[str, Any], message: str) -> None:
+    (line,) = error_lines(with_section(tiny, section))
     assert line.startswith(message)
 
 
-def test_every_mistake_is_told_at_once(tiny: Tiny) -> None:
-    assert len(complaint(with_section(tiny, {"gradient_clipping": 3, "zero_optimization": {"stage": 2}}))) == 2
-    assert len(complaint(with_section(tiny, {"zero_optimization": {"stge": 2, "overlap_com": True}, "x": 1}))) == 2
+def test_all_errors_are_reported_at_once(tiny: Tiny) -> None:
+    assert len(error_lines(with_section(tiny, {"gradient_clipping": 3, "zero_optimization": {"stage": 2}}))) == 2
+    assert len(error_lines(with_section(tiny, {"zero_optimization": {"stge": 2, "overlap_com": True}, "x": 1}))) == 2

@@ -1,4 +1,4 @@
-"""Learning-rate shapes, by their values at the corners and against closed forms between them."""
+"""The shapes of learning-rate schedules: values at the corners, and closed forms between them."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ def curve(settings, total):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_warm_up_rises_in_equal_steps_and_reaches_the_peak_at_its_end(shape):
+def test_warm_up_rises_in_equal_steps_to_the_peak(shape):
     rates = curve(optimizer(shape, warmup_steps=4, warmup_learning_rate=0.5), 20)
     assert rates[:5] == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0])
 
@@ -41,7 +41,7 @@ def test_the_last_step_has_the_final_rate(shape, last, warmup):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_of_one_step_is_not_wasted_on_the_final_rate(shape):
+def test_a_run_of_one_step_has_the_peak(shape):
     assert curve(optimizer(shape, min_learning_rate=0.0), 1) == [1.0]
 
 
@@ -50,7 +50,7 @@ def test_a_warm_up_that_leaves_one_step_ends_at_the_peak(shape):
     assert curve(optimizer(shape, warmup_steps=3), 4) == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
-def test_cosine_is_half_way_down_at_half_time():
+def test_cosine_is_half_way_down_in_the_middle():
     rates = curve(optimizer("cosine", warmup_steps=2), 13)
     assert rates[7] == pytest.approx(0.55)
     assert rates[2:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(11)])
@@ -60,17 +60,17 @@ def test_linear_falls_in_equal_steps():
     assert curve(optimizer("linear", warmup_steps=2), 12)[2:] == pytest.approx([1 - 0.1 * i for i in range(10)])
 
 
-def test_wsd_is_flat_and_then_falls_in_equal_steps_over_its_share_of_the_run():
+def test_wsd_is_constant_and_then_falls_in_equal_steps():
     rates = curve(optimizer("wsd", warmup_steps=2), 20)
     assert rates[2:16] == [1.0] * 14
     assert rates[16:] == pytest.approx([0.775, 0.55, 0.325, 0.1])
 
 
-def test_wsd_decays_even_where_its_share_is_one_step():
+def test_wsd_decays_within_a_single_step():
     assert curve(optimizer("wsd", decay_fraction=0.1), 10) == pytest.approx([1.0] * 9 + [0.1])
 
 
-def test_wsd_whose_decay_would_start_within_the_warm_up_starts_after_it():
+def test_wsd_decay_starts_after_the_warm_up():
     rates = curve(optimizer("wsd", warmup_steps=5, decay_fraction=1.0), 10)
     assert rates[5:] == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
 
@@ -88,7 +88,7 @@ def test_a_step_beyond_the_last_keeps_the_final_rate():
     final=st.floats(0, 1),
     fraction=st.floats(0.01, 1),
 )
-def test_rises_to_the_peak_then_never_rises_and_stays_between_its_ends(shape, total, warmup, start, final, fraction):
+def test_schedule_rises_to_the_peak_then_never_rises_and_stays_in_bounds(shape, total, warmup, start, final, fraction):
     warmup = min(warmup, total - 1)
     rates = curve(
         optimizer(
