@@ -37,7 +37,7 @@ for command in prepare pretrain tune convert generate evaluate plan report; do
     "moh-$command" --version
 done
 
-short=(train.total_tokens=3e4 optimizer.warmup_steps=1 train.eval_interval=0 train.eval_samples=4 --nproc-per-node 2)
+short=(train.total_tokens=2e4 optimizer.warmup_steps=1 train.eval_interval=0 train.eval_samples=4 --nproc-per-node 2)
 
 step "pretraining"
 moh-prepare smoke
