@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument("--prepare", action="store_true", help="write the initial checkpoint, and stop")
     args, config = parse_config(parser)
-    # Ranks get the launcher's arguments too, and are told by RANK.
+    # The ranks get the arguments of the launcher; RANK in the environment tells them apart from it.
     asks_for_rank = not args.prepare and (args.nproc_per_node is None or "RANK" in os.environ)
     world = World.from_environment() if asks_for_rank else None
     if world is not None:

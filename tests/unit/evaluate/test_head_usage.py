@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,80 +13,35 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from moh_megatron.checkpoint.hf import hf_export
-from moh_megatron.checkpoint.hf.weight_readers import HeldWeights
-from moh_megatron.checkpoint.mapping import rules
-from moh_megatron.config import head_layout
-from moh_megatron.config.schema import Config
-from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage
-from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.evaluate.loaded_model import LoadedModel, load_model
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.build import moh_layers
-from moh_megatron.model.single import build_single_process, logits
 
 REPOSITORY = Path(__file__).parents[3]
-LETTERS = "the quick brown fox jumps over a lazy dog while vexing jackdaws love my big sphinx of quartz "
 LENGTH, SEQUENCES = 16, 3
 
 
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([LETTERS * 3], vocab_size=320, character_coverage=1.0, out_dir=folder)
-    return folder
-
-
 @pytest.fixture
-def config(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> Config:
-    # Every interleaving is its own inverse, which would hide a mistake; a rotation is not.
-    monkeypatch.setattr(head_layout, "_interleaved", lambda groups: (*range(1, groups), 0))
-    size = {"model.num_attention_heads": 16, "model.num_query_groups": 8, "model.hidden_size": 64}
-    return tiny({**size, "model.vocab_size": 320, "moh.shared_heads": 4, "moh.active_heads": 9})
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load_model(checkpoint, torch.device("cpu"))
 
 
-@pytest.fixture
-def weights(config: Config) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {rule.megatron: 0.2 * torch.randn(rule.shape, generator=generator) for rule in rules(config)}
+def usage_of(loaded: LoadedModel, letters: str) -> HeadUsage:
+    return measure_head_usage(loaded, letters * 4, LENGTH, SEQUENCES)
 
 
-@pytest.fixture
-def checkpoint(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Path, one_rank: None) -> Any:
-    model = build_single_process(config, weights)
-    return SimpleNamespace(
-        path=Path("checkpoint"),
-        config=config,
-        model=model,
-        tokenizer_dir=tokenizer_dir,
-        context=64,
-        logits=lambda tokens: logits(model, tokens),
-    )
-
-
-@pytest.fixture
-def exported(config: Config, weights: dict[str, torch.Tensor], tokenizer_dir: Path, tmp_path: Path) -> Path:
-    with hf_export.atomic_export(tmp_path / "hf") as partial:
-        source = HeldWeights(weights, config)
-        hf_export.write_folder(partial, config, source, tokenizer_dir, torch.float32, step=12, tokens=3456)
-    return tmp_path / "hf"
-
-
-def usage_of(loaded: Any) -> HeadUsage:
-    return measure_head_usage(loaded, LETTERS * 4, LENGTH, SEQUENCES)
-
-
-def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(checkpoint: Any) -> None:
-    usage = usage_of(checkpoint)
-    ids = load_tokenizer(checkpoint.tokenizer_dir).encode(LETTERS * 4)[: LENGTH * SEQUENCES]
-    layers = moh_layers(checkpoint.model)
+def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(loaded: LoadedModel, letters: str) -> None:
+    usage = usage_of(loaded, letters)
+    ids = load_tokenizer(loaded.tokenizer_dir).encode(letters * 4)[: LENGTH * SEQUENCES]
+    layers = moh_layers(loaded.model)
     masks: list[list[torch.Tensor]] = [[] for _ in layers]
     for layer_masks, layer in zip(masks, layers, strict=True):
         layer.router.register_forward_hook(
             lambda module, inputs, output, layer_masks=layer_masks: layer_masks.append(output.active.flatten(0, 1))
         )
-    checkpoint.logits(torch.tensor(ids).view(SEQUENCES, LENGTH))
+    loaded.logits(torch.tensor(ids).view(SEQUENCES, LENGTH))
     counts = torch.stack([torch.cat(layer_masks).sum(0) for layer_masks in masks]).double()
     assert usage.tokens == LENGTH * SEQUENCES
     assert torch.equal(usage.load, counts / usage.tokens)
@@ -98,8 +51,11 @@ def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(checkpoint:
         assert_close(own, torch.ones_like(own), rtol=0, atol=1e-6)  # less where it is the output of another head
 
 
-def test_a_checkpoint_and_its_export_have_the_same_head_usage(checkpoint: Any, exported: Path) -> None:
-    ours, theirs = usage_of(checkpoint), usage_of(load_model(exported, torch.device("cpu")))
+def test_a_checkpoint_and_its_export_have_the_same_head_usage(
+    loaded: LoadedModel, exported: Path, letters: str
+) -> None:
+    ours = usage_of(loaded, letters)
+    theirs = usage_of(load_model(exported, torch.device("cpu")), letters)
     assert torch.equal(ours.load, theirs.load)
     assert_close(ours.similarity, theirs.similarity, rtol=0, atol=1e-4, equal_nan=True)
 
@@ -113,15 +69,15 @@ def plot_heads(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_plot_heads_writes_pictures_and_tables(
-    exported: Path, plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path, letters: str, plot_heads: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(LETTERS * 4)
+        (tmp_path / f"{name}.txt").write_text(letters * 4)
     texts = [f"{name}={tmp_path / name}.txt" for name in ("one", "two")]
     size = ["--length", str(LENGTH), "--sequences", str(SEQUENCES)]
     monkeypatch.setattr(sys, "argv", ["plot_heads.py", str(exported), "--texts", *texts, *size, "--out", str(tmp_path)])
     plot_heads.main()
-    usage = usage_of(load_model(exported, torch.device("cpu")))
+    usage = usage_of(load_model(exported, torch.device("cpu")), letters)
     with (tmp_path / "head_load.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 2 * 2 * 16
