@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from itertools import accumulate
@@ -70,6 +71,7 @@ LIBRARIES = {
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
 LONGEST_FILE, LONGEST_PIPELINE = 400, 100
+MOST_FILES_OF_A_FOLDER = 20
 DECLARATIVE = {"moh_megatron/config/schema.py"}
 """Files that only declare may be longer."""
 FOLDERS = (PACKAGE, "pipelines", "slurm", "tools", "tests")
@@ -183,3 +185,8 @@ def test_no_file_is_long_or_left_unfinished(file):
     longest = LONGEST_PIPELINE if file.parent.name == "pipelines" else LONGEST_FILE
     assert len(text.splitlines()) <= longest or name_of(file) in DECLARATIVE
     assert re.findall(r"\b(?:TO" r"DO|FIX" r"ME|NotImplemented" r"Error)\b", text) == []
+
+
+def test_no_folder_of_the_package_holds_too_many_files():
+    counts = Counter(str(file.parent.relative_to(REPOSITORY)) for file in MODULES)
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES_OF_A_FOLDER} == {}
