@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Measure prepare_data against a bare encode_batch_fast loop on the same text, in turns, each in a fresh process.
+"""Compares the speed of prepare_data with a bare encode_batch_fast loop on the same text, in alternating processes.
 
 python tools/bench_data.py CORPUS.jsonl TOKENIZER [--repeats 3] [--workers 2] [--scratch DIR]
 
-Prints MB/s of text: the bare loop (reading and starting not counted), prepare_data, steady and end to end
-(starting counted), the ratios to the bare loop, the processor time of
-both, and the peak memory of the process tree. On a busy machine only processor times can be compared.
+Prints MB/s of text of the bare loop (without reading and starting) and of prepare_data (steady, and end to end with
+starting), the ratios to the bare loop, the processor time of both, and the peak memory of the process tree. On a busy
+machine only processor times can be compared.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ print(time.monotonic() - started, time.process_time() - cpu)
 
 
 def peak_memory(process: subprocess.Popen[str], peak: list[int]) -> None:
-    """Largest sum of the resident memory of a process and its children, into ``peak``."""
+    """Write the largest sum of the resident memory of a process and its children into ``peak``."""
     while process.poll() is None:
         total = 0
         try:
-            for each in (top := psutil.Process(process.pid), *top.children(recursive=True)):
-                total += each.memory_info().rss
+            for member in (top := psutil.Process(process.pid), *top.children(recursive=True)):
+                total += member.memory_info().rss
         except psutil.NoSuchProcess:
             pass
         peak[0] = max(peak[0], total)
@@ -63,6 +63,8 @@ def peak_memory(process: subprocess.Popen[str], peak: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Run:
+    """Measurements and output of a process."""
+
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -76,7 +78,7 @@ def cpu_seconds() -> float:
 
 
 def run(arguments: list[str], workers: int) -> Run:
-    """A fresh Python process, to its end; another end than 0 ends this one too."""
+    """Run a new Python process; if it fails, this one exits with its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": str(workers)}
     started, cpu = time.monotonic(), cpu_seconds()
     process = subprocess.Popen(
@@ -141,7 +143,9 @@ def main() -> None:
             f"{name:12} {statistics.median(values):6.2f} MB/s, {statistics.median(ratios):.2f} of the bare loop "
             f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
         )
-    print(", ".join(f"{name}: {statistics.median(each):.1f} s of processor time" for name, each in processor.items()))
+    print(
+        ", ".join(f"{name}: {statistics.median(values):.1f} s of processor time" for name, values in processor.items())
+    )
     print(", ".join(f"{name}: {peak / 1e6:.0f} MB at most" for name, peak in memory.items()))
 
 

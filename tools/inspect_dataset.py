@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Look into prepared datasets.
+"""Inspects prepared datasets.
 
-python tools/inspect_dataset.py show DATASET                        counts, lengths, what was left out
-python tools/inspect_dataset.py histogram DATASET OUT.png           lengths of the documents, as a picture
-python tools/inspect_dataset.py sample DATASET --split train --at 0 17 -1 [--tokens 80]   decoded documents
-python tools/inspect_dataset.py verify DATASET                      every hash, and the index against the tokens
-python tools/inspect_dataset.py diff DATASET OTHER                  what differs between two manifests
+python tools/inspect_dataset.py show DATASET               prints counts, lengths, and what was left out
+python tools/inspect_dataset.py histogram DATASET OUT.png  draws the lengths of the documents
+python tools/inspect_dataset.py sample DATASET --split train --at 0 17 -1 [--tokens 80]   prints decoded documents
+python tools/inspect_dataset.py verify DATASET             compares every file with its hash, the index with the tokens
+python tools/inspect_dataset.py diff DATASET OTHER         prints what differs between two manifests
 
-DATASET is the folder with manifest.json. The exit code is 0, or 2 where something is wrong or different.
+DATASET is the folder with manifest.json. The exit code is 0, or 2 if something is wrong or different.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths
 def show(args: argparse.Namespace) -> int:
     manifest = load_manifest(args.dataset)
     print(manifest.summary())
-    for name in SPLITS:
-        if values := lengths(args.dataset, name):
-            print(f"{name}, tokens a document: " + ", ".join(f"{what} {value:,}" for what, value in values.items()))
-    for each in manifest.inputs:
-        print(f"input: {each.path}" + (f", {each.bytes:,} bytes, sha256 {each.sha256[:12]}" if each.sha256 else ""))
+    for split in SPLITS:
+        if values := lengths(args.dataset, split):
+            print(f"{split}, tokens a document: " + ", ".join(f"{name} {value:,}" for name, value in values.items()))
+    for record in manifest.inputs:
+        details = f", {record.bytes:,} bytes, sha256 {record.sha256[:12]}" if record.sha256 else ""
+        print(f"input: {record.path}{details}")
     print(f"made by: {manifest.command}")
     return 0
 
@@ -65,17 +66,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (show, histogram, samples, verify, diff):
-        each = commands.add_parser("sample" if command is samples else command.__name__)
-        each.set_defaults(command=command)
-        each.add_argument("dataset", type=Path, metavar="DATASET")
+        subparser = commands.add_parser("sample" if command is samples else command.__name__)
+        subparser.set_defaults(command=command)
+        subparser.add_argument("dataset", type=Path, metavar="DATASET")
         if command is histogram:
-            each.add_argument("picture", type=Path, metavar="OUT.png")
+            subparser.add_argument("picture", type=Path, metavar="OUT.png")
         elif command is samples:
-            each.add_argument("--split", choices=SPLITS, default="train")
-            each.add_argument("--at", type=int, nargs="+", default=[0], help="numbers of documents; -1 is the last")
-            each.add_argument("--tokens", type=int, default=200, help="at most so many of each")
+            subparser.add_argument("--split", choices=SPLITS, default="train")
+            subparser.add_argument(
+                "--at", type=int, nargs="+", default=[0], help="numbers of documents; -1 is the last"
+            )
+            subparser.add_argument("--tokens", type=int, default=200, help="most tokens to decode of each document")
         elif command is diff:
-            each.add_argument("other", type=Path, metavar="OTHER")
+            subparser.add_argument("other", type=Path, metavar="OTHER")
     args = parser.parse_args()
     return args.command(args)
 

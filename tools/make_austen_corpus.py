@@ -1,12 +1,13 @@
-"""Make configs/data/austen.jsonl.gz from the Debian package r-cran-janeaustenr. Needs Rscript (r-base-core).
+"""Makes configs/data/austen.jsonl.gz from the Debian package r-cran-janeaustenr. Needs Rscript (r-base-core).
 
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb PACKAGE
     Rscript -e 'lazyLoad("PACKAGE/usr/lib/R/site-library/janeaustenr/data/Rdata", envir = (e <- new.env()))
                 for (n in ls(e)) if (is.character(e[[n]])) writeLines(e[[n]], file.path("NOVELS", paste0(n, ".txt")))'
     python tools/make_austen_corpus.py NOVELS configs/data/austen.jsonl.gz
 
-NOVELS then holds one text a novel, hard-wrapped. The output holds one record a chapter, one line a paragraph. Title
-pages, headings, closing words, notes on the edition and rows of asterisks are dropped; nothing else is changed.
+NOVELS then holds one hard-wrapped text for each novel. The output holds one record for each chapter, with one line for
+each paragraph. Title pages, headings, closing words, notes on the edition and rows of asterisks are dropped; nothing
+else is changed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def paragraphs(lines: list[str]) -> Iterator[str]:
 
 
 def chapters(lines: list[str]) -> Iterator[str]:
-    """The text of each chapter in turn; what stands before the first one is dropped."""
+    """The text of each chapter in order; text before the first one is dropped."""
     chapter: list[str] | None = None
     for paragraph in paragraphs(lines):
         if CHAPTER.fullmatch(paragraph) or paragraph == BACK_MATTER:
@@ -66,7 +67,7 @@ def main() -> None:
         novel = (args.novels / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         for number, text in enumerate(chapters(novel), start=1):
             lines.write(json.dumps({"title": f"{title}, chapter {number}", "text": text}, ensure_ascii=False) + "\n")
-    # No time stamp, so that the same text gives the same bytes.
+    # Without a time stamp the same text gives the same bytes.
     args.output.write_bytes(gzip.compress(lines.getvalue().encode("utf-8"), compresslevel=9, mtime=0))
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Make the text of docs/continue_tuning.md from two Debian packages: the Anarchist FAQ, and the kernel's manual.
+"""Makes the text of docs/continue_tuning.md from two Debian packages: the Anarchist FAQ, and the kernel's manual.
 
     apt-get download anarchism linux-doc-6.1
     for package in *.deb; do dpkg-deb -x $package PACKAGES; done
     python tools/make_tuning_corpus.py PACKAGES corpus/tuning.jsonl.gz
 
-One record a document: a section of an essay, or a file of the manual; shorter ones are dropped, as are appendices and
-translations. Of each kind the same number is kept, those with the lowest hash, so that a run meets both.
+Each record is a document: a section of an essay, or a file of the manual. Short documents, appendices and translations
+are dropped. Of each kind the same number is kept, those with the lowest hashes, so that a run reads both.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from pathlib import Path
 ESSAYS = "usr/share/doc/anarchism/markdown"
 MANUAL = "usr/share/doc/linux-doc-6.1/Documentation"
 SHORTEST = 3000
-"""Characters of a document: about one sequence of 512 tokens and more."""
+"""The fewest characters of a document, about one sequence of 512 tokens."""
 HEADING = re.compile(r"^#+ .*$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 
 
 def read(file: Path) -> str:
+    """The text of a file that may be compressed."""
     content = file.read_bytes()
     return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8", errors="replace")
 
 
 def essays(packages: Path) -> Iterator[str]:
-    """The sections between headings, without the targets of links."""
+    """The sections of the essays, without the targets of links."""
     for file in sorted((packages / ESSAYS).glob("*.md*")):
         if not file.name.startswith(("append", "alinks", "links", "biblio")):
             for section in HEADING.split(read(file)):
@@ -42,16 +43,16 @@ def essays(packages: Path) -> Iterator[str]:
 
 
 def manual(packages: Path) -> Iterator[str]:
-    """The files in reStructuredText."""
+    """The files of the manual that are reStructuredText."""
     for file in sorted((packages / MANUAL).rglob("*.rst*")):
         if "translations" not in file.parts and file.is_file():
             yield read(file).strip()
 
 
 def chosen(texts: Iterator[str], count: int) -> list[str]:
-    """``count`` different ones that are long enough, in the order of their hashes."""
+    """``count`` different texts that are long enough, in the order of their hashes."""
     long = {text for text in texts if len(text) >= SHORTEST}
-    # Not the hash that prepare_data chooses validation documents by: the two choices must not depend on each other.
+    # This is another hash than that by which prepare_data chooses validation documents: both choices are independent.
     return sorted(long, key=lambda text: hashlib.blake2b(text.encode()).digest())[:count]
 
 
@@ -67,7 +68,7 @@ def main() -> None:
         print(f"{kind}: {len(found):,} documents, {sum(map(len, found)):,} characters")
         lines.writelines(json.dumps({"kind": kind, "text": text}, ensure_ascii=False) + "\n" for text in found)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # No time stamp, so that the same text gives the same bytes.
+    # Without a time stamp the same text gives the same bytes.
     args.output.write_bytes(gzip.compress(lines.getvalue().encode("utf-8"), compresslevel=9, mtime=0))
 
 

@@ -40,7 +40,9 @@ def main() -> None:
         if config.data.shard is not None:
             shard, shards = map(int, config.data.shard.split("/"))
             prepare_shard(source, shard, shards)
-            print(f"{name}: shard {config.data.shard} is done; without data.shard the dataset is put together")
+            print(
+                f"{name}: shard {config.data.shard} is finished; run the command without data.shard to merge the shards"
+            )
         else:
             print(prepare(source).summary())
             print(f"dataset: {data_dir(source)}")

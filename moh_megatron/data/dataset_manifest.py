@@ -116,9 +116,9 @@ class Manifest:
         for name, remedy in needed.items():
             if not self.split(name).documents:
                 raise UserError(
-                    f"No document fell to the {name} split: the text has {documents} and data.validation_fraction is "
-                    f"{self.settings['validation_fraction']}. {remedy} data.validation_fraction, choose a smaller "
-                    "data.text_unit, or give more text."
+                    f"No document was assigned to the {name} split: the text has {documents} and "
+                    f"data.validation_fraction is {self.settings['validation_fraction']}. {remedy} "
+                    "data.validation_fraction, choose a smaller data.text_unit, or give more text."
                 )
         least = config.train.sequence_length + 1
         for name in needed:

@@ -1,4 +1,4 @@
-"""Two corpora: prepared, mixed, validated apart, and other weights when the run goes on."""
+"""A run on two corpora: preparation, mixture, separate validation, and other weights after a resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import yaml
 from support.runs import SMALL, Run, command, end, finish
 
 
-def test_two_sources(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_sources_are_mixed_validated_apart_and_reweighted_on_resume(
+    prepared: tuple[Path, Path], tmp_path: Path
+) -> None:
     _, data = prepared
     lines = (data.parent / "text.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     sources = []
@@ -36,11 +38,11 @@ def test_two_sources(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     assert code == 75, output
     assert output.count("source, share of the run, tokens, epochs") == 1
     step = run.json("exit.json")["step"]
-    behind = json.dumps([{"step": step - 1, "weights": {"little": 3}}])
-    done = run.finish(f"data.weight_changes={behind}")
+    past_change = json.dumps([{"step": step - 1, "weights": {"little": 3}}])
+    done = run.finish(f"data.weight_changes={past_change}")
     assert (done.returncode, "shares of the sources so far" in done.stderr) == (2, True), done.stderr
-    ahead = json.dumps([{"step": step, "weights": {"little": 3}}])
-    done = run.finish(f"data.weight_changes={ahead}")
+    coming_change = json.dumps([{"step": step, "weights": {"little": 3}}])
+    done = run.finish(f"data.weight_changes={coming_change}")
     assert done.returncode == 0, done.stdout + done.stderr
     validations = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
     last = validations[-1]

@@ -84,13 +84,13 @@ def opened(path: str, start: int = 0) -> Iterator[Lines]:
                 lines.number = 0
             yield lines
     except EOFError:
-        raise UserError(f"{path}: the gzip stream is cut off. {again}") from None
+        raise UserError(f"{path}: the gzip stream is truncated. {again}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a sound gzip file ({error}). {again}") from None
+        raise UserError(f"{path}: not a valid gzip file ({error}). {again}") from None
     except OSError as error:
         if error.errno is None and path.endswith(".zst"):  # raised by pyarrow, not by the system
             truncated = "Truncated" in str(error)
-            finding = "the zstd stream is cut off" if truncated else f"not a sound zstd file ({error})"
+            finding = "the zstd stream is truncated" if truncated else f"not a valid zstd file ({error})"
             raise UserError(f"{path}: {finding}. {again}") from None
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
 

@@ -107,7 +107,8 @@ def merge_parts(
     ]
     in_pieces = sum(summary.in_pieces for summary in summaries if summary)
     rejects = sum(summary.rejects for summary in summaries if summary)
-    return Merged(*split_records, Counts(records=documents + rejects, rejects=rejects, in_pieces=in_pieces, **removed))
+    counts = Counts(records=documents + rejects, rejects=rejects, in_pieces=in_pieces, **removed)
+    return Merged(split_records[0], split_records[1], counts)
 
 
 def _copy(tokens: IO[bytes], sizes: NDArray[np.int64], splits: NDArray[Any], writers: list[IndexedWriter]) -> None:

@@ -93,7 +93,7 @@ def shard_tokenizer(config: Config) -> Tokenizer:
     given = given_tokenizer(config)
     if given is None:
         raise UserError(
-            "data.shard needs a tokenizer that is there. Make it first, with pipelines/prepare_data.py CONFIG "
+            "data.shard needs an existing tokenizer. Make it first, with pipelines/prepare_data.py CONFIG "
             "--tokenizer DIR, and set tokenizer.path=DIR."
         )
     return given
@@ -153,7 +153,7 @@ def _merge(config: Config, job: PrepareJob, tokenizer: Tokenizer, partial: Path)
     data = config.data
     job.check_rejects()
     dtype = token_dtype(tokenizer.vocab_size)
-    with progress_bar("put together", len(job.parts), "part") as bar:
+    with progress_bar("merge", len(job.parts), "part") as bar:
         merged = merge_parts(
             job.parts,
             partial,

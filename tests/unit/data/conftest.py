@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.corpora import write_jsonl
 
 from moh_megatron.config import schema
 
@@ -19,7 +20,7 @@ def chapters() -> list[str]:
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., schema.Config]:
-    """A configuration of the tiny data tests; keywords replace values: vocab_size, seed, train=..., data=..., ..."""
+    """Makes configurations of a tiny model; keywords replace values: vocab_size, seed, train=..., data=..., ..."""
 
     def make(inputs: list[Path], *, vocab_size: int = 400, seed: int = 1, **sections: dict[str, Any]) -> schema.Config:
         data = {"dir": str(tmp_path / "dataset"), "validation_fraction": 0.3, **sections.get("data", {})}
@@ -39,10 +40,13 @@ def make_config(tmp_path: Path) -> Callable[..., schema.Config]:
     return make
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, chapters: list[str]) -> Path:
+@pytest.fixture(scope="session")
+def paragraphs(chapters: list[str]) -> list[str]:
     """Forty short documents."""
-    path = tmp_path / "corpus.jsonl"
-    paragraphs = [paragraph for paragraph in chapters[0].split("\n") + chapters[1].split("\n") if paragraph][:40]
-    path.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs), encoding="utf-8")
-    return path
+    return [paragraph for chapter in chapters[:2] for paragraph in chapter.split("\n") if paragraph][:40]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, paragraphs: list[str]) -> Path:
+    """A file with the paragraphs."""
+    return write_jsonl(tmp_path / "corpus.jsonl", paragraphs)

@@ -1,4 +1,4 @@
-"""Which source a sample is from: shares, epochs, weights that change."""
+"""Tests of mixing sources: shares, epochs, and weights that change."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,9 @@ def with_sources(
     return replace(config, data=replace(config.data, inputs=(), sources=sources, weight_changes=steps))
 
 
-def test_the_papers_mixture_finds_what_its_commands_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paper_mixture_finds_the_files_that_its_commands_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     downloaded = {
         "books": "corpus/books/data/train-00000-of-00023.parquet",
         "wikipedia": "corpus/wikipedia/wiki.jsonl",
@@ -53,10 +55,10 @@ def test_the_papers_mixture_finds_what_its_commands_download(tmp_path: Path, mon
         Path(name).parent.mkdir(parents=True)
         Path(name).touch()
     for source in load_config(MIXTURE).data.sources:
-        assert [each.name for each in find_inputs(source.inputs)] == [downloaded[source.name]]
+        assert [found.name for found in find_inputs(source.inputs)] == [downloaded[source.name]]
 
 
-def test_the_papers_mixture_is_drawn_by_its_weights(make_config: MakeConfig) -> None:
+def test_paper_mixture_is_drawn_by_its_weights(make_config: MakeConfig) -> None:
     mixture = load_config(MIXTURE)
     assert [round(source.weight, 2) for source in mixture.data.sources] == [4.24, 3.5, 4.37, 3.19, 10.94, 61.28, 12.48]
     config = make_config([], train={"total_tokens": 16 * 10_000})
@@ -71,7 +73,7 @@ def test_the_papers_mixture_is_drawn_by_its_weights(make_config: MakeConfig) -> 
         assert draws.indices[draws.sources == number].tolist() == list(range(drawn))
 
 
-def test_weights_change_from_their_step_on_and_nothing_is_drawn_twice(make_config: MakeConfig) -> None:
+def test_weights_change_from_their_step_on_and_no_sample_is_drawn_twice(make_config: MakeConfig) -> None:
     base = make_config([], train={"total_tokens": 64 * 3000})
     before = with_sources(base, {"a": 0, "b": 3, "c": 1})
     after = with_sources(base, {"a": 0, "b": 3, "c": 1}, {1000: {"b": 0, "a": 1}, 5000: {"c": 9}})
@@ -89,7 +91,7 @@ def test_weights_change_from_their_step_on_and_nothing_is_drawn_twice(make_confi
 
 @pytest.fixture
 def blended(make_config: MakeConfig, chapters: list[str], tmp_path: Path) -> Config:
-    """Two prepared sources, of which the second is short."""
+    """Two prepared sources, the second of which is short."""
     inputs = {}
     for name, texts in {"long": chapters[:8], "short": chapters[8:9]}.items():
         path = tmp_path / f"{name}.jsonl"
@@ -100,19 +102,21 @@ def blended(make_config: MakeConfig, chapters: list[str], tmp_path: Path) -> Con
     sources = tuple(SourceConfig(name=name, weight=1, inputs=paths) for name, paths in inputs.items())
     config = replace(config, data=replace(config.data, sources=sources))
     prepare_tokenizer(config, tmp_path / "tokenizer")
-    for _, each in source_configs(config):
-        prepare(each)
+    for _, source in source_configs(config):
+        prepare(source)
     return config
 
 
-def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
+def test_blended_samples_come_from_their_sources(blended: Config, tmp_path: Path) -> None:
     data = load_prepared(blended)
     tokenizer = data.tokenizer()
     train = build_train_dataset(blended, data, tokenizer)
     assert len(train) == 1200
     stored = {name: np.fromfile(tmp_path / "dataset" / name / "train.bin", np.uint16) for name in ("long", "short")}
     documents = {
-        name: {d.tobytes() for d in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)}
+        name: {
+            document.tobytes() for document in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)
+        }
         for name, tokens in stored.items()
     }
     sources = draw(blended).sources
@@ -127,14 +131,13 @@ def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
     epoch = (len(stored["short"]) - 1) // 16
     assert len(seen["short"]) == 600 > 2 * epoch
     assert len(set(seen["short"][:epoch])) == epoch
-    # Other weights later on: the samples before are the same, and a source goes on where it was.
+    # With other weights from step 100 on, earlier samples are the same, and each source continues where it was.
     changed = with_sources(blended, {"long": 1, "short": 1}, {100: {"long": 3}})
     again = build_train_dataset(changed, data, tokenizer)
     assert all(train[index].equal(again[index]) for index in range(400))
     after = [again[index].numpy().astype(np.uint16).tobytes() for index in range(400, 1200)]
-    assert [each for each, source in zip(after, draw(changed).sources[400:], strict=True) if source == 1] == seen[
-        "short"
-    ][200:400]
+    drawn = draw(changed).sources[400:]
+    assert [tokens for tokens, source in zip(after, drawn, strict=True) if source == 1] == seen["short"][200:400]
     validation = build_validation_datasets(blended, data, tokenizer)
     assert list(validation) == ["long", "short"]
     for name, sequences in validation.items():
@@ -142,7 +145,7 @@ def test_reading_a_blend(blended: Config, tmp_path: Path) -> None:
         assert f" {name}" in text
 
 
-def test_places_name_the_source_and_the_document_in_every_epoch(blended: Config, tmp_path: Path) -> None:
+def test_documents_of_a_blended_sample_are_known_in_every_epoch(blended: Config, tmp_path: Path) -> None:
     data = load_prepared(blended)
     eos_token_id = data.tokenizer().eos_token_id
     train = build_train_dataset(blended, data, data.tokenizer())
@@ -152,14 +155,14 @@ def test_places_name_the_source_and_the_document_in_every_epoch(blended: Config,
         documents[name] = np.split(stored, np.flatnonzero(stored == eos_token_id) + 1)
     sources = draw(blended).sources
     for index in range(len(train)):
-        places = train.documents(index)
-        assert {place.source for place in places} == {("long", "short")[sources[index]]}
-        parts = np.concatenate([documents[place.source][place.document][place.token :] for place in places])
-        assert (parts[:17] == train[index].numpy()).all()
+        parts = train.documents(index)
+        assert {part.source for part in parts} == {("long", "short")[sources[index]]}
+        tokens = np.concatenate([documents[part.source][part.document][part.token :] for part in parts])
+        assert (tokens[:17] == train[index].numpy()).all()
     assert train.name == ", ".join(str((tmp_path / "dataset" / name / "train").resolve()) for name in documents)
 
 
-def test_a_file_that_vanishes_under_a_blend_is_a_fault(blended: Config, tmp_path: Path) -> None:
+def test_missing_file_of_a_blended_source_is_a_fault(blended: Config, tmp_path: Path) -> None:
     data = load_prepared(blended)
     train = build_train_dataset(blended, data, data.tokenizer())
     sources = draw(blended).sources.tolist()
@@ -169,7 +172,7 @@ def test_a_file_that_vanishes_under_a_blend_is_a_fault(blended: Config, tmp_path
         train[sources.index(1)]
 
 
-def test_ranks_compare_the_data_of_every_source(blended: Config) -> None:
+def test_rank_agreement_covers_the_data_of_every_source(blended: Config) -> None:
     data = load_prepared(blended)
     files = [f"{name}/{split}{suffix}" for name in ("long", "short") for split in SPLITS for suffix in (".bin", ".idx")]
     claim = agreement.dataset(data)
@@ -180,7 +183,7 @@ def test_ranks_compare_the_data_of_every_source(blended: Config) -> None:
     assert agreement.dataset(changed).hash != claim.hash
 
 
-def test_the_budget_is_told(blended: Config) -> None:
+def test_budget_shows_tokens_and_warns_of_many_epochs(blended: Config) -> None:
     data = load_prepared(blended)
     text = data.budget(with_sources(blended, {"long": 7, "short": 1}))
     tokens = data.sources[0].manifest.train.tokens
@@ -193,7 +196,7 @@ def test_the_budget_is_told(blended: Config) -> None:
     assert "give it more text, less weight, or lower train.total_tokens" in warned
 
 
-def test_one_tokenizer_for_all(blended: Config, corpus: Path, tmp_path: Path) -> None:
+def test_sources_with_different_tokenizers_are_refused(blended: Config, corpus: Path, tmp_path: Path) -> None:
     other = replace(blended.tokenizer, path=None)
     ((_, short),) = source_configs(blended, "short")
     prepare(replace(short, tokenizer=other))
@@ -212,7 +215,7 @@ def test_one_tokenizer_for_all(blended: Config, corpus: Path, tmp_path: Path) ->
         ({"a": 1.0}, {5: {"a": 2.0}, 3: {"a": 1.0}}, "must be in the order of their steps. Got [5, 3]"),
     ],
 )
-def test_impossible_blends(
+def test_impossible_source_weights_are_refused(
     make_config: MakeConfig, weights: dict[str, float], changes: dict[int, dict[str, float]], expected: str
 ) -> None:
     config = with_sources(make_config([], tokenizer={"path": "x"}), weights, changes)
@@ -220,7 +223,7 @@ def test_impossible_blends(
     assert expected in found.message
 
 
-def test_sources_need_one_tokenizer_and_no_inputs(make_config: MakeConfig) -> None:
+def test_sources_with_inputs_or_without_tokenizer_are_refused(make_config: MakeConfig) -> None:
     config = with_sources(make_config([]), {"a": 1})
     found = violations(replace(config, data=replace(config.data, inputs=("x.jsonl",), sources=config.data.sources * 2)))
-    assert [each.key for each in found] == ["data.inputs", "tokenizer.path", "data.sources"]
+    assert [violation.key for violation in found] == ["data.inputs", "tokenizer.path", "data.sources"]

@@ -1,3 +1,5 @@
+"""Tests of the sequences that training and validation read, and of their batches."""
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +34,11 @@ def build() -> Build:
     return both
 
 
-def rows(dataset: Sequences) -> list[list[int]]:
+def samples(dataset: Sequences) -> list[list[int]]:
     return [dataset[index].tolist() for index in range(len(dataset))]
 
 
-def test_samples_are_runs_of_the_stored_tokens(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+def test_samples_are_consecutive_stored_tokens(make_config: MakeConfig, corpus: Path, build: Build) -> None:
     config = make_config([corpus], train={"total_tokens": 64 * 500})
     train, validation = build(config)
     assert len(train) == config.train.steps * 4 == 2000
@@ -47,41 +49,41 @@ def test_samples_are_runs_of_the_stored_tokens(make_config: MakeConfig, corpus: 
         for tokens in [dataset[index] for index in range(0, len(dataset), 7)]:
             assert tokens.dtype == torch.int64
             assert tokens.shape == (17,)
-            # Documents are drawn in any order, but each stretch between two ends of document is in one of them.
-            stretch = tokens.numpy().astype(np.uint16)
-            for part in np.split(stretch, np.flatnonzero(stretch == 1) + 1):
+            # Documents come in any order, but the tokens between two end-of-document tokens are from one of them.
+            stored_tokens = tokens.numpy().astype(np.uint16)
+            for part in np.split(stored_tokens, np.flatnonzero(stored_tokens == 1) + 1):
                 assert any(part.tobytes() in document for document in documents)
-    assert any(1 in row for row in rows(train))
-    # One pass over the validation tokens, each sequence sharing its last token with the next one's first.
+    assert any(1 in sample for sample in samples(train))
+    # Validation is one pass over the tokens; a sequence shares its last token with the next one.
     tokens = np.fromfile(folder / "validation.bin", dtype=np.uint16)
     assert len(validation) == (len(tokens) - 1) // 16
 
 
-def test_places_say_which_documents_a_sample_is_made_of(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+def test_documents_of_a_sample_hold_its_tokens(make_config: MakeConfig, corpus: Path, build: Build) -> None:
     config = make_config([corpus], train={"total_tokens": 64 * 50})
     train, _ = build(config)
     stored = np.fromfile(Path(str(config.data.dir)) / "train.bin", dtype=np.uint16)
     documents = np.split(stored, np.flatnonzero(stored == 1) + 1)
     several = 0
     for index in range(len(train)):
-        places, tokens = train.documents(index), train[index].numpy()
-        several += len(places) > 1
-        parts = np.concatenate([documents[place.document][place.token :] for place in places])
-        assert (parts[: len(tokens)] == tokens).all()
+        parts, tokens = train.documents(index), train[index].numpy()
+        several += len(parts) > 1
+        expected = np.concatenate([documents[part.document][part.token :] for part in parts])
+        assert (expected[: len(tokens)] == tokens).all()
     assert several > 0
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-@pytest.mark.parametrize("how", ["gone", "short"])
-def test_a_file_that_changes_under_a_run_is_a_fault(
-    make_config: MakeConfig, corpus: Path, build: Build, suffix: str, how: str
+@pytest.mark.parametrize("change", ["removed", "truncated"])
+def test_file_that_changes_during_a_run_is_a_fault(
+    make_config: MakeConfig, corpus: Path, build: Build, suffix: str, change: str
 ) -> None:
     config = make_config([corpus])
     train, _ = build(config)
     file = Path(str(config.data.dir)).resolve() / f"train{suffix}"
     assert train.name == str(file.with_suffix(""))
     train[0]
-    if how == "gone":
+    if change == "removed":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-1])
@@ -89,39 +91,41 @@ def test_a_file_that_changes_under_a_run_is_a_fault(
         train[0]
 
 
-def test_order_follows_the_seed_alone(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+def test_order_depends_on_the_seed_alone(make_config: MakeConfig, corpus: Path, build: Build) -> None:
     config = make_config([corpus])
-    train, validation = (rows(dataset) for dataset in build(config))
+    train, validation = (samples(dataset) for dataset in build(config))
     cache = Path(str(config.data.dir)) / "cache"
-    assert [rows(dataset) for dataset in build(config)] == [train, validation]
+    assert [samples(dataset) for dataset in build(config)] == [train, validation]
     shutil.rmtree(cache)
-    assert [rows(dataset) for dataset in build(config)] == [train, validation]
-    assert rows(build(make_config([corpus], seed=2))[0]) != train
-    some = rows(build(make_config([corpus], train={"eval_samples": 5}))[1])
-    assert some == validation[:5]
+    assert [samples(dataset) for dataset in build(config)] == [train, validation]
+    assert samples(build(make_config([corpus], seed=2))[0]) != train
+    first_five = samples(build(make_config([corpus], train={"eval_samples": 5}))[1])
+    assert first_five == validation[:5]
 
 
-def test_a_half_built_index_is_built_anew(make_config: MakeConfig, corpus: Path, build: Build) -> None:
+def test_incomplete_index_cache_is_built_again(make_config: MakeConfig, corpus: Path, build: Build) -> None:
     config = make_config([corpus])
-    expected = rows(build(config)[0])
+    expected = samples(build(config)[0])
     (cache,) = (Path(str(config.data.dir)) / "cache").glob("train-*/epoch-0")
     (cache / "complete").unlink()
     (index,) = cache.glob("*shuffle_index.npy")
     index.write_bytes(index.read_bytes()[:-8])
-    assert rows(build(config)[0]) == expected
+    assert samples(build(config)[0]) == expected
 
 
-def test_under_torch_distributed(make_config: MakeConfig, corpus: Path, build: Build, tmp_path: Path) -> None:
-    expected = [rows(dataset) for dataset in build(make_config([corpus]))]
+def test_samples_are_the_same_under_torch_distributed(
+    make_config: MakeConfig, corpus: Path, build: Build, tmp_path: Path
+) -> None:
+    expected = [samples(dataset) for dataset in build(make_config([corpus]))]
     shutil.rmtree(tmp_path / "dataset" / "cache")
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert [rows(dataset) for dataset in build(make_config([corpus]))] == expected
+        assert [samples(dataset) for dataset in build(make_config([corpus]))] == expected
     finally:
         distributed.destroy_process_group()
 
 
-def test_data_for_another_model_is_refused(make_config: MakeConfig, corpus: Path) -> None:
+def test_dataset_that_does_not_fit_the_model_is_refused(make_config: MakeConfig, corpus: Path) -> None:
     config = make_config([corpus])
     manifest = prepare(config)
     tokenizer = load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
@@ -137,7 +141,7 @@ def test_data_for_another_model_is_refused(make_config: MakeConfig, corpus: Path
         load_dataset_tokenizer(Path(str(config.data.dir)), manifest)
 
 
-def test_nothing_may_be_held_out(make_config: MakeConfig, corpus: Path) -> None:
+def test_dataset_without_validation_documents_is_read(make_config: MakeConfig, corpus: Path) -> None:
     config = make_config([corpus], data={"validation_fraction": 0.0})
     assert prepare(config).validation.documents == 0
     data = load_prepared(config)
@@ -145,17 +149,19 @@ def test_nothing_may_be_held_out(make_config: MakeConfig, corpus: Path) -> None:
     assert len(build_train_dataset(config, data, data.tokenizer())) == 40
 
 
-def number(index: int) -> torch.Tensor:
+def sample_of_index(index: int) -> torch.Tensor:
     return torch.tensor([index, index])
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_a_step_has_the_same_samples_however_shared(data_parallel_size: int, micro_batch_size: int) -> None:
+def test_samples_of_a_step_do_not_depend_on_the_data_parallel_size(
+    data_parallel_size: int, micro_batch_size: int
+) -> None:
     def batches(rank: int, start: int) -> list[list[torch.Tensor]]:
         return list(
             train_batches(
-                Sequences(number, 40),
+                Sequences(sample_of_index, 40),
                 global_batch_size=8,
                 micro_batch_size=micro_batch_size,
                 data_parallel_rank=rank,
@@ -169,9 +175,11 @@ def test_a_step_has_the_same_samples_however_shared(data_parallel_size: int, mic
         ranks = [batches(rank, start) for rank in range(data_parallel_size)]
         for step in range(start, 5):
             micro_batches = [rank[step - start] for rank in ranks]
-            assert {len(each) for each in micro_batches} == {8 // (micro_batch_size * data_parallel_size)}
+            assert {len(batches_of_rank) for batches_of_rank in micro_batches} == {
+                8 // (micro_batch_size * data_parallel_size)
+            }
             order = [
-                row[0].item() for together in zip(*micro_batches, strict=True) for rows in together for row in rows
+                row[0].item() for at_once in zip(*micro_batches, strict=True) for batch in at_once for row in batch
             ]
             assert order == list(range(step * 8, step * 8 + 8))
 
@@ -182,7 +190,7 @@ def test_validation_counts_each_sample_once(length: int, data_parallel_size: int
     ranks = [
         list(
             validation_batches(
-                Sequences(number, length),
+                Sequences(sample_of_index, length),
                 micro_batch_size=2,
                 data_parallel_rank=rank,
                 data_parallel_size=data_parallel_size,

@@ -115,7 +115,7 @@ def test_a_container_by_its_name():
         (
             "prepare_data.sh",
             ["configs/smoke.yaml", "tokenizer.path=null"],
-            "data.shard needs a tokenizer that is there",
+            "data.shard needs an existing tokenizer",
         ),
         ("prepare_data.sh", ["--array=1", "configs/smoke.yaml", "data.inputs=[nosuch.jsonl]"], "nosuch.jsonl"),
         ("convert.sh", ["bogus", "--nope"], "invalid choice: 'bogus'"),

@@ -1,3 +1,5 @@
+"""Tests of the functions behind tools/inspect_dataset.py, and of the tool itself."""
+
 import json
 import re
 import subprocess
@@ -25,8 +27,7 @@ def folder(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> Path:
     return tmp_path / "dataset"
 
 
-def test_samples_are_the_documents(folder: Path, corpus: Path) -> None:
-    texts = {json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()}
+def test_sample_returns_the_documents(folder: Path, paragraphs: list[str]) -> None:
     found = []
     for split in ("train", "validation"):
         count = load_manifest(folder).split(split).documents
@@ -37,15 +38,19 @@ def test_samples_are_the_documents(folder: Path, corpus: Path) -> None:
         found += [text for _, _, text in documents]
         with pytest.raises(UserError, match=rf"{split} has {count} documents. Got the position {count}"):
             sample(folder, split, count, 1)
-    assert set(found) == texts
+    assert set(found) == {"", *paragraphs}
     longest = max(found, key=len)
-    split, place = next(
-        (s, p) for s in ("train", "validation") for p in range(99) if sample(folder, s, p, 10**6)[2] == longest
-    )
-    assert longest.startswith(sample(folder, split, place, 5)[2])
+    beginnings = []
+    for split in ("train", "validation"):
+        for position in range(load_manifest(folder).split(split).documents):
+            if sample(folder, split, position, 10**6)[2] == longest:
+                beginnings.append(sample(folder, split, position, 5)[2])
+    (beginning,) = beginnings
+    assert 0 < len(beginning) < len(longest)
+    assert longest.startswith(beginning)
 
 
-def test_every_damage_is_found(folder: Path, corpus: Path) -> None:
+def test_problems_names_every_damaged_file(folder: Path, corpus: Path) -> None:
     assert problems(folder) == []
     for name, expected in (
         ("train.bin", "train.bin: expected sha256"),
@@ -75,11 +80,11 @@ def test_every_damage_is_found(folder: Path, corpus: Path) -> None:
     assert "Got" in found
     corpus.unlink()
     assert problems(folder) == []
-    (told,) = unverified(load_manifest(folder))
-    assert told.startswith(f"{corpus}: the input is not there")
+    (line,) = unverified(load_manifest(folder))
+    assert line.startswith(f"{corpus}: the input is not there")
 
 
-def test_a_manifest_without_the_later_hashes_is_read(folder: Path) -> None:
+def test_older_manifest_without_later_hashes_is_read(folder: Path) -> None:
     record = json.loads((folder / "manifest.json").read_text())
     del record["others"], record["inputs"][0]["revision"]
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -87,7 +92,9 @@ def test_a_manifest_without_the_later_hashes_is_read(folder: Path) -> None:
     assert any("older than their hashes" in line for line in unverified(load_manifest(folder)))
 
 
-def test_the_histogram_says_what_it_leaves_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histogram_legend_counts_the_empty_documents_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures: list[Figure] = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: (savefig(self, path), figures.append(self)))
@@ -102,17 +109,19 @@ def test_the_histogram_says_what_it_leaves_out(folder: Path, tmp_path: Path, mon
         assert all(re.fullmatch(r"[\d,]+", label) for label in labels)
 
 
-def test_the_difference_of_two_manifests(folder: Path, make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+def test_differences_lists_the_values_that_differ(
+    folder: Path, make_config: MakeConfig, corpus: Path, tmp_path: Path
+) -> None:
     prepare(make_config([corpus], data={"dir": str(tmp_path / "other"), "validation_fraction": 0.4}))
-    here, there = load_manifest(folder), load_manifest(tmp_path / "other")
-    assert differences(here, here) == []
-    lines = differences(here, there)
+    manifest, other = load_manifest(folder), load_manifest(tmp_path / "other")
+    assert differences(manifest, manifest) == []
+    lines = differences(manifest, other)
     assert "settings.validation_fraction: 0.3 -> 0.4" in lines
-    assert f"train.documents: {here.train.documents} -> {there.train.documents}" in lines
+    assert f"train.documents: {manifest.train.documents} -> {other.train.documents}" in lines
     assert any(line.startswith("train.files[train.bin].sha256: ") for line in lines)
 
 
-def test_the_commands(folder: Path, tmp_path: Path) -> None:
+def test_commands_print_results_and_return_their_exit_codes(folder: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
         environment = {"PYTHONPATH": str(TOOL.parents[1]), "MPLBACKEND": "agg", "HOME": str(tmp_path)}
         done = subprocess.run(

@@ -1,3 +1,5 @@
+"""Tests of the n-gram baselines against their definitions."""
+
 import math
 from itertools import chain, pairwise
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from moh_megatron.data.prepare import ngrams
 
 
-def write(prefix: Path, documents: list[list[int]]) -> str:
+def write_dataset(prefix: Path, documents: list[list[int]]) -> str:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -19,7 +21,7 @@ def write(prefix: Path, documents: list[list[int]]) -> str:
 
 
 def slow_baselines(train: list[int], validation: list[int], size: int) -> dict[str, float]:
-    """The definitions, one token at a time."""
+    """The definitions, computed one token at a time."""
 
     def unigram(token: int) -> float:
         return (train.count(token) + 1) / (len(train) + size)
@@ -40,7 +42,7 @@ def slow_baselines(train: list[int], validation: list[int], size: int) -> dict[s
 
 
 @pytest.mark.parametrize(("chunk", "table"), [(1 << 22, 1 << 26), (7, 12), (1, 1)])
-def test_baselines_are_their_definitions(
+def test_baselines_equal_their_definitions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, table: int
 ) -> None:
     monkeypatch.setattr(ngrams, "CHUNK", chunk)
@@ -48,6 +50,8 @@ def test_baselines_are_their_definitions(
     generator = np.random.default_rng(0)
     train = [[*generator.integers(1, 6, size=length).tolist(), 0] for length in (9, 1, 30)]
     validation = [[*generator.integers(1, 8, size=length).tolist(), 0] for length in (8, 13)]
-    result = ngrams.baselines(write(tmp_path / "train", train), write(tmp_path / "validation", validation), 9)
+    result = ngrams.baselines(
+        write_dataset(tmp_path / "train", train), write_dataset(tmp_path / "validation", validation), 9
+    )
     expected = slow_baselines(list(chain(*train)), list(chain(*validation)), 9)
     assert result == pytest.approx(expected, rel=1e-12)

@@ -1,7 +1,6 @@
-"""Bytes on disk: the format's own writer, shards, processes, kills."""
+"""Tests that the bytes of a dataset are those of Megatron's writer, for shards, several processes and killed runs."""
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.corpora import write_jsonl
 
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepare import encode, inputs, part, workers
@@ -30,7 +30,7 @@ FRACTION = 0.3
 
 @pytest.fixture
 def documents(chapters: list[str]) -> list[str]:
-    """Of all lengths, some empty, one of one token."""
+    """Documents of many lengths, some empty, one of one token."""
     texts = [paragraph for chapter in chapters[:12] for paragraph in chapter.split("\n")]
     texts[5:5] = ["", "a", chapters[3], "", "\x00", "line\r\nline\r\n", "é\u0301 👩‍👩‍👧‍👦"]
     return texts
@@ -44,20 +44,15 @@ def tokenizer_folder(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> P
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many parts and batches as a large corpus has."""
+    """Divides a small corpus into many parts and batches."""
     monkeypatch.setattr(inputs, "SMALLEST_PART", 20_000)
     monkeypatch.setattr(encode, "BATCH", 3_000)
     monkeypatch.setattr(encode, "IN_FLIGHT", 10_000)
     monkeypatch.setattr(part, "RECORDS_READ", 7)
 
 
-def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def golden(folder: Path, texts: list[str], tokenizer_folder: Path) -> dict[str, bytes]:
-    """As Megatron-LM's preprocess tool does it: its builder, and no end of document for a text without tokens."""
+def written_by_megatron(folder: Path, texts: list[str], tokenizer_folder: Path) -> dict[str, bytes]:
+    """The files as Megatron-LM's preprocess tool writes them: a text without tokens gets no end-of-document token."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -76,7 +71,7 @@ def golden(folder: Path, texts: list[str], tokenizer_folder: Path) -> dict[str, 
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_the_formats_own_writer_shards_and_processes_give_the_same_bytes(
+def test_shards_and_processes_write_the_same_bytes_as_megatrons_writer(
     make_config: MakeConfig,
     documents: list[str],
     tokenizer_folder: Path,
@@ -84,8 +79,8 @@ def test_the_formats_own_writer_shards_and_processes_give_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     half = len(documents) // 2
-    files = [write(tmp_path / "a.jsonl", documents[:half]), write(tmp_path / "b.jsonl", documents[half:])]
-    expected = golden(tmp_path / "golden", documents, tokenizer_folder)
+    files = [write_jsonl(tmp_path / "a.jsonl", documents[:half]), write_jsonl(tmp_path / "b.jsonl", documents[half:])]
+    expected = written_by_megatron(tmp_path / "megatron", documents, tokenizer_folder)
 
     def config(name: str, **data: object) -> Config:
         settings = {"dir": str(tmp_path / name), "validation_fraction": FRACTION, **data}
@@ -118,21 +113,21 @@ def test_the_formats_own_writer_shards_and_processes_give_the_same_bytes(
     assert made("processes") == expected
 
 
-def test_a_shard_without_parts_leaves_the_others_their_folder(
+def test_shard_without_parts_keeps_the_folder_of_other_shards(
     chapters: list[str], tokenizer_folder: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    text = write(tmp_path / "text.jsonl", chapters[:20])
+    text = write_jsonl(tmp_path / "text.jsonl", chapters[:20])
     settings = {"dir": str(tmp_path / "data"), "ngram_baselines": False}
     config = make_config([text], tokenizer={"path": str(tokenizer_folder)}, data=settings)
     with PrepareJob(config, find_inputs(config.data.inputs), shard_tokenizer(config)) as other:
-        # It has not written anything yet.
+        # The other shard has not written anything yet.
         prepare_shard(config, 2, 2)
         assert other.folder.exists()
     assert not (tmp_path / "data.parts").exists()
     for shard in (1, 2):
         prepare_shard(config, shard, 2)
     prepare(config)
-    # A second time there is nothing to do, and nothing is left behind.
+    # The dataset is complete now: the shard does nothing and leaves no folder.
     prepare_shard(config, 1, 2)
     assert not (tmp_path / "data.parts").exists()
 
@@ -149,8 +144,10 @@ sys.exit(prepare_data.run())
 """
 
 
-def test_killed_at_any_moment_it_goes_on(chapters: list[str], tokenizer_folder: Path, tmp_path: Path) -> None:
-    text = write(tmp_path / "text.jsonl", chapters)
+def test_prepare_killed_at_any_moment_continues_with_the_same_bytes(
+    chapters: list[str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", chapters)
 
     def start(name: str) -> subprocess.Popen[bytes]:
         overrides = [f"tokenizer.path={tokenizer_folder}", f"data.inputs=[{text}]", f"data.dir={tmp_path / name}"]
@@ -159,22 +156,22 @@ def test_killed_at_any_moment_it_goes_on(chapters: list[str], tokenizer_folder: 
         return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
 
     started = time.monotonic()
-    assert start("whole").wait() == 0
-    usual = time.monotonic() - started
+    assert start("uninterrupted").wait() == 0
+    duration = time.monotonic() - started
     generator = random.Random(0)
     finished: dict[str, int] = {}
     for _ in range(10):
         process = start("killed")
-        # Half of the moments while the first parts are made, where most of the work is.
-        time.sleep(usual * generator.choice([generator.uniform(0.3, 1), generator.uniform(0, 1)]))
+        # Half of the kills come in the last 70 % of the time, while the parts are made.
+        time.sleep(duration * generator.choice([generator.uniform(0.3, 1), generator.uniform(0, 1)]))
         process.send_signal(signal.SIGKILL)
         code = process.wait()
-        now = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("killed.parts/*/*.json")}
+        current = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("killed.parts/*/*.json")}
         if code == 0 or (tmp_path / "killed").exists():
             break
-        assert finished.items() <= now.items(), "a finished part was made again"
-        finished = now
+        assert finished.items() <= current.items(), "a finished part was made again"
+        finished = current
     assert start("killed").wait() == 0
     for name in DATA:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
     assert not list(tmp_path.glob("killed.parts")) + list(tmp_path.glob(".killed*"))

@@ -1,7 +1,6 @@
 import fcntl
 import gzip
 import hashlib
-import json
 import logging
 import os
 import resource
@@ -9,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset_manifest import load_dataset_tokenizer, load_manifest
 from moh_megatron.data.prepare import tables, workers
 from moh_megatron.data.prepare.inputs import find_inputs
+from moh_megatron.data.prepare.merge import held_out
 from moh_megatron.data.prepare.pipeline import prepare
 from moh_megatron.data.prepare.working_folder import PrepareJob
 from moh_megatron.io.errors import Fault, UserError
@@ -22,20 +23,21 @@ from moh_megatron.io.errors import Fault, UserError
 MakeConfig = Callable[..., Config]
 
 
-def texts_of(corpus: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """The split rule, as the manifest's reader may check it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+def is_held_out(text: str, fraction: float) -> bool:
+    """The rule of the split: the first 8 bytes of the sha256 of the text alone."""
+    return hash_of(text) < fraction * 2**64
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The content of every file by its path in the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_documents_come_back_in_their_split(make_config: MakeConfig, corpus: Path) -> None:
+def test_documents_are_stored_in_their_split(make_config: MakeConfig, corpus: Path, paragraphs: list[str]) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     config = make_config([corpus], data={"ngram_baselines": True})
@@ -44,7 +46,7 @@ def test_documents_come_back_in_their_split(make_config: MakeConfig, corpus: Pat
     assert load_manifest(folder) == manifest
     tokenizer = load_dataset_tokenizer(folder, manifest)
     for name, held in (("train", False), ("validation", True)):
-        expected = [text for text in texts_of(corpus) if held_out(text, 0.3) == held]
+        expected = [text for text in paragraphs if is_held_out(text, 0.3) == held]
         stored = IndexedDataset(str(folder / name))
         documents: Any = stored[:]
         record = manifest.split(name)
@@ -59,15 +61,17 @@ def test_documents_come_back_in_their_split(make_config: MakeConfig, corpus: Pat
     assert f"{manifest.train.tokens:,} tokens" in manifest.summary()
 
 
-def test_split_of_a_document_is_its_own(chapters: list[str]) -> None:
-    paragraphs = [paragraph for chapter in chapters[:40] for paragraph in chapter.split("\n")]
-    held = [held_out(paragraph, 0.1) for paragraph in paragraphs]
-    assert sum(held) / len(held) == pytest.approx(0.1, abs=0.03)
-    assert all(held_out(paragraph, 0.2) for paragraph, chosen in zip(paragraphs, held, strict=True) if chosen)
-    assert not any(held_out(paragraph, 0.0) for paragraph in paragraphs)
+def test_split_of_a_document_depends_on_its_text_alone(chapters: list[str]) -> None:
+    texts = [paragraph for chapter in chapters[:40] for paragraph in chapter.split("\n")]
+    hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
+    held = held_out(hashes, 0.1)
+    assert held.tolist() == [is_held_out(text, 0.1) for text in texts]
+    assert held.mean() == pytest.approx(0.1, abs=0.03)
+    assert held_out(hashes, 0.2)[held].all()
+    assert not held_out(hashes, 0.0).any()
 
 
-def test_prepared_twice_is_made_once(
+def test_prepare_again_makes_only_what_has_changed(
     make_config: MakeConfig, corpus: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     config = make_config([corpus])
@@ -92,7 +96,7 @@ def test_prepared_twice_is_made_once(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_given_tokenizer_is_shipped_with_the_data(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+def test_given_tokenizer_is_copied_into_the_dataset(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
     own = make_config([corpus])
     trained = prepare(own)
     tokenizer = Path(str(own.data.dir)) / "tokenizer"
@@ -108,13 +112,13 @@ def test_a_given_tokenizer_is_shipped_with_the_data(make_config: MakeConfig, cor
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"validation_fraction": 1e-9}}, "No document fell to the validation split.*Raise"),
-        ({"data": {"validation_fraction": 0.9999}}, "No document fell to the train split.*Lower"),
+        ({"data": {"validation_fraction": 1e-9}}, "No document was assigned to the validation split.*Raise"),
+        ({"data": {"validation_fraction": 0.9999}}, "No document was assigned to the train split.*Lower"),
         ({"train": {"sequence_length": 100000}}, r"train text has \d+ tokens, .*at least 100001"),
         ({"vocab_size": 60000}, r"model\.vocab_size is 60000, more than"),
     ],
 )
-def test_corpora_that_cannot_be_trained_on_leave_nothing(
+def test_corpus_that_does_not_fit_the_model_is_refused_and_leaves_no_files(
     make_config: MakeConfig, corpus: Path, tmp_path: Path, sections: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -122,7 +126,7 @@ def test_corpora_that_cannot_be_trained_on_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
 
 
-def test_a_full_disk_leaves_the_earlier_dataset(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_the_earlier_dataset(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
     config = make_config([corpus])
     prepare(config)
     content = contents(tmp_path / "dataset")
@@ -137,7 +141,7 @@ def test_a_full_disk_leaves_the_earlier_dataset(make_config: MakeConfig, corpus:
     assert {path.name for path in tmp_path.iterdir()} == {corpus.name, "dataset"}
 
 
-def test_an_input_that_grows_meanwhile_is_refused(
+def test_input_that_changes_during_the_run_is_refused(
     make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, size = workers.encode, corpus.stat().st_size
@@ -155,7 +159,7 @@ def test_an_input_that_grows_meanwhile_is_refused(
     assert prepare(make_config([corpus])).inputs[0].bytes == size + 17
 
 
-def test_a_failure_before_anything_is_finished_leaves_nothing(
+def test_failure_before_any_part_is_finished_leaves_no_files(
     make_config: MakeConfig, corpus: Path, tmp_path: Path
 ) -> None:
     prepare(make_config([corpus]))
@@ -163,12 +167,12 @@ def test_a_failure_before_anything_is_finished_leaves_nothing(
     broken = tmp_path / "corpus.jsonl.gz"
     broken.write_bytes(gzip.compress(corpus.read_bytes())[:-100])
     before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match="gzip stream is truncated"):
         prepare(make_config([corpus, broken], tokenizer={"path": str(tmp_path / "other" / "tokenizer")}))
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_a_hub_dataset_is_prepared_anew_when_its_revision_changes(
+def test_hub_dataset_is_prepared_again_when_its_revision_changes(
     make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "repository").mkdir()
@@ -177,8 +181,8 @@ def test_a_hub_dataset_is_prepared_anew_when_its_revision_changes(
     folders = set()
     for revision in ("1", "2"):
         monkeypatch.setattr(tables, "hub_revision", lambda name, revision=revision: revision)
-        with PrepareJob(config, find_inputs(config.data.inputs), None) as work:
-            folders.add(work.folder)
+        with PrepareJob(config, find_inputs(config.data.inputs), None) as job:
+            folders.add(job.folder)
         manifest = prepare(config)
         assert manifest.inputs[0].revision == revision
         assert prepare(config) == manifest
@@ -204,7 +208,7 @@ def test_leftovers_of_dead_runs_are_cleared_and_strange_folders_kept(
         prepare(make_config([corpus], data={"dir": str(tmp_path / "thesis")}))
 
 
-def test_missing_data_names_the_command(tmp_path: Path) -> None:
+def test_error_for_missing_dataset_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No prepared data at .*Run pipelines/prepare_data\.py CONFIG first"):
         load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1}')

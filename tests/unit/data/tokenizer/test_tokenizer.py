@@ -1,3 +1,5 @@
+"""Tests of our SentencePiece BPE against SentencePiece and transformers, and of loading tokenizers."""
+
 import json
 import random
 import re
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models
 
+from moh_megatron.data.tokenizer.names import SPACE
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.errors import UserError
@@ -67,7 +70,7 @@ def samples(chapters: list[str]) -> list[str]:
     return texts
 
 
-def test_encodes_exactly_as_sentencepiece(
+def test_bpe_encodes_as_sentencepiece(
     chapters: list[str], tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
     texts = samples(chapters)
@@ -81,23 +84,28 @@ def test_encodes_exactly_as_sentencepiece(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_any_unicode_text(text: str, tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor) -> None:
+def test_bpe_encodes_any_text_as_sentencepiece(
+    text: str, tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor
+) -> None:
     ids = tokenizer.encode(text)
     assert ids == reference.encode(text)  # pyright: ignore[reportAttributeAccessIssue]
-    assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+    assert tokenizer.decode(ids) == text.replace(SPACE, " ")
     assert tokenizer.eos_token_id not in ids
 
 
-def test_repetitions_of_every_piece(tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor) -> None:
-    """Where a piece overlaps itself, the order of merges shows."""
-    pieces = [reference.id_to_piece(number).replace("\u2581", " ") for number in range(258, reference.get_piece_size())]
+def test_bpe_encodes_repeated_pieces_as_sentencepiece(
+    tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor
+) -> None:
+    """A piece that overlaps itself shows in which order the pairs are merged."""
+    pieces = [reference.id_to_piece(number).replace(SPACE, " ") for number in range(258, reference.get_piece_size())]
     texts = [piece * count + piece[:cut] for piece in pieces for count in (2, 5) for cut in range(len(piece))]
     assert tokenizer.encode_batch(texts) == reference.encode(texts)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_ids_and_identity(folder: Path, tokenizer: Tokenizer) -> None:
+def test_special_token_ids_and_hash(folder: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 2048
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
+    assert (tokenizer.eod, tokenizer.pad) == (1, 1)
     assert tokenizer.decode([tokenizer.eos_token_id]) == ""
     assert tokenizer.unique_identifiers["sha256"] == tokenizer.sha256
     assert load_tokenizer(folder / "tokenizer.json").sha256 == tokenizer.sha256
@@ -110,13 +118,13 @@ def test_training_twice_gives_the_same_files(tmp_path: Path, folder: Path, chapt
     assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
 
-def test_save_copies_what_a_checkpoint_ships(tmp_path: Path, folder: Path, tokenizer: Tokenizer) -> None:
+def test_save_writes_every_file(tmp_path: Path, folder: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "copy")
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in folder.iterdir()}
     assert load_tokenizer(tmp_path / "copy").sha256 == tokenizer.sha256
 
 
-def test_transformers_reads_it_with_the_same_result(
+def test_transformers_encodes_and_decodes_the_same(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tokenizer: Tokenizer, chapters: list[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -126,11 +134,11 @@ def test_transformers_reads_it_with_the_same_result(
     texts = [text for text in samples(chapters) if "</s>" not in text]
     ids = tokenizer.encode_batch(texts)
     assert theirs(texts)["input_ids"] == ids
-    assert [theirs.decode(each) for each in ids] == texts
+    assert [theirs.decode(text_ids) for text_ids in ids] == texts
     assert (theirs.eos_token_id, theirs.bos_token_id, len(theirs)) == (1, 1, 2048)
 
 
-def test_sizes_the_text_cannot_give_are_refused(tmp_path: Path) -> None:
+def test_vocabulary_sizes_that_the_text_cannot_give_are_refused(tmp_path: Path) -> None:
     for texts, size, message in (
         (["hello world"] * 3, 2048, r"model\.vocab_size is 2048, more than .* at most 28\d\."),
         (["hello world"], 100, r"model\.vocab_size is 100, too small .* at least 266\."),
@@ -149,15 +157,16 @@ def write_tokenizer(folder: Path, vocabulary: list[str], settings: dict[str, obj
     return folder
 
 
-def test_end_of_document_of_other_tokenizers(tmp_path: Path) -> None:
+def test_eos_token_of_other_tokenizers(tmp_path: Path) -> None:
     words = ["x", "</s>", "<|endoftext|>", "<pad>", "<end>"]
     assert load_tokenizer(write_tokenizer(tmp_path, words)).eos_token_id == 1
     assert load_tokenizer(write_tokenizer(tmp_path, words, {"eos_token": {"content": "<end>"}})).eos_token_id == 4
     loaded = load_tokenizer(write_tokenizer(tmp_path, words, {"eos_token": "<end>", "pad_token": "<pad>"}))
     assert (loaded.eos_token_id, loaded.pad_token_id, loaded.vocab_size) == (4, 3, 5)
+    assert (loaded.eod, loaded.pad) == (4, 3)
 
 
-def test_broken_tokenizers_are_named(tmp_path: Path) -> None:
+def test_error_names_the_broken_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No tokenizer at .*none: expected a tokenizer\.json"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match="no token that ends a document"):
@@ -171,14 +180,14 @@ def test_broken_tokenizers_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 @pytest.mark.parametrize("token", [5, ["</s>"], {"content": 1}, {"x": 1}, False])
-def test_a_token_is_named_by_text(tmp_path: Path, key: str, token: object) -> None:
+def test_special_token_that_is_not_text_is_refused(tmp_path: Path, key: str, token: object) -> None:
     folder = write_tokenizer(tmp_path, ["x", "</s>"], {key: token})
     message = rf"tokenizer_config\.json: {key} must be a token, or .* is one\. Got {re.escape(repr(token))}"
     with pytest.raises(UserError, match=message):
         load_tokenizer(folder)
 
 
-def test_settings_nested_beyond_reason(tmp_path: Path) -> None:
+def test_deeply_nested_tokenizer_config_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, ["x", "</s>"])
     (folder / "tokenizer_config.json").write_text('{"a":' * 100_000)
     with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read as JSON \(maximum recursion"):

@@ -1,4 +1,4 @@
-"""Unigram, byte-level BPE, user symbols, SentencePiece .model files, and vocabularies that grow."""
+"""Tests of Unigram, byte-level BPE, user symbols, SentencePiece .model files, and grown vocabularies."""
 
 import io
 import json
@@ -50,9 +50,12 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) ->
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) -> tuple[Tokenizer, Encoder]:
-    """A tokenizer.json as LLaMA-2's: no pre-tokenizer, runs of spaces, a space in front."""
-    folder = tmp_path_factory.mktemp("uncut")
+def without_pre_tokenizer(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) -> tuple[Tokenizer, Encoder]:
+    """Like LLaMA-2's tokenizer: no pre-tokenizer, pieces of several spaces, a space before every text.
+
+    As we load it, and as the library does, which splits nothing.
+    """
+    folder = tmp_path_factory.mktemp("without_pre_tokenizer")
     lines = [line for chapter in chapters[:60] for line in chapter.split("\n")] + [
         "        return x",
         "    if x:",
@@ -72,8 +75,8 @@ def uncut(tmp_path_factory: pytest.TempPathFactory, chapters: list[str]) -> tupl
     settings = json.loads(to_tokenizer_json(model.getvalue()).to_str())
     settings["pre_tokenizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    as_it_is: Any = Encoder.from_file(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder), as_it_is
+    unsplit: Any = Encoder.from_file(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder), unsplit
 
 
 def test_unigram_encodes_as_sentencepiece(chapters: list[str], unigram: tuple[Tokenizer, Any]) -> None:
@@ -85,12 +88,12 @@ def test_unigram_encodes_as_sentencepiece(chapters: list[str], unigram: tuple[To
 
 
 @given(text=TEXT)
-def test_unigram_on_any_text(text: str, unigram: tuple[Tokenizer, Any]) -> None:
+def test_unigram_encodes_any_text_as_sentencepiece(text: str, unigram: tuple[Tokenizer, Any]) -> None:
     assert unigram[0].encode(text) == unigram[1].encode(text)
 
 
 @given(text=TEXT)
-def test_byte_level_on_any_text(text: str, byte_level: Tokenizer) -> None:
+def test_byte_level_decodes_any_text_to_itself(text: str, byte_level: Tokenizer) -> None:
     assert byte_level.decode(byte_level.encode(text)) == text
 
 
@@ -110,11 +113,11 @@ def test_byte_level_entries_and_symbols(byte_level: Tokenizer, chapters: list[st
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("like_llama", [True, False])
-def test_a_sentencepiece_model_is_read_as_it_is(
+def test_sentencepiece_model_is_loaded_with_the_same_ids(
     kind: str, like_llama: bool, chapters: list[str], tmp_path: Path
 ) -> None:
-    """LLaMA-2's settings, and SentencePiece's own: NFKC, no runs of spaces."""
-    own = {
+    """With the settings of LLaMA-2, and with SentencePiece's defaults: NFKC, and single spaces only."""
+    llama_settings = {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "allow_whitespace_only_pieces": True,
@@ -130,7 +133,7 @@ def test_a_sentencepiece_model_is_read_as_it_is(
         byte_fallback=True,
         split_digits=True,
         minloglevel=2,
-        **(own if like_llama else {}),
+        **(llama_settings if like_llama else {}),
     )
     path = tmp_path / "other.model"
     path.write_bytes(model.getvalue())
@@ -143,31 +146,31 @@ def test_a_sentencepiece_model_is_read_as_it_is(
     again = load_tokenizer(tmp_path / "copy")
     assert (again.sha256, again.eos_token_id) == (tokenizer.sha256, tokenizer.eos_token_id)
     assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == model.getvalue()
-    # Pieces inside a document get no space in front: the tokens of the pieces are the tokens of the whole.
-    whole = "It was a truth universally acknowledged, that a single man"
-    cut = whole.index(" a single")
-    together = tokenizer.encode_batch([whole[:cut], whole[cut:]], [False, True])
-    assert together[0] + together[1] == tokenizer.encode(whole)
+    # A text inside a document gets no space before it: the tokens of its chunks are those of the document.
+    document = "It was a truth universally acknowledged, that a single man"
+    cut = document.index(" a single")
+    first, second = tokenizer.encode_batch([document[:cut], document[cut:]], [False, True])
+    assert first + second == tokenizer.encode(document)
 
 
 @given(text=TEXT | st.text(st.sampled_from("  \u2581aehn.\n日<"), max_size=60))
-def test_a_bpe_that_cuts_nothing_is_cut_at_spaces_with_the_same_tokens(
-    text: str, uncut: tuple[Tokenizer, Encoder]
+def test_bpe_without_pre_tokenizer_is_split_at_spaces_with_the_same_tokens(
+    text: str, without_pre_tokenizer: tuple[Tokenizer, Encoder]
 ) -> None:
-    tokenizer, as_it_is = uncut
-    assert as_it_is.pre_tokenizer is None
-    assert tokenizer.encode(text) == as_it_is.encode(text, add_special_tokens=False).ids
+    tokenizer, unsplit = without_pre_tokenizer
+    assert unsplit.pre_tokenizer is None
+    assert tokenizer.encode(text) == unsplit.encode(text, add_special_tokens=False).ids
 
 
-def test_long_documents_are_fast_with_a_bpe_that_cuts_nothing(
-    uncut: tuple[Tokenizer, Encoder], chapters: list[str]
+def test_long_document_has_the_same_tokens_as_without_splitting(
+    without_pre_tokenizer: tuple[Tokenizer, Encoder], chapters: list[str]
 ) -> None:
     text = "\n".join(chapters[:30])
-    assert uncut[0].encode(text) == uncut[1].encode(text, add_special_tokens=False).ids
-    assert 'pre_tokenizer": null' in uncut[0].to_json()
+    assert without_pre_tokenizer[0].encode(text) == without_pre_tokenizer[1].encode(text, add_special_tokens=False).ids
+    assert 'pre_tokenizer": null' in without_pre_tokenizer[0].to_json()
 
 
-def test_the_name_of_a_special_token_is_what_tokenizer_config_says(
+def test_tokenizer_config_decides_how_the_name_of_a_special_token_is_encoded(
     byte_level: Tokenizer, chapters: list[str], tmp_path: Path
 ) -> None:
     byte_level.save(tmp_path)
@@ -175,23 +178,23 @@ def test_the_name_of_a_special_token_is_what_tokenizer_config_says(
     settings = json.loads(file.read_text())
     assert settings.pop("split_special_tokens") is True
     file.write_text(json.dumps(settings))
-    parsing = load_tokenizer(tmp_path)
+    not_splitting = load_tokenizer(tmp_path)
     text = "It ends <|endoftext|> here"
     assert byte_level.eos_token_id not in byte_level.encode(text)
-    for folder, tokenizer in ((tmp_path, parsing), (byte_level.folder, byte_level)):
+    for folder, tokenizer in ((tmp_path, not_splitting), (byte_level.folder, byte_level)):
         theirs = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-    assert parsing.encode(text).count(parsing.eos_token_id) == 1
-    assert parsing.encode_batch(chapters[:9]) == byte_level.encode_batch(chapters[:9])
+    assert not_splitting.encode(text).count(not_splitting.eos_token_id) == 1
+    assert not_splitting.encode_batch(chapters[:9]) == byte_level.encode_batch(chapters[:9])
 
 
-def test_broken_models_are_named(tmp_path: Path) -> None:
+def test_error_names_the_broken_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(UserError, match=r"tokenizer\.model: no tokenizer\.json gives the same results \(SentencePiece"):
         load_tokenizer(tmp_path)
 
 
-def test_a_vocabulary_grows_and_keeps_every_id(byte_level: Tokenizer, chapters: list[str], tmp_path: Path) -> None:
+def test_grown_vocabulary_keeps_every_id(byte_level: Tokenizer, chapters: list[str], tmp_path: Path) -> None:
     train_tokenizer(chapters[:60], vocab_size=900, character_coverage=0.9995, out_dir=tmp_path / "pieces")
     chinese = ["北京大学的学生在北京学习中文,他们喜欢北京大学。", "学习中文很有意思,北京的中文老师很好。"] * 50
     for base in (byte_level, load_tokenizer(tmp_path / "pieces")):
@@ -200,7 +203,7 @@ def test_a_vocabulary_grows_and_keeps_every_id(byte_level: Tokenizer, chapters: 
         grow_tokenizer(base, [*chinese, *chapters[60:90]], entries=entries, out_dir=folder)
         grown = load_tokenizer(folder)
         assert (grown.vocab_size, grown.eos_token_id) == (entries, base.eos_token_id)
-        before, after = (json.loads(each.to_json())["model"]["vocab"] for each in (base, grown))
+        before, after = (json.loads(tokenizer.to_json())["model"]["vocab"] for tokenizer in (base, grown))
         assert before.items() <= after.items()
         assert sorted(number for number in after.values() if number >= base.vocab_size) == list(
             range(base.vocab_size, entries)
@@ -210,14 +213,14 @@ def test_a_vocabulary_grows_and_keeps_every_id(byte_level: Tokenizer, chapters: 
         assert [grown.decode(ids) for ids in encoded] == texts
         assert sum(map(len, encoded)) < 0.97 * sum(map(len, base.encode_batch(texts)))
         used = {token for ids in encoded for token in ids if token >= base.vocab_size}
-        assert len(used) > 40  # the others are steps on the way to longer ones
+        assert len(used) > 40  # the others are merged into longer ones
         with pytest.raises(UserError, match=r"tokenizer\.grow_to is 9000, more than .* at most \d+"):
             grow_tokenizer(base, chinese, entries=9000, out_dir=tmp_path / "none")
     with pytest.raises(UserError, match=r"must be above the 900 entries"):
         grow_tokenizer(load_tokenizer(tmp_path / "pieces"), chinese, entries=900, out_dir=tmp_path / "none")
 
 
-def test_prepare_makes_the_configured_kind(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
+def test_prepare_makes_the_configured_tokenizer(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:
     config = make_config([corpus], tokenizer={"algorithm": "byte_level_bpe", "user_symbols": ("Mr.",)})
     made = prepare_tokenizer(config, tmp_path / "made")
     assert prepare(config).tokenizer.sha256 == made.sha256

@@ -1,3 +1,5 @@
+"""Tests of read_documents on text files, and of find_inputs."""
+
 import gzip
 import json
 from pathlib import Path
@@ -12,7 +14,7 @@ from moh_megatron.data.prepare.read_documents import Event, Reject, SegmentEnd, 
 from moh_megatron.io.errors import UserError
 
 
-def events(path: Path, advance=lambda count: None, **settings) -> list[Event]:
+def read_events(path: Path, advance=lambda count: None, **settings) -> list[Event]:
     (source,) = find_inputs([str(path)])
     found = list(read_segment(source, Segment(0, 0, None, source.bytes), DataConfig(**settings), advance))
     assert isinstance(found.pop(), SegmentEnd)
@@ -20,13 +22,14 @@ def events(path: Path, advance=lambda count: None, **settings) -> list[Event]:
 
 
 def read(path: Path, **settings) -> list[str]:
-    """The documents; there must be no reject."""
-    found = events(path, **settings)
+    """The texts of the documents; there must be no reject."""
+    found = read_events(path, **settings)
     assert all(isinstance(event, Chunk) and event.last for event in found), found
     return [event.text for event in found if isinstance(event, Chunk)]
 
 
-def write(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
+    """Write ``content``, compressed as the suffix says."""
     if path.suffix == ".gz":
         content = gzip.compress(content)
     elif path.suffix == ".zst":
@@ -36,11 +39,11 @@ def write(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst"])
-def test_jsonl_gives_the_field_of_each_record(tmp_path: Path, name: str) -> None:
+def test_jsonl_documents_are_the_configured_field(tmp_path: Path, name: str) -> None:
     records = [{"text": "one"}, {"text": ""}, {"text": "two\nlines é 😀", "other": 1}]
     content = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
-    assert read(write(tmp_path / name, content)) == ["one", "", "two\nlines é 😀"]
-    assert read(write(tmp_path / name, b'{"body": "x"}'), text_key="body") == ["x"]
+    assert read(write_file(tmp_path / name, content)) == ["one", "", "two\nlines é 😀"]
+    assert read(write_file(tmp_path / name, b'{"body": "x"}'), text_key="body") == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -52,31 +55,31 @@ def test_jsonl_gives_the_field_of_each_record(tmp_path: Path, name: str) -> None
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
-def test_txt_units(tmp_path: Path, name: str, unit: str, expected: list[str]) -> None:
+def test_txt_documents_are_files_paragraphs_or_lines(tmp_path: Path, name: str, unit: str, expected: list[str]) -> None:
     content = b"\xef\xbb\xbfone\r\ntwo\n\n \nthree\n\n\n"
-    assert read(write(tmp_path / name, content), text_unit=unit) == expected
+    assert read(write_file(tmp_path / name, content), text_unit=unit) == expected
 
 
-def test_globs_are_sorted_and_a_file_is_read_once(tmp_path: Path) -> None:
+def test_globs_are_sorted_and_each_file_is_read_once(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).touch()
     found = find_inputs([str(tmp_path / "c.jsonl"), str(tmp_path / "*.txt"), str(tmp_path / "*")])
-    assert [Path(each.name).name for each in found] == ["c.jsonl", "a.txt", "b.txt"]
-    assert [Path(each.name).name for each in find_inputs([str(tmp_path)])] == ["a.txt", "b.txt", "c.jsonl"]
+    assert [Path(source.name).name for source in found] == ["c.jsonl", "a.txt", "b.txt"]
+    assert [Path(source.name).name for source in find_inputs([str(tmp_path)])] == ["a.txt", "b.txt", "c.jsonl"]
 
 
-def test_a_folder_gives_its_json_but_not_what_describes_a_saved_dataset(tmp_path: Path) -> None:
+def test_folder_includes_json_but_not_the_description_of_a_saved_dataset(tmp_path: Path) -> None:
     for name in ("a.json.gz", "saved/state.json", "saved/dataset_info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [Path(each.name).name for each in find_inputs([str(tmp_path)])] == ["a.json.gz"]
+    assert [Path(source.name).name for source in find_inputs([str(tmp_path)])] == ["a.json.gz"]
 
 
-def test_advance_is_told_every_byte_on_disk(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl.gz", b"".join(b'{"text": "%d"}\n' % number for number in range(5000)))
-    told: list[int] = []
-    assert len(events(path, told.append)) == 5000
-    assert sum(told) == path.stat().st_size
+def test_advance_receives_every_byte_on_disk(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.jsonl.gz", b"".join(b'{"text": "%d"}\n' % number for number in range(5000)))
+    reported: list[int] = []
+    assert len(read_events(path, reported.append)) == 5000
+    assert sum(reported) == path.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -96,57 +99,57 @@ def test_advance_is_told_every_byte_on_disk(tmp_path: Path) -> None:
         ("a.jsonl", b'\n\n{"text": "\\ud800"}\n', 3, "field 'text' holds a lone surrogate"),
     ],
 )
-def test_a_bad_record_is_rejected_alone(tmp_path: Path, name: str, content: bytes, line: int, reason: str) -> None:
-    (reject,) = [event for event in events(write(tmp_path / name, content)) if isinstance(event, Reject)]
+def test_only_the_bad_record_is_rejected(tmp_path: Path, name: str, content: bytes, line: int, reason: str) -> None:
+    (reject,) = [event for event in read_events(write_file(tmp_path / name, content)) if isinstance(event, Reject)]
     assert reject.line == line
     assert reject.reason.startswith(reason)
     if name.endswith(".jsonl"):
-        after = write(tmp_path / name, content + b'\n{"text": "after"}\n')
-        assert events(after)[-1] == Chunk("after", b"after", True)
+        after = write_file(tmp_path / name, content + b'\n{"text": "after"}\n')
+        assert read_events(after)[-1] == Chunk("after", b"after", True)
 
 
-def test_a_long_record_is_rejected_with_its_size(tmp_path: Path) -> None:
+def test_long_record_is_rejected_with_its_size(tmp_path: Path) -> None:
     exact = b'{"text": "' + b"x" * 88 + b'"}'
-    path = write(tmp_path / "a.jsonl", exact + b"\n" + exact + b" \n" + b"y" * 3_000_000 + b"\n" + exact)
-    piece = Chunk("x" * 88, b"x" * 88, True)
-    assert events(path, max_record_bytes=100) == [
-        piece,
+    path = write_file(tmp_path / "a.jsonl", exact + b"\n" + exact + b" \n" + b"y" * 3_000_000 + b"\n" + exact)
+    chunk = Chunk("x" * 88, b"x" * 88, True)
+    assert read_events(path, max_record_bytes=100) == [
+        chunk,
         Reject(2, "a record of 102 bytes, more than data.max_record_bytes (100)"),
         Reject(3, "a record of 3,000,001 bytes, more than data.max_record_bytes (100)"),
-        piece,
+        chunk,
     ]
 
 
-def test_a_template_joins_fields(tmp_path: Path) -> None:
+def test_template_joins_fields(tmp_path: Path) -> None:
     record = {"title": "A {title}", "body": "Text.", "n": 1}
-    path = write(tmp_path / "a.jsonl", json.dumps(record).encode())
+    path = write_file(tmp_path / "a.jsonl", json.dumps(record).encode())
     assert read(path, template="# {title}\n\n{body}{{}}") == ["# A {title}\n\nText.{}"]
-    (reject,) = events(path, template="{n}")
+    (reject,) = read_events(path, template="{n}")
     assert isinstance(reject, Reject)
     assert "field 'n' must be a string. Got int" in reject.reason
 
 
-def test_broken_gzip_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt.gz", bytes(range(128)) * 1000)
+def test_error_names_the_broken_gzip_file(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.txt.gz", bytes(range(128)) * 1000)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.txt\.gz: the gzip stream is cut off"):
+    with pytest.raises(UserError, match=r"a\.txt\.gz: the gzip stream is truncated"):
         read(path)
     path.write_bytes(b"plain text")
-    with pytest.raises(UserError, match=r"a\.txt\.gz: not a sound gzip file"):
+    with pytest.raises(UserError, match=r"a\.txt\.gz: not a valid gzip file"):
         read(path)
 
 
-def test_broken_zstd_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt.zst", bytes(range(128)) * 1000)
+def test_error_names_the_broken_zstd_file(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.txt.zst", bytes(range(128)) * 1000)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.txt\.zst: the zstd stream is cut off"):
+    with pytest.raises(UserError, match=r"a\.txt\.zst: the zstd stream is truncated"):
         read(path)
     path.write_bytes(b"plain text")
-    with pytest.raises(UserError, match=r"a\.txt\.zst: not a sound zstd file"):
+    with pytest.raises(UserError, match=r"a\.txt\.zst: not a valid zstd file"):
         read(path)
 
 
-def test_missing_and_unknown_files_are_named(tmp_path: Path) -> None:
+def test_error_names_missing_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
     for pattern, message in {
         "no.txt": r"no\.txt does not exist",

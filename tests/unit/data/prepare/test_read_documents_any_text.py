@@ -1,4 +1,4 @@
-"""Whatever is written in a corpus is one document or one reject."""
+"""Property tests of read_documents and chunks: every record is one document or one reject."""
 
 import json
 import unicodedata
@@ -13,7 +13,7 @@ from moh_megatron.data.prepare.chunks import Chunk, stream_chunks
 from moh_megatron.data.prepare.inputs import Segment, find_inputs
 from moh_megatron.data.prepare.read_documents import Reject, SegmentEnd, read_segment
 
-# Surrogates are in, as JSON's \ud800 can write them.
+# With surrogates, which JSON can express as \ud800.
 ANY_TEXT = st.text(st.characters(), max_size=40)
 ENCODABLE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 TRICKY = st.text(st.sampled_from("ab \n\r\t\x00\u00a0\u0301\u1100\u1161é日👍\u2028"), max_size=60)
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def documents(path: Path, stop: int | None = None, start: int = 0, **settings: object) -> list[str | int]:
-    """The text of each document, the line of each reject."""
+    """The text of each document and the line of each reject."""
     (source,) = find_inputs([str(path)])
     found: list[str | int] = []
     text = ""
@@ -51,7 +51,9 @@ def documents(path: Path, stop: int | None = None, start: int = 0, **settings: o
     end=st.sampled_from(["\n", "\r\n"]),
     limit=st.integers(16, 60),
 )
-def test_jsonl(folder: Path, texts: list[str], escaped: bool, end: str, limit: int) -> None:
+def test_any_text_in_jsonl_is_one_document_or_one_reject(
+    folder: Path, texts: list[str], escaped: bool, end: str, limit: int
+) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
     content = end.join(lines).encode("utf-8", errors="surrogatepass")
     path = folder / "any.jsonl"
@@ -61,11 +63,12 @@ def test_jsonl(folder: Path, texts: list[str], escaped: bool, end: str, limit: i
     assert documents(path, max_document_bytes=limit) == expected
     cut = len(content) // 2
     first, second = documents(path, cut), documents(path, start=max(cut, 1)) if cut else []
-    assert [each for each in first + second if isinstance(each, str)] == [e for e in expected if isinstance(e, str)]
+    texts_in_parts = [text for text in first + second if isinstance(text, str)]
+    assert texts_in_parts == [text for text in expected if isinstance(text, str)]
 
 
 @given(text=ENCODABLE | TRICKY, limit=st.integers(16, 60))
-def test_txt(folder: Path, text: str, limit: int) -> None:
+def test_any_text_in_txt_is_its_documents(folder: Path, text: str, limit: int) -> None:
     path = folder / "any.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert documents(path, max_document_bytes=limit) == ([text] if text.strip() else [1])
@@ -74,25 +77,25 @@ def test_txt(folder: Path, text: str, limit: int) -> None:
 
 
 @given(raw=st.binary(max_size=60), unit=st.sampled_from(["file", "paragraph", "line"]))
-def test_any_bytes(folder: Path, raw: bytes, unit: str) -> None:
+def test_any_bytes_give_documents_or_rejects(folder: Path, raw: bytes, unit: str) -> None:
     for name in ("raw.txt", "raw.jsonl"):
         (folder / name).write_bytes(raw)
         assert documents(folder / name, text_unit=unit)
 
 
 @given(text=TRICKY | ENCODABLE, limit=st.integers(16, 40), form=st.sampled_from(["none", "nfc", "nfkc"]))
-def test_pieces_are_the_document(text: str, limit: int, form: str) -> None:
-    pieces = list(stream_chunks([text[:7], text[7:]], limit, form))
-    whole = text if form == "none" else unicodedata.normalize(form.upper(), text)  # pyright: ignore[reportArgumentType]
-    assert "".join(piece.text for piece in pieces) == whole
-    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+def test_joined_chunks_are_the_document(text: str, limit: int, form: str) -> None:
+    chunks = list(stream_chunks([text[:7], text[7:]], limit, form))
+    normalised = text if form == "none" else unicodedata.normalize(form.upper(), text)  # pyright: ignore[reportArgumentType]
+    assert "".join(chunk.text for chunk in chunks) == normalised
+    assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     if form == "none":
-        assert all(len(piece.utf8) <= limit for piece in pieces)
+        assert all(len(chunk.utf8) <= limit for chunk in chunks)
 
 
-def test_where_a_document_is_cut() -> None:
+def test_chunks_end_at_line_ends_or_before_white_space() -> None:
     def cut(text: str) -> list[str]:
-        return [piece.text for piece in stream_chunks([text], 16, "none")]
+        return [chunk.text for chunk in stream_chunks([text], 16, "none")]
 
     assert cut("one two\nthree four five") == ["one two\n", "three four five"]
     assert cut("one two three four five") == ["one two three", " four five"]
@@ -100,7 +103,7 @@ def test_where_a_document_is_cut() -> None:
     assert cut("é" * 9) == ["é" * 8, "é"]
 
 
-def test_lines_of_100_mb(folder: Path) -> None:
+def test_line_of_100_mb_is_read_in_bounded_chunks(folder: Path) -> None:
     path = folder / "long.txt"
     path.write_bytes((b"word " * 200_000 + b"end. ") * 100 + b"\nshort\n")
     found = []
