@@ -1,4 +1,4 @@
-"""Real processes over gloo: each test module spawns its workers once and checks what they saved."""
+"""Real processes with gloo: each test module spawns its workers once and checks the results they save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Spawn = Callable[[str, int], list[Any]]
 
 @pytest.fixture(scope="module")
 def spawn(tmp_path_factory: pytest.TempPathFactory) -> Spawn:
-    """spawn("name", 2) runs workers/name.py as two ranks and returns what each saved to the path given to it."""
+    """Return spawn: spawn("name", 2) runs workers/name.py as two ranks and returns what each saved to its path."""
 
     def run(worker: str, world_size: int) -> list[Any]:
         folder = tmp_path_factory.mktemp(worker)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite on one rank: the step is skipped on all, and nothing changes by a bit."""
+"""A loss or gradient that is not finite on one rank: all ranks skip the step, and no bit changes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def results(spawn: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_bad_step_changes_nothing_on_any_rank(results: list[dict[str, Any]], layout: str, kind: str) -> None:
+def test_bad_step_changes_nothing_on_any_rank(results: list[dict[str, Any]], layout: str, kind: str) -> None:
     for rank in results:
         found = rank[f"{layout}-{kind}"]
         assert not math.isfinite(found["norm"])
         assert not found["applied"]
         assert found["unchanged"]
         assert found["applied_afterwards"]
-        assert found["as_without"], "the steps afterwards are those of a run without the bad one"
+        assert found["same_without"], "later steps equal those of a run without the bad one"

@@ -1,4 +1,4 @@
-"""The engine's whole table: every ZeRO stage at every layout follows the loop of one process."""
+"""The full table of the engine: every ZeRO stage at every layout matches the plain loop of one process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TOLERANCES = {"sgd": 1e-5, "bf16": 1e-2, "sgd_bf16": 1e-2, "offload_bf16": 1e-2}
 ADAM_TOLERANCE = 1e-4
 FIRST_STEP_TOLERANCE = 1e-5
 BF16_NORMS = BF16_WEIGHTS = 2e-2
-LEARNT = 0.1
-"""What the reference's loss falls by at least: what hardly moves would agree with anything."""
+LEARNED = 0.1
+"""The least relative decrease of the reference's loss: a loss that hardly changes would match anything."""
 
 
 @pytest.fixture(scope="module")
 def table(spawn: Any) -> Any:
-    """table(2) is what two ranks saved; spawned when first asked for."""
+    """Return table: table(2) is what two ranks saved; they are spawned at its first call."""
     return cache(lambda size: spawn("engine_table", size))
 
 
@@ -30,22 +30,22 @@ def _id(case: tuple[int, str, int, str]) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=_id)
-def test_follows_the_bare_loop(table: Any, case: tuple[int, str, int, str]) -> None:
+def test_engine_matches_the_plain_loop(table: Any, case: tuple[int, str, int, str]) -> None:
     size, layout, stage, variant = case
     results = table(size)[0]
-    here, bare = results[layout, stage, variant], results[reference(layout, variant)]
+    ours, plain = results[layout, stage, variant], results[reference(layout, variant)]
     tolerance = TOLERANCES.get(variant, ADAM_TOLERANCE)
-    assert min(bare["norms"]) > 0.5, "clipping must be active, or a scale error hides behind Adam"
-    assert here["losses"] == pytest.approx(bare["losses"], rel=tolerance)
-    assert bare["losses"][-1] < (1 - LEARNT) * bare["losses"][0]
+    assert min(plain["norms"]) > 0.5, "clipping must be active, or a scale error hides behind Adam"
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=tolerance)
+    assert plain["losses"][-1] < (1 - LEARNED) * plain["losses"][0]
     if "bf16" in variant:
-        assert here["norms"] == pytest.approx(bare["norms"], rel=BF16_NORMS)
-        assert max(here["weight_errors"].values()) < BF16_WEIGHTS
+        assert ours["norms"] == pytest.approx(plain["norms"], rel=BF16_NORMS)
+        assert max(ours["weight_errors"].values()) < BF16_WEIGHTS
     else:
-        assert max(here["weight_errors"].values()) < tolerance
-        assert here["losses"][0] == pytest.approx(bare["losses"][0], rel=FIRST_STEP_TOLERANCE)
-        assert here["norms"][0] == pytest.approx(bare["norms"][0], rel=FIRST_STEP_TOLERANCE)
-        assert here["norms"] == pytest.approx(bare["norms"], rel=tolerance)
+        assert max(ours["weight_errors"].values()) < tolerance
+        assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=FIRST_STEP_TOLERANCE)
+        assert ours["norms"][0] == pytest.approx(plain["norms"][0], rel=FIRST_STEP_TOLERANCE)
+        assert ours["norms"] == pytest.approx(plain["norms"], rel=tolerance)
 
 
 @pytest.mark.parametrize("size", LAYOUTS)
@@ -58,19 +58,19 @@ def test_all_ranks_report_the_same(table: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2_tp2"])
-def test_each_replica_holds_its_share(table: Any, layout: str) -> None:
+def test_each_replica_holds_its_shard(table: Any, layout: str) -> None:
     size = next(size for size, layouts in LAYOUTS.items() if layout in layouts)
     for rank in table(size):
         for stage in STAGES:
             held = rank[layout, stage, "adam"]
-            shares = 2 if stage else 1
-            # Adam's two moments in fp32, and room for padding.
-            whole = 2 * 4 * held["elements"]
-            assert whole / shares <= held["state_bytes"] <= 1.02 * whole / shares
+            shards = 2 if stage else 1
+            # Adam's two moments in fp32, and some padding.
+            full_bytes = 2 * 4 * held["elements"]
+            assert full_bytes / shards <= held["state_bytes"] <= 1.02 * full_bytes / shards
             assert held["resting_elements"] == (0 if stage == 3 else held["elements"])
             if layout == "dp2" and stage:
                 assert rank[layout, stage, "offload"]["state_bytes"] == held["state_bytes"]
 
 
-def test_every_variant_is_in_the_table() -> None:
+def test_every_variant_occurs_in_the_table() -> None:
     assert {variant for *_, variant in CASES} == set(VARIANTS)

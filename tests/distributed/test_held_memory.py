@@ -1,4 +1,4 @@
-"""The planner against reality: what real engines hold and what tensor-parallel ranks really exchange."""
+"""The planner compared with measurements: what real engines hold and what tensor-parallel ranks exchange."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def wide_results(spawn: Any) -> list[dict[Any, Any]]:
 
 def _busiest(results: list[dict[Any, Any]], case: str, tensor: int) -> tuple[Config, dict[str, int]]:
     held = [rank[case, tensor][1] for rank in results]
-    return results[0][case, tensor][0], {kind: max(each[kind] for each in held) for kind in held[0]}
+    return results[0][case, tensor][0], {kind: max(of_rank[kind] for of_rank in held) for kind in held[0]}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("case", CASES + SPECIAL + ONE)
-def test_bytes_are_those_of_a_real_run(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
+def test_planned_bytes_match_a_real_engine(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
     config, held = _busiest(results, case, tensor)
     states = model_states(config, WORLD)
     assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_a_real_run(results: list[dict[Any, Any]], case: str,
 
 
 @pytest.mark.parametrize("case", CASES + SPECIAL + OFFLOAD)
-def test_bytes_where_a_share_is_cut_twice(wide_results: list[dict[Any, Any]], case: str) -> None:
+def test_planned_bytes_match_at_two_by_two_ranks(wide_results: list[dict[Any, Any]], case: str) -> None:
     config, held = _busiest(wide_results, case, 2)
     states = model_states(config, 2 * WORLD)
     assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
@@ -63,7 +63,7 @@ def test_bytes_where_a_share_is_cut_twice(wide_results: list[dict[Any, Any]], ca
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("case", OFFLOAD)
-def test_offload_moves_the_state(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
+def test_planned_bytes_match_with_offload(results: list[dict[Any, Any]], case: str, tensor: int) -> None:
     config, held = _busiest(results, case, tensor)
     states = model_states(config, WORLD)
     assert states.parameters == pytest.approx(held["parameters"], rel=TOLERANCE)
@@ -73,26 +73,26 @@ def test_offload_moves_the_state(results: list[dict[Any, Any]], case: str, tenso
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_weights_are_the_model_s_in_its_order(results: list[dict[Any, Any]], tensor: int) -> None:
+def test_planned_weights_are_those_of_the_model_in_its_order(results: list[dict[Any, Any]], tensor: int) -> None:
     config, named = results[0]["weights", tensor]
-    assert [(each.name, each.size) for each in weights(config)] == named
+    assert [(weight.name, weight.size) for weight in weights(config)] == named
 
 
 @pytest.mark.parametrize("case", CASES + SPECIAL)
-def test_data_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
+def test_planned_data_parallel_traffic_matches(results: list[dict[Any, Any]], case: str) -> None:
     config, _, sizes = results[0][case, 1]
     planned = communication(config, WORLD)
-    for operation, heard in sizes.items():
-        ours = sum(each.sent_bytes for each in planned if each.operation == operation)
-        # Each step's norms and flags are small, but not to the last byte next to a model this small.
-        assert ours * WORLD / PASSES[operation] == pytest.approx(sum(heard), rel=TOLERANCE, abs=1000), operation
+    for operation, measured in sizes.items():
+        ours = sum(exchange.sent_bytes for exchange in planned if exchange.operation == operation)
+        # The norms and flags of each step are small, but not negligible beside so small a model.
+        assert ours * WORLD / PASSES[operation] == pytest.approx(sum(measured), rel=TOLERANCE, abs=1000), operation
 
 
 @pytest.mark.parametrize("case", TRAFFIC)
-def test_tensor_parallel_traffic(results: list[dict[Any, Any]], case: str) -> None:
+def test_planned_tensor_parallel_traffic_matches(results: list[dict[Any, Any]], case: str) -> None:
     config, sizes = results[0]["traffic", case]
-    planned = [each for each in communication(config, WORLD) if each.group == "tensor"]
+    planned = [exchange for exchange in communication(config, WORLD) if exchange.group == "tensor"]
     steps = config.train.global_batch_size
-    for operation, heard in sizes.items():
-        ours = sum(each.sent_bytes for each in planned if each.operation == operation)
-        assert ours * WORLD / PASSES[operation] == steps * sum(heard), (operation, heard)
+    for operation, measured in sizes.items():
+        ours = sum(exchange.sent_bytes for exchange in planned if exchange.operation == operation)
+        assert ours * WORLD / PASSES[operation] == steps * sum(measured), (operation, measured)

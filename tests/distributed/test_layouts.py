@@ -1,4 +1,4 @@
-"""Promises 1 and 2 of the design: the same mask, loss and gradients at every tensor-parallel layout."""
+"""The same mask, loss and gradients at every tensor-parallel layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.layouts import CASES, DOUBLE, TOLERANCE, Results, assert_same, cut, difference, whole
+from support.layouts import CASES, DOUBLE, TOLERANCE, Results, assert_same, difference, full_tensors, shard_dim
 
 ACCUMULATION = ["accumulation", "task_accumulation"]
 
@@ -24,13 +24,13 @@ def results(spawn: Any) -> Results:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
-def test_layout_changes_nothing(results: Results, case: str, layout: str) -> None:
+def test_layout_changes_nothing_beyond_rounding(results: Results, case: str, layout: str) -> None:
     assert_same(results, case, layout)
 
 
 @pytest.mark.parametrize("case", DOUBLE)
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
-def test_layout_changes_nothing_but_float64s_last_digits(results: Results, case: str, layout: str) -> None:
+def test_layout_changes_only_the_last_digits_of_float64(results: Results, case: str, layout: str) -> None:
     assert_same(results, f"{case}_float64", layout, 1e-9)
 
 
@@ -40,15 +40,15 @@ def test_layout_changes_nothing_but_float64s_last_digits(results: Results, case:
 def test_accumulation_is_the_same_at_every_layout(results: Results, name: str, steps: int, layout: str) -> None:
     case = f"{name}_{steps}"
     assert difference(results[0][case, layout]["loss"], results[0][case, "tp1"]["loss"]) < TOLERANCE
-    expected, got = whole(results, case, "tp1", "gradients"), whole(results, case, layout, "gradients")
+    expected, got = full_tensors(results, case, "tp1", "gradients"), full_tensors(results, case, layout, "gradients")
     for parameter, gradient in expected.items():
         assert difference(got[parameter], gradient) < TOLERANCE, parameter
     statistics = zip(results[0][case, layout]["statistics"], results[0][case, "tp1"]["statistics"], strict=True)
-    assert all(difference(here, there) < TOLERANCE for here, there in statistics)
+    assert all(difference(found, reference) < TOLERANCE for found, reference in statistics)
 
 
-def test_biases_move_by_the_load_of_all_replicas(results: Results) -> None:
-    # The tokens of both replicas used one routed head each; one replica's alone move the others' biases up.
+def test_biases_follow_the_load_of_all_replicas(results: Results) -> None:
+    # The tokens of each replica used one routed head; with one replica alone, the biases of all other heads rise.
     for rank in results:
         for biases in rank["replicas", "tp1"]["biases"]:
             assert biases.tolist() == [-1, -1, 1, 1, 1, 1]
@@ -57,15 +57,15 @@ def test_biases_move_by_the_load_of_all_replicas(results: Results) -> None:
 
 
 def test_straight_through_of_all_heads_has_another_gradient(results: Results) -> None:
-    chosen, every = results[0]["query_norm", "tp1"], results[0]["straight_through_all", "tp1"]
-    assert torch.equal(chosen["active"][0], every["active"][0])
-    assert difference(every["loss"], chosen["loss"]) < TOLERANCE
+    chosen, all_heads = results[0]["query_norm", "tp1"], results[0]["straight_through_all", "tp1"]
+    assert torch.equal(chosen["active"][0], all_heads["active"][0])
+    assert difference(all_heads["loss"], chosen["loss"]) < TOLERANCE
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    assert difference(every["gradients"][name], chosen["gradients"][name]) > 1e-3
+    assert difference(all_heads["gradients"][name], chosen["gradients"][name]) > 1e-3
 
 
-def test_four_micro_batches_make_the_gradient_of_one(results: Results) -> None:
-    # Without the balance loss, which is of each micro-batch.
+def test_four_micro_batches_have_the_gradient_of_one(results: Results) -> None:
+    # Without the balance loss, which is computed for each micro-batch.
     one, four = (results[0][f"task_accumulation_{steps}", "tp1"] for steps in (1, 4))
     assert difference(four["loss"], one["loss"]) < TOLERANCE
     for name, gradient in one["gradients"].items():
@@ -77,7 +77,7 @@ def test_replicated_gradients_agree_on_all_ranks(results: Results, layout: str) 
     for case in CASES:
         first, second = (rank[case, layout]["gradients"] for rank in results)
         for name, gradient in first.items():
-            if cut(name)[0] is None:
+            if shard_dim(name)[0] is None:
                 assert difference(second[name], gradient) < TOLERANCE, (case, name)
 
 

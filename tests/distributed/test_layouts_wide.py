@@ -1,4 +1,4 @@
-"""The layouts of three and four ranks: the whole table, too long for `make test`."""
+"""The layouts of three and four ranks: the full table, which is too slow for `make test`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def odd(spawn: Any) -> Results:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "six_groups"])
 @pytest.mark.parametrize("layout", ["tp4", "tp4_sp"])
-def test_four_ranks(wide: list[dict[str, Any]], case: str, layout: str) -> None:
+def test_four_ranks_match_one(wide: list[dict[str, Any]], case: str, layout: str) -> None:
     assert_same([rank["layouts"] for rank in wide], case, layout)
 
 
 @pytest.mark.parametrize("case", ["learned", "query_norm"])
-def test_nine_heads_in_three_groups(odd: Results, case: str) -> None:
+def test_nine_heads_in_three_groups_match_one_rank(odd: Results, case: str) -> None:
     assert_same(odd, case, "tp3")
 
 
 @pytest.mark.parametrize("layout", ENGINES)
-def test_two_by_two_follows_the_bare_loop(wide: list[dict[str, Any]], layout: str) -> None:
-    here, bare = wide[0]["engines"][layout], wide[0]["engines"]["bare"]
-    assert here["losses"][0] == pytest.approx(bare["losses"][0], rel=1e-5)
-    assert here["losses"] == pytest.approx(bare["losses"], rel=1e-4)
-    assert here["norms"] == pytest.approx(bare["norms"], rel=1e-4)
+def test_two_by_two_ranks_match_the_plain_loop(wide: list[dict[str, Any]], layout: str) -> None:
+    ours, plain = wide[0]["engines"][layout], wide[0]["engines"]["plain"]
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-5)
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert ours["norms"] == pytest.approx(plain["norms"], rel=1e-4)

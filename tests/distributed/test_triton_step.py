@@ -1,4 +1,4 @@
-"""A whole training step with the Triton kernels equals the dense one, on one rank's heads and on all."""
+"""A training step with the Triton kernels equals the dense one, with the heads of one rank and with all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def results(spawn: Any) -> Results:
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2"])
-def test_a_training_step_equals_dense(results: Results, layout: str) -> None:
+def test_training_step_equals_dense(results: Results, layout: str) -> None:
     for rank in results:
         dense, sparse = rank["dense", layout], rank["triton", layout]
         assert torch.equal(dense["active"][0], sparse["active"][0])

@@ -1,4 +1,4 @@
-"""The cases of the engine's table, by world size: which layouts, and what is varied in each."""
+"""The cases of the engine's table by world size: the layouts, and the variants of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 STEPS = 6
 STAGES = (0, 1, 2, 3)
 
-# Two accumulation steps everywhere, so twice the sequences where there are two replicas.
+# There are two accumulation steps in every layout, so two replicas need twice the sequences.
 _ONE_REPLICA, _TWO_REPLICAS = {"global_batch_size": 4}, {"global_batch_size": 8}
 LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {"tp1": {"parallel": {"tensor": 1}, "train": _ONE_REPLICA}},
@@ -25,7 +25,7 @@ LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
 }
 
 _BF16 = {"train": {"precision": "bf16"}}
-# SGD shows a gradient of the wrong size, which Adam would not.
+# SGD shows a wrong scale of the gradient, which Adam would not.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adam": {},
     "sgd": {"optimizer": {"learning_rate": 0.3}},
@@ -38,16 +38,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tied": {"model": {"tie_word_embeddings": True}},
 }
 REFERENCES = ("adam", "sgd", "tied")
-"""Variants whose bare loops the others are held against, too."""
-_EVERYWHERE = ("adam", "sgd", "bf16")
-# What the layout hardly bears on: where it is shared out over data parallelism, and where over both.
-_ELSEWHERE = {
+"""Variants with a plain loop, which the other variants are compared with, too."""
+_IN_ALL_LAYOUTS = ("adam", "sgd", "bf16")
+# Variants that hardly depend on the layout run in three: data parallelism, tensor parallelism, and both.
+_IN_SOME_LAYOUTS = {
     "dp2": ("sgd_bf16", "offload", "offload_bf16", "tied"),
     "tp2_sp": ("sgd_bf16", "full_recompute", "selective_recompute", "tied"),
     "dp2_tp2": ("sgd_bf16", "offload", "full_recompute", "tied"),
 }
 _HIGHEST_STAGE_ONLY = {"full_recompute", "selective_recompute", "tied"}
-"""The other stages do nothing in the forward pass."""
+"""Variants that only stage 3, which acts in the forward pass, may change."""
 
 
 def _exists(layout: str, stage: int, variant: str) -> bool:
@@ -61,13 +61,13 @@ CASES = [
     for size, layouts in LAYOUTS.items()
     for layout in layouts
     for stage in STAGES
-    for variant in (*_EVERYWHERE, *_ELSEWHERE.get(layout, ()))
+    for variant in (*_IN_ALL_LAYOUTS, *_IN_SOME_LAYOUTS.get(layout, ()))
     if _exists(layout, stage, variant)
 ]
 
 
 def sections(size: int, layout: str, stage: int, variant: str) -> dict[str, dict[str, Any]]:
-    """What a case changes in the tiny configuration."""
+    """Return the values that a case changes in the tiny configuration."""
     merged: dict[str, dict[str, Any]] = {"parallel": {"zero_stage": stage}}
     for part in (LAYOUTS[size][layout], VARIANTS[variant]):
         for section, values in part.items():
@@ -76,6 +76,6 @@ def sections(size: int, layout: str, stage: int, variant: str) -> dict[str, dict
 
 
 def reference(layout: str, variant: str) -> tuple[bool, str]:
-    """Which bare loop a case is held against: whether it has the larger batch, and its variant, in fp32."""
+    """Return the plain loop that a case is compared with: whether its batch is the larger one, and its variant."""
     same = variant.removesuffix("_bf16")
     return layout.startswith("dp2"), same if same in REFERENCES else "adam"

@@ -1,4 +1,4 @@
-"""Comparing what tensor-parallel ranks computed with what one rank computed."""
+"""Compares the results of tensor-parallel ranks with those of one rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [
     "documents_cpu",
     "documents_full_recompute",
 ]
-"""Those of workers/layouts.py."""
+"""The cases of workers/layouts.py."""
 DOUBLE = [
     "dense",
     "learned",
@@ -56,14 +56,14 @@ DOUBLE = [
     "documents_query_norm",
     "full_recompute",
 ]
-"""Those it runs in float64 too, which tells a wrong formula from rounding."""
+"""The cases that also run in float64, which distinguishes a wrong formula from rounding."""
 
 Results = list[dict[tuple[str, str], dict[str, Any]]]
-"""For each rank: (case, layout) -> what workers/tiny.py's ``gradients`` returns."""
+"""For each rank: (case, layout) -> the result of ``gradients`` in workers/tiny.py."""
 
 
-def cut(name: str) -> tuple[int | None, int]:
-    """Dimension and stride along which tensor parallelism cuts a parameter."""
+def shard_dim(name: str) -> tuple[int | None, int]:
+    """Return dimension and stride along which tensor parallelism shards a parameter."""
     if "linear_qkv" in name or "embedding" in name or "output_layer" in name:
         return 0, 1
     if "linear_fc1" in name:
@@ -71,31 +71,34 @@ def cut(name: str) -> tuple[int | None, int]:
     return (1, 1) if "linear_proj" in name or "linear_fc2" in name else (None, 1)
 
 
-def whole(results: Results, case: str, layout: str, kind: str) -> dict[str, Tensor]:
-    """One kind of tensor (weights, gradients) with the shards of all ranks merged."""
+def full_tensors(results: Results, case: str, layout: str, kind: str) -> dict[str, Tensor]:
+    """Return one kind of tensor (weights, gradients) with the shards of all ranks merged."""
     shards = [rank[case, layout][kind] for rank in results]
     if layout == "tp1":
         return shards[0]
-    return {name: merge_shards([shard[name] for shard in shards], *cut(name)) for name in shards[0]}
+    return {name: merge_shards([shard[name] for shard in shards], *shard_dim(name)) for name in shards[0]}
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|."""
+    """Return max |a - b| / max |b|."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 def assert_same(results: Results, case: str, layout: str, tolerance: float = TOLERANCE) -> None:
-    """The same initial weights, routing, loss and every gradient as at TP 1."""
-    reference, here = results[0][case, "tp1"], results[0][case, layout]
+    """Check that initial weights, routing, loss and all gradients are those of TP 1."""
+    reference, found = results[0][case, "tp1"], results[0][case, layout]
     assert reference["margin"] > 1e-4, "choose a seed whose routing is not near a tie"
-    weights, their_weights = whole(results, case, "tp1", "weights"), whole(results, case, layout, "weights")
+    weights, their_weights = (
+        full_tensors(results, case, "tp1", "weights"),
+        full_tensors(results, case, layout, "weights"),
+    )
     for name, weight in weights.items():
         assert torch.equal(their_weights[name], weight), f"{name} is not initialised alike"
-    for layer, (active, expected) in enumerate(zip(here["active"], reference["active"], strict=True)):
+    for layer, (active, expected) in enumerate(zip(found["active"], reference["active"], strict=True)):
         assert torch.equal(active, expected), f"layer {layer} routes otherwise"
-    assert difference(here["loss"], reference["loss"]) < tolerance
-    expected_gradients = whole(results, case, "tp1", "gradients")
-    got = whole(results, case, layout, "gradients")
+    assert difference(found["loss"], reference["loss"]) < tolerance
+    expected_gradients = full_tensors(results, case, "tp1", "gradients")
+    got = full_tensors(results, case, layout, "gradients")
     trained = {name for name in weights if case != "frozen" or ".router." not in name}
     assert got.keys() == expected_gradients.keys() == trained
     worst = {name: difference(got[name], gradient) for name, gradient in expected_gradients.items()}

@@ -1,4 +1,4 @@
-"""Tokens, router weights and queries drawn from a seed."""
+"""Draws tokens, router weights and queries from a seed."""
 
 from __future__ import annotations
 

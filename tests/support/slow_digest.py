@@ -1,4 +1,4 @@
-"""A hash that takes its time before it looks at what it was given: whoever changes that meanwhile is found out."""
+"""A hash that waits before it reads its input, which reveals code that changes the input meanwhile."""
 
 import hashlib
 import time
@@ -7,7 +7,7 @@ _sha256 = hashlib.sha256
 
 
 class SlowDigest:
-    """In the place of hashlib.sha256."""
+    """Replaces hashlib.sha256."""
 
     def __init__(self) -> None:
         self._digest = _sha256()

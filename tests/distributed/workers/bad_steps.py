@@ -1,4 +1,4 @@
-"""Steps with a loss or gradient that is not finite, on one rank only: what changes (nothing), and how it goes on."""
+"""Takes steps with a loss or gradient that is not finite on one rank; saves what they change, and the later steps."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ KINDS = ("nan_loss", "constant_inf_loss", "nan_gradient", "inf_gradient_early")
 
 
 def state(engine: Engine) -> list[Tensor]:
-    """Copies of all that a step changes: weights, masters, Adam's moments and counts."""
+    """Return copies of all that a step changes: weights, master weights, Adam's moments and counts."""
     optimizer = engine._optimizer
-    tensors = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]  # this rank's share in stage 3
+    tensors = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]  # this rank's shard in stage 3
     tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
     tensors += [value for slots in optimizer.state.values() for value in slots.values() if torch.is_tensor(value)]
     return [tensor.clone() for tensor in tensors]
@@ -50,19 +50,19 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def step(engine: Engine, config: Any, number: int, accumulation: int, bad: str | None = None) -> float:
-    """One step; ``bad`` says what goes wrong on one rank."""
+    """Take one step; ``bad`` names the fault on one rank."""
     group = groups.dp_group()
     norm = torch.zeros(())
     for micro, rows in enumerate(tiny.tokens(4, seed=100 + number).split(2)[group.rank() :: group.size()]):
         loss = token_losses(engine.model, rows).mean()
-        here = bad if dist.get_rank() == BAD_RANK else None
+        fault = bad if dist.get_rank() == BAD_RANK else None
         handle = None
-        if here == "nan_loss" and micro == accumulation - 1:
+        if fault == "nan_loss" and micro == accumulation - 1:
             loss = loss * math.nan
-        elif here == "constant_inf_loss":
-            loss = loss + math.inf  # its gradient alone would be finite
-        elif (here == "nan_gradient" and micro == accumulation - 1) or (here == "inf_gradient_early" and micro == 0):
-            value = math.nan if here == "nan_gradient" else math.inf
+        elif fault == "constant_inf_loss":
+            loss = loss + math.inf  # its gradient would be finite
+        elif (fault == "nan_gradient" and micro == accumulation - 1) or (fault == "inf_gradient_early" and micro == 0):
+            value = math.nan if fault == "nan_gradient" else math.inf
             parameter = next(p for name, p in engine.module.named_parameters() if "linear_fc1.weight" in name)
             handle = parameter.register_hook(lambda gradient, value=value: gradient * value)
         engine.backward(loss)
@@ -73,7 +73,7 @@ def step(engine: Engine, config: Any, number: int, accumulation: int, bad: str |
 
 
 def run(parallel: dict[str, Any], precision: str, bad: str | None) -> dict[str, Any]:
-    """Two good steps, the bad one, and two good ones; without ``bad`` the bad one is left out."""
+    """Take two good steps, the bad one, and two good ones; leave the bad one out without ``bad``."""
     config = tiny.tiny_config(parallel=parallel, train={"precision": precision})
     size = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, size), data_parallel_size(config, size)
@@ -88,7 +88,7 @@ def run(parallel: dict[str, Any], precision: str, bad: str | None) -> dict[str, 
         found["norm"] = step(engine, config, GOOD_STEPS, accumulation, bad)
         found["applied"] = engine.applied
         found["unchanged"] = same(before, state(engine))
-    found["norms"] = [step(engine, config, GOOD_STEPS + 1 + each, accumulation) for each in range(2)]
+    found["norms"] = [step(engine, config, GOOD_STEPS + 1 + later, accumulation) for later in range(2)]
     found["applied_afterwards"] = engine.applied
     found["state"] = state(engine)
     return found
@@ -109,7 +109,7 @@ if __name__ == "__main__":
         good = run(parallel, precision, None)
         for kind in KINDS:
             found = run(parallel, precision, kind)
-            found["as_without"] = same(found.pop("state"), good["state"]) and found["norms"] == good["norms"]
+            found["same_without"] = same(found.pop("state"), good["state"]) and found["norms"] == good["norms"]
             results[f"{name}-{kind}"] = found
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Training, saving and going on, for workers: the same global batches whatever the parallelism."""
+"""Trains, saves and resumes for workers, with the same global batches at any parallelism."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class NoTokenizer:
 def config_of(
     tensor: int, stage: int, precision: str = "fp32", parallel: dict[str, Any] | None = None, **sections: dict[str, Any]
 ) -> Config:
-    """``parallel``: what else stands in that section."""
+    """Return a configuration; ``parallel`` has further values of that section."""
     parallel = {"tensor": tensor, "zero_stage": stage} | (parallel or {})
     return tiny.tiny_config(parallel=parallel, train={"precision": precision, "micro_batch_size": 1}, **sections)
 
 
 def start_engine(config: Config, source: Path | None = None, *, resume: bool = True) -> Engine:
-    """A fresh engine, or one that goes on from ``source``, or starts from its weights; new groups only where tensor
-    parallelism changes."""
-    there = parallel_state.model_parallel_is_initialized()
-    if there and parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
+    """Return a fresh engine, or one that resumes from ``source`` or starts from its weights; make new groups only if
+    tensor parallelism changes."""
+    initialized = parallel_state.model_parallel_is_initialized()
+    if initialized and parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
         torch.manual_seed(config.run.seed)
     else:
         parallel_state.destroy_model_parallel()
@@ -51,7 +51,7 @@ def start_engine(config: Config, source: Path | None = None, *, resume: bool = T
 
 
 def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the steps [first, last), the loss in fp64 over the whole batch."""
+    """Return (loss, gradient norm) of the steps [first, last), the loss in fp64 over the full batch."""
     replicas, rank = groups.dp_group().size(), groups.dp_group().rank()
     layers = moh_layers(engine.module)
     curve = []
@@ -81,8 +81,8 @@ def save(engine: Engine, config: Config, root: Path, step: int) -> Path:
 
 
 def differing(folder: Path, other: Path) -> list[str]:
-    """What two checkpoints do not hold alike, bit for bit, whatever parallelism wrote each."""
-    one, another = _whole(folder), _whole(other)
+    """Return the names of tensors that differ between two checkpoints, whatever parallelism wrote them."""
+    one, another = _full_tensors(folder), _full_tensors(other)
     names = sorted(one.keys() | another.keys())
     return [name for name in names if not torch.equal(one.get(name, _NONE), another.get(name, _NONE))]
 
@@ -90,7 +90,7 @@ def differing(folder: Path, other: Path) -> list[str]:
 _NONE = torch.empty(0)
 
 
-def _whole(folder: Path) -> dict[str, torch.Tensor]:
+def _full_tensors(folder: Path) -> dict[str, torch.Tensor]:
     config = read_config(folder)
     slots = ("exp_avg", "exp_avg_sq", "master")[: 2 if config.train.precision == "fp32" else 3]
     tensors = read_weights(folder)

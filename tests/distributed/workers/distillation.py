@@ -1,5 +1,4 @@
-"""Distillation under each layout of two ranks: the divergence of sharded logits, and steps of the engine against a bare
-loop."""
+"""Computes the divergence of sharded logits, and distils with the engine at each layout and in a plain loop."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ TEACHER_SEED = 77
 
 
 def sharded_divergence() -> dict[str, Tensor]:
-    """Value and gradient from shards over both ranks, and from whole logits by torch; entry 7 is padding."""
+    """Return value and gradient from shards over both ranks, and from full logits by torch; entry 7 is padding."""
     student, teacher = (
         (3 * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(seed))).index_fill(
             -1, torch.tensor([7]), -torch.inf
@@ -41,22 +40,22 @@ def sharded_divergence() -> dict[str, Tensor]:
     upstream = torch.rand(3, 5, generator=torch.Generator().manual_seed(3))
     rank, size = dist.get_rank(), dist.get_world_size()
     own = student.chunk(size, -1)[rank].clone().requires_grad_()
-    here = divergence(own, teacher.chunk(size, -1)[rank], dist.group.WORLD)  # pyright: ignore[reportArgumentType]
-    here.backward(upstream)
+    value = divergence(own, teacher.chunk(size, -1)[rank], dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    value.backward(upstream)
     assert own.grad is not None
-    parts = [torch.empty_like(own.grad) for _ in range(size)]
-    dist.all_gather(parts, own.grad.contiguous())
-    whole = student[..., :7].clone().requires_grad_()
-    expected = F.kl_div(whole.log_softmax(-1), teacher[..., :7].log_softmax(-1), log_target=True, reduction="none").sum(
+    shards = [torch.empty_like(own.grad) for _ in range(size)]
+    dist.all_gather(shards, own.grad.contiguous())
+    full = student[..., :7].clone().requires_grad_()
+    expected = F.kl_div(full.log_softmax(-1), teacher[..., :7].log_softmax(-1), log_target=True, reduction="none").sum(
         -1
     )
     expected.backward(upstream)
-    assert whole.grad is not None
+    assert full.grad is not None
     return {
-        "value": here.detach(),
-        "gradient": torch.cat(parts, -1),
+        "value": value.detach(),
+        "gradient": torch.cat(shards, -1),
         "expected_value": expected.detach(),
-        "expected_gradient": F.pad(whole.grad, (0, 1)),
+        "expected_gradient": F.pad(full.grad, (0, 1)),
     }
 
 
@@ -65,7 +64,7 @@ def teacher_config(parallel: dict[str, Any]) -> Config:
 
 
 def write_teacher(folder: Path) -> None:
-    """Its weights as one file, for every layout."""
+    """Write the weights of the teacher as one file for every layout."""
     state = model_tensors(tiny.fresh_model(teacher_config({"tensor": 1})))
     if dist.get_rank() == 0:
         (folder / weights.FOLDER).mkdir(parents=True)
@@ -76,8 +75,8 @@ def write_teacher(folder: Path) -> None:
     dist.barrier()
 
 
-def bare_loop(config: Config) -> dict[str, list[float]]:
-    """One process, whole logits, torch's own losses."""
+def plain_loop(config: Config) -> dict[str, list[float]]:
+    """Distil in one process, with full logits and the losses of torch."""
     teacher = tiny.fresh_model(teacher_config({"tensor": 1})).eval()
     model = tiny.fresh_model(config)
     routed: list[Tensor] = []
@@ -92,10 +91,10 @@ def bare_loop(config: Config) -> dict[str, list[float]]:
             routed.clear()
             arguments = model_arguments(rows[:, :-1])
             with torch.no_grad():
-                wanted = teacher(*arguments).log_softmax(-1)
-            here = model(*arguments).log_softmax(-1)
-            loss = F.nll_loss(here.flatten(0, 1), rows[:, 1:].flatten())
-            distance = F.kl_div(here, wanted, log_target=True, reduction="none").sum(-1).mean()
+                target = teacher(*arguments).log_softmax(-1)
+            predicted = model(*arguments).log_softmax(-1)
+            loss = F.nll_loss(predicted.flatten(0, 1), rows[:, 1:].flatten())
+            distance = F.kl_div(predicted, target, log_target=True, reduction="none").sum(-1).mean()
             total = loss + WEIGHT * distance + config.moh.balance_coefficient * torch.stack(routed).mean()
             (total / len(batches)).backward()
             losses.append(loss.item())
@@ -112,11 +111,11 @@ def bare_loop(config: Config) -> dict[str, list[float]]:
 
 
 def engine_loop(config: Config, teacher_folder: Path) -> dict[str, list[float]]:
-    """The same steps as training takes them."""
+    """Take the same steps as training does."""
     size = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, size), data_parallel_size(config, size)
     model = tiny.fresh_model(config, accumulation)
-    made = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
+    trained = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
     before = torch.get_rng_state()
     teacher = load_teacher(teacher_folder, config, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -125,10 +124,10 @@ def engine_loop(config: Config, teacher_folder: Path) -> dict[str, list[float]]:
     for step in range(STEPS):
         both = []
         for rows in engine.micro_batches(config, step)[rank::replicas]:
-            losses, distances = distilled_losses(made.model, teacher, rows)
-            made.backward(losses.mean() + WEIGHT * distances.mean())
+            losses, distances = distilled_losses(trained.model, teacher, rows)
+            trained.backward(losses.mean() + WEIGHT * distances.mean())
             both.append(torch.stack([losses.detach().mean(), distances.detach().mean()]))
-        results["norms"].append(float(made.step(learning_rate(config.optimizer, step, config.train.steps))))
+        results["norms"].append(float(trained.step(learning_rate(config.optimizer, step, config.train.steps))))
         mean = torch.stack(both).mean(0)
         dist.all_reduce(mean, group=groups.dp_group())
         for name, value in zip(("losses", "divergences"), (mean / replicas).tolist(), strict=True):
@@ -137,11 +136,11 @@ def engine_loop(config: Config, teacher_folder: Path) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    engine.joined()
+    engine.join()
     folder = Path(sys.argv[1]).parent / "teacher"
     results: dict[str, Any] = {"sharded": sharded_divergence()}
     write_teacher(folder)
-    results["bare"] = bare_loop(tiny.tiny_config())
+    results["plain"] = plain_loop(tiny.tiny_config())
     for name, parallel in engine.LAYOUTS.items():
         results[name] = engine_loop(tiny.tiny_config(parallel=parallel), folder)
     for stage in (1, 2, 3):

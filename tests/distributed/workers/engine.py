@@ -1,4 +1,4 @@
-"""A few optimizer steps under each layout of two ranks, against a bare loop in one process."""
+"""Takes a few optimizer steps at each layout of two ranks, and the same steps in a plain loop of one process."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ MakeOptimizer = Callable[[torch.nn.Module, Config], torch.optim.Optimizer]
 
 
 def micro_batches(config: Config, step: int) -> tuple[torch.Tensor, ...]:
-    """[2, S + 1] each, over all data-parallel ranks; every other step the same, so that there is something to learn."""
+    """Return batches [2, S + 1] of all data-parallel ranks; every other step has the same, so that losses can fall."""
     return tiny.tokens(config.train.global_batch_size, seed=100 + step % 2).split(MICRO_BATCH)
 
 
-def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
-    """No engine, no attached losses: the total loss written out, whole batch gradients, torch's own clipping."""
+def plain_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
+    """Train without the engine: the total loss is written out, gradients are of the full batch, torch clips them."""
     model = tiny.fresh_model(config)
     routed: list[torch.Tensor] = []
     for layer in moh_layers(model):
@@ -67,7 +67,7 @@ def bare_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int 
 
 
 def engine_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: int = STEPS) -> dict[str, Any]:
-    """The same steps through the engine."""
+    """Take the same steps with the engine."""
     size = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, size), data_parallel_size(config, size)
     model = tiny.fresh_model(config, accumulation)
@@ -97,10 +97,10 @@ def engine_loop(config: Config, make_optimizer: MakeOptimizer = adamw, steps: in
     }
 
 
-def joined() -> World:
-    """This process as a rank, in its process group."""
+def join() -> World:
+    """Join the process group; return the rank of this process."""
     torch.set_num_threads(1)
-    # Stage 3 collects garbage for each engine: what the imports left need not be looked through each time.
+    # Stage 3 collects garbage for each engine; freezing excludes the objects of the imports.
     gc.freeze()
     world = World.from_environment()
     assert world is not None
@@ -109,12 +109,12 @@ def joined() -> World:
 
 
 if __name__ == "__main__":
-    joined()
+    join()
     query_norm: dict[str, Any] = {"router": "query_norm"}
-    results: dict[str, Any] = {"bare": bare_loop(tiny.tiny_config())}
+    results: dict[str, Any] = {"plain": plain_loop(tiny.tiny_config())}
     for name, parallel in LAYOUTS.items():
         results[name] = engine_loop(tiny.tiny_config(parallel=parallel))
-    results["bare_query_norm"] = bare_loop(tiny.tiny_config(moh=query_norm))
+    results["plain_query_norm"] = plain_loop(tiny.tiny_config(moh=query_norm))
     results["tp2_query_norm"] = engine_loop(tiny.tiny_config(parallel={"tensor": 2}, moh=query_norm))
     for stage in (1, 2, 3):
         sections = {"parallel": {"tensor": 2, "zero_stage": stage}, "train": {"precision": "bf16"}}

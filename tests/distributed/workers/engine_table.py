@@ -1,4 +1,4 @@
-"""Every case of one world size, and the bare loops they are held against."""
+"""Runs every case of one world size, and the plain loops that they are compared with."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from moh_megatron.parallel import groups
 from moh_megatron.train.engine import adamw
 
 
-def weight_errors(config: Config, here: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far each weight of this tensor-parallel rank lies from the reference's, as a share of the latter's norm."""
+def weight_errors(
+    config: Config, ours: dict[str, torch.Tensor], reference_weights: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Return how far each weight of this tensor-parallel rank is from the reference, relative to the latter's norm."""
     group, errors = groups.tp_group(), dict[str, float]()
     for rule in rules(config):
-        expected = split_shard(whole[rule.megatron], rule.dim, rule.stride, group.rank(), group.size()).float()
-        errors[rule.megatron] = float((here[rule.megatron] - expected).norm() / expected.norm())
+        expected = split_shard(
+            reference_weights[rule.megatron], rule.dim, rule.stride, group.rank(), group.size()
+        ).float()
+        errors[rule.megatron] = float((ours[rule.megatron] - expected).norm() / expected.norm())
     return errors
 
 
@@ -31,19 +35,19 @@ def sgd(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 if __name__ == "__main__":
-    world = engine.joined()
+    world = engine.join()
     results: dict[Any, Any] = {}
     for layout, of_layout in LAYOUTS[world.size].items():
         for variant in REFERENCES:
             if (key := reference(layout, variant)) not in results:
                 config = tiny.tiny_config(**VARIANTS[variant], train=of_layout["train"])
-                results[key] = engine.bare_loop(config, sgd if variant == "sgd" else adamw, STEPS)
+                results[key] = engine.plain_loop(config, sgd if variant == "sgd" else adamw, STEPS)
     for size, layout, stage, variant in CASES:
         if size == world.size:
             config = tiny.tiny_config(**sections(size, layout, stage, variant))
             found = engine.engine_loop(config, sgd if variant.startswith("sgd") else adamw, STEPS)
-            whole = results[reference(layout, variant)]["weights"]
-            found["weight_errors"] = weight_errors(config, found.pop("weights"), whole)
+            full_tensors = results[reference(layout, variant)]["weights"]
+            found["weight_errors"] = weight_errors(config, found.pop("weights"), full_tensors)
             results[layout, stage, variant] = found
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What real engines hold and send on this rank, by bare torch accounting: for the planner to be compared with."""
+"""Measures with torch what real engines hold and send on this rank, to compare the planner with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moh_megatron.config.validate import data_parallel_size, gradient_accumulati
 from moh_megatron.model.build import token_losses
 from moh_megatron.train.engine import Engine
 
-# An odd number of layers: the border between two data-parallel partitions lies inside a weight.
+# With an odd number of layers, the border between two data-parallel partitions lies inside a weight.
 SHAPE = {"num_layers": 3}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     f"{precision}_zero{stage}": {"train": {"precision": precision}, "parallel": {"zero_stage": stage}}
@@ -59,7 +59,7 @@ TRAFFIC: dict[str, dict[str, dict[str, Any]]] = {
     "sp_recompute": {"parallel": {"sequence": True}, "train": {"recompute": "full"}},
     "dense": {"parallel": {}, "moh": {"enabled": False}},
 }
-"""Cases at TP 2 whose forward and backward pass is listened to."""
+"""Cases at TP 2 whose communication in the forward and backward pass is recorded."""
 
 
 def case_config(sections: dict[str, dict[str, Any]], tensor: int) -> Config:
@@ -74,7 +74,7 @@ def case_config(sections: dict[str, dict[str, Any]], tensor: int) -> Config:
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists and dictionaries."""
+    """Yield every tensor inside nested lists and dictionaries."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -85,7 +85,7 @@ def tensors_in(*values: Any) -> Iterator[Tensor]:
 
 
 def held(running: Engine) -> dict[str, int]:
-    """Bytes of the storages behind each kind of tensor; one that serves two kinds counts once."""
+    """Return the bytes of the storages of each kind of tensor; a storage of two kinds counts once."""
     parameters, optimizer = list(running.module.parameters()), running.model.optimizer
     state = running._optimizer.state  # pyright: ignore[reportPrivateUsage]
 
@@ -99,7 +99,7 @@ def held(running: Engine) -> dict[str, int]:
         "parameters": [[p.data, getattr(p, "ds_tensor", None)] for p in parameters],
         "gradients": [
             [[p.grad, getattr(p, "grad_accum", None)] for p in parameters],
-            [each.grad for each in tensors_in(masters)],
+            [master.grad for master in tensors_in(masters)],
             of_optimizer("averaged_gradients", "all_grad_tensors", "grads_in_partition", "accumulated_grads_in_cpu"),
             of_optimizer("grad_partitions_flat_buffer", "fp32_groups_gradients_flat"),
         ],
@@ -108,74 +108,76 @@ def held(running: Engine) -> dict[str, int]:
     seen: set[int] = set()
     sizes = {}
     for kind, values in kinds.items():
-        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors_in(values)}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_in(values)
+        }
         sizes[kind] = sum(size for address, size in storages.items() if address not in seen)
         seen |= storages.keys()
     return sizes
 
 
-class Listener(TorchDispatchMode):
-    """Bytes of the whole tensor of each collective, by operation; loss figures and means, which are small, left out."""
+class CollectiveRecorder(TorchDispatchMode):
+    """Records the bytes of the full tensor of each collective by operation, without small ones such as losses."""
 
     SMALL = 256
-    WHOLE: ClassVar = {
+    FULL_TENSOR: ClassVar = {
         "allreduce_": ("all-reduce", 0),
         "_allgather_base_": ("all-gather", 0),
         "_reduce_scatter_base_": ("reduce-scatter", 1),
     }
-    """Which argument of torch's own operator is the whole tensor."""
+    """Which argument of torch's operator is the full tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[str, list[int]] = {"all-reduce": [], "all-gather": [], "reduce-scatter": []}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func._opname in self.WHOLE:
-            operation, place = self.WHOLE[func._opname]
-            size = sum(each.nbytes for each in tensors_in(args[place]))
+        if func.namespace == "c10d" and func._opname in self.FULL_TENSOR:
+            operation, index = self.FULL_TENSOR[func._opname]
+            size = sum(tensor.nbytes for tensor in tensors_in(args[index]))
             if size >= self.SMALL:
                 self.sizes[operation].append(size)
         return func(*args, **(kwargs or {}))
 
 
-def most_held(config: Config) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """The most of each kind at the end of any backward pass of the second step, and what that step sends."""
+def peak_held(config: Config) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Return the peak of each kind after the backward passes of the second step, and what that step sends."""
     world = dist.get_world_size()
     accumulation, replicas = gradient_accumulation_steps(config, world), data_parallel_size(config, world)
     model = tiny.fresh_model(config, accumulation)
     running = Engine(model, config, data_parallel=replicas, accumulation_steps=accumulation)
-    moments, listener = [], Listener()
+    moments, recorder = [], CollectiveRecorder()
     for _ in range(2):
         moments.clear()
-        listener = Listener()
-        with listener:
+        recorder = CollectiveRecorder()
+        with recorder:
             for rows in tiny.tokens(config.train.global_batch_size).split(1)[::replicas]:
                 running.backward(token_losses(running.model, rows).mean())
                 moments.append(held(running))
             running.step(1e-4)
-    return {kind: max(moment[kind] for moment in moments) for kind in moments[0]}, listener.sizes
+    return {kind: max(moment[kind] for moment in moments) for kind in moments[0]}, recorder.sizes
 
 
-def heard(config: Config) -> dict[str, list[int]]:
-    """What one micro-batch makes the tensor-parallel ranks exchange."""
-    model, listener = tiny.fresh_model(config), Listener()
-    with listener:
+def sent(config: Config) -> dict[str, list[int]]:
+    """Return the bytes that tensor-parallel ranks exchange for one micro-batch."""
+    model, recorder = tiny.fresh_model(config), CollectiveRecorder()
+    with recorder:
         token_losses(model, tiny.tokens(1)).mean().backward()
-    return listener.sizes
+    return recorder.sizes
 
 
 if __name__ == "__main__":
-    engine.joined()
+    engine.join()
     results: dict[Any, Any] = {}
     for tensor in (1, 2):
         if dist.get_world_size() // tensor in (1, 2):
             for case, sections in CASES.items():
                 config = case_config(sections, tensor)
-                results[case, tensor] = config, *most_held(config)
+                results[case, tensor] = config, *peak_held(config)
             model = tiny.fresh_model(config)
             results["weights", tensor] = config, [(name, p.numel()) for name, p in model.named_parameters()]
     for case, sections in TRAFFIC.items() if dist.get_world_size() == 2 else ():
         config = case_config(sections, 2)
-        results["traffic", case] = config, heard(config)
+        results["traffic", case] = config, sent(config)
     torch.save(results, sys.argv[1])
     dist.destroy_process_group()

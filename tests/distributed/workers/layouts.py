@@ -1,4 +1,4 @@
-"""The same weights at TP 1, TP 2 and TP 2 with sequence parallelism, for each kind of router and recomputation."""
+"""Runs the same weights at TP 1, TP 2 and TP 2 with sequence parallelism, for each kind of router and recomputation."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ CASES = {
     "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
 }
 ACCUMULATION: dict[str, Any] = {"accumulation": {}, "task_accumulation": {"balance_coefficient": 0.0}}
-"""One step of four rows in one micro-batch and in four."""
+"""One step of four sequences, in one micro-batch and in four."""
 LAYOUTS = {"tp1": {"tensor": 1}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
 
 
 def biases_of_replicas(config: Config) -> dict[str, Any]:
-    """Where biases stand after a step in which rank 0 counted other heads than rank 1."""
+    """Return the biases after a step in which rank 0 counted other heads than rank 1."""
     layers = moh_layers(tiny.fresh_model(config))
     counts = torch.zeros(len(layers), 8, dtype=torch.float64)
     counts[:, 2 + dist.get_rank()] = 10.0

@@ -1,4 +1,4 @@
-"""Nine heads in three KV groups at TP 1 and TP 3."""
+"""Runs nine heads in three KV groups at TP 1 and TP 3."""
 
 from __future__ import annotations
 

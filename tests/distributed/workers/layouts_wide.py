@@ -1,4 +1,4 @@
-"""Four ranks: TP 4, TP 4 with sequence parallelism, TP 2 x DP 2; nine heads in three groups on three of them."""
+"""Runs TP 4, TP 4 with sequence parallelism and TP 2 x DP 2 on four ranks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from layouts import CASES
 
-# Six KV groups cannot be shared by four ranks.
+# Six KV groups cannot be sharded over four ranks.
 FOUR_RANKS = [case for case in CASES if case != "six_groups"]
 LAYOUTS = {"tp1": {"tensor": 1}, "tp4": {"tensor": 4}, "tp4_sp": {"tensor": 4, "sequence": True}}
 
 if __name__ == "__main__":
-    engine.joined()
+    engine.join()
     results: dict[Any, Any] = {}
     for layout, parallel in LAYOUTS.items():
         for case in FOUR_RANKS:
             sections = CASES[case]
             config = tiny.tiny_config(**sections, parallel=parallel)
             results[case, layout] = tiny.gradients_of(config)
-    engines: dict[str, Any] = {"bare": engine.bare_loop(tiny.tiny_config())}
+    engines: dict[str, Any] = {"plain": engine.plain_loop(tiny.tiny_config())}
     for stage in (0, 1, 2, 3):
         for sequence in (False, True):
             name = f"tp2_dp2_zero{stage}{'_sp' if sequence else ''}"

@@ -1,4 +1,4 @@
-"""Part of a chain of parallelisms: two steps at each of RESHARD_PLACES, the checkpoint handed on in RESHARD_FOLDER."""
+"""Trains two steps at each of RESHARD_LAYOUTS, passing the checkpoint on in RESHARD_FOLDER."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if __name__ == "__main__":
     world = World.from_environment()
     assert world is not None
     initialize_distributed(world)
-    folder, places = Path(os.environ["RESHARD_FOLDER"]), json.loads(os.environ["RESHARD_PLACES"])
+    folder, layouts = Path(os.environ["RESHARD_FOLDER"]), json.loads(os.environ["RESHARD_LAYOUTS"])
     curve: list[tuple[float, float]] = []
-    same: list[tuple[Any, Any]] = []  # the step after a place, and that of an engine made anew
-    for tensor, stage in places:
+    same: list[tuple[Any, Any]] = []  # the step after a layout, and that of a new engine from the checkpoint
+    for tensor, stage in layouts:
         config = config_of(tensor, stage)
         newest = next(iter(step_folders(folder)), None)
         first = 0 if newest is None else int(newest.name.removeprefix("step_"))
         engine = start_engine(config, newest)
         curve += train(engine, config, first, first + STEPS)
         saved = save(engine, config, folder, first + STEPS)
-        there = train(engine, config, first + STEPS, first + STEPS + 1)
-        same.append((there, train(start_engine(config, saved), config, first + STEPS, first + STEPS + 1)))
-    whole: list[tuple[float, float]] = []
-    if length := int(os.environ.get("RESHARD_WHOLE", "0")):
-        config = config_of(*places[0])
-        whole = train(start_engine(config), config, 0, length)
-    torch.save({"curve": curve, "same": same, "whole": whole}, sys.argv[1])
+        continued = train(engine, config, first + STEPS, first + STEPS + 1)
+        same.append((continued, train(start_engine(config, saved), config, first + STEPS, first + STEPS + 1)))
+    uninterrupted: list[tuple[float, float]] = []
+    if length := int(os.environ.get("RESHARD_UNINTERRUPTED", "0")):
+        config = config_of(*layouts[0])
+        uninterrupted = train(start_engine(config), config, 0, length)
+    torch.save({"curve": curve, "same": same, "uninterrupted": uninterrupted}, sys.argv[1])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two ranks: going on at the same topology in every stage and precision, and at another one."""
+"""Resumes training on two ranks at the same topology in every stage and precision, and at other topologies."""
 
 from __future__ import annotations
 
@@ -44,35 +44,35 @@ CHAINS = {
 
 
 def same_topology(root: Path) -> dict[Any, Any]:
-    """Steps 2 to 4 of a run that went on without a stop, and of one that was made anew from a checkpoint."""
+    """Return steps 2 to 4 of a run that continued, and of one that was resumed from a checkpoint."""
     curves = {}
     for case, config in ({case: config_of(*case) for case in SAME} | SAME_WITH).items():
         engine = start_engine(config)
         train(engine, config, 0, 2)
         folder = save(engine, config, root / str(case), 2)
-        there = train(engine, config, 2, 5)
-        curves[case] = there, train(start_engine(config, folder), config, 2, 5)
+        continued = train(engine, config, 2, 5)
+        curves[case] = continued, train(start_engine(config, folder), config, 2, 5)
     return curves
 
 
 def chain(root: Path, precision: str) -> dict[str, list[Any]]:
-    """Two steps at each of ``CHAINS``, one checkpoint handed on; and the whole way without a change.
+    """Take two steps at each layout of ``CHAINS``, passing the checkpoint on, and as many steps at one layout.
 
-    "lost" names what a checkpoint that is loaded and saved again, at another place, does not hold as it did.
+    "changed" names the tensors that change when a checkpoint is loaded and saved again at another layout.
     """
-    places = CHAINS[precision]
-    config = config_of(*places[0], precision)
-    straight = train(start_engine(config), config, 0, 2 * len(places))
-    changing, lost, folder = [], [], None
-    for index, place in enumerate(places):
-        config = config_of(*place, precision)
+    layouts = CHAINS[precision]
+    config = config_of(*layouts[0], precision)
+    continued = train(start_engine(config), config, 0, 2 * len(layouts))
+    changing, changed, folder = [], [], None
+    for index, layout in enumerate(layouts):
+        config = config_of(*layout, precision)
         engine = start_engine(config, folder)
         if folder is not None:
             again = save(engine, config, root / f"again_{precision}_{index}", 2 * index)
-            lost += [f"{place}: {name}" for name in differing(folder, again)]
+            changed += [f"{layout}: {name}" for name in differing(folder, again)]
         changing += train(engine, config, 2 * index, 2 * index + 2)
         folder = save(engine, config, root / f"chain_{precision}", 2 * index + 2)
-    return {"straight": straight, "changing": changing, "lost": lost}
+    return {"continued": continued, "changing": changing, "changed": changed}
 
 
 OTHER_WAYS: dict[str, dict[str, Any]] = {
@@ -84,12 +84,12 @@ OTHER_WAYS: dict[str, dict[str, Any]] = {
 
 
 def other_ways(root: Path) -> dict[str, Any]:
-    """Two steps after a checkpoint, gone on as it was written and in each other way to compute the same."""
+    """Take two steps after a checkpoint, with its own settings and with each other way to compute the same."""
     config = config_of(2, 1)
     engine = start_engine(config)
     train(engine, config, 0, 2)
     folder = save(engine, config, root / "ways", 2)
-    curves = {"straight": train(engine, config, 2, 4)}
+    curves = {"continued": train(engine, config, 2, 4)}
     for name, sections in OTHER_WAYS.items():
         parts = {"parallel": {"tensor": 2, "zero_stage": 1}, "train": {"precision": "fp32", "micro_batch_size": 1}}
         other = tiny.tiny_config(**{**parts, **sections})
@@ -102,8 +102,8 @@ IMPORTED = [(1, 2, 3), (2, 1, 3), (2, 2, 1)]
 
 
 def imported(root: Path) -> dict[str, Any]:
-    """Loss and gradient norm of a first step from the weights of a LLaMA whose vocabulary needs padding at TP 2; and
-    transformers' own."""
+    """Return loss and gradient norm of the first step of an imported LLaMA whose vocabulary needs padding at TP 2, and
+    those of transformers."""
     sizes = tiny.TINY["model"]
     if dist.get_rank() == 0:
         torch.manual_seed(3)
@@ -118,27 +118,27 @@ def imported(root: Path) -> dict[str, Any]:
                 initializer_range=0.15,
             )
         ).save_pretrained(root / "llama")
-        for there in (1, 2):
-            made = [f"parallel.tensor={there}"]
-            hf_to_megatron(root / "llama", root / f"tp{there}", None, made, new_tensors=initial_routers)
+        for saved_tensor in (1, 2):
+            overrides = [f"parallel.tensor={saved_tensor}"]
+            hf_to_megatron(root / "llama", root / f"tp{saved_tensor}", None, overrides, new_tensors=initial_routers)
     dist.barrier()
     curves = {}
-    for there, tensor, stage in IMPORTED:
-        source, padding = root / f"tp{there}", tensor - 1
+    for saved_tensor, tensor, stage in IMPORTED:
+        source, padding = root / f"tp{saved_tensor}", tensor - 1
         stated = mapping_of(config_of(tensor, stage, moh={"enabled": False}))
         stated["model"] = mapping_of(read_config(source))["model"]
         stated["model"] |= {"vocab_size": 131 + padding, "vocab_padding": padding}
         config = config_from_mapping(stated, "test")
-        curves[there, tensor, stage] = train(start_engine(config, source, resume=False), config, 0, 1)
+        curves[saved_tensor, tensor, stage] = train(start_engine(config, source, resume=False), config, 0, 1)
     model, rows = LlamaForCausalLM.from_pretrained(root / "llama"), tiny.tokens(4, seed=100)
     loss = F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
-    norm = torch.stack([each.grad.norm() for each in model.parameters() if each.grad is not None]).norm()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return {"ours": curves, "expected": (float(loss), float(norm))}
 
 
 def one_rank_fails(root: Path) -> str:
-    """The message every rank gets where one of them cannot write."""
+    """Return the message of this rank when rank 1 cannot write."""
     config = config_of(2, 1)
     engine = start_engine(config)
     train(engine, config, 0, 1)

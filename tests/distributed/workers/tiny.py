@@ -1,4 +1,4 @@
-"""A model small enough to compare every gradient of, and the steps workers share."""
+"""A model small enough to compare all its gradients, and the steps that workers share."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
     "parallel": {"zero_stage": 1},
-    # Every parameter here is below DeepSpeed's threshold, and stage 3 would share out none of them.
+    # Every parameter here is below DeepSpeed's threshold, and stage 3 would shard none of them.
     "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
 }
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:
-    """The tiny configuration with the given values replaced."""
+    """Return the tiny configuration with the given values replaced."""
     merged = {name: {**values, **sections.get(name, {})} for name, values in TINY.items()}
     return config_from_mapping(merged, "test")
 
 
 def tokens(rows: int, seed: int = 6) -> torch.Tensor:
-    """[rows, S + 1] token ids."""
+    """Return token ids [rows, S + 1]."""
     return torch.randint(0, 96, (rows, 33), generator=torch.Generator().manual_seed(seed))
 
 
 def fresh_model(config: Config, accumulation_steps: int = 1) -> torch.nn.Module:
-    """A model drawn from the configuration's seed; new process groups only where tensor parallelism changes.
+    """Return a model drawn from the configuration's seed; make new process groups only if tensor parallelism changes.
 
-    Each gloo group keeps threads of its own: workers go through all cases of one layout before the next.
+    Each gloo group has its own threads, so workers should run all cases of one layout before the next.
     """
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor:
@@ -69,7 +69,7 @@ def fresh_model(config: Config, accumulation_steps: int = 1) -> torch.nn.Module:
 
 
 def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float:
-    """Smallest distance between the last chosen and the first rejected routed head."""
+    """Return the smallest distance between the last chosen and the first rejected routed head."""
     scores = router.selection_scores(x, q)
     if scores is None or router.top_k == scores.shape[-1]:
         return 1.0
@@ -78,7 +78,7 @@ def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float:
 
 
 def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
-    """A list that fills with each layer's routing decision and its margin."""
+    """Return a list to which each layer adds its routing decision and margin."""
     seen: list[tuple[torch.Tensor, float]] = []
 
     def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -90,7 +90,7 @@ def watch_routing(model: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
 
 
 def gradients(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | None = None) -> dict[str, Any]:
-    """Loss, every gradient, routing and margins of one forward and backward pass over ``rows``."""
+    """Return loss, all gradients, routing and margins of one forward and backward pass over ``rows``."""
     seen = watch_routing(model)
     set_biases(model)
     loss = mean_loss(model, rows, eos_token_id)
@@ -107,7 +107,7 @@ def gradients(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | No
 
 
 def set_biases(model: torch.nn.Module) -> None:
-    """Biases, where there are any, as training might leave them: large enough to change the routing."""
+    """Set biases, if there are any, to values that training could reach and that change the routing."""
     for number, layer in enumerate(moh_layers(model)):
         if layer.router.bias_steps is not None:
             steps = layer.router.bias_steps
@@ -115,7 +115,7 @@ def set_biases(model: torch.nn.Module) -> None:
 
 
 def mean_loss(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | None = None) -> torch.Tensor:
-    """The mean loss of ``rows``; of a model in float64 in that precision, which Megatron-core's own loss gives up."""
+    """Return the mean loss of ``rows``; in float64 for a model in float64, which Megatron-core's loss would lose."""
     if next(model.parameters()).dtype != torch.float64:
         return token_losses(model, rows, eos_token_id).mean()
     inputs, labels = rows[:, :-1], rows[:, 1:]
@@ -127,7 +127,7 @@ def mean_loss(model: torch.nn.Module, rows: torch.Tensor, eos_token_id: int | No
 
 
 def accumulated(config: Config, rows: torch.Tensor, steps: int) -> dict[str, Any]:
-    """Gradients of one optimizer step over ``rows``, in ``steps`` micro-batches, scaled as the engine scales them."""
+    """Return the gradients of one optimizer step over ``rows`` in ``steps`` micro-batches, scaled as in the engine."""
     model = fresh_model(config, steps)
     losses = []
     for micro_batch in rows.chunk(steps):
@@ -142,7 +142,7 @@ def accumulated(config: Config, rows: torch.Tensor, steps: int) -> dict[str, Any
 
 
 def gradients_of(config: Config, *, double: bool = False) -> dict[str, Any]:
-    """``gradients`` of a fresh model over two rows; with data.document_mask, of documents of eight tokens or so."""
+    """Return ``gradients`` of a fresh model over two rows; with data.document_mask, of short documents."""
     model, rows, end = fresh_model(config), tokens(2), 0
     model = model.double() if double else model
     if config.data.document_mask:
@@ -151,6 +151,6 @@ def gradients_of(config: Config, *, double: bool = False) -> dict[str, Any]:
 
 
 def start() -> None:
-    """Join the process group the test made."""
+    """Join the process group that the test created."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

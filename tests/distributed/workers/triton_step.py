@@ -1,4 +1,4 @@
-"""One training step with the Triton kernels, in their interpreter, beside the same step with dense attention."""
+"""Takes one training step with the Triton kernels, in their interpreter, and the same step with dense attention."""
 
 from __future__ import annotations
 
