@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stands in for Slurm's commands, by the name it is called with: notes the call in $CALLS, and what of Slurm's variables
-# sbatch sees, and answers as Slurm does. $SHOWN is what `scontrol show job` says, $QUEUE what squeue says, only if it is
-# asked for jobs in the state $QUEUED_AS; $REFUSED is a command that Slurm refuses.
+# Replaces the Slurm command of the name it is called with: records the call in $CALLS, and Slurm's variables that sbatch
+# sees, and answers as Slurm does. $SHOWN is the output of `scontrol show job`; $QUEUE is that of squeue, if it is asked for
+# jobs in the state $QUEUED_AS; $REFUSED is a command that Slurm refuses.
 name=${0##*/}
 echo "$name $*" >>"$CALLS"
 case "${REFUSED:-none}" in

@@ -1,4 +1,4 @@
-"""A job without a Slurm: Slurm's commands and Python are stood in for, and the job's own rules are at work."""
+"""Runs the job scripts without Slurm: stand-ins replace Slurm's commands and Python."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ KEPT = {name: value for name, value in os.environ.items() if not name.startswith
 
 
 class StandIn:
-    """One job: its script is run life after life, as Slurm would, until it does not requeue itself."""
+    """One job, whose script is started again as Slurm would, until it does not requeue itself."""
 
     def __init__(self, folder: Path) -> None:
         self.run, self.acts = folder / "run", folder / "acts"
         self.log, self._calls, self._programs = folder / "log", folder / "calls", folder / "programs"
-        # Slurm runs a copy, apart from its neighbours.
+        # Slurm runs a copy of the script without the files beside it.
         self.copy = folder / "spool/slurm_script"
-        for each in (self.run, self.acts, self._programs, self.copy.parent):
-            each.mkdir()
+        for path in (self.run, self.acts, self._programs, self.copy.parent):
+            path.mkdir()
         for name in ("srun", "sbatch", "scontrol", "squeue", "sinfo"):
             (self._programs / name).symlink_to(COMMANDS)
         self.log.touch()
@@ -40,17 +40,17 @@ class StandIn:
         }
 
     def act(self, **acts: str) -> None:
-        """What a script does in a life: ``pretrain_0="exit 1"``."""
+        """Set what a script does in a start: ``pretrain_0="exit 1"``."""
         for name, act in acts.items():
-            script, _, life = name.rpartition("_")
-            (self.acts / f"{script}.py.{life}").write_text(act + "\n")
+            script, _, restart = name.rpartition("_")
+            (self.acts / f"{script}.py.{restart}").write_text(act + "\n")
 
     @property
     def calls(self) -> list[str]:
         return self._calls.read_text().splitlines()
 
     def called(self, command: str) -> list[str]:
-        """The calls that begin so."""
+        """Return the calls that begin with ``command``."""
         return [call for call in self.calls if call.startswith(command)]
 
     @property
@@ -64,13 +64,13 @@ class StandIn:
 
     @property
     def last(self) -> str:
-        """The log's last line."""
+        """The last line of the log."""
         return self.log.read_text().splitlines()[-1]
 
-    def live(self, script: str, *arguments: str, life: int = 0, **variables: str) -> int:
-        """Exit code of one life."""
+    def start(self, script: str, *arguments: str, restart: int = 0, **variables: str) -> int:
+        """Run the script once; return its exit code."""
         shutil.copy(FOLDER / script, self.copy)
-        of_job = {
+        job_variables = {
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "name",
             "SLURM_JOB_NODELIST": "n1",
@@ -79,30 +79,30 @@ class StandIn:
             "SLURM_NTASKS": "2",
             "SHOWN": f"JobId=7 TimeLimit=01:00:00 ExcNodeList=(null)\n   Command={FOLDER / script} CONFIG a b.sh",
         }
-        if life:
-            of_job["SLURM_RESTART_COUNT"] = str(life)
+        if restart:
+            job_variables["SLURM_RESTART_COUNT"] = str(restart)
         with self.log.open("a") as log:
             return subprocess.run(
                 ["bash", str(self.copy), *arguments],
                 cwd=self.run,
-                env=self.variables | of_job | variables,
+                env=self.variables | job_variables | variables,
                 stdout=log,
                 stderr=log,
                 check=False,
                 timeout=60,
             ).returncode
 
-    def lives(self, script: str, *arguments: str, **variables: str) -> int:
-        """Exit code of the last life; at most ten."""
-        for life in range(10):
+    def run_to_end(self, script: str, *arguments: str, **variables: str) -> int:
+        """Start the script until it does not requeue itself, at most ten times; return its last exit code."""
+        for restart in range(10):
             requeued = len(self.called("scontrol requeue"))
-            code = self.live(script, *arguments, life=life, **variables)
+            code = self.start(script, *arguments, restart=restart, **variables)
             if len(self.called("scontrol requeue")) == requeued:
                 return code
         raise AssertionError(f"it never ends: {self.log.read_text()}")
 
     def type(self, script: str | Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A script as a user types it."""
+        """Run a script as a user types it."""
         return subprocess.run(
             [str(FOLDER / script), *arguments],
             cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""The job scripts without a Slurm: what they print, what they refuse, and what their page says of them."""
+"""The job scripts without Slurm: what they print and refuse, and whether README.md describes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def typed(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A script as a user types it, outside a job."""
+    """Run a script as a user types it, outside a job."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOH_"))}
     return subprocess.run(
         [str(FOLDER / script), *arguments],
@@ -37,11 +37,11 @@ def typed(script: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_bash_can_read_it(script):
+def test_script_is_valid_bash(script):
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
-def test_every_variable_has_its_line():
+def test_readme_describes_every_variable():
     read = set()
     for file in [*SCRIPTS, *FOLDER.glob("*.py")]:
         text = file.read_text(encoding="utf-8")
@@ -53,21 +53,21 @@ def test_every_variable_has_its_line():
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == needed
 
 
-def test_the_page_names_every_script():
+def test_readme_names_every_script():
     named = set(re.findall(r"^\| `(\w+\.sh)", README, re.MULTILINE))
     helpers = {"common.sh", "training.sh", "rank.sh"}
     assert named | helpers == {script.name for script in SCRIPTS}
     assert named == {script.name for script in SCRIPTS if os.access(script, os.X_OK)} - helpers
 
 
-@pytest.mark.parametrize("script", [each.name for each in SCRIPTS if "#SBATCH --" in each.read_text()])
-def test_nothing_is_assumed_about_the_site(script):
+@pytest.mark.parametrize("script", [script.name for script in SCRIPTS if "#SBATCH --" in script.read_text()])
+def test_script_assumes_nothing_about_the_site(script):
     requests = re.findall(r"^#SBATCH (.*)", (FOLDER / script).read_text(encoding="utf-8"), re.MULTILINE)
     assert requests
-    assert not [each for each in requests if re.match(r"--(partition|account|qos|container|constraint|time)", each)]
+    assert not [flag for flag in requests if re.match(r"--(partition|account|qos|container|constraint|time)", flag)]
 
 
-def test_a_dry_run_shows_what_would_happen():
+def test_dry_run_shows_the_commands_and_the_plan():
     config = "configs/pretrain/llm_b_moh75.yaml"
     done = typed("pretrain_moh.sh", "--dry-run", "--nodes=8", config, "train.total_tokens=2e11", MOH_GPU_MEMORY="80")
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def test_suite_is_accepted_by_its_name():
     assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
 
 
-def test_a_container_by_its_name():
+def test_name_of_a_container_chooses_apptainer_or_pyxis():
     config = "configs/pretrain/llm_s_moh75.yaml"
     sif = typed("pretrain_moh.sh", "--dry-run", config, MOH_CONTAINER="/images/moh.sif", MOH_MOUNTS="/a:/a,/b:/c")
     assert "apptainer exec --nv --bind /a:/a --bind /b:/c /images/moh.sif" in sif.stdout
@@ -137,19 +137,19 @@ def test_refused_before_the_queue(script, arguments, message):
 
 
 @given(st.integers(2, 40), st.integers(0, 1))
-def test_in_a_round_every_node_has_the_partner_that_has_it(nodes, round_number):
+def test_partners_of_a_round_agree(nodes, round_number):
     neighbours = NEIGHBOURS
     for node in range(nodes):
         pair = neighbours(round_number, node, nodes)
         assert node in pair
         assert all(neighbours(round_number, other, nodes) == pair for other in pair)
         assert len(pair) == 1 or (pair[1] - pair[0]) % nodes == 1
-    links = {frozenset(neighbours(each, node, nodes)) for each in (0, 1) for node in range(nodes)}
+    links = {frozenset(neighbours(number, node, nodes)) for number in (0, 1) for node in range(nodes)}
     met = {node for link in links if len(link) > 1 for node in link}
     assert met == set(range(nodes))
 
 
-def test_a_snapshot_says_what_the_run_is_made_of_and_no_secret(tmp_path):
+def test_snapshot_records_the_run_without_secrets(tmp_path):
     command = [sys.executable, FOLDER / "check.py", "configs/smoke.yaml", f"run.dir={tmp_path}", "--world-size", "2"]
     secrets = dict.fromkeys(["HF_TOKEN", "SLURM_JWT", "MOH_API_KEY", "NCCL_PASSWORD"], "s3cret")
     done = subprocess.run(

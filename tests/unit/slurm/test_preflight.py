@@ -1,4 +1,4 @@
-"""What the preflight says of nodes, and whom it blames. Its ranks are threads, and their sums are stood in for."""
+"""slurm/preflight.py: the problems it reports and the nodes it names. Its ranks are threads."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def meet(
     problems: dict[int, list[str]] | None = None,
     sums: Callable[[int, tuple[int, ...]], None] = lambda node, pair: None,
 ) -> tuple[set[int], list[str]]:
-    """(exit codes of all ranks, what rank 0 found), of one rank a node; ``sums`` is what a node's all-reduce does."""
+    """Run one rank a node; return the exit codes and the problems. ``sums`` replaces the all-reduce of a node."""
     codes, found = set(), []
 
     def rank(number: int) -> None:
         run = preflight.Preflight(World(number, len(nodes), 0), nodes)
         run._all_reduce = lambda round_number, pair: sums(number, pair)
-        going = run.meet((problems or {}).get(number, []))
-        codes.add(run.conclude([run.test_link(each) for each in (0, 1)] if going else []))
+        fit = run.meet((problems or {}).get(number, []))
+        codes.add(run.conclude([run.test_link(number) for number in (0, 1)] if fit else []))
         found.extend(run.found)
 
     threads = [threading.Thread(target=rank, args=(number,), name=str(number)) for number in range(len(nodes))]
@@ -59,11 +59,11 @@ def meet(
     return codes, found
 
 
-def test_nodes_that_are_fit(preflight):
+def test_fit_nodes_pass(preflight):
     assert meet(preflight, ["n1", "n2", "n3"]) == ({0}, [])
 
 
-def test_a_clock_that_is_wrong(preflight, monkeypatch):
+def test_wrong_clock_is_reported(preflight, monkeypatch):
     ahead = {"1": 60.0}
     clock = SimpleNamespace(
         time=lambda: time.time() + ahead.get(threading.current_thread().name, 0),
@@ -78,16 +78,16 @@ def test_a_clock_that_is_wrong(preflight, monkeypatch):
     assert line.endswith(" s from that of n1")
 
 
-def test_a_sum_that_hangs_is_given_up(preflight):
-    began = time.monotonic()
+def test_all_reduce_that_hangs_is_abandoned(preflight):
+    started = time.monotonic()
     codes, found = meet(preflight, ["n1", "n2"], sums=lambda node, pair: time.sleep(3) if node == 1 else None)
     assert codes == {1}
     assert {line.split("\t")[0] for line in found} == {"n1", "n2"}
     assert all(line.endswith(f" did not finish in {ROUND:g} s") for line in found)
-    assert time.monotonic() - began < 2 * ROUND + 2
+    assert time.monotonic() - started < 2 * ROUND + 2
 
 
-def test_a_node_whose_sums_all_fail_is_blamed_alone(preflight):
+def test_node_whose_all_reduces_all_fail_is_named_alone(preflight):
     def sums(node: int, pair: tuple[int, ...]) -> None:
         if 2 in pair:
             raise RuntimeError("Connection refused\nwith a stack")
@@ -98,7 +98,7 @@ def test_a_node_whose_sums_all_fail_is_blamed_alone(preflight):
     assert all(line.endswith("failed: Connection refused") for line in found)
 
 
-def test_of_a_link_both_ends_are_blamed(preflight):
+def test_both_nodes_of_a_failed_link_are_named(preflight):
     def sums(node: int, pair: tuple[int, ...]) -> None:
         if pair == (0, 1):
             raise RuntimeError("reset")
@@ -107,23 +107,23 @@ def test_of_a_link_both_ends_are_blamed(preflight):
     assert sorted(found) == [f"{name}\tthe sum over n1 and n2 failed: reset" for name in ("n1", "n2")]
 
 
-def test_what_a_node_says_of_itself(preflight):
+def test_problem_of_a_node_is_reported(preflight):
     codes, found = meet(preflight, ["n1", "n2"], {1: ["sees 7 GPUs, and 8 were asked for"]})
     assert (codes, found) == ({1}, ["n2\tsees 7 GPUs, and 8 were asked for"])
 
 
 @pytest.mark.parametrize(
-    ("nodes", "life", "code"),
+    ("nodes", "restart", "code"),
     [
         (["n1", "n2"], "0", 2),
         (["n1", "n2"], "3", 2),
         (["n1"], "0", 2),
-        # It was well when the job began: another node may do.
+        # The node was fit when the job began, so that another node may work.
         (["n1"], "3", 1),
     ],
 )
-def test_the_same_on_all_nodes_is_what_was_asked_for(preflight, monkeypatch, nodes, life, code):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", life)
+def test_same_problem_on_all_nodes_is_a_user_error_of_the_request(preflight, monkeypatch, nodes, restart, code):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
     codes, found = meet(preflight, nodes, {number: ["sees 0 GPUs"] for number in range(len(nodes))})
     assert codes == {code}
     assert found == [f"{name}\tsees 0 GPUs" for name in nodes]

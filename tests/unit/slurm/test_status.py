@@ -1,4 +1,4 @@
-"""status.sh: what it says of a run folder, whether its job runs, waits or has ended."""
+"""status.sh: its report on a run folder whose job runs, waits or has ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(job, **variables: str) -> dict[str, str]:
     return {line[:19].strip(): line[19:] for line in done.stdout.splitlines()}
 
 
-def test_a_run_that_trains(job, folder):
+def test_running_job_is_shown_with_progress(job, folder):
     assert rows(job, QUEUE="RUNNING|1:02:03|n[1-2]|None") == {
         "state": "RUNNING on n[1-2]",
         "job": "7",
@@ -45,21 +45,21 @@ def test_a_run_that_trains(job, folder):
     }
 
 
-def test_a_run_that_waits(job, folder):
+def test_pending_job_is_shown_with_its_reason(job, folder):
     assert rows(job, QUEUE="PENDING|1-00:00:00||Resources")["state"] == "PENDING (Resources)"
 
 
-def test_a_run_that_has_ended(job, folder):
+def test_ended_job_is_shown_with_its_reason(job, folder):
     with (folder / "slurm/history.tsv").open("a") as stream:
         stream.write("2026-01-01T00:00:00\t7\t1\tfault\t1\t120\t-\ta disk is full\n")
-    told = rows(job)
-    assert told["state"] == "fault, exit code 1: a disk is full"
-    assert told["restarts"] == "1 (2 after faults)"
-    assert told["left of the job"] == "none"
+    found = rows(job)
+    assert found["state"] == "fault, exit code 1: a disk is full"
+    assert found["restarts"] == "1 (2 after faults)"
+    assert found["left of the job"] == "none"
 
 
 @pytest.mark.parametrize(
-    ("told", "state"),
+    ("variables", "state"),
     [
         ({}, "lost: it told no end, and Slurm does not know it any more"),
         (
@@ -69,17 +69,17 @@ def test_a_run_that_has_ended(job, folder):
         ({"REFUSED": "squeue"}, "it told no end yet, and Slurm does not answer: squeue: error: refused"),
     ],
 )
-def test_a_run_that_has_told_no_end(job, folder, told, state):
-    assert rows(job, **told)["state"] == state
+def test_job_without_a_recorded_end_is_shown_as_lost(job, folder, variables, state):
+    assert rows(job, **variables)["state"] == state
 
 
-def test_a_folder_that_no_job_has_made_yet(job):
+def test_missing_run_folder_is_refused(job):
     done = job.type("status.sh", str(job.run / "waits"))
     assert done.returncode == 2
     assert f"{job.run}/waits: expected a run folder, and there is none: a job makes it when it starts" in done.stderr
 
 
-def test_a_folder_in_which_no_job_has_trained(job):
+def test_run_folder_without_a_job_is_refused(job):
     done = job.type("status.sh", str(job.run))
     assert done.returncode == 2
     assert "no job has trained in this folder" in done.stderr

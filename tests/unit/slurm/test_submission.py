@@ -1,4 +1,4 @@
-"""The scripts as they are typed: what they submit, what they show, and what they refuse before the queue."""
+"""Typed scripts: what they submit, show and refuse before the queue."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SUBMITTED = ("pretrain_moh.sh", "continue_tune_llama3_8b.sh", "prepare_data.sh",
 
 
 def shown(output: str, command: str) -> list[list[str]]:
-    """The words of the lines of a dry run that are this command's."""
+    """Return the words of each line of a dry run that shows ``command``."""
     return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith(f"{command}:")]
 
 
-def test_all_find_their_folder_in_the_same_way():
+def test_all_scripts_find_their_folder_in_the_same_way():
     heads = {(FOLDER / name).read_text().split("# Slurm runs a copy")[1].split("# shellcheck")[0] for name in SUBMITTED}
     assert len(heads) == 1
 
 
 @pytest.mark.parametrize("script", SUBMITTED)
-def test_what_sbatch_refuses_is_not_done_here(job, script):
+def test_refusal_by_sbatch_ends_the_script(job, script):
     done = job.type(script, "--nodes=9999", "CONFIG", REFUSED="sbatch")
     assert done.returncode == 1
     assert len(job.called("sbatch")) == 1
@@ -32,7 +32,7 @@ def test_what_sbatch_refuses_is_not_done_here(job, script):
 
 
 @pytest.mark.parametrize("script", SUBMITTED)
-def test_typed_in_an_allocation_it_submits_a_job_of_its_own(job, script):
+def test_script_typed_in_an_allocation_submits_a_new_job(job, script):
     inside = {"SLURM_JOB_ID": "5", "SLURM_NNODES": "1", "SLURM_GPUS_PER_NODE": "1", "SHOWN": "   Command=(null)"}
     done = job.type(script, "CONFIG", **inside, SLURM_CONF="/etc/slurm.conf")
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_typed_in_an_allocation_it_submits_a_job_of_its_own(job, script):
 
 
 @pytest.mark.parametrize("name", ["pretrain_moh.sh", "ours.sh"])
-def test_a_copy_that_stands_beside_it_works_as_well(job, tmp_path, name):
+def test_copy_of_a_script_in_the_same_folder_works(job, tmp_path, name):
     folder = tmp_path / "a b/slurm"
     shutil.copytree(FOLDER, folder)
     copy = folder / name
@@ -50,13 +50,13 @@ def test_a_copy_that_stands_beside_it_works_as_well(job, tmp_path, name):
     assert job.type(copy, "CONFIG").returncode == 0
     assert job.called("sbatch")[0].endswith(f"{copy} CONFIG")
     job.act(pretrain_0="ended 0 finished 30")
-    assert job.live("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={copy} CONFIG a/b.sh") == 0
+    assert job.start("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={copy} CONFIG a/b.sh") == 0
     assert f"{folder.parent}/pipelines/pretrain.py CONFIG" in job.called("srun")[-1]
 
 
 @pytest.mark.parametrize("command", ["(null)", "/nowhere/pretrain_moh.sh CONFIG", ""])
-def test_a_job_whose_script_stands_elsewhere(job, command):
-    assert job.live("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={command}") == 2
+def test_job_whose_script_is_in_another_folder_is_refused(job, command):
+    assert job.start("pretrain_moh.sh", "CONFIG", SHOWN=f"JobId=7\n   Command={command}") == 2
     assert "expected common.sh beside the script" in job.log.read_text()
 
 
@@ -70,12 +70,12 @@ def test_stage_2_is_checked_before_the_queue(job):
     assert "TWO --world-size 64 --no-data" in (job.run / "checked").read_text()
 
 
-def test_nothing_stands_around_the_dashes(job):
+def test_dashes_without_configurations_are_refused(job):
     done = job.type("continue_tune_llama3_8b.sh", "--dry-run", "--")
     assert (done.returncode, done.stderr) == (2, "error: expected the configuration of stage 2 behind --\n")
 
 
-def test_a_fault_of_the_checks_is_no_mistake_of_the_user(job):
+def test_fault_of_the_checks_ends_the_script_with_1(job):
     job.act(check_0='echo "error: /runs: Stale file handle" >&2; exit 1')
     assert job.type("pretrain_moh.sh", "CONFIG").returncode == 1
     assert not job.called("sbatch")
@@ -91,7 +91,7 @@ def test_a_fault_of_the_checks_is_no_mistake_of_the_user(job):
         (["--ntasks-per-node=4", "--gpus-per-node=0", "--gpus-per-task=1"], "4"),
     ],
 )
-def test_every_number_of_ranks_that_there_may_be_is_checked(job, flags, sizes):
+def test_every_possible_number_of_ranks_is_checked(job, flags, sizes):
     job.act(check_0='echo "$*" >"$RUN/checked"')
     done = job.type("pretrain_moh.sh", *flags, "CONFIG")
     assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def test_every_number_of_ranks_that_there_may_be_is_checked(job, flags, sizes):
         (["--signal=B:USR1@300"], "Leave out B: so that the ranks do: --signal=USR1@300"),
     ],
 )
-def test_requests_that_cannot_go_well(job, flags, message):
+def test_request_that_cannot_work_is_refused(job, flags, message):
     done = job.type("pretrain_moh.sh", *flags, "CONFIG")
     assert done.returncode == 2
     assert message in done.stderr
@@ -126,7 +126,7 @@ def test_requests_that_cannot_go_well(job, flags, message):
 
 
 @pytest.mark.parametrize("limit", ["11", "10:01", "0:10:01", "1-0", "0-1:00", "0-0:11:00", "UNLIMITED"])
-def test_time_limits_that_leave_time(job, limit):
+def test_time_limit_that_leaves_time_to_train_is_accepted(job, limit):
     assert job.type("pretrain_moh.sh", f"--time={limit}", "CONFIG").returncode == 0
 
 
@@ -138,7 +138,7 @@ def test_time_limits_that_leave_time(job, limit):
         ("foo", "--array: expected numbers of tasks, such as 1-16%8. Got foo"),
     ],
 )
-def test_an_array_that_cannot_be_shared_out(job, array, message):
+def test_array_that_cannot_be_sharded_is_refused(job, array, message):
     done = job.type("prepare_data.sh", f"--array={array}", "CONFIG")
     assert done.returncode == 2
     assert message in done.stderr
@@ -147,7 +147,7 @@ def test_an_array_that_cannot_be_shared_out(job, array, message):
     assert shown(done.stdout, "srun")[0][-1] == "data.shard=1/3"
 
 
-def test_one_process_is_checked_before_the_queue(job):
+def test_arguments_of_one_process_are_checked_before_the_queue(job):
     act = 'echo "${*:2}" >>"$RUN/checked"; echo "error: no" >&2; exit 2'
     job.act(check_process_0=act)
     for variables in ({}, {"MOH_NO_DATA_HERE": "1"}):
@@ -159,18 +159,18 @@ def test_one_process_is_checked_before_the_queue(job):
     assert checked == [f"{pipeline} runs/one", f"--no-data {pipeline} runs/one"]
 
 
-def test_sbatch_is_asked_by_variables_too(job):
+def test_variables_of_sbatch_count_as_requests(job):
     assert job.type("pretrain_moh.sh", "--time=5", "CONFIG", SBATCH_SIGNAL="USR1@60").returncode == 0
-    # A flag counts more.
+    # A flag overrides a variable.
     done = job.type("pretrain_moh.sh", "--signal=USR1@300", "CONFIG", SBATCH_SIGNAL="USR1@60", SBATCH_TIMELIMIT="5")
     assert "--time=5 is over before --signal=USR1@300" in done.stderr
 
 
-def test_the_name_that_keeps_jobs_of_a_folder_apart_needs_no_python(job):
+def test_job_name_follows_from_the_run_folder_without_python(job):
     def name(*arguments: str, **variables: str) -> str:
         assert job.type("pretrain_moh.sh", *arguments, **variables).returncode == 0
-        (named,) = [word for word in job.called("sbatch")[-1].split() if word.startswith("--job-name=")]
-        return named
+        (found,) = [word for word in job.called("sbatch")[-1].split() if word.startswith("--job-name=")]
+        return found
 
     image = {"MOH_PYTHON": "/only/in/the/image"}
     assert name("ONE.yaml", f"run.dir={job.run}", **image) == name("ONE.yaml")
@@ -178,21 +178,21 @@ def test_the_name_that_keeps_jobs_of_a_folder_apart_needs_no_python(job):
     assert name("ONE.yaml", **image) == name("ONE.yaml", **image) != name("TWO.yaml", **image)
 
 
-def test_help_is_what_stands_above_the_script(job):
+def test_help_shows_the_comment_at_the_top(job):
     done = job.type("convert.sh", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("Convert a checkpoint, in one process: sbatch slurm/convert.sh megatron-to-hf")
     assert not job.calls
 
 
-def test_a_dry_run_without_python_leaves_the_plan_out(job):
+def test_dry_run_without_python_shows_no_plan(job):
     done = job.type("pretrain_moh.sh", "--dry-run", "CONFIG", MOH_PYTHON="/nowhere/python")
     assert done.returncode == 0, done.stderr
     assert "no plan is made" in done.stderr
     assert len(shown(done.stdout, "sbatch")) == len(shown(done.stdout, "srun")) == 1
 
 
-def test_a_dry_run_of_two_stages(job):
+def test_dry_run_of_two_stages_shows_both(job):
     done = job.type("continue_tune_llama3_8b.sh", "--dry-run", "--nodes=2", "ONE", "a.b=1", "--", "TWO")
     first, second = shown(done.stdout, "sbatch")
     assert first[-6:] == ["--nodes=2", str(FOLDER / "continue_tune_llama3_8b.sh"), "ONE", "a.b=1", "--", "TWO"]
@@ -218,7 +218,7 @@ def test_a_dry_run_of_two_stages(job):
         ("prepare_data.sh", ["CONFIG", "a.b=1"], "prepare_data.py CONFIG data.workers=16 a.b=1 data.shard=1/16"),
     ],
 )
-def test_a_dry_run_of_one_process(job, script, arguments, command):
+def test_dry_run_of_one_process_shows_its_command(job, script, arguments, command):
     done = job.type(script, "--dry-run", *arguments)
     assert done.returncode == 0, done.stderr
     (srun,) = shown(done.stdout, "srun")
@@ -234,11 +234,11 @@ def test_a_dry_run_of_one_process(job, script, arguments, command):
     ("variable", "value"),
     [("MAX_RESTARTS", "3x"), ("RESTART_PAUSE", "1min1"), ("MOH_FREE_GIB", "20GB"), ("MOH_WAIT_SECONDS", "2.5")],
 )
-def test_a_variable_that_is_no_number_is_refused_typed_and_in_the_job(job, variable, value):
+def test_variable_that_is_not_a_number_is_refused_in_script_and_job(job, variable, value):
     done = job.type("pretrain_moh.sh", "CONFIG", **{variable: value})
     assert done.returncode == 2
     assert re.fullmatch(f"error: {variable}: expected a (whole )?number without a unit. Got {value}\n", done.stderr)
-    assert job.live("convert.sh", "official-to-hf", **{variable: value}) == 2
+    assert job.start("convert.sh", "official-to-hf", **{variable: value}) == 2
     assert job.log.read_text() == done.stderr
     assert not job.called("sbatch") + job.called("srun")
     assert job.type("pretrain_moh.sh", "CONFIG", **{variable: ""}).returncode == 0
