@@ -82,7 +82,7 @@ def engine_step(config: Config, rows: torch.Tensor, inside: Stopwatch) -> Callab
     for name in ("forward", "backward", "step"):
         setattr(engine.model, name, inside.around(getattr(engine.model, name)))
     training = new_training(config, engine, rows)
-    batches = training.timer.each(
+    batches = training.timer.iterate(
         "data",
         train_batches(
             training.session.train_dataset,

@@ -82,13 +82,9 @@ def monitored(
         yield
         inside.around(part.__exit__)(None, None, None)
 
-    observer = telemetry._observer
-    for layer, seen in zip(layers, observer._seen, strict=True):
-        layer.router._forward_hooks.clear()
-        timed = cast(Callable[..., None], inside.around(observer._look))
-        layer.router.register_forward_hook(
-            lambda module, inputs, output, seen=seen, timed=timed: timed(seen, module, inputs, output)
-        )
+    for layer in layers:  # The observer's hooks are the only ones of a router.
+        for handle, hook in layer.router._forward_hooks.items():
+            layer.router._forward_hooks[handle] = inside.around(hook)
     done = 0
 
     def run() -> None:

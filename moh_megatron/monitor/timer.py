@@ -35,7 +35,7 @@ class StepTimer:
         last.record()
         self._events.append((name, first, last))
 
-    def each(self, name: str, items: Iterable[_T]) -> Iterator[_T]:
+    def iterate(self, name: str, items: Iterable[_T]) -> Iterator[_T]:
         """Iterate over ``items``, and add the time they take to the part ``name``."""
         iterator = iter(items)
         while True:

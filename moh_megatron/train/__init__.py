@@ -1,1 +1,1 @@
-"""The training run: launcher, loop, engine, schedule, signals."""
+"""Trains: the launcher, the loop, the engine, validation, and what a run records."""

@@ -62,7 +62,7 @@ def train(config: Config, world: World, stop: StopRequest) -> Outcome:
     with watchdog.watching():
         together = watchdog.all_ranks_up(lambda: stop.reason is not None)
         if world.rank == 0:
-            # Held until this process ends; taken now that the others can be told if another run holds it.
+            # Held until this process ends. By now the other ranks can be told if another run holds it.
             RunLock(run_dir)
             (run_dir / "exit.json").unlink(missing_ok=True)
         if not together:
@@ -114,7 +114,7 @@ class _Training:
             if self.step and self._validation_due():
                 self._validate()
                 self.telemetry.restart_clock()
-            for micro_batches in self.timer.each("data", self._batches()):
+            for micro_batches in self.timer.iterate("data", self._batches()):
                 self._train_step(micro_batches)
                 self.step += 1
                 with self.timer.part("save"):

@@ -15,7 +15,7 @@ def test_seconds_of_a_part_add_up_until_they_are_read():
     for _ in range(2):
         with timer.part("forward"):
             time.sleep(0.02)
-    assert list(timer.each("data", iter([1, 2]))) == [1, 2]
+    assert list(timer.iterate("data", iter([1, 2]))) == [1, 2]
     seconds = timer.drain()
     assert 0.04 <= seconds["forward"] < 0.4
     assert 0 <= seconds["data"] < 0.02
