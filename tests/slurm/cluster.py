@@ -1,8 +1,8 @@
-"""A real Slurm of several nodes on one machine: slurmctld, slurmd and munge, without systemd.
+"""Starts a real Slurm of several nodes on one machine: slurmctld, slurmd and munge, without systemd.
 
-Each machine of the cluster, the controller too, is a process with network, mount, pid and host name namespaces of its
-own. Everything lives inside: when that process dies (``crash``), or this one does, the system takes along its daemons,
-jobs, mounts and network. Nothing is written outside the state folder, and a Slurm that is there already is not touched.
+Each machine of the cluster, and the controller, is a process with separate network, mount, pid and host name
+namespaces. When that process ends (``crash``), or this one does, the system ends its daemons, jobs, mounts and network
+with it. Nothing is written outside the state folder, and an existing Slurm is not changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
 NETWORK = "10.77.0"
 ALONE = "10.78.0.1"
-"""What every node calls itself on its second network."""
+"""The address of every node on its second network."""
 CPUS, MEMORY_MB, GPUS = 64, 1_000_000, 8
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -31,7 +31,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job may start again after cred_expire seconds, 120 unless told.
+# A requeued job may start again after cred_expire seconds, by default 120.
 AuthInfo=socket={state}/munge.socket,cred_expire=5
 SlurmctldPidFile={state}/slurmctld.pid
 StateSaveLocation={state}/saved
@@ -47,19 +47,19 @@ MpiDefault=none
 GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-# CPUs, memory and GPUs are claims, not what the machine has.
+# CPUs, memory and GPUs need not exist on this machine.
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-# Short, for tests; real clusters wait 300, 30 and 300 seconds.
+# Short for tests; real clusters wait 300, 30 and 300 seconds.
 SlurmdTimeout=10
 KillWait=20
 MinJobAge=3600
 MessageTimeout=5
 TCPTimeout=2
-# A job that is to end a minute before its time limit need not be ended to the second.
+# A job need not end exactly at its time limit.
 OverTimeLimit=2
 NodeName={nodes} CPUs={cpus} RealMemory={memory} Gres=gpu:h100:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
@@ -68,15 +68,15 @@ PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE 
 
 
 class Machine:
-    """A process that is the first one of its own pid namespace, and with it everything started in there."""
+    """A machine of the cluster: the first process of a pid namespace, with all processes in it."""
 
     def __init__(self, name: str, hosts: Path) -> None:
         self.name = name
-        # What it says is its own pid in here, once its namespaces stand.
+        # It prints "up" when its namespaces exist.
         script = f'hostname {name}; mount --bind "{hosts}" /etc/hosts; echo up; while :; do sleep 3600 & wait; done'
         self._process = subprocess.Popen(
             [
-                *("setpriv", "--pdeathsig", "KILL"),  # however this process ends
+                *("setpriv", "--pdeathsig", "KILL"),  # also if this process is killed
                 *("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
                 *("bash", "-c", script),
             ],
@@ -90,24 +90,24 @@ class Machine:
         self.init = int(child)
 
     def inside(self, *command: str) -> list[str]:
-        """``command`` as it must be typed to run in this machine."""
+        """Return the command line that runs ``command`` in this machine."""
         return ["nsenter", "-t", str(self.init), "-n", "-u", "-m", "-p", "--", *command]
 
     def kill(self) -> None:
-        """The power is gone. The first process of a pid namespace ends after all others in there."""
+        """End the machine as a power failure would; the first process of a pid namespace ends after all others."""
         os.kill(self.init, signal.SIGKILL)
         self._process.wait()
 
 
 def run(*command: str, **options: object) -> str:
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed; return its standard output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # pyright: ignore
     assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
 def wait_for(what: str, condition: Callable[[], object], seconds: float, log: Callable[[], str] = str) -> None:
-    """``log`` is read at the end: what it says then tells why."""
+    """Wait until ``condition`` is true; after ``seconds`` fail with the output of ``log``."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain: {what}\n{log()}"
@@ -115,7 +115,7 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float, log: Ca
 
 
 class Cluster:
-    """Brought up by ``with``; ``state`` is a new folder that keeps the logs afterwards."""
+    """A cluster that runs inside ``with``; ``state`` is a new folder, which keeps the logs."""
 
     def __init__(self, state: Path, nodes: Sequence[str] = ("n1", "n2")) -> None:
         self.state, self.nodes = state, tuple(nodes)
@@ -142,7 +142,7 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
         self.hosts = self.state / "hosts"
-        addresses = {"ctl": 1} | {name: 11 + place for place, name in enumerate(self.nodes)}
+        addresses = {"ctl": 1} | {name: 11 + index for index, name in enumerate(self.nodes)}
         self.addresses = {name: f"{NETWORK}.{number}" for name, number in addresses.items()}
         names = "".join(f"{address} {name}\n" for name, address in self.addresses.items())
         self.hosts.write_text(f"127.0.0.1 localhost\n{names}")
@@ -156,7 +156,7 @@ class Cluster:
                 gpus=GPUS,
             )
         )
-        # A GPU of Slurm's needs a device file: more of /dev/null.
+        # A GPU of Slurm needs a device file; these are copies of /dev/null.
         for number in range(GPUS):
             run("mknod", "-m", "666", str(self.state / f"devices/gpu{number}"), "c", "1", "3")
         (self.state / "gres.conf").write_text(f"Name=gpu Type=h100 File={self.state}/devices/gpu[0-{GPUS - 1}]\n")
@@ -166,7 +166,7 @@ class Cluster:
         self._in("ctl", "ip", "address", "add", f"{self.addresses['ctl']}/24", "dev", "br0")
         self._in("ctl", "ip", "link", "set", "br0", "up")
         files = [f"--{name}-file={self.state}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-        # --force: the state may lie in a folder that nobody else may enter.
+        # --force: the state may be in a folder that other users cannot enter.
         self._in("ctl", "munged", "--force", f"--socket={self.state}/munge.socket", *files)
         self.start_controller()
         for name in self.nodes:
@@ -178,18 +178,18 @@ class Cluster:
         environment["PATH"] += ":/usr/sbin:/sbin"
         return run(*self.machines[machine].inside(*command), env=environment)
 
-    # What may happen to a cluster.
+    # Faults and repairs.
 
     def boot(self, node: str) -> None:
-        """Start a node, with its cable to the controller's switch, and its daemon."""
+        """Start a node, with its daemon and a cable to the switch of the controller."""
         machine = self.machines[node] = Machine(node, self.hosts)
         (self.state / node / "spool").mkdir(parents=True, exist_ok=True)
         switch = ["nsenter", "-t", str(self.machines["ctl"].init), "-n", "--"]
-        # A cable outlives the crash of its node for a moment.
+        # The cable of a crashed node exists for a moment longer, so names must differ.
         cable = f"{node}.{machine.init}"
         run(*switch, *f"ip link add {cable} type veth peer name eth0 netns {machine.init}".split())
         run(*switch, *f"ip link set {cable} master br0 up".split())
-        # A second network, on which no node reaches another.
+        # On the second network, no node reaches another.
         run(*switch, *f"ip link add {cable}.a type veth peer name admin0 netns {machine.init}".split())
         run(*switch, *f"ip link set {cable}.a up".split())
         for name, address in (("admin0", ALONE), ("eth0", self.addresses[node])):
@@ -202,7 +202,7 @@ class Cluster:
         self.machines.pop(node).kill()
 
     def plug(self, node: str, state: str) -> None:
-        """The node's cable: ``up`` or ``down``."""
+        """Set the cable of the node ``up`` or ``down``."""
         cable = f"{node}.{self.machines[node].init}"
         run("nsenter", "-t", str(self.machines["ctl"].init), "-n", "--", "ip", "link", "set", cable, state)
 
@@ -214,28 +214,28 @@ class Cluster:
         self._in("ctl", "kill", "-9", str(pid))
 
     def wait_until_idle(self, seconds: float = 60) -> None:
-        """Until every node is there and has nothing to do."""
+        """Wait until every node is up and has no job."""
 
         def all_idle() -> bool:
             return self.client("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(self.nodes)
 
         wait_for("all nodes idle", all_idle, seconds)
 
-    # The user's side.
+    # Commands of a user.
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of a user's shell, without what a job this process may run in would add."""
+        """Return the environment of a user's shell, without variables of a job in which this process may run."""
         kept = {name: value for name, value in os.environ.items() if not re.match(r"(SLURM|SBATCH|SRUN)_", name)}
         return kept | {"SLURM_CONF": str(self.state / "slurm.conf")} | more
 
     def user(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A command of a user who is logged in on the controller."""
+        """Run a command of a user who is logged in on the controller."""
         typed = self.machines["ctl"].inside("env", f"--chdir={Path.cwd()}", *command)
         environment = self.environment(**variables)
         return subprocess.run(typed, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
     def client(self, *command: str, **variables: str) -> str:
-        """The same, where it must succeed; returns its output. A controller that just starts is asked again."""
+        """Run a command that must succeed; return its output. Try again while the controller is starting."""
         for _ in range(20):
             done = self.user(*command, **variables)
             if "Unable to contact slurm controller" not in done.stderr:
@@ -245,16 +245,16 @@ class Cluster:
         return done.stdout
 
     def submit(self, *command: str, **variables: str) -> int:
-        """Id of the job that sbatch with these arguments makes."""
+        """Submit a job with these arguments of sbatch; return its id."""
         return int(self.client("sbatch", "--parsable", *command, **variables).split(";")[0])
 
     def job(self, job: int | str) -> dict[str, str]:
-        """What ``scontrol show job`` says."""
+        """Return the output of ``scontrol show job`` by name."""
         shown = self.client("scontrol", "show", "job", str(job), "-o").splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
     def wait(self, job: int, seconds: float = 300) -> dict[str, str]:
-        """Until the job has ended; returns what is known of it."""
+        """Wait until the job has ended; return its values."""
 
         def ended() -> bool:
             return self.job(job)["JobState"] in ENDED

@@ -1,4 +1,4 @@
-"""One cluster for the session, a small prepared dataset, and jobs over it."""
+"""One cluster for the session, a small prepared dataset, and jobs on it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, prepared dataset)"""
+    """Return (configuration, prepared dataset)."""
     return prepare_small(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
 def new_job(cluster: Cluster, prepared: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[[], Job]]:
-    """Makes training jobs, each with a run folder of its own; none outlives its test, and all nodes are well again."""
+    """Return a function that makes training jobs with new run folders; end them after the test and repair all nodes."""
     jobs: list[Job] = []
 
     def make() -> Job:
@@ -54,11 +54,11 @@ def _without_slurm(prepared: tuple[Path, Path], folder: Path, ranks: int, *overr
 
 @pytest.fixture(scope="session")
 def undisturbed(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The long run on two ranks, TP 2, without Slurm and without a fault."""
+    """Return the long run on two ranks, TP 2, without Slurm and without a fault."""
     return _without_slurm(prepared, tmp_path_factory.mktemp("undisturbed"), 2, *LONG)
 
 
 @pytest.fixture(scope="session")
 def four_ranks(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The short run at TP 2 x DP 2, without Slurm."""
+    """Return the short run at TP 2 x DP 2, without Slurm."""
     return _without_slurm(prepared, tmp_path_factory.mktemp("four_ranks"), 4)

@@ -1,4 +1,4 @@
-"""Training jobs as a user submits them, and what may befall their ranks."""
+"""Training jobs as a user submits them, and faults of their ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SCRIPTS = REPOSITORY / "slurm"
 CPU_NODES = ("--gpus-per-node=0", "--cpus-per-task=1")
 LONG_STEPS, INTERVAL = 600, 50
 LONG = (f"train.total_tokens={LONG_STEPS * 8 * 32}", f"checkpoint.interval={INTERVAL}", "train.eval_interval=0")
-"""Long enough that something can happen in the middle."""
+"""A run long enough for a fault in the middle."""
 STRICT = (*LONG, "checkpoint.async=false")
-"""A save is whole before the next step: an interval is the most that can be lost."""
+"""A save is complete before the next step, so that at most one interval is lost."""
 CURVE = ("step", "loss", "lm_loss", "grad_norm", "lr")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -33,13 +33,13 @@ ENVIRONMENT = {
 
 
 def curve(run: Run) -> list[list[Any]]:
-    """Every step's numbers that must not depend on who started the run, and how often."""
+    """Return the values of each step that do not depend on how, and how often, the run was started."""
     return [[record[key] for key in CURVE] for record in run.records()]
 
 
 @dataclass
 class Job:
-    """One run folder, and the jobs submitted for it."""
+    """A run folder and the jobs submitted for it."""
 
     cluster: Cluster
     run: Run
@@ -58,7 +58,7 @@ class Job:
         return [str(self.run.config), f"run.dir={self.run.folder}", f"data.dir={self.run.data}", *overrides]
 
     def submit(self, *flags: str, overrides: tuple[str, ...] = (), script: str = "pretrain_moh.sh", **more: str) -> int:
-        """sbatch on CPU nodes, one node with two ranks unless flags say otherwise."""
+        """Submit to CPU nodes, by default to one node with two ranks."""
         output = f"--output={self.run.folder}.%j.log"
         flags = ("--ntasks-per-node=2", *CPU_NODES, output, *flags)
         command = [*flags, str(SCRIPTS / script), *self.arguments(*overrides)]
@@ -66,30 +66,30 @@ class Job:
         return self.id
 
     def wait(self, seconds: float = 400) -> str:
-        """The state in which the job ended."""
+        """Wait for the end of the job; return its state."""
         return self.cluster.wait(self.id, seconds)["JobState"]
 
     def end(self) -> None:
-        for each in self.ids:
-            self.cluster.user("scancel", str(each))
+        for job in self.ids:
+            self.cluster.user("scancel", str(job))
 
     def history(self) -> list[list[str]]:
         path = self.run.folder / "slurm/history.tsv"
         return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
 
     def events(self) -> list[str]:
-        """How each life began and ended."""
+        """Return the starts and ends of the job."""
         return [line[3] for line in self.history()]
 
     def resumed(self) -> list[int]:
-        """After which steps lives went on."""
+        """Return the steps after which starts resumed."""
         return [int(step) for step in re.findall(r"resumed after step (\d+)", self.log)]
 
     def repeated(self) -> int:
-        """Steps that the second life, the last, trained again: those after its start that the first one had told of."""
+        """Return how many recorded steps the second start, the last one, trained again."""
         (resumed,) = self.resumed()
-        _, told = (line[5] for line in self.history() if line[3] == "start")
-        return int(told) - resumed
+        _, recorded = (line[5] for line in self.history() if line[3] == "start")
+        return int(recorded) - resumed
 
     def wait_for_step(self, step: int, seconds: float = 200) -> None:
         metrics = self.run.folder / "metrics.jsonl"
@@ -104,7 +104,7 @@ class Job:
         wait_for(f"{count} times {event}", lambda: self.events().count(event) >= count, seconds, lambda: self.log)
 
     def rank(self, number: int) -> int:
-        """Process id of a rank, as seen from outside the cluster."""
+        """Return the process id of a rank, as seen from outside the cluster."""
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
@@ -122,7 +122,7 @@ class Job:
 
     @contextmanager
     def held(self, number: int) -> Iterator[int]:
-        """The run stands still at the step that it is in: a rank is stopped, and the others wait for it."""
+        """Pause the run in its current step: stop one rank, for which the others wait."""
         process = self.rank(number)
         os.kill(process, signal.SIGSTOP)
         try:
@@ -134,7 +134,7 @@ class Job:
 
 
 def fields(process: int) -> dict[str, str]:
-    """What Linux tells of a process, by name; nothing of one that is gone."""
+    """Return the status fields of a process by name; none for one that has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -147,6 +147,6 @@ def stopped(process: int) -> bool:
 
 
 def signalled(process: int, signum: int) -> bool:
-    """Whether a stopped process has got a signal: it waits there, or Slurm has woken the process together with it."""
+    """Return whether a stopped process got a signal: it is pending, or Slurm has also continued the process."""
     pending = int(fields(process).get("ShdPnd", "0"), 16)
     return not stopped(process) or bool(pending >> (signum - 1) & 1)

@@ -1,4 +1,4 @@
-"""Jobs of one process, and jobs that submit their successor; what they call is stood in for."""
+"""Jobs of one process, and jobs that submit the next one; a stand-in replaces Python."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from jobs import CPU_NODES, SCRIPTS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
 STAND_IN = Path(__file__).with_name("stand_in.sh")
-NOTE = 'echo "$(basename "$1") ${*:2}" >>"$RUN/called"'
+RECORD_CALL = 'echo "$(basename "$1") ${*:2}" >>"$RUN/called"'
 
 
 @pytest.fixture
 def start(cluster: Cluster, tmp_path: Path) -> Callable[..., int]:
-    """Submits a script whose Python does what ``acts`` say, after it has noted how it was called."""
+    """Return a function that submits a script whose Python records its call and does what ``acts`` say."""
     (tmp_path / "acts").mkdir()
     (tmp_path / "run").mkdir()
 
     def submit(script: str, acts: dict[str, str], *arguments: str, flags: tuple[str, ...] = ()) -> int:
         for name, act in acts.items():
-            (tmp_path / "acts" / name).write_text(f"{NOTE}\n{act}\n")
-        told = {"RUN": str(tmp_path / "run"), "ACTS": str(tmp_path / "acts"), "RESTART_PAUSE": "0"}
+            (tmp_path / "acts" / name).write_text(f"{RECORD_CALL}\n{act}\n")
+        variables = {"RUN": str(tmp_path / "run"), "ACTS": str(tmp_path / "acts"), "RESTART_PAUSE": "0"}
         return cluster.submit(
             *("--cpus-per-task=1", f"--output={tmp_path}/log", *flags, str(SCRIPTS / script), *arguments),
-            **told,
+            **variables,
             MOH_PYTHON=str(STAND_IN),
         )
 
@@ -37,20 +37,20 @@ def called(folder: Path) -> list[str]:
     return (folder / "run/called").read_text().splitlines()
 
 
-def test_a_conversion_passes_its_arguments_on(cluster, start, tmp_path):
+def test_conversion_gets_its_arguments(cluster, start, tmp_path):
     job = start("convert.sh", {"convert.py.0": "exit 0"}, "megatron-to-hf", "--load-dir", "a b", "--hf-dir", "c")
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
     assert called(tmp_path) == ["convert.py megatron-to-hf --load-dir a b --hf-dir c"]
 
 
-def test_an_evaluation_that_is_killed_is_done_again(cluster, start, tmp_path):
+def test_killed_evaluation_is_repeated(cluster, start, tmp_path):
     acts = {"evaluate.py.0": "kill -9 $$", "evaluate.py.1": "exit 0"}
     job = start("evaluate.sh", acts, "runs/one", flags=("--gpus-per-node=0",))
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
     assert called(tmp_path) == ["evaluate.py runs/one"] * 2
 
 
-def test_a_mistake_of_one_process_is_not_repeated(cluster, start, tmp_path):
+def test_user_error_of_one_process_is_not_repeated(cluster, start, tmp_path):
     job = start("convert.sh", {"convert.py.0": "echo 'error: no such folder' >&2; exit 2"}, "megatron-to-hf")
     assert cluster.wait(job, 60)["JobState"] == "FAILED"
     assert called(tmp_path) == ["convert.py megatron-to-hf"]

@@ -1,4 +1,4 @@
-"""The test cluster itself: what it leaves behind, and what it does not touch."""
+"""The test cluster itself: it leaves nothing behind and changes nothing else."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ with Cluster(Path(sys.argv[1])) as cluster:
 
 
 def processes_of(state: Path) -> list[str]:
-    """Command lines that are of the cluster in ``state``: by their words, or by their environment."""
+    """Return the command lines of processes whose arguments or environment name the cluster in ``state``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            content = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
         except OSError:
             continue
-        if str(state).encode() in told and int(process.name) != os.getpid():
+        if str(state).encode() in content and int(process.name) != os.getpid():
             found.append((process / "cmdline").read_bytes().decode().replace("\0", " "))
     return found
 
 
-def test_killed_it_leaves_nothing_behind(cluster, tmp_path):
+def test_killed_cluster_leaves_nothing_behind(cluster, tmp_path):
     state = tmp_path / "other"
     command = [sys.executable, "-c", BRING_UP, str(state)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"up\n"
-        # It stands beside this session's own.
+        # It runs beside the cluster of this session.
         assert len(processes_of(state)) > 5
         assert cluster.client("sinfo", "-h", "-N", "-p", "main", "-o", "%N").split() == ["n1", "n2"]
         other.kill()
@@ -53,7 +53,7 @@ def test_killed_it_leaves_nothing_behind(cluster, tmp_path):
     assert str(state) not in mounts
 
 
-def test_it_can_be_brought_up_again(tmp_path):
+def test_cluster_can_be_started_again(tmp_path):
     for name in ("first", "second"):
         with Cluster(tmp_path / name) as cluster:
             job = cluster.submit("--nodes=2", f"--output={tmp_path}/%j", "--wrap", "srun hostname")
@@ -63,7 +63,7 @@ def test_it_can_be_brought_up_again(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-def test_a_node_that_crashes_takes_its_processes_along_and_comes_back(cluster):
+def test_crashed_node_loses_its_processes_and_can_be_booted(cluster):
     cluster.wait_until_idle()
     cluster.crash("n2")
     assert [line for line in processes_of(cluster.state) if "slurmd -N n2" in line] == []

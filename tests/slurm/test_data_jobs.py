@@ -1,4 +1,4 @@
-"""sbatch slurm/prepare_data.sh: an array over two nodes makes the files of a single run."""
+"""sbatch slurm/prepare_data.sh: an array on two nodes makes the same files as one process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TASKS = 4
 
 @pytest.fixture(scope="module")
 def corpus(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration of a file a task and a given tokenizer, dataset that one process made of them)"""
+    """Return (configuration with one file a task and a given tokenizer, dataset that one process made)."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(1)
     words = ["kalo", "miter", "suve", "pinda"]
     for number in range(TASKS):
-        # More than the smallest part, of 4 MB.
+        # Each file is larger than the smallest part, 4 MB.
         lines = (" ".join(draw.choices(words, k=4000)) for _ in range(200))
         text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (folder / f"text{number}.jsonl").write_text(text, encoding="utf-8")
@@ -42,7 +42,7 @@ def corpus(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def files_of(dataset: Path) -> dict[str, Any]:
-    """Every file's content; of the manifest, what does not tell who made it."""
+    """Return the content of every file, and of the manifest all values that do not depend on the command."""
     found: dict[str, Any] = {
         str(file.relative_to(dataset)): file.read_bytes() for file in dataset.rglob("*") if file.is_file()
     }
@@ -52,7 +52,7 @@ def files_of(dataset: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def array(cluster: Cluster, corpus: tuple[Path, Path], tmp_path: Path) -> Callable[[], int]:
-    """Submits the array; returns its id."""
+    """Return a function that submits the array and returns its id."""
 
     def submit() -> int:
         return cluster.submit(
@@ -78,16 +78,16 @@ def wait_for_merge(cluster: Cluster, array: int, folder: Path) -> None:
     wait_for(f"the merge after {array}", ended, 200, lambda: logs(folder))
 
 
-def test_an_array_makes_what_one_process_makes(cluster, corpus, array, tmp_path):
+def test_array_makes_the_dataset_of_one_process(cluster, corpus, array, tmp_path):
     wait_for_merge(cluster, array(), tmp_path)
     assert files_of(tmp_path / "data") == files_of(corpus[1])
 
 
 @pytest.mark.slow
-def test_a_killed_task_changes_nothing(cluster, corpus, array, tmp_path):
+def test_killed_task_changes_nothing_in_the_dataset(cluster, corpus, array, tmp_path):
     job = array()
-    # Its own work, not the array's.
-    wanted = f"data.shard=2/{TASKS}".encode()
+    # The process of the second task.
+    argument = f"data.shard=2/{TASKS}".encode()
 
     def killed() -> bool:
         for process in Path("/proc").glob("[0-9]*"):
@@ -95,7 +95,7 @@ def test_a_killed_task_changes_nothing(cluster, corpus, array, tmp_path):
                 words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if wanted in words and words[1].endswith(b"prepare_data.py"):
+            if argument in words and words[1].endswith(b"prepare_data.py"):
                 os.kill(int(process.name), signal.SIGKILL)
                 return True
         return False
@@ -106,7 +106,7 @@ def test_a_killed_task_changes_nothing(cluster, corpus, array, tmp_path):
     assert files_of(tmp_path / "data") == files_of(corpus[1])
 
 
-def test_a_gap_in_the_array_is_refused(cluster, corpus, tmp_path):
+def test_gap_in_the_array_is_refused(cluster, corpus, tmp_path):
     log = tmp_path / "log"
     job = cluster.submit(
         *("--array=2-3", "--cpus-per-task=1", f"--output={log}", str(SCRIPTS / "prepare_data.sh"), str(corpus[0])),

@@ -1,4 +1,4 @@
-"""What a long life brings a job: each time it finishes, with the losses of the run that nothing disturbed."""
+"""Events in the life of a job: after each it finishes with the losses of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIDDLE = LONG_STEPS // 3
 APART = ("--nodes=2", "--ntasks-per-node=1")
 
 
-def test_requeued_by_the_user(cluster, new_job, undisturbed):
+def test_job_requeued_by_the_user_resumes(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(overrides=LONG)
     job.wait_for_step(MIDDLE)
@@ -26,7 +26,7 @@ def test_requeued_by_the_user(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_cancelled_by_the_user(cluster, new_job):
+def test_job_cancelled_by_the_user_saves_and_ends(cluster, new_job):
     job = new_job()
     job.submit(overrides=LONG)
     job.wait_for_step(MIDDLE)
@@ -36,7 +36,7 @@ def test_cancelled_by_the_user(cluster, new_job):
     assert json.loads((job.run.folder / "exit.json").read_text())["code"] == 75
 
 
-def test_preempted(cluster, new_job, undisturbed):
+def test_preempted_job_resumes(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(*APART, "--partition=low", overrides=LONG)
     job.wait_for_step(MIDDLE)
@@ -49,14 +49,14 @@ def test_preempted(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_grace_time_that_is_too_short_is_announced(cluster, new_job):
+def test_too_short_grace_time_is_reported(cluster, new_job):
     job = new_job()
     job.submit("--partition=low", MOH_SAVE_SECONDS="600")
     assert job.wait() == "COMPLETED", job.log
     assert "waits 90 s (GraceTime)" in job.log
 
 
-def test_a_cut_link(cluster, new_job, undisturbed):
+def test_cut_link_restarts_the_job(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(*APART, overrides=(*STRICT, "train.timeout_seconds=20"))
     job.wait_for_step(MIDDLE)
@@ -68,7 +68,7 @@ def test_a_cut_link(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_the_controller_is_started_again(cluster, new_job, undisturbed):
+def test_job_survives_a_restart_of_the_controller(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(*APART, overrides=LONG)
     job.wait_for_step(MIDDLE)
@@ -80,7 +80,7 @@ def test_the_controller_is_started_again(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undisturbed):
+def test_job_resumes_after_slurm_loses_a_node_that_comes_back(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(*APART, overrides=STRICT)
     job.wait_for_step(MIDDLE)
@@ -94,7 +94,7 @@ def test_a_node_that_slurm_misses_and_that_comes_back(cluster, new_job, undistur
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
+def test_job_moves_away_from_a_lost_node(cluster, new_job, undisturbed):
     job = new_job()
     job.submit(overrides=STRICT)
     job.wait_for_step(MIDDLE)
@@ -108,10 +108,10 @@ def test_a_node_gone_for_good_moves_the_job(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
+def test_job_of_one_or_two_nodes_resumes_on_one(cluster, new_job):
     job = new_job()
     job.submit("--nodes=1-2", overrides=STRICT)
-    # Between two saves: a step of the first life is to follow the one that is resumed.
+    # Between two saves, so that the first start trains a step after the one that is resumed.
     job.wait_for_step(MIDDLE + INTERVAL // 2)
     assert cluster.job(job.id)["NumNodes"] == "2"
     cluster.crash("n2")
@@ -127,7 +127,7 @@ def test_a_job_of_one_or_two_nodes_goes_on_with_one(cluster, new_job):
     assert job.run.records()[resumed]["loss"] == pytest.approx(before[resumed]["loss"], rel=1e-5)
 
 
-def test_the_same_failure_twice_ends_the_job(new_job):
+def test_same_failure_twice_ends_the_job(new_job):
     job = new_job()
     job.submit(overrides=("optimizer.learning_rate=1e20", "optimizer.warmup_steps=0", "train.max_bad_steps=0"))
     assert job.wait() == "FAILED"
@@ -135,7 +135,7 @@ def test_the_same_failure_twice_ends_the_job(new_job):
     assert job.log.splitlines()[-1].startswith("error: the run failed twice in the same way at step ")
 
 
-def test_at_most_so_many_restarts(cluster, new_job):
+def test_job_ends_after_max_restarts(cluster, new_job):
     job = new_job()
     job.submit(*APART, overrides=(*LONG, "train.timeout_seconds=30"), MAX_RESTARTS="0")
     job.wait_for_step(MIDDLE)
@@ -145,7 +145,7 @@ def test_at_most_so_many_restarts(cluster, new_job):
     assert "MAX_RESTARTS=0" in job.log.splitlines()[-1]
 
 
-def test_two_jobs_on_one_run_folder_exclude_each_other(cluster, new_job, undisturbed):
+def test_second_job_on_a_run_folder_is_refused(cluster, new_job, undisturbed):
     job = new_job()
     first = job.submit(overrides=LONG)
     job.wait_for_step(1)
@@ -157,7 +157,7 @@ def test_two_jobs_on_one_run_folder_exclude_each_other(cluster, new_job, undistu
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_typed_twice_the_second_job_waits(cluster, new_job):
+def test_second_job_of_a_script_typed_twice_waits(cluster, new_job):
     job = new_job()
     flags = ["--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={job.run.folder}.%j.log"]
     typed = [str(SCRIPTS / "pretrain_moh.sh"), *flags, *job.arguments()]
@@ -170,7 +170,7 @@ def test_typed_twice_the_second_job_waits(cluster, new_job):
     assert "step_00000030" in shown
 
 
-def test_two_jobs_on_one_node_do_not_meet(cluster, new_job, undisturbed):
+def test_two_jobs_on_one_node_use_different_ports(cluster, new_job, undisturbed):
     jobs = [new_job() for _ in range(2)]
     for job in jobs:
         job.submit("--nodelist=n1", "--oversubscribe", overrides=LONG)
@@ -184,11 +184,11 @@ def test_two_jobs_on_one_node_do_not_meet(cluster, new_job, undisturbed):
         snapshot = json.loads((job.run.folder / f"slurm/{job.id}.0/job.json").read_text())
         assert snapshot["nodes"] == ["n1"]
         ports.add(int(snapshot["environment"]["MASTER_PORT"]))
-    # Each takes two: the preflight's own, too.
+    # Each job uses two ports, one for the preflight.
     assert max(ports) - min(ports) >= 2
 
 
-def test_gpus_as_asked_for_by_the_script(cluster, new_job):
+def test_script_requests_its_gpus(cluster, new_job):
     job = new_job()
     output = f"--output={job.run.folder}.%j.log"
     script = str(SCRIPTS / "pretrain_moh.sh")
@@ -198,15 +198,15 @@ def test_gpus_as_asked_for_by_the_script(cluster, new_job):
     assert cluster.job(job.id)["TresPerNode"] == "gres:gpu:8"
 
 
-def test_fewer_gpus_than_asked_for(cluster, new_job):
+def test_node_with_too_few_gpus_is_refused(cluster, new_job):
     job = new_job()
     output = f"--output={job.run.folder}.%j.log"
     script = str(SCRIPTS / "pretrain_moh.sh")
-    # More than any node has: refused before the queue.
+    # No node has so many GPUs: sbatch refuses the job.
     refused = cluster.user("sbatch", "--gpus-per-node=9", script, *job.arguments())
     assert refused.returncode != 0
     assert "Requested node configuration is not available" in refused.stderr
-    # Slurm believes in GPUs that are not there.
+    # Slurm is configured with GPUs that do not exist.
     flags = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", output)
     job.ids.append(cluster.submit(*flags, script, *job.arguments(), **ENVIRONMENT))
     assert job.wait() == "FAILED"
@@ -214,7 +214,7 @@ def test_fewer_gpus_than_asked_for(cluster, new_job):
     assert job.events() == ["start", "refused"]
 
 
-def test_a_node_that_cannot_see_the_data(cluster, new_job):
+def test_node_without_the_data_is_named(cluster, new_job):
     job = new_job()
     machine = cluster.machines["n2"]
     run(*machine.inside("mount", "-t", "tmpfs", "none", str(job.run.data)))
@@ -228,7 +228,7 @@ def test_a_node_that_cannot_see_the_data(cluster, new_job):
     assert "n1" not in last
 
 
-def test_corrupt_data(new_job):
+def test_corrupt_data_is_refused(new_job):
     job = new_job()
     damaged = job.run.folder.with_name("damaged")
     shutil.copytree(job.run.data, damaged)
@@ -240,7 +240,7 @@ def test_corrupt_data(new_job):
     assert job.events() == []
 
 
-def test_a_run_folder_of_another_configuration(cluster, new_job):
+def test_run_folder_of_another_configuration_is_refused(cluster, new_job):
     job = new_job()
     job.submit()
     assert job.wait() == "COMPLETED", job.log

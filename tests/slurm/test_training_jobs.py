@@ -1,4 +1,4 @@
-"""sbatch slurm/pretrain_moh.sh gives what the same command gives without Slurm, and survives what may happen."""
+"""sbatch slurm/pretrain_moh.sh trains as the same command does without Slurm, and recovers from faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs import INTERVAL, LONG, LONG_STEPS, STRICT, curve, signalled
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def test_one_node(new_job, undisturbed):
+def test_job_on_one_node_matches_a_run_without_slurm(new_job, undisturbed):
     job = new_job()
     job.submit(overrides=LONG)
     assert job.wait() == "COMPLETED", job.log
@@ -24,7 +24,7 @@ def test_one_node(new_job, undisturbed):
     assert snapshot["packages"]["torch"]
 
 
-def test_two_nodes(new_job, four_ranks):
+def test_job_on_two_nodes_matches_a_run_without_slurm(new_job, four_ranks):
     job = new_job()
     job.submit("--nodes=2")
     assert job.wait() == "COMPLETED", job.log
@@ -33,15 +33,15 @@ def test_two_nodes(new_job, four_ranks):
     assert float(job.log.split("their sums took ")[1].split()[0]) < 30
 
 
-def test_a_signal_before_the_time_limit(new_job, undisturbed):
+def test_signal_before_the_time_limit_saves_and_resumes(new_job, undisturbed):
     job = new_job()
     job.submit("--nodes=2", "--ntasks-per-node=1", "--time=60", "--signal=USR1@540", overrides=LONG)
     job.wait_for_step(LONG_STEPS // 3)
-    # Slurm looks every half a minute, and sends the signal up to a minute early; a fast machine would be done by then.
+    # Slurm checks every half a minute, and sends the signal up to a minute early; a fast machine could have finished.
     with job.held(1) as rank:
         job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
         wait_for("the signal", lambda: signalled(rank, signal.SIGUSR1), 150, lambda: job.log)
-        # One is enough.
+        # One signal is enough.
         job.cluster.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
     job.wait_for_event("saved")
     assert job.wait() == "COMPLETED", job.log
@@ -52,7 +52,7 @@ def test_a_signal_before_the_time_limit(new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_killed_rank(new_job, undisturbed):
+def test_killed_rank_restarts_the_job(new_job, undisturbed):
     job = new_job()
     job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*STRICT, "train.timeout_seconds=30"))
     job.wait_for_step(LONG_STEPS // 3)
@@ -67,11 +67,11 @@ def test_a_killed_rank(new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_crashed_node(cluster, new_job, undisturbed):
+def test_crashed_node_restarts_the_job(cluster, new_job, undisturbed):
     job = new_job()
     job.submit("--nodes=2", "--ntasks-per-node=1", overrides=(*STRICT, "train.timeout_seconds=30"))
     job.wait_for_step(LONG_STEPS // 3)
-    # Back before Slurm misses it: only the ranks notice. What Slurm notices is in test_events.py.
+    # The node is back before Slurm notices, so only the ranks do; test_events.py has the other case.
     cluster.crash("n2")
     cluster.boot("n2")
     assert job.wait() == "COMPLETED", job.log
@@ -81,7 +81,7 @@ def test_a_crashed_node(cluster, new_job, undisturbed):
     assert curve(job.run) == curve(undisturbed)
 
 
-def test_a_bad_configuration(new_job):
+def test_invalid_configuration_is_refused(new_job):
     job = new_job()
     job.submit(overrides=("moh.active_heads=40",))
     assert job.wait() == "FAILED"
