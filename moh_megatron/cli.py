@@ -148,7 +148,7 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         )
         return 2
     except OSError as error:
-        hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno)
+        hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno, "run.dir")
         if hint is None:
             traceback.print_exc()
         else:

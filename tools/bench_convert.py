@@ -30,8 +30,8 @@ from statistics import median
 import torch
 from timing import markdown, median_and_range
 
-from moh_megatron.checkpoint.hf.safetensors_stream import SafetensorsFile, SafetensorsWriter, Scratch
-from moh_megatron.checkpoint.manifest import hash_file
+from moh_megatron.io.hashing import hash_file
+from moh_megatron.io.safetensors_stream import SafetensorsFile, SafetensorsWriter, Scratch
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "convert.py"
 SETTINGS = {

@@ -29,7 +29,7 @@ from moh_megatron.evaluate.loaded_model import find_model, load_model
 from moh_megatron.evaluate.run import default_folder
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
-from moh_megatron.io.remedies import check_folder
+from moh_megatron.io.folders import check_writable
 
 _CHARACTERS_A_TOKEN = 16
 """Characters that are read for each token; a tokenizer needs fewer."""
@@ -145,7 +145,7 @@ def main() -> None:
             raise UserError(f"--{name} must be at least 1. Got {getattr(arguments, name)}.")
     path = find_model(arguments.model)
     folder = arguments.out or default_folder(path)
-    check_folder(folder)
+    check_writable(folder)
     contents: dict[str, str] = {}
     for name, file in texts.items():
         try:

@@ -1,1 +1,1 @@
-"""Checkpoints: our own sharded form, and the way to Hugging Face's."""
+"""Writes and reads checkpoints of a run; ``hf`` converts them from and to Hugging Face folders."""

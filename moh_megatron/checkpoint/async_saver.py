@@ -1,4 +1,4 @@
-"""When checkpoints are written: behind the training's back, one at a time, and by every rank or not at all."""
+"""Writes checkpoints in a background thread, one at a time, and completes one only when every rank has written."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ _ZIP_WRITERS = ("PytorchStreamWriter", "inline_container")
 
 @dataclass
 class _InFlight:
-    """A save that is not complete: every rank writes its part, then the first one publishes the whole."""
+    """A save that is not complete: every rank writes its part, then the first rank commits the checkpoint."""
 
     snapshot: Snapshot
     in_use: Container[int]
     job: Future[Any]
-    publishing: bool = False
+    committing: bool = False
 
 
-class Saver:
-    """Writes the checkpoints of one run. Every rank has one and calls it at the same places.
+class AsyncSaver:
+    """Writes the checkpoints of one run. Every rank has one and makes the same calls in the same order.
 
-    A snapshot is handed over with ``begin``; ``advance``, called after each step, lets the ranks agree on what has been
-    done; ``finish`` waits. All communication is in these three, in the caller's thread.
+    ``begin`` starts to write a snapshot; ``advance``, called after each step, lets the ranks agree on what has been
+    done; ``finish`` waits. Only these three communicate, in the caller's thread. All of them raise Fault, on every
+    rank, where a rank could not write; complete checkpoints are not changed then.
 
     Args:
         root: the folder of checkpoints.
         group: all ranks, able to exchange host memory.
-
-    All three raise Fault, on every rank alike, where a rank could not write; complete checkpoints are untouched.
     """
 
     def __init__(self, root: Path, group: dist.ProcessGroup) -> None:
@@ -57,21 +56,22 @@ class Saver:
     def begin(self, snapshot: Snapshot, in_use: Container[int] = frozenset()) -> None:
         """Start to write ``snapshot``; first waits for the save before it.
 
-        The first rank's ``in_use``: steps whose checkpoints retention leaves alone this time.
+        Args:
+            in_use: steps whose checkpoints retention must not delete this time; counts on the first rank.
         """
         self.finish()
         self._make_room(snapshot)
         self._now = _InFlight(snapshot, in_use, self._thread.submit(save.write_part, self._root, snapshot))
 
     def finish(self) -> None:
-        """Wait until nothing is in flight."""
+        """Wait until no save is in flight."""
         while self._now is not None:
-            # A rank that is done meets the others now and then: nobody is missed in a collective for long.
+            # A rank that is done joins the others' collective now and then, so that none waits there for long.
             wait([self._now.job], timeout=_PATIENCE_SECONDS)
             self.advance()
 
     def advance(self) -> None:
-        """Go on with the save in flight as far as all ranks are; does not wait."""
+        """Take the next step of the save in flight if all ranks are ready for it; does not wait."""
         now = self._now
         if now is None:
             return
@@ -80,54 +80,56 @@ class Saver:
         if state == _FAILED:
             self._now = None
             self._raise_together(now)
-        elif state == _DONE and now.publishing:
+        elif state == _DONE and now.committing:
             self._now = None
         elif state == _DONE:
-            files = [entry for part in self._gather(now.job.result()) for entry in part.items()]
-            now.publishing = True
+            files = [entry for part in self._all_gather(now.job.result()) for entry in part.items()]
+            now.committing = True
             if dist.get_rank() == 0:
                 now.job = self._thread.submit(
-                    save.publish, self._root, now.snapshot, dict(files), self._group.size(), now.in_use
+                    save.commit, self._root, now.snapshot, dict(files), self._group.size(), now.in_use
                 )
 
     def _make_room(self, snapshot: Snapshot) -> None:
-        """Prepare the folder; ends on every rank alike before anything is written where the disk cannot hold it."""
-        needed = sum(self._gather(snapshot.nbytes))
-        verdict: list[str | None] = [None]
+        """Prepare the folder; raises Fault on every rank, before anything is written, where the disk is too small."""
+        needed = sum(self._all_gather(snapshot.nbytes))
+        failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
-                self._root.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted is not made anew
+                self._root.mkdir(exist_ok=True)  # Not its parents: a deleted run folder must stay deleted.
                 save.make_room(self._root, snapshot.step)
                 free = shutil.disk_usage(self._root).free
                 if free < needed:
                     have = f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free."
-                    verdict[0] = self._cannot_write(snapshot.step, f"No space left on device ({have})", errno.ENOSPC)
+                    failure[0] = self._cannot_write(snapshot.step, f"No space left on device ({have})", errno.ENOSPC)
             except OSError as error:
-                verdict[0] = self._cannot_write(snapshot.step, f"{error}.", error.errno)
-        dist.broadcast_object_list(verdict, src=0, group=self._group)
-        if verdict[0] is not None:
-            raise Fault(verdict[0])
+                failure[0] = self._cannot_write(snapshot.step, f"{error}.", error.errno)
+        dist.broadcast_object_list(failure, src=0, group=self._group)
+        if failure[0] is not None:
+            raise Fault(failure[0])
 
     def _raise_together(self, now: _InFlight) -> None:
         # The partial folder stays until the next save: another rank may still be writing into it.
         error = now.job.exception() if now.job.done() else None
-        refused = None if error is None else _refused(error)
-        failures = self._gather(None if error is None else (refused, f"{type(error).__name__}: {error}"))
-        if error is not None and refused is None:
+        refusal = None if error is None else _refusal(error)
+        failures = self._all_gather(None if error is None else (refusal, f"{type(error).__name__}: {error}"))
+        if error is not None and refusal is None:
             raise error
-        rank, (reason, told) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
-        if reason is None:
-            raise Fault(f"rank {rank} could not write the checkpoint of step {now.snapshot.step}: {told}")
-        raise Fault(self._cannot_write(now.snapshot.step, *reason)) from error
+        rank, (reported, description) = next(
+            (rank, failure) for rank, failure in enumerate(failures) if failure is not None
+        )
+        if reported is None:
+            raise Fault(f"rank {rank} could not write the checkpoint of step {now.snapshot.step}: {description}")
+        raise Fault(self._cannot_write(now.snapshot.step, *reported)) from error
 
-    def _gather(self, own: Any) -> list[Any]:
-        parts: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(parts, own, group=self._group)
-        return parts
+    def _all_gather(self, own: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(gathered, own, group=self._group)
+        return gathered
 
     def _cannot_write(self, step: int, reason: str, number: int | None) -> str:
         newest = next((path.name for path, _ in complete_checkpoints(self._root, up_to=step - 1)), "none")
-        hint = remedy(number) or "set run.dir to another disk"
+        hint = remedy(number, "run.dir") or "set run.dir to another disk"
         return (
             f"the checkpoint of step {step} cannot be written to {self._root}: {reason.strip()} "
             f"{hint[0].upper()}{hint[1:]}. Newest complete checkpoint: {newest}."
@@ -140,8 +142,8 @@ def _state(job: Future[Any]) -> int:
     return _DONE if job.exception() is None else _FAILED
 
 
-def _refused(error: BaseException) -> tuple[str, int | None] | None:
-    """What the file system refused and its number of the error, or None if ``error`` is something else."""
+def _refusal(error: BaseException) -> tuple[str, int | None] | None:
+    """What the file system refused and the number of its error, or None if ``error`` is of another kind."""
     if isinstance(error, OSError):
         return f"{error}.", error.errno
     if isinstance(error, SafetensorError):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, found again newest first, refused where they do not fit.
+"""Names the files of a checkpoint, and finds the checkpoints of a run, newest first.
 
     checkpoints/step_00000100/
         manifest.json      files with sizes and hashes, step, tokens, topology, versions; written last, with its own
@@ -6,12 +6,12 @@
         config.yaml        the resolved configuration
         weights/           safetensors, one file a tensor-parallel rank
         optimizer/         safetensors, one file a rank: Adam's moments and master weights, by parameter name
-        rng/               random states of every rank
-        tokenizer/         the tokenizer and the ``HFExtras``
+        rng/               random states, one file a rank
+        tokenizer/         the tokenizer, and the ``HFExtras``
     checkpoints/latest     the name of the newest one; changed last
 
 A checkpoint is written under a name that starts with ``.partial`` and renamed when complete. ``latest`` is
-for people and scripts: a run goes on from the newest checkpoint whose files are what its manifest says.
+for people and scripts: a run resumes from the newest checkpoint whose files are what its manifest says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from torch import Tensor
 
 from moh_megatron.checkpoint import optimizer_state, weights
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG as HF_CONFIG
 from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import require_folder
@@ -33,9 +32,11 @@ from moh_megatron.io.errors import Fault, UserError
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".partial_"
+HF_CONFIG = "config.json"
+"""Tells a Hugging Face folder from a checkpoint."""
 RANDOM_STATES = "rng"
 _RESUME_ONLY = (optimizer_state.FOLDER, RANDOM_STATES, "engine")
-"""Folders that nothing but a resume needs; the last one is DeepSpeed's, of format version 1."""
+"""Folders that are needed to resume only; the last one is DeepSpeed's, of format version 1."""
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 
 
@@ -45,20 +46,20 @@ def checkpoint_name(step: int) -> str:
 
 
 def topology_of(config: Config, world_size: int) -> Topology:
-    """How ``config`` spreads a run over ``world_size`` ranks."""
+    """How ``config`` distributes a run over ``world_size`` ranks."""
     parallel = config.parallel
     return Topology(parallel.tensor, world_size // parallel.tensor, parallel.zero_stage, config.train.precision)
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Folders below ``root`` that are named as checkpoints, newest first; their content is not looked at."""
+    """Folders below ``root`` that are named as checkpoints, newest first, whatever they contain."""
     return sorted(root.glob(_STEP_PATTERN), reverse=True) if root.is_dir() else []
 
 
 def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple[Path, Manifest]]:
-    """Checkpoints with a readable manifest, newest first; of steps up to ``up_to``, if that is given.
+    """Checkpoints with a readable manifest, newest first, of steps up to ``up_to`` if that is given.
 
-    What lies after the step a run has come to was passed over as damaged when it went on.
+    A checkpoint of a later step than the run's own was passed over as damaged when the run resumed.
     """
     for folder in step_folders(root):
         try:
@@ -70,7 +71,7 @@ def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by ``path``: itself, or the newest good one in a folder of checkpoints or a run folder.
+    """The checkpoint that ``path`` names: itself, or the newest good one in a folder of checkpoints or a run folder.
 
     A warning names every checkpoint that is passed over because its files are not what its manifest says.
 
@@ -101,18 +102,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
     """Why ``folder`` cannot be used as a checkpoint, or None; reads every file.
 
-    ``weights_only`` leaves out what only a resume needs: the optimizer state is by far the largest part.
+    ``weights_only`` leaves out what is needed to resume only: the optimizer state is by far the largest part.
     """
     try:
         manifest = read_manifest(folder)
-        parts = [name for name in manifest.files if not (weights_only and name.split("/")[0] in _RESUME_ONLY)]
-        return damage(folder, manifest, parts)
+        names = [name for name in manifest.files if not (weights_only and name.split("/")[0] in _RESUME_ONLY)]
+        return damage(folder, manifest, names)
     except ValueError as error:
         return str(error)
 
 
 def read_state(checkpoint: Path) -> Manifest:
-    """Step, tokens, topology and versions of a complete checkpoint. Raises Fault where it is none any more."""
+    """The manifest of a complete checkpoint. Raises Fault where it cannot be read any more."""
     try:
         return read_manifest(checkpoint)
     except ValueError as error:
@@ -125,10 +126,15 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor whole, under Megatron-core's names, heads in physical order."""
+    """Every full tensor, under Megatron-core's names, heads in physical order."""
     return weights.read_weights(checkpoint, read_config(checkpoint))
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """The tokenizer a checkpoint was trained with."""
+    """The tokenizer that a checkpoint was trained with."""
     return checkpoint / TOKENIZER
+
+
+def random_states_file(checkpoint: Path, rank: int) -> Path:
+    """The random states of one of all ranks."""
+    return checkpoint / RANDOM_STATES / f"rank_{rank:05d}.pt"

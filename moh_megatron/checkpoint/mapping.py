@@ -1,4 +1,4 @@
-"""Megatron-core's weights <-> Hugging Face LLaMA's: a table of names and pure tensor functions.
+"""Maps Megatron-core's weights to Hugging Face LLaMA's and back: a table of names and pure tensor functions.
 
 Legend: D hidden size, N query heads, G KV groups, H head size, F feed-forward size, V vocabulary.
 Megatron-core fuses query, key and value into one matrix, ``[q .. q k v]`` rows for each KV group, and gate and up
@@ -28,35 +28,35 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     shape: tuple[int, ...]
-    """Of the whole Megatron-core tensor."""
+    """Shape of the full Megatron-core tensor."""
     dim: int | None = None
-    """The dimension tensor parallelism cuts; None: every rank holds all of it."""
+    """The dimension that tensor parallelism shards; None: every rank holds the full tensor."""
     dtype: torch.dtype | None = None
-    """Of a tensor that keeps its own whatever the model's precision."""
+    """Set where the tensor has the same dtype whatever the model's precision."""
     stride: int = 1
-    """Matrices stacked along ``dim``, each of them cut: 2 for the fused gate and up projection."""
+    """How many matrices are stacked along ``dim``, each of them sharded: 2 for the fused gate and up projection."""
     padding: int = 0
-    """Last rows that no Hugging Face tensor has."""
+    """How many of the last rows no Hugging Face tensor has."""
     to_parts: Callable[[Tensor], tuple[Tensor, ...]] | None = None
-    """Megatron-core -> Hugging Face; None where its tensors stand one below the other, equally high."""
+    """Megatron-core -> Hugging Face; None where the Hugging Face tensors, of equal shapes, are stacked along rows."""
     from_parts: Callable[[Sequence[Tensor]], Tensor] | None = None
     """The inverse of ``to_parts``."""
 
     @property
     def stacked(self) -> bool:
-        """Whether the whole tensor is the Hugging Face tensors one below the other, and its padding."""
+        """Whether the full tensor is the Hugging Face tensors stacked along rows, and the padding."""
         return self.to_parts is None
 
     @property
     def rows(self) -> int:
-        """Of each Hugging Face tensor of a stacked one."""
+        """How many rows each Hugging Face tensor of a stacked tensor has."""
         return (self.shape[0] - self.padding) // len(self.hf)
 
-    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+    def split(self, full_tensor: Tensor) -> tuple[Tensor, ...]:
         """Megatron-core -> Hugging Face, one tensor for each name in ``hf``."""
         if self.to_parts is not None:
-            return self.to_parts(whole)
-        return tuple(whole[: self.shape[0] - self.padding].split(self.rows))
+            return self.to_parts(full_tensor)
+        return tuple(full_tensor[: self.shape[0] - self.padding].split(self.rows))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of ``split``; padding is 0."""
@@ -66,7 +66,7 @@ class Rule:
         return torch.cat([*parts, *padding]) if len(parts) + len(padding) > 1 else parts[0]
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
-        """Of each tensor in ``hf``."""
+        """Shape of each tensor in ``hf``."""
         return [tuple(part.shape) for part in self.split(torch.empty(self.shape, device="meta"))]
 
 
@@ -133,7 +133,7 @@ def _layer_rules(config: Config, index: int) -> Iterator[Rule]:
 
 
 def rules(config: Config) -> list[Rule]:
-    """The table for one model, in the order of its layers."""
+    """The table of one model, in the order of its layers."""
     model = config.model
     vocabulary: dict[str, Any] = {
         "shape": (model.vocab_size, model.hidden_size),
@@ -150,7 +150,7 @@ def rules(config: Config) -> list[Rule]:
 
 
 class HasShape(Protocol):
-    """A tensor, or what is known of one."""
+    """A tensor, or a description of one."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -174,7 +174,7 @@ def check_names_and_shapes(state: Mapping[str, HasShape], shapes: Mapping[str, t
 
 
 def to_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A whole Megatron-core state (all tensor-parallel shards merged) under Hugging Face's names and in its layout.
+    """A full Megatron-core state (all tensor-parallel shards merged) under Hugging Face's names and in its layout.
 
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape than ``config`` gives it.
@@ -197,11 +197,11 @@ def from_hf(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 
 def split_shard(full: Tensor, dim: int | None, stride: int, rank: int, world: int) -> Tensor:
-    """The part of ``full`` that tensor-parallel ``rank`` of ``world`` holds.
+    """The shard of ``full`` that tensor-parallel ``rank`` of ``world`` holds.
 
     Args:
-        dim: the dimension that is cut; None returns ``full``.
-        stride: how many matrices are stacked along ``dim``; each is cut, and the rank holds its share of each.
+        dim: the dimension that is sharded; None returns ``full``.
+        stride: how many matrices are stacked along ``dim``; the rank holds its shard of each.
 
     Raises:
         ValueError: ``dim`` does not divide evenly.
@@ -214,8 +214,56 @@ def split_shard(full: Tensor, dim: int | None, stride: int, rank: int, world: in
 
 
 def merge_shards(shards: Sequence[Tensor], dim: int | None, stride: int) -> Tensor:
-    """The inverse of ``split_shard``: the whole tensor from the shards of all tensor-parallel ranks, in rank order."""
-    if dim is None:
+    """The inverse of ``split_shard``: the full tensor from the shards of all tensor-parallel ranks, in rank order."""
+    if dim is None or len(shards) == 1:
         return shards[0]
     parts = [shard.unflatten(dim, (stride, -1)) for shard in shards]
     return torch.stack(parts, dim + 1).flatten(dim, dim + 2)
+
+
+def shard_shape(rule: Rule, world: int) -> tuple[int, ...]:
+    """Shape of what one of ``world`` tensor-parallel ranks holds of a tensor."""
+    if rule.dim is None:
+        return rule.shape
+    shape = list(rule.shape)
+    shape[rule.dim] //= world
+    return tuple(shape)
+
+
+def shard_rows(rule: Rule, start: int, rows: Tensor, world: int) -> Iterator[tuple[int, Tensor]]:
+    """Split some rows of a full tensor over ``world`` tensor-parallel ranks.
+
+    Args:
+        start: index of the first of ``rows``.
+
+    Yields:
+        (rank, its part), in the order of each rank's own rows.
+    """
+    if rule.dim is None:
+        yield from ((rank, rows) for rank in range(world))
+    elif rule.dim == 1:
+        yield from enumerate(rows.chunk(world, 1))
+    else:
+        height, row, stop = rule.shape[0] // (rule.stride * world), start, start + len(rows)
+        while row < stop:
+            end = min((row // height + 1) * height, stop)
+            yield row // height % world, rows[row - start : end - start]
+            row = end
+
+
+def unshard_rows(
+    rule: Rule, start: int, stop: int, world: int, read: Callable[[int, int, int], Tensor]
+) -> Iterator[Tensor]:
+    """Rows ``start`` to ``stop`` of a full tensor, in chunks; ``read(rank, first, end)`` gives a rank's own rows."""
+    if rule.dim is None:
+        yield read(0, start, stop)
+    elif rule.dim == 1:
+        parts = [read(rank, start, stop) for rank in range(world)]
+        yield torch.cat(parts, 1) if world > 1 else parts[0]
+    else:
+        height, row = rule.shape[0] // (rule.stride * world), start
+        while row < stop:
+            block, end = row // height, min((row // height + 1) * height, stop)
+            first = block // world * height + row % height
+            yield read(block % world, first, first + end - row)
+            row = end

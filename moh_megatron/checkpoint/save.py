@@ -1,6 +1,7 @@
-"""What goes into a checkpoint: copied to host memory, written file by file, and made visible when complete.
+"""Takes a snapshot of the training state in host memory, writes it file by file, and commits the checkpoint.
 
-``saver.py`` says when each of these is done, and that all ranks have done theirs; ``native.py``, what it looks like.
+``async_saver.py`` decides when each of these is done, and that all ranks have done theirs; ``layout.py`` describes the
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from moh_megatron.checkpoint import optimizer_state, random_states, weights
+from moh_megatron.checkpoint import optimizer_state, weights
 from moh_megatron.checkpoint.layout import (
     CONFIG,
     LATEST,
@@ -23,32 +24,26 @@ from moh_megatron.checkpoint.layout import (
     TOKENIZER,
     checkpoint_name,
     complete_checkpoints,
+    random_states_file,
     topology_of,
 )
-from moh_megatron.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    hash_file,
-    package_versions,
-    relative_files,
-    write_manifest,
-)
+from moh_megatron.checkpoint.manifest import Manifest, package_versions, relative_files, write_manifest
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.atomic import flush_names
-from moh_megatron.parallel import groups
-from moh_megatron.parallel.rng import capture
+from moh_megatron.io.folders import flush_folder
+from moh_megatron.io.hashing import FileEntry, hash_file
+from moh_megatron.parallel import groups, rng
 
 
 class SavesFiles(Protocol):
-    """A tokenizer, as far as a checkpoint cares."""
+    """What a checkpoint needs of a tokenizer."""
 
     def save(self, folder: Path) -> None: ...
 
 
 class HasState(Protocol):
-    """A training engine, as far as a checkpoint cares."""
+    """What a checkpoint needs of a training engine."""
 
     @property
     def updates(self) -> int: ...
@@ -60,7 +55,7 @@ class HasState(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of a checkpoint, in host memory: what happens to the model afterwards does not touch it."""
+    """This rank's part of a checkpoint: a copy in host memory, which training does not change any more."""
 
     config: Config
     step: int
@@ -68,45 +63,45 @@ class Snapshot:
     """One hash over the dataset's files."""
     tokenizer: SavesFiles
     weights: dict[str, Tensor] | None
-    """This tensor-parallel rank's, where this is the first of its replicas."""
+    """Weights of this tensor-parallel rank; None on all but the first of its replicas."""
     optimizer: dict[str, Tensor]
-    """This rank's share."""
+    """What this rank writes of the optimizer state."""
     updates: int
     random_states: dict[str, Any]
 
     @classmethod
     def take(cls, config: Config, step: int, data: str, tokenizer: SavesFiles, engine: HasState) -> Snapshot:
         """Copy the state; every rank calls it."""
-        replica, listed = groups.dp_group(), {rule.megatron for rule in rules(config)}
-        held = {
+        dp_group, names = groups.dp_group(), {rule.megatron for rule in rules(config)}
+        copies = {
             name: tensor.to("cpu", copy=True).contiguous()
             for name, tensor in engine.weights()
-            if name in listed and replica.rank() == 0
+            if name in names and dp_group.rank() == 0
         }
         return cls(
             config,
             step,
             data,
             tokenizer,
-            weights=held if replica.rank() == 0 else None,
-            optimizer=optimizer_state.deal(engine.optimizer_tensors(), replica.rank(), replica.size()),
+            weights=copies if dp_group.rank() == 0 else None,
+            optimizer=optimizer_state.shard(engine.optimizer_tensors(), dp_group.rank(), dp_group.size()),
             updates=engine.updates,
-            random_states=capture(),
+            random_states=rng.capture(),
         )
 
     @property
     def nbytes(self) -> int:
-        """What this rank is going to write, headers aside."""
-        return sum(tensor.nbytes for part in (self.weights or {}, self.optimizer) for tensor in part.values())
+        """Bytes that this rank is going to write, without headers."""
+        return sum(tensor.nbytes for tensors in (self.weights or {}, self.optimizer) for tensor in tensors.values())
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Where a checkpoint is put together."""
+    """The folder in which a checkpoint is written before it is committed."""
     return root / f"{PARTIAL}{checkpoint_name(step)}"
 
 
 def make_room(root: Path, step: int) -> None:
-    """Clear away what a killed run left behind, and make the folder of a new checkpoint; the first rank's task."""
+    """Remove what a killed run left behind, and make the folder of a new checkpoint; called on the first rank."""
     for stale in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     for folder in (weights.FOLDER, optimizer_state.FOLDER, RANDOM_STATES):
@@ -114,14 +109,15 @@ def make_room(root: Path, step: int) -> None:
 
 
 def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
-    """Write this rank's files and flush them to the disk; returns them by name. Talks to no other rank."""
+    """Write this rank's files and flush them to the disk; returns them by name. Communicates with no other rank."""
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
-    tensor, replica = groups.tp_group(), groups.dp_group()
-    place = (tensor.rank(), tensor.size(), replica.rank(), replica.size())
-    written = [optimizer_state.write_share(folder, snapshot.optimizer, snapshot.updates, place)]
+    tp_group, dp_group = groups.tp_group(), groups.dp_group()
+    coordinates = (tp_group.rank(), tp_group.size(), dp_group.rank(), dp_group.size())
+    written = [optimizer_state.write_shard(folder, snapshot.optimizer, snapshot.updates, coordinates)]
     if snapshot.weights is not None:
-        written.append(weights.write_shard(folder, snapshot.weights, tensor.rank(), tensor.size()))
-    written.append(random_states.write(folder, snapshot.random_states))
+        written.append(weights.write_shard(folder, snapshot.weights, tp_group.rank(), tp_group.size()))
+    written.append(random_states_file(folder, dist.get_rank()))
+    rng.write(written[-1], snapshot.random_states)
     if dist.get_rank() == 0:
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         snapshot.tokenizer.save(folder / TOKENIZER)
@@ -129,12 +125,12 @@ def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
     return {path.relative_to(folder).as_posix(): hash_file(path, flush=True) for path in written}
 
 
-def publish(
+def commit(
     root: Path, snapshot: Snapshot, files: dict[str, FileEntry], world_size: int, in_use: Container[int]
 ) -> None:
-    """Make a checkpoint complete and visible once every rank has written its part; the first rank's task.
+    """Make a checkpoint complete and visible once every rank has written its part; called on the first rank.
 
-    Then older ones are deleted, but none of the steps ``in_use``.
+    Then older ones are deleted, except those of the steps ``in_use``.
     """
     config, folder = snapshot.config, partial_folder(root, snapshot.step)
     final = root / checkpoint_name(snapshot.step)
@@ -142,14 +138,14 @@ def publish(
     tokens = snapshot.step * config.train.tokens_per_step
     write_manifest(folder, Manifest(snapshot.step, tokens, topology, snapshot.data, package_versions(), files))
     replaced = root / f"{PARTIAL}replaced_{final.name}"
-    if final.exists():  # a damaged one that was passed over
+    if final.exists():  # It is damaged, and was passed over.
         final.rename(replaced)
     folder.rename(final)
-    flush_names(root)
+    flush_folder(root)
     temporary = root / f".{LATEST}"
     temporary.write_text(f"{final.name}\n", encoding="utf-8")
     temporary.replace(root / LATEST)
-    flush_names(root)
+    flush_folder(root)
     shutil.rmtree(replaced, ignore_errors=True)
     prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every, snapshot.step, in_use)
 
@@ -157,16 +153,17 @@ def publish(
 def prune(
     root: Path, keep_last: int | None, keep_every: int | None, step: int, in_use: Container[int] = frozenset()
 ) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints up to ``step``, and those of every so many steps.
+    """Delete complete checkpoints up to ``step``, except the newest ``keep_last`` and every ``keep_every``-th step.
 
-    Each disappears from view at once. A damaged one after ``step`` must not push a good one out. What a file server
-    does not let go of, because somebody reads it, ``make_room`` clears away later.
+    A checkpoint is renamed before it is deleted, so that none is ever seen in part. Later ones than ``step`` are
+    damaged and do not count. What cannot be deleted, because a file server says that it is in use, ``make_room``
+    removes later.
 
     Args:
-        in_use: steps of checkpoints that stay whatever their age.
+        in_use: steps of checkpoints that are kept whatever their age.
     """
-    up_to_now = list(complete_checkpoints(root, up_to=step))
-    for checkpoint, manifest in up_to_now[keep_last:] if keep_last is not None else []:
+    checkpoints = list(complete_checkpoints(root, up_to=step))
+    for checkpoint, manifest in checkpoints[keep_last:] if keep_last is not None else []:
         if manifest.step in in_use or (keep_every is not None and manifest.step % keep_every == 0):
             continue
         doomed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")

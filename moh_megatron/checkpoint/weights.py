@@ -1,23 +1,30 @@
-"""Weights as safetensors, one file a tensor-parallel rank; readable whole, or cut for another tensor-parallel size.
+"""Writes weights as safetensors, one file a tensor-parallel rank, and reads them at any tensor-parallel size.
 
-Everything the table of names lists is here: parameters, and buffers that a model keeps. Integers stay integers.
+The files hold every tensor of the table of names: parameters, and buffers that a model keeps. Integers stay integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moh_megatron.checkpoint.mapping import Rule, merge_shards, rules, split_shard
+from moh_megatron.checkpoint.mapping import (
+    Rule,
+    check_names_and_shapes,
+    merge_shards,
+    rules,
+    shard_shape,
+    split_shard,
+    unshard_rows,
+)
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.safetensors_stream import SafetensorsFile, Scratch
 from moh_megatron.model.tensors import model_tensors
 
 FOLDER = "weights"
@@ -36,39 +43,88 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, size: in
     return path
 
 
-class Stored:
-    """The weights of a checkpoint on disk, tensor by tensor, whatever tensor-parallel size wrote them."""
+class StoredWeights:
+    """The weights of a checkpoint, read tensor by tensor, whatever tensor-parallel size wrote them.
 
-    def __init__(self, shards: Mapping[int, Any]) -> None:
-        self._shards = shards
+    Heads are in physical order. The tensors that a call returns are overwritten by the next call.
+
+    Args:
+        shards: files by tensor-parallel rank; not all are needed to read what one of ``size`` ranks holds.
+        size: how many tensor-parallel ranks wrote them.
+    """
+
+    def __init__(self, shards: Mapping[int, SafetensorsFile], size: int) -> None:
+        self._shards, self._size, self._scratch = shards, size, Scratch()
+        self._any = next(iter(shards.values()))
+
+    def __contains__(self, rule: Rule) -> bool:
+        return rule.megatron in self._any.entries
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """Of a tensor that is not read for it."""
-        return self._shards[0].get_slice(rule.megatron)[:0].dtype
+        """The dtype in the file."""
+        return self._any.entries[rule.megatron].dtype
 
-    def whole(self, rule: Rule) -> Tensor:
-        """Heads in physical order."""
-        return reshard(_reader(self._shards, rule.megatron), rule, len(self._shards), 0, 1)
+    def chunks(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows ``start`` to ``stop`` of the full tensor, in one or more chunks."""
+        self._scratch.reset()
+
+        def read(rank: int, first: int, end: int) -> Tensor:
+            return self._shards[rank].rows(rule.megatron, first, end, self._scratch)
+
+        yield from unshard_rows(rule, start, stop, self._size, read)
+
+    def full_tensor(self, rule: Rule) -> Tensor:
+        """The full tensor."""
+        return self.shard(rule, 0, 1)
+
+    def shard(self, rule: Rule, rank: int, size: int) -> Tensor:
+        """What ``rank`` of ``size`` tensor-parallel ranks holds."""
+        self._scratch.reset()
+        return reshard(
+            lambda saved_rank: self._shards[saved_rank].read(rule.megatron, self._scratch),
+            rule,
+            self._size,
+            rank,
+            size,
+        )
+
+    def check_complete(self, config: Config) -> None:
+        """Raise UserError unless every file holds exactly the tensors that ``config`` gives it."""
+        shapes = {rule.megatron: shard_shape(rule, self._size) for rule in rules(config)}
+        for shard in self._shards.values():
+            check_names_and_shapes(shard.entries, shapes, str(shard.path))
 
 
 @contextmanager
-def opened(folder: Path, config: Config) -> Iterator[Stored]:
-    """The weights of ``folder``, a checkpoint that ``config`` wrote."""
+def open_stored(folder: Path, config: Config, ranks: Iterable[int] | None = None) -> Iterator[StoredWeights]:
+    """Open the weights of ``folder``, a checkpoint that ``config`` wrote.
+
+    Args:
+        ranks: tensor-parallel ranks whose files are opened; None opens all.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    size = config.parallel.tensor
     with ExitStack() as stack:
-        yield Stored(_open(stack, folder, config, range(config.parallel.tensor)))
+        shards = {}
+        for rank in range(size) if ranks is None else ranks:
+            shards[rank] = SafetensorsFile(shard_file(folder, rank, size))
+            stack.callback(shards[rank].close)
+        yield StoredWeights(shards, size)
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
-    """Every tensor whole, heads in physical order, whatever tensor-parallel size wrote it."""
-    with opened(folder, config) as stored:
-        return {rule.megatron: stored.whole(rule) for rule in rules(config)}
+    """Every full tensor, heads in physical order, whatever tensor-parallel size wrote it."""
+    with open_stored(folder, config) as stored:
+        return {rule.megatron: stored.full_tensor(rule).clone() for rule in rules(config)}
 
 
 @torch.no_grad()
 def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config, rank: int) -> None:
-    """Copy tensor-parallel ``rank``'s share of a checkpoint's weights into ``model``, in the model's precision.
+    """Copy tensor-parallel ``rank``'s shard of a checkpoint's weights into ``model``, in the model's precision.
 
-    Router biases that the checkpoint lacks stay as they are: it was balanced by a loss.
+    Router biases that the checkpoint lacks, because it was balanced by a loss, keep their values.
 
     Args:
         config: the model's own configuration.
@@ -77,41 +133,30 @@ def load_into(model: nn.Module, config: Config, folder: Path, written_by: Config
     Raises:
         UserError: the checkpoint lacks a tensor of the model.
     """
-    there, here = written_by.parallel.tensor, config.parallel.tensor
-    own, stored = model_tensors(model), {rule.megatron: rule for rule in rules(written_by)}
-    same = there == here and written_by.model.vocab_size == config.model.vocab_size
-    with ExitStack() as stack:
-        shards = _open(stack, folder, written_by, [rank] if same else range(there))
-        held = set(next(iter(shards.values())).keys())
+    saved_size, current_size = written_by.parallel.tensor, config.parallel.tensor
+    own, saved_rules = model_tensors(model), {rule.megatron: rule for rule in rules(written_by)}
+    same = saved_size == current_size and written_by.model.vocab_size == config.model.vocab_size
+    with open_stored(folder, written_by, [rank] if same else None) as stored:
         for rule in rules(config):
-            if rule.megatron not in held:
+            if rule not in stored:
                 if rule.dtype is not None:
                     continue
                 raise UserError(f"{folder} holds no {rule.megatron}. The weights must be of the same architecture.")
-            read = _reader(shards, rule.megatron)
-            if rule.padding == stored[rule.megatron].padding:
-                own[rule.megatron].copy_(reshard(read, rule, there, rank, here))
+            saved = saved_rules[rule.megatron]
+            if rule.padding == saved.padding:
+                own[rule.megatron].copy_(stored.shard(rule, rank, current_size))
             else:
-                padded = rule.join(stored[rule.megatron].split(reshard(read, stored[rule.megatron], there, 0, 1)))
-                own[rule.megatron].copy_(split_shard(padded, rule.dim, rule.stride, rank, here))
+                padded = rule.join(saved.split(stored.full_tensor(saved)))
+                own[rule.megatron].copy_(split_shard(padded, rule.dim, rule.stride, rank, current_size))
 
 
-def reshard(shard_of: Callable[[int], Tensor], rule: Rule, there: int, rank: int, here: int) -> Tensor:
-    """What ``rank`` of ``here`` tensor-parallel ranks holds of a tensor cut over ``there`` ranks.
+def reshard(read_shard: Callable[[int], Tensor], rule: Rule, saved_size: int, rank: int, current_size: int) -> Tensor:
+    """What ``rank`` of ``current_size`` tensor-parallel ranks holds of a tensor that ``saved_size`` ranks saved.
 
-    ``shard_of`` gives the part of one of those; only what is needed is asked for.
+    ``read_shard`` returns the shard of one of those; it is called only for what is needed.
     """
-    if there == here:
-        return shard_of(rank)
-    needed = range(there) if rule.dim is not None else range(1)
-    whole = merge_shards([shard_of(each) for each in needed], rule.dim, rule.stride)
-    return split_shard(whole, rule.dim, rule.stride, rank, here)
-
-
-def _open(stack: ExitStack, folder: Path, config: Config, ranks: Any) -> dict[int, Any]:
-    size = config.parallel.tensor
-    return {rank: stack.enter_context(safe_open(shard_file(folder, rank, size), "pt")) for rank in ranks}
-
-
-def _reader(shards: Mapping[int, Any], name: str) -> Callable[[int], Tensor]:
-    return lambda rank: shards[rank].get_tensor(name)
+    if saved_size == current_size:
+        return read_shard(rank)
+    needed = range(saved_size) if rule.dim is not None else range(1)
+    full_tensor = merge_shards([read_shard(saved_rank) for saved_rank in needed], rule.dim, rule.stride)
+    return split_shard(full_tensor, rule.dim, rule.stride, rank, current_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moh_megatron.cli import command_parser, exit_code
 from moh_megatron.io.errors import UserError
-from moh_megatron.io.remedies import check_folder
+from moh_megatron.io.folders import check_writable
 from moh_megatron.monitor.run_folder import open_run
 from moh_megatron.run_report import page
 
@@ -29,7 +29,7 @@ def main() -> None:
     out = arguments.out or arguments.runs[0] / "report.html"
     if out.is_dir():
         raise UserError(f"--out: {out} must be a file. Got a folder; name one in it, such as {out / 'report.html'}.")
-    check_folder(out.parent)
+    check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}")
     temporary.write_text(page(runs), encoding="utf-8")

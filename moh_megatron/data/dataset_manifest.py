@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.hashing import hash_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -155,11 +155,10 @@ class Manifest:
         return TypeAdapter(Manifest).dump_json(self, indent=2, by_alias=True) + b"\n"
 
 
-def hash_file(path: Path) -> str:
-    """sha256, in hexadecimal. Raises UserError where the file cannot be read."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises UserError where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path).sha256
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
 

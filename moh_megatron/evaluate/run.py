@@ -19,7 +19,7 @@ from moh_megatron.evaluate.paired_test import compare_scores, key_of, read_quest
 from moh_megatron.evaluate.results import RESULTS, read_earlier_results, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
 from moh_megatron.io.errors import Fault, UserError
-from moh_megatron.io.remedies import check_folder
+from moh_megatron.io.folders import check_writable
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -38,7 +38,7 @@ def evaluate(arguments: Namespace) -> None:
     suite, manager = checked_suite(arguments.suite) if arguments.suite is not None else (None, None)
     other_scores = read_questions(arguments.against) if arguments.against is not None else None
     folder = arguments.out or default_folder(path)
-    check_folder(folder)
+    check_writable(folder)
     loaded = load_model(path, _device(arguments.device), arguments.dtype)
     results: dict[str, Any] = {"model": loaded.described(), "dtype": arguments.dtype, "software": _software()}
     data = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}

@@ -1,1 +1,1 @@
-"""Files of any kind: folders that appear at once, JSON, hashes, what a user can do where the file system refuses."""
+"""Files and folders of any kind, what the console shows, and what a user can do where the file system refuses."""

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from moh_megatron.io.errors import UserError
+from moh_megatron.io.errors import Fault
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError unless results can be written to ``folder``; tried out, before they are measured.
+def remedy(number: int | None, setting: str | None = None) -> str | None:
+    """The way out of the error ``number`` of the operating system, or None if it is none of a file system's.
 
-    Where it is not there it is made for the trial, and removed again.
+    Args:
+        setting: the configuration key that names the folder, such as run.dir; None where the command line names it.
     """
-    made: list[Path] = []
-    try:
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder}: must be a folder to write to. Got: {error.strerror}; name another with --out."
-        ) from None
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):
-                each.rmdir()
-
-
-def remedy(number: int | None) -> str | None:
-    """The way out of the error ``number`` of the operating system, or None if it is none of a disk's."""
+    choose, another = ("name", "name another folder") if setting is None else (f"set {setting} to", "use another path")
     match number:
         case errno.ENOSPC | errno.EDQUOT:
-            return "free some space or set run.dir to a disk that has more; finished checkpoints are intact"
+            intact = "; finished checkpoints are intact" if setting == "run.dir" else ""
+            return f"free some space or {choose} a disk that has more{intact}"
         case errno.EFBIG:
-            return "raise the limit on the size of a file (ulimit -f) or set run.dir to another file system"
+            return f"raise the limit on the size of a file (ulimit -f) or {choose} another file system"
         case errno.EROFS:
-            return "set run.dir to a folder that can be written"
+            return f"{choose} a folder that can be written"
         case errno.EACCES | errno.EPERM:
-            return "change its permissions or use another path"
+            return f"change its permissions or {another}"
         case errno.EIO:
-            return "the disk or the way to it is failing: see the system's log, or set run.dir to another disk"
+            return f"the disk or the way to it is failing: see the system's log, or {choose} another disk"
         case errno.ESTALE:
-            return "the file server lost or replaced it: see whether it is mounted, or set run.dir to another disk"
+            return f"the file server lost or replaced it: see whether it is mounted, or {choose} another disk"
         case errno.ENOENT | errno.ENOTDIR | errno.EEXIST:
-            return "it was deleted, moved or replaced while the run used it: put it back, or use another path"
+            return f"it was deleted, moved or replaced while it was in use: put it back, or {another}"
+        case errno.EMFILE:
+            return "raise the limit on open files (ulimit -n)"
+        case errno.ENOMEM:
+            return "give the process more memory (ulimit -v, or the job's limit)"
         case _:
             return None
+
+
+def write_fault(folder: Path, error: OSError, setting: str | None = None) -> Fault:
+    """The Fault for a ``folder`` that could not be written; see ``remedy``."""
+    hint = remedy(error.errno, setting) or (
+        "name another folder" if setting is None else f"set {setting} to another folder"
+    )
+    return Fault(
+        f"{folder}: could not be written ({error}). {hint[0].upper()}{hint[1:]}. Then run the same command again. "
+        "What stood there before is untouched."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,3 +27,14 @@ def restore(states: dict[str, Any]) -> None:
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     _tracker().set_states(states["tracker"])
+
+
+def write(file: Path, states: dict[str, Any]) -> None:
+    """Write what ``capture`` returned."""
+    with file.open("wb") as stream:  # torch.save does not say why it cannot open a file.
+        torch.save(states, stream)
+
+
+def restore_file(file: Path) -> None:
+    """Set the random states that ``write`` wrote."""
+    restore(torch.load(file, weights_only=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moh_megatron.checkpoint.async_saver import Saver
+from moh_megatron.checkpoint.async_saver import AsyncSaver
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -89,7 +89,7 @@ class _Training:
         self.layers = moh_layers(session.engine.module)
         follow_schedule(self.layers, self.step)
         self.control_group = groups.control_group(timedelta(seconds=watchdog.timeout + GRACE_SECONDS))
-        self.saver = Saver(checkpoint_dir(config), self.control_group)
+        self.saver = AsyncSaver(checkpoint_dir(config), self.control_group)
         self.recorder = RunRecorder(session, self.layers, clock)
         self.telemetry = Telemetry(session, self.layers, self.control_group)
         self.timer = self.telemetry.timer

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moh_megatron.checkpoint import layout, random_states, weights
+from moh_megatron.checkpoint import layout, weights
 from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.optimizer_state import StoredState
 from moh_megatron.config.schema import Config
@@ -21,7 +21,7 @@ from moh_megatron.data.prepared_data import PreparedData
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.model.attention_backend import check_backend
 from moh_megatron.model.build import build_model
-from moh_megatron.parallel import groups
+from moh_megatron.parallel import groups, rng
 from moh_megatron.train.engine import Engine, initialize_distributed
 from moh_megatron.train.fault_tolerance import agreement
 from moh_megatron.train.fault_tolerance.watchdog import GRACE_SECONDS, Watchdog
@@ -161,5 +161,5 @@ def build_engine(config: Config, world_size: int, source: Path | None = None, *,
         with StoredState(source, written_by, tensor_rank, config.parallel.tensor) as stored:
             engine.load_optimizer(stored.updates, stored.read)
         if layout.read_state(source).topology == layout.topology_of(config, world_size):
-            random_states.restore(source)
+            rng.restore_file(layout.random_states_file(source, dist.get_rank()))
     return engine

@@ -20,14 +20,15 @@ from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
 from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.mapping import Rule, rules
-from moh_megatron.checkpoint.weights import Stored, opened
+from moh_megatron.checkpoint.weights import StoredWeights, open_stored
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset import build_train_dataset
 from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from moh_megatron.io.atomic import atomic_folder, refuse_unless_new
+from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import Fault, UserError, refuse_differences
+from moh_megatron.io.folders import refuse_unless_new
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
 from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
@@ -88,7 +89,7 @@ def prepare(config: Config) -> Config:
         data.check_fits(config)
         tokenizer = data.tokenizer()
         settled_config = _settle_shared_heads(config, source, source_config, tokenizer)
-        with atomic_folder(folder) as partial:
+        with atomic_folder(folder, "run.dir") as partial:
             provenance.write(partial, config, layout.read_state(source).weights_sha256, data.hash)
             _write_checkpoint(partial, settled_config, source, source_config, tokenizer)
         logger.info(f"{folder}: made of {source}")
@@ -215,7 +216,7 @@ def _settle_shared_heads(config: Config, source: Path, source_config: Config, to
 
 
 def _write_checkpoint(folder: Path, config: Config, source: Path, source_config: Config, tokenizer: Tokenizer) -> None:
-    with opened(source, source_config) as stored:
+    with open_stored(source, source_config) as stored:
         table = rules(config)
         # Routers of the source are kept.
         missing = {rule.hf[0] for rule in table} - {rule.hf[0] for rule in rules(source_config)}
@@ -254,9 +255,9 @@ def _new_entries(source: Path, source_config: Config, config: Config, tokenizer:
 
 
 def _source_tensor(
-    stored: Stored, rule: Rule, source_config: Config, config: Config, new_entries: dict[int, list[int]]
+    stored: StoredWeights, rule: Rule, source_config: Config, config: Config, new_entries: dict[int, list[int]]
 ) -> Tensor:
-    tensor = stored.whole(rule)
+    tensor = stored.full_tensor(rule)
     if rule.megatron not in ("embedding.word_embeddings.weight", "output_layer.weight"):
         return tensor
     rows = grown_rows(tensor[: source_config.model.tokens], new_entries, config.model.tokens)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moh_megatron.checkpoint import mapping
 from moh_megatron.checkpoint.hf import convert
 from moh_megatron.checkpoint.hf.verify import verification_tokens
-from moh_megatron.checkpoint.manifest import Manifest, Topology, hash_file, relative_files, write_manifest
+from moh_megatron.checkpoint.manifest import Manifest, Topology, relative_files, write_manifest
 from moh_megatron.checkpoint.mapping import Rule, rules, split_shard
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import (
@@ -27,6 +27,7 @@ from moh_megatron.config.schema import (
     TrainConfig,
 )
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
+from moh_megatron.io.hashing import hash_file
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from support.convert import SCRIPT
 
-from moh_megatron.checkpoint.hf.safetensors_stream import SafetensorsWriter
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.load import config_from_mapping
+from moh_megatron.io.safetensors_stream import SafetensorsWriter
 
 pytestmark = pytest.mark.slow
 MB = 1 << 20

@@ -6,16 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from moh_megatron.checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    Topology,
-    hash_file,
-    relative_files,
-    write_manifest,
-)
+from moh_megatron.checkpoint.manifest import MANIFEST, Manifest, Topology, relative_files, write_manifest
 from moh_megatron.config.load import config_from_mapping, dump_config
 from moh_megatron.config.schema import Config
+from moh_megatron.io.hashing import hash_file
 
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)

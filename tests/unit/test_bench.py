@@ -57,7 +57,7 @@ def test_the_engine_is_timed_in_steps_of_the_training_loop(
         loop.Telemetry: ("begin_step", "before_update", "end_step"),
         loop.Watchdog: ("progress",),
         loop.Health: ("applied",),
-        loop.Saver: ("advance",),
+        loop.AsyncSaver: ("advance",),
         loop._Training: ("_stop_agreed",),
     }.items():
         for method in methods:

@@ -123,6 +123,20 @@ def test_the_arrows_form_no_circle():
     TopologicalSorter(ARROWS).prepare()
 
 
+def test_modules_import_each_other_without_a_circle():
+    imported = {
+        file: {module for name in all_imports(file) for module in [imported_module(name)] if module not in (None, file)}
+        for file in MODULES
+    }
+    TopologicalSorter(imported).prepare()
+
+
+def test_checkpoints_do_not_depend_on_hugging_face_folders():
+    files = (REPOSITORY / PACKAGE / "checkpoint").glob("*.py")
+    imported = {name for file in files for name in all_imports(file)}
+    assert not {name for name in imported if name.startswith(f"{PACKAGE}.checkpoint.hf")}
+
+
 @pytest.mark.parametrize("name", sorted(LIBRARIES))
 def test_a_library_is_imported_only_where_it_is_wrapped(name):
     users = {
@@ -157,6 +171,13 @@ def module_file(dotted: str) -> Path | None:
     """The file of a module of ours, None for a name inside one."""
     path = REPOSITORY.joinpath(*dotted.split("."))
     return next((each for each in (path / "__init__.py", path.with_suffix(".py")) if each.is_file()), None)
+
+
+def imported_module(dotted: str) -> Path | None:
+    """The file that ``dotted``, a module of ours or a name inside one, is imported from; None for a library."""
+    if not dotted.startswith(f"{PACKAGE}."):
+        return None
+    return module_file(dotted) or module_file(dotted.rpartition(".")[0])
 
 
 def imported_at_once(file: Path, seen: set[Path]) -> Iterator[str]:

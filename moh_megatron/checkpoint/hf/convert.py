@@ -16,8 +16,9 @@ from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
 from moh_megatron.checkpoint.hf.hf_reader import open_weights
 from moh_megatron.checkpoint.hf.skywork import skywork_moh_section
-from moh_megatron.checkpoint.hf.weight_readers import HFSource, open_checkpoint
+from moh_megatron.checkpoint.hf.weight_readers import HFSource
 from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.weights import open_stored
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
@@ -51,7 +52,8 @@ def megatron_to_hf(
     precision = None if dtype is None else DTYPES[dtype]
     hf_export.check_replaceable(hf_dir, checkpoint)
     with hf_export.atomic_export(hf_dir) as folder:
-        with open_checkpoint(checkpoint, config) as source:
+        with open_stored(checkpoint, config) as source:
+            source.check_complete(config)
             hf_export.write_folder(
                 folder,
                 config,
@@ -118,7 +120,7 @@ def official_to_hf(
             hf_export.write_folder(folder, config, source, official_dir, precision, step=0, tokens=0)
             if not (verify or hf_import.auto_verify(config)):
                 return None
-            state = {rule.megatron: source.whole(rule).clone() for rule in rules(config)}
+            state = {rule.megatron: source.full_tensor(rule).clone() for rule in rules(config)}
             return _verify_export(config, state, precision, hf_dir, folder, "moh")
 
 

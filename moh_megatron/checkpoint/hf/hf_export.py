@@ -26,8 +26,9 @@ from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import has_tokenizer, load_tokenizer
-from moh_megatron.io.atomic import atomic_folder, place_of, refuse_inside
+from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.folders import refuse_inside, resolve_target
 from moh_megatron.io.json_file import read_json_if_any
 
 MAX_SHARD_SIZE = "5GB"
@@ -41,7 +42,7 @@ def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
     """
     if source is not None:
         refuse_inside(hf_dir, source)
-    path = place_of(hf_dir)
+    path = resolve_target(hf_dir)
     if not path.exists():
         return
     remedy = "Name another folder, or move this one away."

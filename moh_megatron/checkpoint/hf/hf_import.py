@@ -15,9 +15,8 @@ from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import TOKEN_IDS, HFExtras, read_extras
 from moh_megatron.checkpoint.hf.hf_reader import MARKER, HFWeights, open_weights
-from moh_megatron.checkpoint.hf.safetensors_stream import WEIGHT_TYPES, Scratch
-from moh_megatron.checkpoint.hf.streaming import runs
-from moh_megatron.checkpoint.hf.weight_readers import HFSource, pieces
+from moh_megatron.checkpoint.hf.streaming import row_ranges
+from moh_megatron.checkpoint.hf.weight_readers import HFSource, all_chunks
 from moh_megatron.checkpoint.layout import read_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
 from moh_megatron.config.layer_heads import layer_heads
@@ -26,8 +25,10 @@ from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from moh_megatron.io.atomic import atomic_folder, refuse_inside, refuse_unless_new
+from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.folders import refuse_inside, refuse_unless_new
+from moh_megatron.io.safetensors_stream import WEIGHT_TYPES, Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def _write(
         check_weights(weights, added, config)
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
-        write_checkpoint(folder, config, dtypes, pieces(source, config), extras)
+        write_checkpoint(folder, config, dtypes, all_chunks(source, config), extras)
         return config, _build_config(reader, save_dir, None, (), weights.dtypes)
 
 
@@ -284,7 +285,7 @@ def check_weights(weights: HFWeights, added: Mapping[str, Tensor], config: Confi
         pair = (name, "model.embed_tokens.weight")
         head, embedding = (weights.entries[tensor_name] for tensor_name in pair)
         same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-        for start, stop in runs(config.model.tokens, 4 * config.model.hidden_size) if same else ():
+        for start, stop in row_ranges(config.model.tokens, 4 * config.model.hidden_size) if same else ():
             scratch.reset()
             same = same and torch.equal(*(weights.rows(tensor_name, start, stop, scratch) for tensor_name in pair))
         if not same:

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.hf.safetensors_stream import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
+from moh_megatron.checkpoint.layout import HF_CONFIG
 from moh_megatron.config.paths import require_folder
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json
+from moh_megatron.io.safetensors_stream import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 
-CONFIG = "config.json"
+CONFIG = HF_CONFIG
 MARKER = "moh_megatron.json"
 """The file that records the form and the files of an export, so that a later export replaces them and nothing else."""
 MARKER_CONTENT = "the record of an export"

@@ -1,35 +1,34 @@
-"""Where a conversion gets its tensors from: one of them, or some rows of one, at a time."""
+"""Reads the weights that a conversion takes: full tensors, or chunks of rows, each checked to be finite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint import weights
-from moh_megatron.checkpoint.hf.finite import check_finite
 from moh_megatron.checkpoint.hf.hf_reader import HFWeights
-from moh_megatron.checkpoint.hf.safetensors_stream import SafetensorsFile, Scratch
-from moh_megatron.checkpoint.hf.streaming import gather, runs, shard_shape
-from moh_megatron.checkpoint.mapping import Rule, check_names_and_shapes, merge_shards, rules
+from moh_megatron.checkpoint.hf.streaming import row_ranges
+from moh_megatron.checkpoint.mapping import Rule, check_names_and_shapes, rules
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.safetensors_stream import Scratch
 
 
 class WeightSource(Protocol):
-    """Whole tensors of a model, heads in physical order. What a call gives is lost at the next one."""
+    """Full tensors of a model, heads in physical order, such as ``weights.StoredWeights``.
+
+    The tensors that a call returns are overwritten by the next call.
+    """
 
     def dtype(self, rule: Rule) -> torch.dtype: ...
 
-    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows of a stacked tensor, in one or more pieces."""
+    def chunks(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows ``start`` to ``stop`` of a stacked tensor, in one or more chunks."""
         ...
 
-    def whole(self, rule: Rule) -> Tensor: ...
+    def full_tensor(self, rule: Rule) -> Tensor: ...
 
 
 class HeldWeights:
@@ -47,52 +46,11 @@ class HeldWeights:
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._state[rule.megatron].dtype
 
-    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+    def chunks(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
         yield self._state[rule.megatron][start:stop]
 
-    def whole(self, rule: Rule) -> Tensor:
+    def full_tensor(self, rule: Rule) -> Tensor:
         return self._state[rule.megatron]
-
-
-class CheckpointWeights:
-    """The weights of a checkpoint, whatever tensor-parallel size wrote it; see ``open_checkpoint``."""
-
-    def __init__(self, shards: list[SafetensorsFile]) -> None:
-        self._shards, self._scratch = shards, Scratch()
-
-    def dtype(self, rule: Rule) -> torch.dtype:
-        return self._shards[0].entries[rule.megatron].dtype
-
-    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
-        self._scratch.reset()
-
-        def read(rank: int, first: int, end: int) -> Tensor:
-            return self._shards[rank].rows(rule.megatron, first, end, self._scratch)
-
-        yield from gather(rule, start, stop, len(self._shards), read)
-
-    def whole(self, rule: Rule) -> Tensor:
-        self._scratch.reset()
-        needed = self._shards if rule.dim is not None else self._shards[:1]
-        return merge_shards([each.read(rule.megatron, self._scratch) for each in needed], rule.dim, rule.stride)
-
-
-@contextmanager
-def open_checkpoint(folder: Path, config: Config) -> Iterator[CheckpointWeights]:
-    """The weights of the checkpoint ``folder``, written with ``config``.
-
-    Raises:
-        UserError: a file is broken, or a tensor is missing, unexpected, or of another shape than ``config`` gives it.
-    """
-    world, table = config.parallel.tensor, rules(config)
-    with ExitStack() as stack:
-        shards = []
-        for rank in range(world):
-            shards.append(SafetensorsFile(weights.shard_file(folder, rank, world)))
-            stack.callback(shards[-1].close)
-            shapes = {rule.megatron: shard_shape(rule, world) for rule in table}
-            check_names_and_shapes(shards[-1].entries, shapes, str(shards[-1].path))
-        yield CheckpointWeights(shards)
 
 
 class HFSource:
@@ -101,14 +59,14 @@ class HFSource:
     Every call raises UserError for a tensor that is not finite, or cut short.
 
     Args:
-        added: under Hugging Face's names.
+        added: tensors that the folder lacks, under Hugging Face's names.
     """
 
     def __init__(self, weights: HFWeights, added: Mapping[str, Tensor]) -> None:
         self._weights, self._added, self._scratch = weights, added, Scratch()
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """Raises UserError where parts of one tensor have several."""
+        """Raises UserError where the Hugging Face tensors of one rule have several."""
         held = self._added if rule.hf[0] in self._added else self._weights.entries
         found = {name: held[name].dtype for name in rule.hf}
         if len(set(found.values())) > 1:
@@ -116,19 +74,19 @@ class HFSource:
             raise UserError(f"{self._weights.folder}: these tensors must have the same dtype. Got {listed}.")
         return found[rule.hf[0]]
 
-    def rows(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
+    def chunks(self, rule: Rule, start: int, stop: int) -> Iterator[Tensor]:
         """See ``WeightSource``."""
         self._scratch.reset()
         while start < stop:
-            part, first = divmod(start, rule.rows)
-            if part == len(rule.hf):
+            index, first = divmod(start, rule.rows)
+            if index == len(rule.hf):
                 yield torch.zeros(stop - start, *rule.shape[1:], dtype=self.dtype(rule))
                 return
             end = min(rule.rows, first + stop - start)
-            yield self._checked(rule.hf[part], first, end)
+            yield self._checked(rule.hf[index], first, end)
             start += end - first
 
-    def whole(self, rule: Rule) -> Tensor:
+    def full_tensor(self, rule: Rule) -> Tensor:
         """See ``WeightSource``."""
         self._scratch.reset()
         return rule.join([self._checked(name, 0, self._weights.entries[name].shape[0]) for name in rule.hf])
@@ -141,17 +99,36 @@ class HFSource:
         return rows
 
 
-def pieces(source: WeightSource, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """(Megatron-core's name, rows) of every whole tensor, in the table's order; see ``write_checkpoint``."""
+def all_chunks(source: WeightSource, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """(Megatron-core's name, rows) of every full tensor, in the table's order; see ``write_checkpoint``."""
     for rule in rules(config):
         if not rule.stacked:
-            yield rule.megatron, source.whole(rule)
+            yield rule.megatron, source.full_tensor(rule)
             continue
-        for start, stop in runs(rule.shape[0], row_bytes(rule, source.dtype(rule))):
-            for piece in source.rows(rule, start, stop):
-                yield rule.megatron, piece
+        for start, stop in row_ranges(rule.shape[0], row_bytes(rule, source.dtype(rule))):
+            for chunk in source.chunks(rule, start, stop):
+                yield rule.megatron, chunk
 
 
 def row_bytes(rule: Rule, dtype: torch.dtype) -> int:
-    """What a row of a tensor takes."""
+    """Bytes of one row of a full tensor."""
     return torch.Size(rule.shape[1:]).numel() * dtype.itemsize
+
+
+def check_finite(tensor: Tensor, name: str, before: Tensor | None = None) -> None:
+    """Raise UserError where ``tensor`` is not finite; ``before`` is the tensor in its former precision."""
+    # NaN and infinity show in the extremes, which are found in one pass without a copy.
+    if not tensor.is_floating_point() or not tensor.numel() or all(extreme.isfinite() for extreme in tensor.aminmax()):
+        return
+    narrowed = before is not None and bool(before.isfinite().all())
+    cause = f"too large for {tensor.dtype}: choose another dtype" if narrowed else "broken weights"
+    raise UserError(f"{name}: every value must be finite. Got inf or NaN ({cause}).")
+
+
+def check_not_lost(tensor: Tensor, name: str, before: Tensor) -> None:
+    """Raise UserError where ``tensor`` is all zeros and ``before``, the tensor in its former precision, is not."""
+    if before.any() and not tensor.any():
+        raise UserError(
+            f"{name}: its values, of at most {before.abs().max():.1g}, all become 0 in {tensor.dtype}: the router "
+            "would rank no head above another. Choose bf16 or fp32."
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moh_megatron.data.dataset_manifest import SPLITS, Manifest, hash_file, load_dataset_tokenizer, load_manifest
+from moh_megatron.data.dataset_manifest import SPLITS, Manifest, file_sha256, load_dataset_tokenizer, load_manifest
 from moh_megatron.data.prepare.indexed_writer import Index, open_tokens
 from moh_megatron.io.errors import UserError
 
@@ -107,7 +107,7 @@ def unverified(manifest: Manifest) -> list[str]:
 
 def _changes(path: Path, size: int | None, sha256: str) -> list[str]:
     try:
-        digest = hash_file(path)
+        digest = file_sha256(path)
     except UserError as error:
         return [str(error)]
     if digest == sha256:

@@ -12,13 +12,13 @@ from moh_megatron.config.source_weights import ONLY
 from moh_megatron.data.prepare.chunks import Chunk
 from moh_megatron.data.prepare.inputs import Input, Part, find_inputs, plan_parts
 from moh_megatron.data.prepare.lines import Advance
-from moh_megatron.data.prepare.publish import published_folder
 from moh_megatron.data.prepare.read_documents import QUOTED_REJECTS, Reject, read_segment
 from moh_megatron.data.source_configs import source_configs
 from moh_megatron.data.tokenizer.byte_level_bpe import train_byte_level_bpe
 from moh_megatron.data.tokenizer.grow import grow_tokenizer
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
 
@@ -59,7 +59,7 @@ def tokenizer_settings(config: Config, given: Tokenizer | None) -> dict[str, Any
     }
 
 
-def train_on_inputs(config: Config, folder: Path) -> None:
+def train_on_inputs(config: Config, folder: Path, setting: str | None = "data.dir") -> None:
     """Make the tokenizer in the new ``folder``, from a sample of data.inputs, or of all sources by their weights.
 
     The folder appears complete or not at all. Raises UserError.
@@ -71,7 +71,10 @@ def train_on_inputs(config: Config, folder: Path) -> None:
         most_bytes = round(config.tokenizer.sample_bytes * weights[name] / sum(weights.values()))
         plans.append((inputs, plan_parts(inputs, source.data.text_unit), source.data, most_bytes))
     size = sum(segment.bytes for _, plan, _, _ in plans for part in plan for segment in part)
-    with published_folder(folder) as partial, progress_bar("read for tokenizer", size, "B", unit_scale=True) as bar:
+    with (
+        atomic_folder(folder, setting) as partial,
+        progress_bar("read for tokenizer", size, "B", unit_scale=True) as bar,
+    ):
         texts = chain.from_iterable(
             sample_texts(inputs, plan, data, most_bytes, bar.update) for inputs, plan, data, most_bytes in plans
         )

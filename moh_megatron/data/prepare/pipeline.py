@@ -27,7 +27,7 @@ from moh_megatron.data.dataset_manifest import (
     InputRecord,
     Manifest,
     TokenizerRecord,
-    hash_file,
+    file_sha256,
     load_manifest,
 )
 from moh_megatron.data.prepare.indexed_writer import token_dtype
@@ -35,11 +35,12 @@ from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.make_tokenizer import given_tokenizer, train_on_inputs
 from moh_megatron.data.prepare.merge import merge_parts, write_rejects
 from moh_megatron.data.prepare.ngrams import baselines
-from moh_megatron.data.prepare.publish import published_folder
 from moh_megatron.data.prepare.working_folder import REJECTS, PrepareJob
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.console import progress_bar
-from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.remedies import write_fault
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Manifest:
     with _disk_faults(folder), job:
         tokenizer = job.tokenizer()
         job.make_parts(tokenizer, 1, 1)
-        with published_folder(folder) as partial:
+        with atomic_folder(folder, "data.dir") as partial:
             manifest = _merge(config, job, tokenizer, partial)
         job.remove()
     return manifest
@@ -100,14 +101,11 @@ def shard_tokenizer(config: Config) -> Tokenizer:
 
 
 @contextmanager
-def _disk_faults(folder: Path) -> Iterator[None]:
+def _disk_faults(folder: Path, setting: str | None = "data.dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Fault(
-            f"Cannot write the dataset {folder}: {error.strerror or error}. Free some space there or set data.dir to "
-            "another disk, then run the same command again. An earlier dataset in its place is untouched."
-        ) from error
+        raise write_fault(folder, error, setting) from error
 
 
 def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
@@ -119,8 +117,8 @@ def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
         raise UserError(f"--tokenizer: {folder} exists already. Name a new folder.")
     if config.tokenizer.grow_to is None:
         config = replace(config, tokenizer=replace(config.tokenizer, path=None))
-    with _disk_faults(folder):
-        train_on_inputs(config, folder)
+    with _disk_faults(folder, None):
+        train_on_inputs(config, folder, None)
     return load_tokenizer(folder)
 
 
@@ -184,7 +182,7 @@ def _merge(config: Config, job: PrepareJob, tokenizer: Tokenizer, partial: Path)
         versions=_versions(),
         command=shlex.join(sys.argv),
         others=tuple(
-            FileRecord(str(path.relative_to(partial)), path.stat().st_size, hash_file(path))
+            FileRecord(str(path.relative_to(partial)), path.stat().st_size, file_sha256(path))
             for path in (*sorted((partial / "tokenizer").iterdir()), partial / REJECTS)
         ),
     )

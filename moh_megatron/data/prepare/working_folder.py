@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
-from moh_megatron.data.dataset_manifest import InputRecord, hash_file
+from moh_megatron.data.dataset_manifest import InputRecord, file_sha256
 from moh_megatron.data.prepare import encode, workers
 from moh_megatron.data.prepare.indexed_writer import token_dtype
 from moh_megatron.data.prepare.inputs import File, Input, most_documents, plan_parts
@@ -231,7 +231,7 @@ class PrepareJob:
             record.bytes == file.bytes
             and (
                 (record.path, record.modified_ns) == (file.path, file.modified_ns)
-                or record.sha256 == hash_file(Path(file.path))
+                or record.sha256 == file_sha256(Path(file.path))
             )
             for record, file in zip(recorded_files, files, strict=True)
         )
@@ -241,7 +241,7 @@ class PrepareJob:
         path = self._hash_path(file)
         with suppress(FileNotFoundError):
             return path.read_text()
-        digest = hash_file(Path(file.path))
+        digest = file_sha256(Path(file.path))
         temporary = path.with_name(f".{os.getpid()}.{path.name}")
         temporary.write_text(digest)
         os.replace(temporary, path)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from moh_megatron.checkpoint.async_saver import Saver
+from moh_megatron.checkpoint.async_saver import AsyncSaver
 from moh_megatron.checkpoint.layout import checkpoint_name, read_config, read_weights
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.optimizer_state import StoredState
@@ -73,7 +73,7 @@ def train(engine: Engine, config: Config, first: int, last: int) -> list[tuple[f
 def save(engine: Engine, config: Config, root: Path, step: int) -> Path:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    saver = Saver(root, group)
+    saver = AsyncSaver(root, group)
     saver.begin(Snapshot.take(config, step, "d" * 64, NoTokenizer(), engine))
     saver.finish()
     dist.destroy_process_group(group)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moh_megatron.checkpoint import layout, save
-from moh_megatron.checkpoint.async_saver import Saver
+from moh_megatron.checkpoint.async_saver import AsyncSaver
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.save import Snapshot
 from moh_megatron.io.errors import Fault
@@ -52,7 +52,7 @@ def root(tmp_path):
 def saver(root):
     group = dist.group.WORLD
     assert group is not None
-    return Saver(root, group)
+    return AsyncSaver(root, group)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_one_at_a_time(saver, root, tiny, held_back):
     assert (root / "latest").read_text() == "step_00000010\n"
 
 
-@pytest.mark.parametrize("phase", ["write_part", "publish"])
+@pytest.mark.parametrize("phase", ["write_part", "commit"])
 def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, phase):
     saver.begin(snapshot(tiny(), 5))
     saver.finish()

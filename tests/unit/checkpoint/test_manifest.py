@@ -2,28 +2,22 @@
 
 import dataclasses
 import errno
-import hashlib
 import json
-import os
 
 import pytest
-from support.slow_digest import SlowDigest
 
-from moh_megatron.checkpoint import manifest as manifest_module
 from moh_megatron.checkpoint.manifest import (
     FORMAT_VERSION,
-    FileEntry,
     Manifest,
     Topology,
     damage,
-    hash_file,
     read_manifest,
     relative_files,
     write_manifest,
 )
+from moh_megatron.io.hashing import hash_file
 
 CONTENT = {"config.yaml": b"run: {}\n", "weights/a.safetensors": bytes(range(256)) * 9, "engine/state.pt": b"state"}
-EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def make(folder):
@@ -40,24 +34,6 @@ def make(folder):
 def checkpoint(tmp_path):
     make(tmp_path / "step_00000007")
     return tmp_path / "step_00000007"
-
-
-def test_hash_file_is_size_and_sha256(tmp_path):
-    (tmp_path / "empty").touch()
-    assert hash_file(tmp_path / "empty") == FileEntry(0, EMPTY_SHA256)
-    (tmp_path / "abc").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert hash_file(tmp_path / "abc") == FileEntry(3, expected)
-
-
-@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 8192, 5 * 4096 + 3])
-def test_a_file_of_several_blocks_is_read_whole(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(manifest_module, "_BLOCK_BYTES", 4096)
-    content = os.urandom(size)
-    (tmp_path / "long").write_bytes(content)
-    expected = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(manifest_module.hashlib, "sha256", SlowDigest)
-    assert hash_file(tmp_path / "long") == FileEntry(size, expected)
 
 
 def test_the_manifest_lists_every_file_but_itself(checkpoint):

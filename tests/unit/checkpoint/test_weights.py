@@ -107,13 +107,13 @@ def test_a_tensor_that_is_not_there_is_named(tiny, tmp_path, table, whole):
 def test_optimizer_state_of_any_size_loads_at_any_size(tiny, tmp_path, table, whole, there, replicas, here):
     for rank in range(there):
         state = [(f"exp_avg/{name}", part) for name, part in shard(whole, table, rank, there).items()]
-        shares = [optimizer_state.deal(state, replica, replicas) for replica in range(replicas)]
+        shares = [optimizer_state.shard(state, replica, replicas) for replica in range(replicas)]
         assert sorted(name for share in shares for name in share) == sorted(name for name, _ in state)
         largest = max(part.nbytes for _, part in state)
         sizes = [sum(part.nbytes for part in share.values()) for share in shares]
         assert max(sizes) - min(sizes) <= largest
         for replica, share in enumerate(shares):
-            optimizer_state.write_share(tmp_path, share, 7, (rank, there, replica, replicas))
+            optimizer_state.write_shard(tmp_path, share, 7, (rank, there, replica, replicas))
     for rank in range(here):
         expected = shard(whole, table, rank, here)
         with optimizer_state.StoredState(tmp_path, tiny({"parallel.tensor": there}), rank, here) as stored:
@@ -123,6 +123,6 @@ def test_optimizer_state_of_any_size_loads_at_any_size(tiny, tmp_path, table, wh
 
 def test_a_share_is_a_copy():
     tensor = torch.ones(3)
-    share = optimizer_state.deal([("a", tensor)], 0, 1)
+    share = optimizer_state.shard([("a", tensor)], 0, 1)
     tensor.zero_()
     assert share["a"].tolist() == [1, 1, 1]

@@ -1,16 +1,18 @@
-"""safetensors files read and written a piece at a time, in memory that is used again.
+"""Reads and writes safetensors files chunk by chunk, in buffers that are reused.
 
-safetensors' own ``save_file`` wants all tensors at once, and the pages ``safe_open`` maps count as this process's
+The library's ``save_file`` needs all tensors at once, and the pages that its ``safe_open`` maps count as this process's
 memory. The format is eight bytes of length, a JSON header, raw bytes: <https://github.com/huggingface/safetensors#format>.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -18,24 +20,25 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.direct_file import BLOCKS, DirectFile, read_in_order
-from moh_megatron.checkpoint.manifest import FileEntry
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.hashing import FileEntry, read_in_order
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 WEIGHT_TYPES = "F32, F16 or BF16"
-"""Of weights; the fourth is for balancing biases, which count steps."""
+"""The dtypes of weights; I64 is for balancing biases, which count steps."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
+_FLUSH_BYTES = 1 << 25
+"""Written before the system is asked to bring it to the disk. Left to itself, it keeps gigabytes in memory first."""
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in its file."""
+    """Describes a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Byte of the file."""
+    """Index of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -43,18 +46,18 @@ class Entry(NamedTuple):
 
 
 class Scratch:
-    """Blocks of memory that are used again after ``reset``: what they held is lost then."""
+    """Buffers that are reused after ``reset``, which gives up what they hold."""
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._taken = 0
 
     def reset(self) -> None:
-        """All blocks are free."""
+        """Make all buffers free."""
         self._taken = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], of any content."""
+        """A free buffer, uint8 [nbytes], of any content."""
         if self._taken == len(self._blocks):
             self._blocks.append(torch.empty(nbytes, dtype=torch.uint8))
         elif self._blocks[self._taken].numel() < nbytes:
@@ -67,7 +70,7 @@ class SafetensorsFile:
     """A file opened for positioned reads.
 
     Raises:
-        UserError: it is missing, cut short, or no safetensors file; the message names the tensor.
+        UserError: the file is missing, cut short, or no safetensors file; the message names the tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +80,7 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}). Expected a safetensors file.") from None
         try:
-            # A conversion takes the tensors in the order in which files of this project, and most others, hold them.
+            # Conversions read tensors in the order in which files of this project, and most others, hold them.
             read_in_order(self._handle)
             self.entries = self._read_header()
         except BaseException:
@@ -88,7 +91,7 @@ class SafetensorsFile:
         os.close(self._handle)
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, in memory of ``scratch``."""
+        """Rows ``start`` to ``stop`` of a tensor, in a buffer of ``scratch``."""
         entry = self.entries[name]
         shape = (stop - start, *entry.shape[1:])
         width = math.prod(shape[1:]) * entry.dtype.itemsize
@@ -98,7 +101,7 @@ class SafetensorsFile:
         return block.view(entry.dtype).view(shape)
 
     def read(self, name: str, scratch: Scratch) -> Tensor:
-        """A whole tensor, in memory of ``scratch``."""
+        """A full tensor, in a buffer of ``scratch``."""
         entry = self.entries[name]
         return self.rows(name, 0, entry.shape[0], scratch) if entry.shape else self._scalar(name, scratch)
 
@@ -110,15 +113,15 @@ class SafetensorsFile:
     def _fill(self, view: memoryview, offset: int, name: str) -> None:
         done = 0
         while done < len(view):
-            with self._named():
+            with self._naming_file():
                 count = os.preadv(self._handle, [view[done:]], offset + done)
             if not count:
                 raise UserError(f"{self.path}: ends inside {name}. Fetch or write the file again.")
             done += count
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        # The system does not say which file a read failed in.
+    def _naming_file(self) -> Iterator[None]:
+        # The system does not say in which file a read failed.
         try:
             yield
         except OSError as error:
@@ -126,7 +129,7 @@ class SafetensorsFile:
             raise
 
     def _read_header(self) -> dict[str, Entry]:
-        with self._named():
+        with self._naming_file():
             size = os.fstat(self._handle).st_size
             length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -170,7 +173,7 @@ class SafetensorsFile:
         return entries
 
     def _check_layout(self, entries: Mapping[str, Entry], start: int, size: int) -> None:
-        """Raise UserError unless the tensors fill the file from byte ``start`` on, one behind the other."""
+        """Raise UserError unless the tensors fill the file from byte ``start`` on, without gaps."""
         end, before = start, "the header"
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
             if entry.start != end:
@@ -187,39 +190,41 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes a file whose tensors are known beforehand, a piece at a time and in their order; a context manager.
+    """Writes a file whose tensors are known beforehand, chunk by chunk and in their order; a context manager.
 
-    At the end the file is on the disk; see ``DirectFile``.
+    When the block succeeds the file is on the disk. When it fails the file stays incomplete.
 
     Args:
-        tensors: names, in the order of writing, with dtype and shape.
-        hashed: whether ``entry`` is wanted.
-        blocks: see ``DirectFile``.
+        tensors: dtype and shape of each tensor by name, in the order of writing.
+        hashed: whether ``entry`` is needed.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        *,
-        hashed: bool = False,
-        blocks: int = BLOCKS,
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, hashed: bool = False
     ) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._ends: list[tuple[str, int]] = []
+        ends: list[tuple[str, int]] = []
         offset = 0
         for name, (dtype, shape) in tensors.items():
             end = offset + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._ends.append((name, end))
+            ends.append((name, end))
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
         self.path, self._size, self._written, self._total = path, 8 + len(text) + offset, 0, offset
-        self._names = iter(self._ends)
+        self._names = iter(ends)
         self._current, self._end = "", 0
-        self._file = DirectFile(path, hashed=hashed, blocks=blocks)
-        self._file.write(memoryview(len(text).to_bytes(8, "little") + text))
+        self._digest = hashlib.sha256() if hashed else None
+        self._position, self._submitted = 0, 0
+        self._helper = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
+        self._file = path.open("wb", buffering=0)
+        try:
+            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -229,26 +234,60 @@ class SafetensorsWriter:
     ) -> None:
         try:
             if kind is None:
-                assert self._written == self._total, f"{self._current} is not written whole"
-                self._file.finish()
+                assert self._written == self._total, f"{self._current} is not written completely"
+                self._finish()
         finally:
-            self._file.abandon()
+            self._close()
 
     @property
     def entry(self) -> FileEntry:
-        """Size and hash of the whole file."""
-        return FileEntry(self._size, self._file.sha256)
+        """Size and hash of the complete file."""
+        assert self._digest is not None
+        return FileEntry(self._size, self._digest.hexdigest())
 
-    def append(self, name: str, piece: Tensor) -> None:
-        """The next rows of ``name``, whose turn it must be."""
+    def append(self, name: str, chunk: Tensor) -> None:
+        """Write the next rows of ``name``, which must be the next tensor. Raises OSError where the disk refuses."""
         while self._written == self._end and name != self._current:
             self._current, self._end = next(self._names)
-        data = piece.contiguous().flatten().view(torch.uint8)
+        data = chunk.contiguous().flatten().view(torch.uint8)
         self._written += data.numel()
         assert name == self._current, f"{name} is not the next tensor"
         assert self._written <= self._end, f"{name} is larger than announced"
         if data.numel():
-            self._file.write(data.numpy().data)
+            self._write(data.numpy().data)
         if self._written == self._total:
-            # Of many shards only those that are being filled hold memory.
-            self._file.finish()
+            # A conversion may have many files open; those that are complete need no more resources.
+            self._finish()
+
+    def _write(self, data: memoryview) -> None:
+        if self._digest is not None:
+            self._digest.update(data)
+        while data:
+            count = self._file.write(data)
+            self._position, data = self._position + count, data[count:]
+        if self._position - self._submitted >= _FLUSH_BYTES:
+            self._drop_flushed()
+            self._flushing = self._helper.submit(os.fsync, self._file.fileno())
+            self._submitted = self._position
+
+    def _drop_flushed(self) -> None:
+        """Wait for the flush under way, and free the page cache of what is on the disk, which is not read again soon.
+
+        Its memory is reused for the next bytes. On a virtual machine new memory may cost more time than the disk.
+        """
+        if self._flushing is not None:
+            self._flushing.result()
+            with suppress(AttributeError):  # macOS does not have it.
+                os.posix_fadvise(self._file.fileno(), 0, self._submitted, os.POSIX_FADV_DONTNEED)
+
+    def _finish(self) -> None:
+        if not self._file.closed:
+            try:
+                self._drop_flushed()
+                os.fsync(self._file.fileno())
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        self._helper.shutdown()
+        self._file.close()
