@@ -74,7 +74,7 @@ def peak(*arguments: object, code: int = 0) -> int:
     return int(kilobytes) * 1024
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+def test_memory_of_a_conversion_is_bounded_by_the_largest_tensor(tmp_path):
     write_llama(tmp_path / "small", 1, 64)
     size = write_llama(tmp_path / "large", LAYERS, VOCABULARY)
     assert size > LARGEST + 4 * MARGIN
@@ -87,7 +87,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     assert peak(*out) - peak(*out[:3], "--hf-dir", tmp_path / "absent", "--dry-run") < LARGEST + MARGIN
 
 
-def test_memory_of_the_official_form_is_bounded_too(tmp_path):
+def test_memory_of_converting_the_official_form_is_bounded(tmp_path):
     size = write_llama(tmp_path / "official", LAYERS, VOCABULARY)
     assert size > LARGEST + 4 * MARGIN
     arguments = ("official-to-hf", "--load-dir", tmp_path / "official", "--hf-dir")

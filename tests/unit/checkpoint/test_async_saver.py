@@ -1,4 +1,4 @@
-"""Saving behind the training's back: complete or not there, one at a time, errors told."""
+"""AsyncSaver: checkpoints are complete or absent, written one at a time, and errors are reported."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Tokenizer:
 
 
 class Engine:
-    """What a checkpoint asks of an engine, made of ones."""
+    """What a checkpoint needs of an engine, with tensors of ones."""
 
     updates = 3
 
     def __init__(self, config):
-        self.held = {rule.megatron: torch.ones(rule.shape) for rule in rules(config)}
+        self.tensors = {rule.megatron: torch.ones(rule.shape) for rule in rules(config)}
 
     def weights(self):
-        yield from [*self.held.items(), ("decoder._extra_state", torch.zeros(1))]
+        yield from [*self.tensors.items(), ("decoder._extra_state", torch.zeros(1))]
 
     def optimizer_tensors(self):
-        for name, tensor in self.held.items():
+        for name, tensor in self.tensors.items():
             yield f"exp_avg/{name}", tensor
 
 
@@ -56,8 +56,8 @@ def saver(root):
 
 
 @pytest.fixture
-def held_back(monkeypatch):
-    """The background write waits until this is set."""
+def blocked_write(monkeypatch):
+    """The background write waits until this event is set."""
     event, write_part = threading.Event(), save.write_part
 
     def wait(*arguments):
@@ -77,7 +77,7 @@ def names(root):
     return sorted(path.name for path in root.iterdir())
 
 
-def test_a_saved_checkpoint_is_whole(saver, root, tiny):
+def test_saved_checkpoint_is_complete(saver, root, tiny):
     saver.begin(snapshot(tiny(), 5))
     saver.finish()
     assert names(root) == ["latest", "step_00000005"]
@@ -88,37 +88,37 @@ def test_a_saved_checkpoint_is_whole(saver, root, tiny):
     assert (manifest.step, manifest.tokens, manifest.data) == (5, 5 * 4 * 16, "d" * 64)
     assert "tokenizer/more/notes.txt" in manifest.files
     assert layout.read_config(folder) == tiny()
-    assert layout.read_weights(folder).keys() == Engine(tiny()).held.keys()
+    assert layout.read_weights(folder).keys() == Engine(tiny()).tensors.keys()
 
 
-def test_nothing_shows_before_it_is_complete(saver, root, tiny, held_back):
+def test_checkpoint_is_invisible_before_it_is_complete(saver, root, tiny, blocked_write):
     saver.begin(snapshot(tiny(), 5))
     for _ in range(3):
         saver.advance()
         assert names(root) == [".partial_step_00000005"]
-    held_back.set()
+    blocked_write.set()
     saver.finish()
     assert names(root) == ["latest", "step_00000005"]
 
 
-def test_what_is_trained_meanwhile_is_not_saved(saver, root, tiny, held_back):
+def test_training_during_the_save_does_not_change_the_checkpoint(saver, root, tiny, blocked_write):
     engine = Engine(tiny())
     saver.begin(Snapshot.take(tiny(), 5, "d" * 64, Tokenizer(), engine))
-    for tensor in engine.held.values():
+    for tensor in engine.tensors.values():
         tensor.zero_()
-    held_back.set()
+    blocked_write.set()
     saver.finish()
     assert all((tensor == 1).all() for tensor in layout.read_weights(root / "step_00000005").values())
 
 
-def test_one_at_a_time(saver, root, tiny, held_back):
+def test_second_save_waits_for_the_first(saver, root, tiny, blocked_write):
     saver.begin(snapshot(tiny(), 5))
     second = threading.Thread(target=lambda: saver.begin(snapshot(tiny(), 10)))
     second.start()
     second.join(0.5)
     assert second.is_alive()
     assert names(root) == [".partial_step_00000005"]
-    held_back.set()
+    blocked_write.set()
     second.join(60)
     saver.finish()
     assert names(root) == ["latest", "step_00000005", "step_00000010"]
@@ -126,7 +126,7 @@ def test_one_at_a_time(saver, root, tiny, held_back):
 
 
 @pytest.mark.parametrize("phase", ["write_part", "commit"])
-def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, phase):
+def test_full_disk_is_reported_and_leaves_older_checkpoints(saver, root, tiny, monkeypatch, phase):
     saver.begin(snapshot(tiny(), 5))
     saver.finish()
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_and_harms_nothing(saver, root, tiny, monkeypatch, p
         (errno.ENOTDIR, "Not a directory", "It was deleted, moved or replaced"),
     ],
 )
-def test_what_the_file_system_refuses_is_told_with_its_path(saver, root, tiny, monkeypatch, number, what, remedy):
+def test_file_system_error_is_reported_with_path_and_remedy(saver, root, tiny, monkeypatch, number, what, remedy):
     def refuse(*arguments):
         raise OSError(number, os.strerror(number), str(root / "file"))
 
@@ -160,10 +160,10 @@ def test_what_the_file_system_refuses_is_told_with_its_path(saver, root, tiny, m
         saver.finish()
 
 
-def test_a_folder_that_was_deleted_is_not_made_anew(saver, root, tiny, held_back):
+def test_deleted_run_folder_is_not_created_again(saver, root, tiny, blocked_write):
     saver.begin(snapshot(tiny(), 5))
     shutil.rmtree(root)
-    held_back.set()
+    blocked_write.set()
     with pytest.raises(Fault, match=r"No such file or directory.*It was deleted, moved or replaced"):
         saver.finish()
     root.parent.rename(root.parent.with_name("elsewhere"))
@@ -172,7 +172,7 @@ def test_a_folder_that_was_deleted_is_not_made_anew(saver, root, tiny, held_back
     assert not root.parent.exists()
 
 
-def test_too_little_room_is_told_before_anything_is_written(saver, root, tiny, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(saver, root, tiny, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(Fault, match=r"MiB needed, 0 MiB free\..*Newest complete checkpoint: none\.$"):
         saver.begin(snapshot(tiny(), 5))
@@ -180,7 +180,7 @@ def test_too_little_room_is_told_before_anything_is_written(saver, root, tiny, m
     assert not (root / "step_00000005").exists()
 
 
-def test_a_bug_is_no_disk_failure(saver, tiny, monkeypatch):
+def test_error_that_is_not_of_the_disk_is_raised_unchanged(saver, tiny, monkeypatch):
     def stumble(*arguments):
         raise KeyError("a bug")
 
@@ -190,7 +190,7 @@ def test_a_bug_is_no_disk_failure(saver, tiny, monkeypatch):
         saver.finish()
 
 
-def test_a_later_one_that_was_passed_over_is_not_called_the_newest(saver, root, tiny, fake_checkpoint, monkeypatch):
+def test_later_checkpoint_passed_over_is_not_named_as_the_newest(saver, root, tiny, fake_checkpoint, monkeypatch):
     for step in (5, 10, 15):
         fake_checkpoint(root / f"step_{step:08d}", tiny(), step=step)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
@@ -198,14 +198,14 @@ def test_a_later_one_that_was_passed_over_is_not_called_the_newest(saver, root, 
         saver.begin(snapshot(tiny(), 10))
 
 
-def test_what_is_in_use_outlives_retention(saver, root, tiny):
+def test_checkpoints_in_use_are_not_deleted(saver, root, tiny):
     for step, in_use in ((4, set()), (5, {4}), (6, {4}), (7, set())):
         saver.begin(snapshot(tiny({"checkpoint.keep_last": 1}), step), in_use)
         saver.finish()
-        assert names(root) == ["latest", *(f"step_{each:08d}" for each in sorted({*in_use, step}))]
+        assert names(root) == ["latest", *(f"step_{number:08d}" for number in sorted({*in_use, step}))]
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced(saver, root, tiny):
+def test_damaged_checkpoint_of_the_same_step_is_replaced(saver, root, tiny):
     for _ in range(2):
         saver.begin(snapshot(tiny(), 5))
         saver.finish()
@@ -214,7 +214,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(saver, root, tiny):
         (root / "step_00000005" / "config.yaml").write_text("")
 
 
-def test_retention(saver, root, tiny):
+def test_retention_keeps_the_newest_and_every_nth_step(saver, root, tiny):
     for step in (4, 5, 6, 7):
         saver.begin(snapshot(tiny({"checkpoint.keep_last": 1, "checkpoint.keep_every": 5}), step))
         saver.finish()

@@ -1,5 +1,6 @@
-"""Which checkpoint a path means."""
+"""layout: which checkpoint a path names, and which are passed over."""
 
+import logging
 import re
 
 import pytest
@@ -24,46 +25,44 @@ def run(tmp_path, tiny, fake_checkpoint):
     return tmp_path / "run"
 
 
-SPOILED = "weights/tp_rank_00_of_01.safetensors"
+DAMAGED = "weights/tp_rank_00_of_01.safetensors"
 
 
-def spoil(folder):
-    (folder / SPOILED).write_bytes(b"")
+def damage(folder):
+    (folder / DAMAGED).write_bytes(b"")
 
 
-def test_the_newest_one(run):
+def test_folder_of_a_run_or_of_checkpoints_means_the_newest(run):
     newest = run / "checkpoints" / "step_00000015"
     assert resolve_checkpoint(run / "checkpoints") == newest
     assert resolve_checkpoint(run) == newest
     assert resolve_checkpoint(str(run)) == newest
 
 
-def test_newest_is_by_number(tmp_path, tiny, fake_checkpoint):
+def test_checkpoints_are_sorted_by_number(tmp_path, tiny, fake_checkpoint):
     for step in (9, 100, 99_999_999, 20):
         fake_checkpoint(tmp_path / checkpoint_name(step), tiny(), step=step)
     assert [folder.name[-3:] for folder in step_folders(tmp_path)] == ["999", "100", "020", "009"]
     assert [manifest.step for _, manifest in complete_checkpoints(tmp_path)] == [99_999_999, 100, 20, 9]
 
 
-def test_damaged_ones_are_passed_over_and_reported(run):
+def test_damaged_checkpoints_are_passed_over_with_a_warning(run, caplog):
     root = run / "checkpoints"
-    spoil(root / "step_00000015")
+    damage(root / "step_00000015")
     (root / "step_00000010" / "manifest.json").unlink()
-    reports = []
-    assert resolve_checkpoint(run, reports.append) == root / "step_00000005"
-    assert reports == [
-        f"{root}/step_00000015 is passed over: {SPOILED} has 0 bytes, expected 10",
+    assert resolve_checkpoint(run) == root / "step_00000005"
+    assert caplog.messages == [
+        f"{root}/step_00000015 is passed over: {DAMAGED} has 0 bytes, expected 10",
         f"{root}/step_00000010 is passed over: it has no manifest.json",
     ]
 
 
-def test_good_ones_are_not_reported(run):
-    reports = []
-    resolve_checkpoint(run, reports.append)
-    assert reports == []
+def test_good_checkpoints_cause_no_warning(run, caplog):
+    resolve_checkpoint(run)
+    assert caplog.messages == []
 
 
-def test_one_named_directly(run, monkeypatch):
+def test_checkpoint_named_directly_is_used(run, monkeypatch):
     named = run / "checkpoints" / "step_00000005"
     assert resolve_checkpoint(named) == named
     assert resolve_checkpoint(f"{named}/") == named
@@ -71,43 +70,42 @@ def test_one_named_directly(run, monkeypatch):
     assert resolve_checkpoint(".").resolve() == named.resolve()
 
 
-def test_one_under_another_name(run):
+def test_checkpoint_under_another_name_is_used_and_checked(run):
     best = run / "best"
     (run / "checkpoints" / "step_00000010").rename(best)
     assert resolve_checkpoint(best) == best
-    spoil(best)
+    damage(best)
     with pytest.raises(UserError, match=r"is not a complete checkpoint: weights/.* has 0 bytes"):
         resolve_checkpoint(best)
 
 
-def test_a_damaged_one_named_directly_is_refused(run):
+def test_damaged_checkpoint_named_directly_is_refused(run):
     named = run / "checkpoints" / "step_00000015"
-    spoil(named)
-    message = (
-        f"{named} is not a complete checkpoint: {SPOILED} has 0 bytes, expected 10. Use another one, or make it again."
-    )
+    damage(named)
+    reason = f"{DAMAGED} has 0 bytes, expected 10"
+    message = f"{named} is not a complete checkpoint: {reason}. Use another one, or make it again."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         resolve_checkpoint(named)
 
 
-def test_a_run_folder_whose_name_starts_as_a_checkpoints(run):
+def test_run_folder_whose_name_begins_like_a_checkpoints_is_a_run_folder(run):
     other = run.rename(run.with_name("step_by_step"))
     assert resolve_checkpoint(other) == other / "checkpoints" / "step_00000015"
 
 
 @pytest.mark.parametrize("name", [".partial_step_00000020", "step_20", "step_000000020", "step_00000020.old", "notes"])
-def test_other_names_are_no_checkpoints(run, tiny, fake_checkpoint, name):
+def test_folders_of_other_names_are_no_checkpoints(run, tiny, fake_checkpoint, name):
     fake_checkpoint(run / "checkpoints" / name, tiny(), step=20)
     assert resolve_checkpoint(run).name == "step_00000015"
     assert len(step_folders(run / "checkpoints")) == 3
 
 
-def test_a_file_with_a_checkpoints_name_is_passed_over(run):
+def test_file_named_like_a_checkpoint_is_passed_over(run):
     (run / "checkpoints" / "step_00000020").write_text("")
     assert resolve_checkpoint(run).name == "step_00000015"
 
 
-def test_none(tmp_path):
+def test_folder_without_checkpoints_is_a_user_error(tmp_path):
     (tmp_path / "checkpoints" / ".partial_step_00000020").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(UserError, match=f"^{re.escape(str(folder))} holds no complete checkpoint"):
@@ -121,16 +119,15 @@ def test_none(tmp_path):
         resolve_checkpoint(tmp_path / "config.json")
 
 
-def test_all_damaged(run):
+def test_only_damaged_checkpoints_are_a_user_error(run, caplog):
     for folder in step_folders(run / "checkpoints"):
-        spoil(folder)
-    reports = []
+        damage(folder)
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        resolve_checkpoint(run, reports.append)
-    assert len(reports) == 3
+        resolve_checkpoint(run)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
 
 
-def test_complete_checkpoints_skips_unreadable_manifests(run):
+def test_complete_checkpoints_leaves_out_unreadable_manifests(run):
     (run / "checkpoints" / "step_00000015" / "manifest.json").write_text("{")
     assert [manifest.step for _, manifest in complete_checkpoints(run / "checkpoints")] == [10, 5]
     assert list(complete_checkpoints(run / "absent")) == []
@@ -141,19 +138,19 @@ def test_complete_checkpoints_up_to_a_step(run):
     assert [manifest.step for _, manifest in found] == [10, 5]
 
 
-def test_problem_with_a_good_one_is_none_and_its_config_comes_back(run, tiny):
+def test_good_checkpoint_has_no_problem_and_returns_its_configuration(run, tiny):
     folder = run / "checkpoints" / "step_00000010"
     assert problem_with(folder) is None
     assert read_config(folder) == tiny()
 
 
-def test_reading_weights_does_not_need_the_optimizer_state(run):
+def test_weights_are_usable_without_the_optimizer_state(run):
     folder = run / "checkpoints" / "step_00000015"
     (folder / "optimizer" / "state.pt").write_bytes(b"")
     assert resolve_checkpoint(run) == folder
     assert problem_with(folder) == "optimizer/state.pt has 0 bytes, expected 18"
 
 
-def test_topology_of(tiny):
+def test_topology_follows_the_configuration(tiny):
     config = tiny({"parallel.tensor": 2, "parallel.zero_stage": 2, "train.precision": "bf16"})
     assert str(topology_of(config, 8)) == "TP 2 x DP 4, ZeRO 2, bf16"

@@ -1,4 +1,4 @@
-"""Names and layouts between Megatron-core and Hugging Face: round trips, positions of single heads, TP shards."""
+"""mapping: round trips between Megatron-core and Hugging Face, positions of single heads, tensor-parallel shards."""
 
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_router_weights_present(moh, rows):
 
 
 @pytest.mark.parametrize("convert", [to_hf, from_hf])
-def test_wrong_states_are_refused_by_name(convert):
+def test_missing_unexpected_and_misshaped_tensors_are_refused_by_name(convert):
     config = make_config(layers=1)
     state = make_state(config)
     state = state if convert is to_hf else to_hf(state, config)
@@ -149,7 +149,7 @@ def test_wrong_states_are_refused_by_name(convert):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_shards_merge_to_the_whole(world):
+def test_shards_merge_to_the_full_tensor(world):
     for rule in rules(make_config()):
         full = torch.randn(rule.shape)
         shards = [split_shard(full, rule.dim, rule.stride, rank, world) for rank in range(world)]
@@ -158,7 +158,7 @@ def test_shards_merge_to_the_whole(world):
             assert shards[0].shape[rule.dim] == rule.shape[rule.dim] // world
 
 
-def test_a_fused_swiglu_shard_holds_its_part_of_gate_and_of_up():
+def test_shard_of_fused_swiglu_holds_rows_of_gate_and_of_up():
     gate, up = torch.arange(8.0).view(4, 2), 100 + torch.arange(8.0).view(4, 2)
     shard = split_shard(torch.cat([gate, up]), 0, 2, rank=1, world=2)
     assert torch.equal(shard, torch.cat([gate[2:], up[2:]]))

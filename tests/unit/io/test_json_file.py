@@ -1,4 +1,4 @@
-"""JSON files: every damage is named with what was expected, and what is written is whole."""
+"""json_file: errors name what was expected, and files are written atomically."""
 
 import json
 
@@ -8,7 +8,7 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any, write_json
 
 
-def test_an_object_is_read(tmp_path):
+def test_object_is_read(tmp_path):
     (tmp_path / "a.json").write_text('{"a": "漢字"}', encoding="utf-8")
     assert read_json(tmp_path / "a.json", "settings") == {"a": "漢字"}
     assert read_json_if_any(tmp_path / "a.json", "settings") == {"a": "漢字"}
@@ -26,7 +26,7 @@ def test_an_object_is_read(tmp_path):
         (..., "no such file. Expected settings."),
     ],
 )
-def test_what_is_none_is_named(tmp_path, content, message):
+def test_file_without_a_json_object_is_a_user_error_naming_the_reason(tmp_path, content, message):
     file = tmp_path / "a.json"
     if content is None:
         file.mkdir()
@@ -42,13 +42,13 @@ def test_what_is_none_is_named(tmp_path, content, message):
         read_json(file, "settings", "Start again.")
 
 
-def test_nothing_is_an_empty_object_where_it_may_be(tmp_path):
+def test_absent_file_is_empty_for_read_json_if_any_only(tmp_path):
     assert read_json_if_any(tmp_path / "a.json", "settings") == {}
     with pytest.raises(UserError, match=r"no such file\. Expected settings\. Fetch or write it again\."):
         read_json(tmp_path / "a.json", "settings")
 
 
-def test_a_disk_that_fails_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+def test_error_of_the_disk_is_no_user_error(tmp_path, monkeypatch):
     def fail(*arguments, **named):
         raise OSError(5, "Input/output error")
 
@@ -57,12 +57,12 @@ def test_a_disk_that_fails_is_no_mistake_of_the_user(tmp_path, monkeypatch):
         read_json(tmp_path / "a.json", "settings")
 
 
-def test_half_a_character_is_written_as_json_has_it(tmp_path):
+def test_lone_surrogate_is_written_as_an_escape(tmp_path):
     write_json(tmp_path / "a.json", {"a": "\ud800 é"})
     assert read_json(tmp_path / "a.json", "settings") == {"a": "\ud800 é"}
 
 
-def test_write_json_replaces_makes_folders_and_keeps_letters(tmp_path):
+def test_write_json_creates_folders_replaces_and_keeps_unicode(tmp_path):
     path = tmp_path / "a" / "b.json"
     write_json(path, {"text": "alt"})
     write_json(path, {"text": "naïve — 漢字", "n": 1.5})
@@ -71,7 +71,7 @@ def test_write_json_replaces_makes_folders_and_keeps_letters(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_write_json_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
     path = tmp_path / "b.json"
     write_json(path, {"n": 1})
     with pytest.raises(TypeError):
@@ -87,7 +87,7 @@ def test_write_json_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     def interrupt(source, target):
         raise KeyboardInterrupt
 

@@ -1,11 +1,11 @@
-"""Streaming rows: torch's threads while it lasts, and after."""
+"""streaming: the number of threads of torch during a conversion and after it."""
 
 import torch
 
 from moh_megatron.checkpoint.hf.streaming import one_thread
 
 
-def test_torch_works_in_one_thread_and_then_in_as_many_as_before():
+def test_one_thread_limits_torch_and_restores_its_threads():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

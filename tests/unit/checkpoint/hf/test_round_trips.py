@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def small_chunks():
     """Makes even small tensors pass in several chunks, into several files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moh_megatron.checkpoint.hf.streaming.PIECE_BYTES", 1000)
+        patch.setattr("moh_megatron.checkpoint.hf.streaming.CHUNK_BYTES", 1000)
         patch.setattr(hf_import, "AUTO_VERIFY_PARAMETERS", 0)
         patch.setattr(hf_export, "MAX_SHARD_SIZE", "20KB")
         yield

@@ -133,7 +133,7 @@ def test_full_disk_keeps_the_earlier_dataset(make_config: MakeConfig, corpus: Pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(Fault, match=r"dataset: could not be written \(.*File too large.*data\.dir"):
+        with pytest.raises(Fault, match=r"dataset.*: could not be written \(.*File too large.*data\.dir"):
             prepare(make_config([corpus], vocab_size=410))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
