@@ -12,7 +12,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
-from engine import joined
+from engine import join
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
@@ -140,7 +140,7 @@ def single_process() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    joined()
+    join()
     folder = Path(sys.argv[1]).parent
     results: dict[Any, Any] = {"single process": single_process()}
     for layout, parallel in LAYOUTS.items():
