@@ -15,10 +15,9 @@ class Fault(RuntimeError):
     """Something the machine did: a full disk, a broken checkpoint. Exit code 1, one message, no traceback."""
 
 
-def refuse_differences(finding: str, there: Mapping[str, Any], here: Mapping[str, Any], *remedy: str) -> None:
-    """Raise UserError where a value of ``here`` is another one ``there``; it ends with the ``remedy``."""
-    pairs = {key: (there.get(key), value) for key, value in here.items()}
+def refuse_differences(finding: str, saved: Mapping[str, Any], current: Mapping[str, Any], *remedy: str) -> None:
+    """Raise UserError if a ``current`` value differs from the ``saved`` one; the message ends with the ``remedy``."""
     if differences := [
-        f"  {key}: {theirs} there, {ours} here" for key, (theirs, ours) in pairs.items() if theirs != ours
+        f"  {key}: expected {saved.get(key)}, got {value}" for key, value in current.items() if saved.get(key) != value
     ]:
         raise UserError("\n".join([f"{finding}:", *differences, *remedy]))

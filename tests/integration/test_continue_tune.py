@@ -150,7 +150,7 @@ def test_table_shows_the_recovered_loss(dense: Run, tuned: tuple[Run, str], tmp_
     ("arguments", "message"),
     [
         (("train.init_from=",), "train.init_from must name the checkpoint to tune"),
-        (("model.num_layers=3",), "model.num_layers: 2 there, 3 here"),
+        (("model.num_layers=3",), "model.num_layers: expected 2, got 3"),
         (("model.vocab_size=380",), "must hold the 384 entries"),
         (("moh.gating=paper", "moh.router=learned"), "moh.gating must be normalized"),
     ],

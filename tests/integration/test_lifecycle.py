@@ -176,7 +176,7 @@ def test_ranks_end_when_the_launcher_is_killed(new_run: NewRun) -> None:
 def test_resume_refuses_other_values_and_init_from_starts_a_new_run(uninterrupted: Run, new_run: NewRun) -> None:
     refused = uninterrupted.finish("moh.active_heads=5")
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "moh.active_heads: 4 there, 5 here" in refused.stderr
+    assert "moh.active_heads: expected 4, got 5" in refused.stderr
     assert "Traceback" not in refused.stderr
 
     run = new_run()

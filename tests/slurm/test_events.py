@@ -247,9 +247,9 @@ def test_run_folder_of_another_configuration_is_refused(cluster, new_job):
     flags = ("--gpus-per-node=0", "--ntasks-per-node=2")
     typed = cluster.user(str(SCRIPTS / "pretrain_moh.sh"), *flags, *job.arguments("run.seed=5"), **ENVIRONMENT)
     assert typed.returncode == 2
-    assert "run.seed: 1234 there, 5 here" in typed.stderr
+    assert "run.seed: expected 1234, got 5" in typed.stderr
     job.submit(overrides=("run.seed=5",))
     assert job.wait() == "FAILED"
     assert cluster.job(job.id)["Restarts"] == "0"
     assert job.events() == ["start", "finished"]
-    assert any("run.seed: 1234 there, 5 here" in line for line in job.log.splitlines()[-4:])
+    assert any("run.seed: expected 1234, got 5" in line for line in job.log.splitlines()[-4:])

@@ -22,7 +22,7 @@ def test_run_folder_of_another_configuration_is_refused(tiny, fake_checkpoint, t
     check_resume(config, 1, DATA)
     fake_checkpoint(tmp_path / "checkpoints/step_00000005", config, step=5, data=DATA)
     check_resume(config, 1, DATA)
-    with pytest.raises(UserError, match=r"run\.seed: 1234 there, 5 here"):
+    with pytest.raises(UserError, match=r"run\.seed: expected 1234, got 5"):
         check_resume(tiny({"run.dir": str(tmp_path), "run.seed": 5}), 1, DATA)
 
 
@@ -35,7 +35,7 @@ def test_calibrated_heads_are_those_of_the_initial_checkpoint(tiny, fake_checkpo
     fake_checkpoint(tmp_path / "checkpoints/step_00000005", trained, step=5, data=DATA)
     config = tiny(values | {"moh.shared_placement": "calibrated"})
     check_resume(config, 1, DATA)
-    with pytest.raises(UserError, match=r"moh\.active_heads: 4 there, 5 here"):
+    with pytest.raises(UserError, match=r"moh\.active_heads: expected 4, got 5"):
         check_resume(tiny(values | {"moh.shared_placement": "calibrated", "moh.active_heads": 5}), 1, DATA)
 
 

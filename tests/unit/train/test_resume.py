@@ -116,7 +116,7 @@ def test_resume_refuses_another_value_and_names_both(config, checkpoint, key, sa
         check_same_run(folder, config({key: current}), 1, DATA)
     first, *differences, remedy = str(caught.value).splitlines()
     assert first == f"{folder} was made with other values:"
-    assert differences == [f"  {key}: {saved} there, {current} here"]
+    assert differences == [f"  {key}: expected {saved}, got {current}"]
     # Weights that do not fit would be refused in a new run, too.
     assert (f"train.init_from={folder}" in remedy) == (key not in ("model.num_layers", "model.norm_epsilon"))
 
@@ -126,15 +126,15 @@ def test_resume_accepts_a_teacher_at_another_path_and_refuses_a_missing_one(conf
     folder = checkpoint(5, distilled)
     assert check_same_run(folder, config({"distillation.teacher": "/else/dense/step_00000005"}), 1, DATA)
     for changes, difference in (
-        ({}, "distillation.teacher: given there, null here"),
-        ({**distilled, "distillation.weight": 0.5}, "distillation.weight: 1.0 there, 0.5 here"),
+        ({}, "distillation.teacher: expected given, got null"),
+        ({**distilled, "distillation.weight": 0.5}, "distillation.weight: expected 1.0, got 0.5"),
     ):
         with pytest.raises(UserError, match=difference.replace(".", "[.]")):
             check_same_run(folder, config(changes), 1, DATA)
 
 
 def test_resume_refuses_another_precision(config, checkpoint):
-    with pytest.raises(UserError, match=r"  train\.precision: fp32 there, bf16 here"):
+    with pytest.raises(UserError, match=r"  train\.precision: expected fp32, got bf16"):
         check_same_run(checkpoint(5), config({"train.precision": "bf16"}), 1, DATA)
 
 
@@ -204,7 +204,7 @@ def test_an_older_format_is_refused_by_name_and_its_weights_are_taken(config, ch
 
 
 def test_resume_refuses_another_dataset(config, checkpoint):
-    with pytest.raises(UserError, match=f"  data: {'d' * 12} there, {'e' * 12} here"):
+    with pytest.raises(UserError, match=f"  data: expected {'d' * 12}, got {'e' * 12}"):
         check_same_run(checkpoint(5), config(), 1, "e" * 64)
 
 
@@ -262,7 +262,7 @@ def test_init_from_refuses_weights_of_another_architecture(config, checkpoint, k
         weights_to_start_from(config({"train.init_from": str(folder), key: current}))
     assert str(caught.value).splitlines() == [
         f"{folder} was made with other values:",
-        f"  {key}: {saved} there, {current} here",
+        f"  {key}: expected {saved}, got {current}",
         "train.init_from needs weights of the same architecture.",
     ]
 
@@ -273,7 +273,7 @@ def test_init_from_ignores_router_settings_of_dense_models(config, checkpoint):
     routing = {"moh.router": "query_norm", "moh.shared_heads": 3, "moh.shared_placement": "calibrated"}
     made = config({**dense, **routing, "train.init_from": str(folder)})
     assert weights_to_start_from(made) == folder
-    with pytest.raises(UserError, match=r"moh\.head_layout: interleaved there, contiguous here"):
+    with pytest.raises(UserError, match=r"moh\.head_layout: expected interleaved, got contiguous"):
         weights_to_start_from(config({**dense, "moh.head_layout": "contiguous", "train.init_from": str(folder)}))
 
 
@@ -338,5 +338,5 @@ def test_resume_accepts_other_source_weights_for_later_steps_only(config, checkp
     for later in (blend((5, 2.0)), blend((9, 0.0)), blend((2, 1.0))):
         check_same_run(folder, config(later), 1, DATA)
     assert caplog.messages == []
-    with pytest.raises(UserError, match=r"shares of the sources so far: .*0\.25.* there, .*0\.4.* here"):
+    with pytest.raises(UserError, match=r"shares of the sources so far: expected .*0\.25.*, got .*0\.4.*"):
         check_same_run(folder, config(blend((4, 2.0))), 1, DATA)

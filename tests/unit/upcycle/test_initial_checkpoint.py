@@ -113,7 +113,7 @@ def test_another_rotary_base_is_warned_of_and_the_kl_is_measured_with_the_source
 
 def test_another_epsilon_of_the_norms_is_refused(make):
     write_source(without_moh(make()))
-    with pytest.raises(UserError, match=r"model\.norm_epsilon: 1e-05 there, 0\.0001 here"):
+    with pytest.raises(UserError, match=r"model\.norm_epsilon: expected 1e-05, got 0\.0001"):
         prepare(make({"model.norm_epsilon": 1e-4}))
 
 
@@ -159,7 +159,9 @@ def test_files_in_place_of_the_initial_checkpoint_are_kept(make, in_the_way):
 def test_no_initial_checkpoint_is_made_for_a_run_of_another_model(make, fake_checkpoint):
     write_source(without_moh(make()))
     fake_checkpoint(checkpoint_dir(make()) / "step_00000003", without_moh(make()))
-    with pytest.raises(UserError, match=r"moh\.enabled: False there, True here\nUse the same, or another run\.dir\.$"):
+    with pytest.raises(
+        UserError, match=r"moh\.enabled: expected False, got True\nUse the same, or another run\.dir\.$"
+    ):
         prepare(make())
     assert not initial_checkpoint_folder(make()).exists()
     assert prepare(without_moh(make())) == without_moh(make()), "the dense run goes on"
@@ -262,11 +264,11 @@ def test_a_calibration_under_other_conditions_is_refused(make, tmp_path, monkeyp
     third.mkdir()
     (third / "calibration.json").write_bytes(written)
     other = make({**changes, "run.dir": str(third), "moh.calibration_sequences": 3})
-    with pytest.raises(UserError, match=r"moh\.calibration_sequences: 2 there, 3 here"):
+    with pytest.raises(UserError, match=r"moh\.calibration_sequences: expected 2, got 3"):
         prepare(other)
     moved = dataclasses.replace(other, moh=dataclasses.replace(other.moh, calibration_sequences=2))
     monkeypatch.setattr(FakeData, "hash", "e" * 64)
-    with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
+    with pytest.raises(UserError, match=r"data: expected dddd\w+, got eeee\w+"):
         prepare(moved)
 
 
@@ -278,7 +280,7 @@ def test_a_calibration_of_other_weights_is_refused(make, tmp_path):
     write_source(without_moh(make({**elsewhere, "model.init_method_std": 0.1})), seed=5)
     (tmp_path / "again").mkdir()
     shutil.copyfile(tmp_path / "run" / "calibration.json", tmp_path / "again" / "calibration.json")
-    with pytest.raises(UserError, match=r"measured something else:\n  weights: \w{12} there, \w{12} here\nDelete"):
+    with pytest.raises(UserError, match=r"measured something else:\n  weights: expected \w{12}, got \w{12}\nDelete"):
         prepare(make({**changes, **elsewhere}))
 
 
@@ -289,18 +291,18 @@ CALIBRATED = {"moh.shared_placement": "calibrated", "moh.calibration_sequences":
 @pytest.mark.parametrize(
     ("first_changes", "then_changes", "difference"),
     [
-        (FOUR, {**FOUR, "moh.shared_placement": "spread"}, "moh.shared_placement: first there, spread here"),
-        ({}, CALIBRATED, "moh.shared_placement: first there, calibrated here"),
-        ({}, {"moh.shared_heads": 3}, "moh.shared_heads: 2 there, 3 here"),
-        ({}, {"train.init_from": "elsewhere"}, "train.init_from: {source} there, elsewhere here"),
-        (CALIBRATED, {}, "moh.shared_placement: calibrated there, first here"),
-        (CALIBRATED, {**CALIBRATED, "moh.shared_heads": 3}, "moh.shared_heads: 2 there, 3 here"),
-        (CALIBRATED, {**CALIBRATED, "moh.calibration_sequences": 3}, "moh.calibration_sequences: 2 there, 3 here"),
-        (CALIBRATED, {**CALIBRATED, "run.seed": 99}, "run.seed: {seed} there, 99 here"),
-        ({"moh.router": "learned"}, {"moh.router": "learned", "moh.gating": "paper"}, "normalized there, paper here"),
-        ({}, {"moh.router": "learned"}, "moh.router: query_norm there, learned here"),
-        ({}, {"moh.enabled": False}, "moh.enabled: True there, False here"),
-        ({}, {"model.vocab_size": 104}, "model.vocab_size: 96 there, 104 here"),
+        (FOUR, {**FOUR, "moh.shared_placement": "spread"}, "moh.shared_placement: expected first, got spread"),
+        ({}, CALIBRATED, "moh.shared_placement: expected first, got calibrated"),
+        ({}, {"moh.shared_heads": 3}, "moh.shared_heads: expected 2, got 3"),
+        ({}, {"train.init_from": "elsewhere"}, "train.init_from: expected {source}, got elsewhere"),
+        (CALIBRATED, {}, "moh.shared_placement: expected calibrated, got first"),
+        (CALIBRATED, {**CALIBRATED, "moh.shared_heads": 3}, "moh.shared_heads: expected 2, got 3"),
+        (CALIBRATED, {**CALIBRATED, "moh.calibration_sequences": 3}, "moh.calibration_sequences: expected 2, got 3"),
+        (CALIBRATED, {**CALIBRATED, "run.seed": 99}, "run.seed: expected {seed}, got 99"),
+        ({"moh.router": "learned"}, {"moh.router": "learned", "moh.gating": "paper"}, "expected normalized, got paper"),
+        ({}, {"moh.router": "learned"}, "moh.router: expected query_norm, got learned"),
+        ({}, {"moh.enabled": False}, "moh.enabled: expected True, got False"),
+        ({}, {"model.vocab_size": 104}, "model.vocab_size: expected 96, got 104"),
     ],
 )
 def test_another_configuration_does_not_use_the_initial_checkpoint(make, first_changes, then_changes, difference):
@@ -323,7 +325,7 @@ def test_an_initial_checkpoint_calibrated_on_other_data_is_refused(make, monkeyp
         prepare(make({**changes, "run.dir": str(Path(make().run.dir) / name)}))
     monkeypatch.setattr(FakeData, "hash", "e" * 64)
     prepare(make({"run.dir": str(Path(make().run.dir) / "first")}))
-    with pytest.raises(UserError, match=r"data: dddd\w+ there, eeee\w+ here"):
+    with pytest.raises(UserError, match=r"data: expected dddd\w+, got eeee\w+"):
         prepare(make({**CALIBRATED, "run.dir": str(Path(make().run.dir) / "measured")}))
 
 

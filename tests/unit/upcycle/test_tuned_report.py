@@ -53,14 +53,14 @@ def test_a_folder_without_a_tuned_run_is_refused(run, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "more", "difference"),
     [
-        ({"train.sequence_length": 32}, {}, r"train\.sequence_length: \d+ there, 32 here"),
-        ({"train.total_tokens": 640}, {}, r"train\.total_tokens: \d+ there, 640 here"),
-        ({"train.global_batch_size": 8}, {}, r"train\.global_batch_size: \d+ there, 8 here"),
-        ({"optimizer.learning_rate": 0.5}, {}, r"optimizer\.learning_rate: \S+ there, 0\.5 here"),
-        ({"run.seed": 77}, {}, r"run\.seed: \d+ there, 77 here"),
-        ({}, {"source": "elsewhere"}, r"train\.init_from: \S+source there, \S+elsewhere here"),
-        ({}, {"step": 6}, r"tokens: 320 there, 384 here"),
-        ({}, {"data": "e" * 64}, r"data: dddd\w+ there, eeee\w+ here"),
+        ({"train.sequence_length": 32}, {}, r"train\.sequence_length: expected \d+, got 32"),
+        ({"train.total_tokens": 640}, {}, r"train\.total_tokens: expected \d+, got 640"),
+        ({"train.global_batch_size": 8}, {}, r"train\.global_batch_size: expected \d+, got 8"),
+        ({"optimizer.learning_rate": 0.5}, {}, r"optimizer\.learning_rate: expected \S+, got 0\.5"),
+        ({"run.seed": 77}, {}, r"run\.seed: expected \d+, got 77"),
+        ({}, {"source": "elsewhere"}, r"train\.init_from: expected \S+source, got \S+elsewhere"),
+        ({}, {"step": 6}, r"tokens: expected 320, got 384"),
+        ({}, {"data": "e" * 64}, r"data: expected dddd\w+, got eeee\w+"),
     ],
 )
 def test_runs_under_other_conditions_are_refused(run, prepared, changes, more, difference):
