@@ -29,8 +29,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="write the initial checkpoint, and stop")
     args, config = parse_config(parser)
     # The ranks get the arguments of the launcher; RANK in the environment tells them apart from it.
-    asks_for_rank = not args.prepare and (args.nproc_per_node is None or "RANK" in os.environ)
-    world = World.from_environment() if asks_for_rank else None
+    world = None if args.prepare else World.from_environment(args.nproc_per_node)
     if world is not None:
         return rank(config, world)
     from moh_megatron.upcycle.initial_checkpoint import prepare

@@ -34,7 +34,7 @@ def main() -> int:
         config = replace(config, monitor=replace(config.monitor, profile=True))
     # Ranks get the arguments of the launcher, too; the variable RANK marks them.
     ranks = args.nproc_per_node
-    world = World.from_environment() if ranks is None or "RANK" in os.environ else None
+    world = World.from_environment(ranks)
     if world is not None:
         return run_as_rank(config, world)
     return run_as_launcher(config, 1 if ranks is None else ranks)

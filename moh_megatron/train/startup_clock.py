@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ class StartupClock:
         self.seconds: dict[str, float] = {}
         """Seconds of each part."""
         if launcher := os.environ.get(PARENT_VARIABLE):
-            self.seconds["launcher"] = max(0.0, process_age(int(launcher)) - age)
+            # A launcher that was killed meanwhile has no entry; its end is reported elsewhere.
+            with contextlib.suppress(OSError):
+                self.seconds["launcher"] = max(0.0, process_age(int(launcher)) - age)
         self.seconds["imports"] = age
         self._since = time.monotonic()
 

@@ -13,7 +13,7 @@ from support.runs import ENVIRONMENT, REPOSITORY
 
 def start(rank: int, port: int, prepared: tuple[Path, Path], report: Path, **variables: str) -> subprocess.Popen[str]:
     """Start one of four ranks on two nodes, which are named left and right."""
-    own = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "4", "SLURM_LOCALID": str(rank % 2)}
+    own = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "4", "SLURM_LOCALID": str(rank % 2), "SLURM_STEP_ID": "0"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "MOH_NODES": "left right", "MOH_FREE_GIB": "0"}
     config, data = prepared
     arguments = [str(config), f"data.dir={data}", f"run.dir={report.parent / 'run'}", "--report", str(report)]

@@ -13,7 +13,7 @@ esac
 case "$name $1" in
     srun\ *)
         while [[ $1 == --* ]]; do shift; done
-        export SLURM_PROCID=0 SLURM_LOCALID=0
+        export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_ID=0
         exec "$@"
         ;;
     'scontrol show')
