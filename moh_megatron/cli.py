@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import re
 import sys
@@ -148,6 +149,9 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         )
         return 2
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            logger.error(f"{error.filename}: {error.strerror}. Name another path.")
+            return 2
         hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno, "run.dir")
         if hint is None:
             traceback.print_exc()
@@ -155,6 +159,12 @@ def _exit_code(main: Callable[[], int | None]) -> int:
             path = f"{error.filename}: " if error.filename is not None else ""
             logger.error(f"{path}{error.strerror}; {hint}.")
         return 1
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # what Path.resolve raises in Python 3.11
+            traceback.print_exc()
+            return 1
+        logger.error(f"{error}: links form a circle. Name another path.")
+        return 2
     except Exception:  # Any other error is a bug: show where.
         traceback.print_exc()
         return 1

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from moh_megatron.io.errors import UserError
 from moh_megatron.io.hashing import FileEntry, hash_file
+from moh_megatron.io.small_file import read_small_file, read_small_text
 
 FORMAT_VERSION = 2
 """Version 1 held DeepSpeed's own optimizer files, which fit one topology only: its weights can be read."""
@@ -81,13 +83,13 @@ def _write_flushed(path: Path, text: str) -> None:
 
 def _hash_line(folder: Path) -> str:
     """The line that sha256sum writes for the manifest, which ``sha256sum -c`` can check."""
-    return f"{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
+    return f"{hashlib.sha256(read_small_file(folder / MANIFEST)).hexdigest()}  {MANIFEST}\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint. Raises ValueError, which says what is wrong with it."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        raw = json.loads(read_small_text(folder / MANIFEST))
         if raw["format_version"] not in _READABLE:
             raise ValueError(
                 f"it has format version {raw['format_version']}, this program reads versions up to {FORMAT_VERSION}"
@@ -95,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
         manifest = Manifest(topology=Topology(**raw.pop("topology")), files=files, **raw)
         hashed = manifest.format_version > 1 or (folder / _MANIFEST_HASH).exists()  # Version 1 did not always have it.
-        if hashed and (folder / _MANIFEST_HASH).read_bytes() != _hash_line(folder).encode():
+        if hashed and read_small_file(folder / _MANIFEST_HASH) != _hash_line(folder).encode():
             raise ValueError(f"its {MANIFEST} does not have the content that {_MANIFEST_HASH} says")
         return manifest
     except FileNotFoundError as error:
@@ -108,6 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         LookupError,
         TypeError,
         AttributeError,
+        UserError,
     ) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
 

@@ -57,7 +57,6 @@ def rank(config: Config, world: World) -> int:
 def launch_node(config: Config, ranks: int) -> int:
     from moh_megatron.train.launcher import launch_run
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # -P: nothing is imported from the folder the user stands in.
     return launch_run(["-P", "-m", "moh_megatron.commands.continue_tune", *sys.argv[1:]], config, ranks)
 

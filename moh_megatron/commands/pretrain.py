@@ -19,8 +19,6 @@ from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 def main() -> int:
-    # A signal to stop waits until the handlers of a rank or of the launcher are installed.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parser = config_parser("Pretrain a Mixture-of-Head (or dense) language model.")
     parser.add_argument(
         "--nproc-per-node",
@@ -42,12 +40,14 @@ def main() -> int:
 
 def run_as_rank(config: Config, world: World) -> int:
     """Be one rank of a run."""
+    # A signal to stop waits until the rank's handlers are installed, in place of ending it without an exit code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     speak_for_rank(world.rank)
-    from moh_megatron.train.rank import run_rank
-
     stop = StopRequest.install()
     if launcher := os.environ.get(PARENT_VARIABLE):
         die_with(int(launcher))
+    from moh_megatron.train.rank import run_rank
+
     return run_rank(config, world, stop)
 
 

@@ -22,6 +22,15 @@ _FLOAT = re.compile(
 )
 
 
+LONGEST_BYTES = 2**20
+"""The most bytes of a YAML file: hundreds of times what a configuration needs."""
+MOST_NODES = 100_000
+"""The most values of a YAML document, counting those below an alias once for each alias."""
+DEEPEST = 64
+"""The most levels of a YAML document."""
+TOO_DEEP = f"nested too deeply. Expected at most {DEEPEST} levels; take some out."
+
+
 class _Loader(yaml.SafeLoader):
     """Reads null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
 
@@ -32,6 +41,27 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str):
         super().__init__(stream)
         self.duplicates: list[str] = []
+        self._nodes = 0
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+        """The nodes at and below each composed node, by its id: what an alias of it adds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Bound the size of what is built: aliases of aliases double it again and again."""
+        is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise UserError(f"not valid YAML: {TOO_DEEP}")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias:
+            self._nodes += self._sizes.get(id(node), 1)
+        else:
+            self._nodes += 1
+            self._sizes[id(node)] = self._nodes - before
+        if self._nodes > MOST_NODES:
+            raise UserError(f"not valid YAML: expected at most {MOST_NODES:,} values, aliases expanded. Got more.")
+        return node
 
     def construct_list(self, node: yaml.Node) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):
@@ -123,7 +153,7 @@ def parse(text: str) -> tuple[Any, list[str]]:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"line {line}: not valid YAML: character {error.character!r} is not allowed.") from None
     except RecursionError:
-        raise UserError("not valid YAML: nested too deeply.") from None
+        raise UserError(f"not valid YAML: {TOO_DEEP}") from None
     finally:
         if loader is not None:
             loader.dispose()

@@ -20,10 +20,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from moh_megatron.config import core_yaml
 from moh_megatron.config.examples import find_config
-from moh_megatron.config.nesting import leaves, nested, within
+from moh_megatron.config.nesting import depth, leaves, nested, within
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import violations
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.small_file import read_small_file
 
 COMMAND_LINE = "command line"
 
@@ -126,6 +127,9 @@ class _Draft:
     def _add_leaves(self, section: str, values: Mapping[str, Any], source: str) -> None:
         """``add`` for a free section, whose settings are leaves by dotted path."""
         settings = self.settings[section]
+        if depth(values) > core_yaml.DEEPEST:
+            self.problems.append(f"{source}: {section}: {core_yaml.TOO_DEEP}")
+            return
         for path, value in leaves(values):
             for other in [other for other in settings if within(other, path) or within(path, other)]:
                 del settings[other]
@@ -283,13 +287,15 @@ def _chain(path: str | Path, problems: list[str]) -> list[tuple[str, dict[str, A
 def _read(path: Path, named_by: str, problems: list[str]) -> dict[str, Any]:
     """The top-level mapping of one file."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_small_file(path, core_yaml.LONGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{named_by}{path}: no such file; write the path of a YAML file.") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: must be UTF-8 text. Got the byte 0x{error.object[error.start]:02x} at position {error.start}."
         ) from None
+    except UserError as error:
+        raise UserError(f"{named_by}{error}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise UserError(f"{named_by}{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     try:

@@ -15,6 +15,19 @@ def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{key}", value
 
 
+def depth(values: Mapping[str, Any]) -> int:
+    """The levels of the mappings that ``nested`` makes of ``leaves``, where a key may be a dotted path."""
+    deepest, level = 0, [(0, values)]
+    while level:
+        above, mapping = level.pop()
+        for key, value in mapping.items():
+            below = above + 1 + str(key).count(".")
+            deepest = max(deepest, below)
+            if isinstance(value, Mapping):
+                level.append((below, value))
+    return deepest
+
+
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``leaves``."""
     root: dict[str, Any] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.folders import resolved
 
 
 def data_dir(config: Config) -> Path:
@@ -25,7 +26,7 @@ def hf_dir(config: Config) -> Path:
 
 def refuse_checkpoint(run_dir: str) -> None:
     """Raise UserError if ``run_dir`` is or lies in a checkpoint, whose files the run would replace."""
-    path = Path(run_dir).resolve()
+    path = resolved(Path(run_dir))
     for folder in (path, *path.parents):
         if (folder / "manifest.json").is_file() and (folder / "weights").is_dir():
             raise UserError(

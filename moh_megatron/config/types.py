@@ -28,6 +28,8 @@ Fraction = Annotated[Float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255
+"""What Linux and its file systems accept, in bytes."""
 _PERCENTAGE = re.compile(r"(100(\.0*)?|[0-9]{1,2}(\.[0-9]+)?) ?%")
 
 
@@ -62,6 +64,15 @@ def _head_set(value: Any) -> int | tuple[tuple[int, ...], ...] | None:
 def _path(value: str) -> str:
     if "\0" in value:
         raise PydanticCustomError("expected", "must be a path, and no path holds a NUL character")
+    if not value:
+        raise PydanticCustomError("expected", "must be a path; a single dot names the current folder")
+    encoded = os.fsencode(value)
+    if len(encoded) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in encoded.split(b"/")):
+        raise PydanticCustomError(
+            "expected",
+            "must be a path of at most {path} bytes, whose names have at most {name}",
+            {"path": _LONGEST_PATH, "name": _LONGEST_NAME},
+        )
     return os.path.expanduser(value)  # "~" is the user's home, as in the shell
 
 

@@ -13,6 +13,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.hashing import hash_file
+from moh_megatron.io.small_file import read_small_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -170,9 +171,11 @@ def load_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     try:
-        manifest = TypeAdapter(Manifest).validate_json(file.read_bytes())
+        manifest = TypeAdapter(Manifest).validate_json(read_small_file(file))
     except FileNotFoundError:
         raise UserError(f"No prepared data at {folder}. Run pipelines/prepare_data.py CONFIG first.") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}. {PREPARE_AGAIN}") from None
     except ValidationError as error:
         raise UserError(f"{file}: not a manifest ({error.errors()[0]['msg']}). {PREPARE_AGAIN}") from None
     if manifest.format != FORMAT:

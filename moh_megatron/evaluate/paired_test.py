@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.small_file import read_small_text
 
 QUESTIONS = "questions.jsonl"
 Key = tuple[str, str, int, str]
@@ -43,7 +44,7 @@ def read_questions(folder: Path) -> dict[Key, float]:
         )
     path = folder / QUESTIONS if folder.is_dir() else folder.with_name(QUESTIONS)
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in read_small_text(path).splitlines()]
         return {key_of(record): record["score"] for record in records}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 from moh_megatron.evaluate.paired_test import QUESTIONS
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import write_json
+from moh_megatron.io.small_file import read_small_text
 
 RESULTS, TABLE = "results.json", "results.md"
 MEASURED, PUBLISHED, NOT_RUN = "measured here", "published", "not run"
@@ -49,9 +50,9 @@ def read_earlier_results(folder: Path, planned: dict[str, Any]) -> tuple[dict[st
     if not path.exists():
         return {}, []
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(read_small_text(path))
         earlier_conditions, planned_conditions = _conditions(earlier), _conditions(planned)
-        answers = (folder / QUESTIONS).read_text(encoding="utf-8") if (folder / QUESTIONS).exists() else ""
+        answers = read_small_text(folder / QUESTIONS) if (folder / QUESTIONS).exists() else ""
         questions = [json.loads(line) for line in answers.splitlines()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(

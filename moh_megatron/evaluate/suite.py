@@ -14,6 +14,7 @@ from moh_megatron.config import core_yaml
 from moh_megatron.config.examples import find_suite
 from moh_megatron.config.types import NonNegativeInt
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.small_file import read_small_text
 
 _FORBID_UNKNOWN = ConfigDict(extra="forbid")
 
@@ -84,14 +85,18 @@ def load_suite(path: Path) -> Suite:
     """Read a suite from a file as in ``configs/eval``, or a shipped suite by its name. Raises UserError."""
     file = find_suite(path)
     try:
-        values, duplicates = core_yaml.parse(file.read_text(encoding="utf-8"))
-        if duplicates:
-            raise UserError(duplicates[0])
-        return TypeAdapter(Suite).validate_python(values)
+        text = read_small_text(file, core_yaml.LONGEST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a suite, as in configs/eval.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: must be a suite, as in configs/eval, in UTF-8. Got other bytes ({error}).") from None
+    try:
+        values, duplicates = core_yaml.parse(text)
+        if duplicates:
+            raise UserError(duplicates[0])
+        return TypeAdapter(Suite).validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -16,7 +16,7 @@ def resolve_target(target: Path) -> Path:
     Raises:
         UserError: no folder can be there, or this process runs in the one that would be replaced.
     """
-    path = _resolved(target)
+    path = resolved(target)
     # The working directory of a shell must not be replaced by another folder.
     if path.exists() and path.samefile("."):
         raise UserError(
@@ -35,7 +35,7 @@ def refuse_unless_new(target: Path, another: str = "name another folder") -> Non
 
 def refuse_inside(target: Path, source: Path) -> None:
     """Raise UserError where ``target`` is the ``source`` it is made of, or lies inside it."""
-    if _resolved(target).is_relative_to(_resolved(source)):
+    if resolved(target).is_relative_to(resolved(source)):
         raise UserError(f"{target}: must lie outside what is converted, {source}. Name another folder.")
 
 
@@ -74,11 +74,12 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
+    """``path`` without links. Raises UserError where the links form a circle, or a name is too long."""
     try:
-        resolved = path.resolve()
-        resolved.exists()
+        target = path.resolve()
+        target.exists()
     except (OSError, RuntimeError) as error:  # the second one reports links in a circle
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be a folder ({reason}). Name another one.") from None
-    return resolved
+    return target

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.small_file import read_small_text
 
 
 def read_json(path: Path, expected: str, remedy: str = "Fetch or write it again.") -> dict[str, Any]:
     """The JSON object in ``path``. Raises UserError, ending in ``remedy``, where it is not what was ``expected``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Expected {expected}. {remedy}") from None
+    except UserError as error:
+        raise UserError(f"{error} Expected {expected}. {remedy}") from None
     except (IsADirectoryError, PermissionError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}). Expected {expected}. {remedy}") from None
     if not isinstance(content, dict):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -76,7 +77,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDONLY)
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # Opening a pipe would wait for a writer.
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}). Expected a safetensors file.") from None
         try:
@@ -130,7 +131,10 @@ class SafetensorsFile:
 
     def _read_header(self) -> dict[str, Entry]:
         with self._naming_file():
-            size = os.fstat(self._handle).st_size
+            status = os.fstat(self._handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{self.path}: must be a safetensors file. Got no regular file.")
+            size = status.st_size
             length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise UserError(

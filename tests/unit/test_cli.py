@@ -59,6 +59,21 @@ def test_code_that_main_returns_is_kept(result):
             "run.dir to another disk.\n",
         ),
         (
+            OSError(errno.ELOOP, "Too many levels of symbolic links", "runs/x"),
+            2,
+            "error: runs/x: Too many levels of symbolic links. Name another path.\n",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "runs/x"),
+            2,
+            "error: runs/x: File name too long. Name another path.\n",
+        ),
+        (
+            RuntimeError("Symlink loop from '/runs/x'"),
+            2,
+            "error: Symlink loop from '/runs/x': links form a circle. Name another path.\n",
+        ),
+        (
             OSError(errno.ENOSPC, "No space left on device"),
             1,
             "error: No space left on device; free some space or set run.dir to a disk that has more; finished "
@@ -112,6 +127,14 @@ def test_run_folder_inside_a_checkpoint_is_refused(below, tmp_path):
     run_dir = tmp_path / below
     with pytest.raises(UserError, match=rf"outside every checkpoint\. Got {run_dir}, and {tmp_path} is one\. Name"):
         parse_config(config_parser("Do something."), [_SMOKE, f"run.dir={run_dir}"])
+
+
+def test_run_folder_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/loop: cannot be a folder \(Symlink loop from .*\)\. Name another"
+    ):
+        parse_config(config_parser("Do something."), [_SMOKE, f"run.dir={tmp_path}/loop"])
 
 
 @pytest.mark.parametrize(

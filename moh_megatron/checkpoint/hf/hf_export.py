@@ -30,6 +30,7 @@ from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import refuse_inside, resolve_target
 from moh_megatron.io.json_file import read_json_if_any
+from moh_megatron.io.small_file import read_small_text
 
 MAX_SHARD_SIZE = "5GB"
 Form = Literal["moh", "llama", "official"]
@@ -52,7 +53,7 @@ def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
     if not present:
         return
     try:
-        exported = {MARKER, *json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]}
+        exported = {MARKER, *json.loads(read_small_text(path / MARKER))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{hf_dir}: must be empty or an earlier export. Got a folder of something else. {remedy}"

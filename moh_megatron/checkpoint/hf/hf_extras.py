@@ -20,6 +20,7 @@ from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader, check_to
 from moh_megatron.checkpoint.hf.hf_reader import CONFIG
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.json_file import read_json
+from moh_megatron.io.small_file import read_small_file
 
 TOKEN_IDS, GENERATION = "token_ids.json", "generation_config.json"
 GENERATION_SETTINGS = "the settings of generation"
@@ -66,14 +67,14 @@ def read_extras(folder: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     if os.path.lexists(folder / GENERATION):
         read_json(folder / GENERATION, GENERATION_SETTINGS)
-        found[GENERATION] = (folder / GENERATION).read_bytes()
+        found[GENERATION] = read_small_file(folder / GENERATION)
     if (folder / CONFIG).is_file():
         # This is a Hugging Face folder, where token_ids.json would be somebody else's file.
         if token_ids := HFConfigReader(folder).token_ids():
             found[TOKEN_IDS] = (json.dumps(token_ids, indent=2) + "\n").encode("utf-8")
     elif os.path.lexists(folder / TOKEN_IDS):
         check_token_ids(folder / TOKEN_IDS, read_json(folder / TOKEN_IDS, "the ids of a model's tokens"), sys.maxsize)
-        found[TOKEN_IDS] = (folder / TOKEN_IDS).read_bytes()
+        found[TOKEN_IDS] = read_small_file(folder / TOKEN_IDS)
     return found
 
 

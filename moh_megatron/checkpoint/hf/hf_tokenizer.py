@@ -17,6 +17,7 @@ from moh_megatron.data.tokenizer.names import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP,
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
+from moh_megatron.io.small_file import read_small_text
 
 _PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
 
@@ -77,7 +78,7 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
     template = tokenizer.folder / CHAT_TEMPLATE
     try:
         if template.is_file():
-            template.read_text(encoding="utf-8")
+            read_small_text(template)
     except UnicodeDecodeError as error:
         raise UserError(f"{template}: must be text in UTF-8 ({error}).") from None
     tokenizer.save(folder)
@@ -116,7 +117,7 @@ def _encode_probe(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, vocab_s
 def _file_with(folder: Path, token: str) -> Path:
     """Return the file in ``folder`` that names ``token``, which tokenizer.json lacks, or else ``folder``."""
     for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
-        text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
+        text = read_small_text(folder / name) if (folder / name).is_file() else ""
         if any(json.dumps(token, ensure_ascii=ascii_only) in text for ascii_only in (True, False)):
             return folder / name
     return folder

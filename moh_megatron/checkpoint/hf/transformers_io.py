@@ -27,6 +27,7 @@ from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
 from moh_megatron.checkpoint.hf.hf_reader import check_index
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.small_file import check_small_files
 
 
 @contextmanager
@@ -63,6 +64,7 @@ def open_causal_lm(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
 
     Raises UserError if it does not load.
     """
+    check_small_files(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -87,6 +89,7 @@ def open_without_folder_code(folder: Path, config: Config) -> PreTrainedModel:
         UserError: Transformers does not open the folder.
     """
     check_index(folder)
+    check_small_files(folder)
     model_class = MoHForCausalLM if config.moh.enabled else LlamaForCausalLM
     is_official = config.moh.enabled and not HFConfigReader(folder).is_moh
     settings = hf_config(config, torch.float32, SpecialTokenIds()) if is_official else None
@@ -96,6 +99,7 @@ def open_without_folder_code(folder: Path, config: Config) -> PreTrainedModel:
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder with a model, or of a checkpoint's folder ``tokenizer``."""
+    check_small_files(folder)
     if (folder / "config.json").is_file():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -84,6 +84,8 @@ def find_inputs(patterns: Iterable[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for pattern in patterns:
+        if not pattern:  # As a path it would be the working directory.
+            raise UserError("data.inputs: must name files or folders. Got an empty text; take it out.")
         if pattern.startswith(HUB):
             found[pattern] = Input(pattern, "hub", (), tables.hub_revision(pattern))
             continue

@@ -26,6 +26,7 @@ from moh_megatron.data.tokenizer.names import (
 )
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json_if_any
+from moh_megatron.io.small_file import read_small_file
 
 
 class Tokenizer:
@@ -160,14 +161,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from moh_megatron.data.tokenizer.sentencepiece_json import from_model
 
         try:
-            converted, model_eos_token = from_model(file.read_bytes())
+            converted, model_eos_token = from_model(read_small_file(file))
         except ValueError as error:
             raise UserError(
                 f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json."
             ) from None
         content = converted.to_str()
     else:
-        content = file.read_bytes().decode("utf-8", errors="replace")
+        content = read_small_file(file).decode("utf-8", errors="replace")
     try:
         encoder = Encoder.from_str(content)
     except Exception as error:  # the library raises nothing narrower

@@ -110,6 +110,15 @@ def test_last_override_wins():
         ("optimizer.adam_beta1=1", "optimizer.adam_beta1: must be less than 1. Got 1."),
         ("optimizer.decay_fraction=1.5", "optimizer.decay_fraction: must be at most 1. Got 1.5."),
         ('run.dir="a\\0b"', "run.dir: must be a path, and no path holds a NUL character. Got"),
+        ("run.dir=''", 'run.dir: must be a path; a single dot names the current folder. Got the text "".'),
+        ("data.dir=''", 'data.dir: must be a path; a single dot names the current folder. Got the text "".'),
+        (
+            f"data.dir=a/{'n' * 256}",
+            "data.dir: must be a path of at most 4095 bytes, whose names have at most 255. Got",
+        ),
+        (f"run.dir={'n/' * 2100}", "run.dir: must be a path of at most 4095 bytes, whose names have at most 255. Got"),
+        (f"deepspeed.{'a.' * 400}b=1", "deepspeed: nested too deeply. Expected at most 64 levels; take some out."),
+        (f"deepspeed.a={'{a: ' * 400}1{'}' * 400}", "deepspeed.a: not valid YAML: nested too deeply."),
         ("run.dir=12", "run.dir: must be text (in quotes, if it looks like something else). Got 12."),
         ("data.inputs=a.txt", 'data.inputs: must be a list, as in [a, b]. Got the text "a.txt".'),
         ("data.inputs=[a, 3]", "data.inputs[1]: must be text (in quotes, if it looks like something else). Got 3."),
@@ -302,3 +311,10 @@ def test_reading_a_configuration_does_not_import_torch():
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+def test_stored_mapping_that_is_nested_too_deeply_is_refused(small):
+    for _ in range(2000):
+        small["deepspeed"] = {"a": small.get("deepspeed", 1)}
+    with pytest.raises(UserError, match=r"^checkpoint: deepspeed: nested too deeply\. Expected at most 64 levels"):
+        config_from_mapping(small, "checkpoint")

@@ -83,6 +83,28 @@ def test_invalid_yaml_is_reported_with_its_position(text, message):
     assert str(caught.value).startswith(message)
 
 
+def test_aliases_that_multiply_are_refused_before_they_are_expanded():
+    levels = "\n".join(f"  k{n}: &k{n} {{a: *k{n - 1}, b: *k{n - 1}, c: *k{n - 1}}}" for n in range(1, 31))
+    with pytest.raises(UserError) as caught:
+        parse(f"deepspeed:\n  k0: &k0 {{a: 1}}\n{levels}\n")
+    assert str(caught.value) == "not valid YAML: expected at most 100,000 values, aliases expanded. Got more."
+
+
+def test_values_below_an_alias_count_at_each_alias():
+    # 49,996 numbers, their list, and the same again by the alias; the outer mapping with its two keys.
+    text = "a: &a [" + "1, " * 49_996 + "]\nb: *a"
+    assert len(parse(text)[0]["b"]) == 49_996
+    with pytest.raises(UserError, match="at most 100,000 values"):
+        parse(text.replace("[", "[1, 1, "))
+
+
+def test_document_may_have_64_levels():
+    assert parse("[" * 63 + "1" + "]" * 63)[1] == []
+    for text in ("[" * 64 + "1" + "]" * 64, "{a: " * 400 + "1" + "}" * 400):
+        with pytest.raises(UserError, match=r"^not valid YAML: nested too deeply\. Expected at most 64 levels"):
+            parse(text)
+
+
 _values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3),

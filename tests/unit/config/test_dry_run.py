@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from moh_megatron.commands import pretrain
+from moh_megatron.commands import continue_tune, pretrain
 from moh_megatron.config.load import load_config
+from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGURATIONS = sorted(
@@ -17,19 +18,25 @@ CONFIGURATIONS = sorted(
 )
 
 
-@pytest.fixture
-def own_signal_mask() -> Iterator[None]:
-    """Restore the signal mask: the script blocks signals, later tests and their processes must not."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 def test_shipped_configurations_are_found() -> None:
     assert len(CONFIGURATIONS) >= 7
 
 
-@pytest.mark.usefixtures("own_signal_mask")
+@pytest.mark.parametrize("command", [pretrain, continue_tune])
+def test_signals_end_a_command_that_reads_its_configuration(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+
+    def read(parser: object) -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "parse_config", read)
+    assert command.run() == 130
+    assert not masks[0] & {*STOP_SIGNALS}
+
+
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=str)
 def test_dry_run_prints_an_equal_configuration(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

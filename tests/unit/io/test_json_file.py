@@ -52,7 +52,7 @@ def test_error_of_the_disk_is_no_user_error(tmp_path, monkeypatch):
     def fail(*arguments, **named):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pathlib.Path.read_text", fail)
+    monkeypatch.setattr("moh_megatron.io.small_file.os.open", fail)
     with pytest.raises(OSError, match="Input/output error"):
         read_json(tmp_path / "a.json", "settings")
 
