@@ -158,6 +158,12 @@ def starts(runs: Sequence[RunFolder]) -> str:
     return table(("run", "started", "after step", "on", "code"), rows)
 
 
+def damaged(runs: Sequence[RunFolder]) -> str:
+    """A table of the files whose damaged lines were left out."""
+    rows = [(run.name, name, f"{count:,}") for run in runs for name, count in run.damaged.items()]
+    return table(("run", "file", "lines left out"), rows)
+
+
 def differences(runs: Sequence[RunFolder]) -> str:
     """A table of the keys whose values differ between runs; for a single run, of all keys."""
     keys = sorted({key for run in runs for key in run.settings})
@@ -176,7 +182,7 @@ def evaluations(runs: Sequence[RunFolder]) -> str:
             parts.append(f"<h3>{escape(f'{run.name}, {name}')}</h3>")
             try:
                 parts.append(evaluation(results))
-            except (LookupError, TypeError, ValueError, AttributeError):
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
                 parts.append("<p>Its results.json is not as pipelines/evaluate.py writes it.</p>")
     return "".join(parts)
 
@@ -223,6 +229,7 @@ def page(runs: Sequence[RunFolder]) -> str:
         section("Throughput", throughput(runs)),
         section("Alarms", table(("run", "step", "alarm"), alarms)),
         section("Starts", starts(runs)),
+        section("Damaged files", damaged(runs)),
         section("Configuration" if len(runs) == 1 else "What the configurations differ in", differences(runs)),
         section("Evaluation", evaluations(runs)),
         section("Samples", samples),

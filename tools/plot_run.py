@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter
 from moh_megatron.cli import command_parser, exit_code, new_file
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_summary
-from moh_megatron.monitor.run_folder import RunFolder, open_run
+from moh_megatron.monitor.run_folder import RunFolder, is_number, open_run
 
 _MOST_HEADS_WITH_NUMBERS = 16
 
@@ -56,7 +56,7 @@ def draw_losses(axis: Axes, run: RunFolder) -> None:
     summary_file = run.path / "summary.json"
     summary = read_summary(summary_file) if summary_file.is_file() else {}
     for key in ("unigram_entropy", "bigram_entropy"):
-        if summary.get(key) is not None:
+        if is_number(summary.get(key)):
             draw_level(axis, key.replace("_", " "), summary[key], training)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set(xlabel="tokens", ylabel="loss, nats a token", title="loss")

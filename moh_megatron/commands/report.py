@@ -32,7 +32,8 @@ def main() -> None:
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}")
-    temporary.write_text(page(runs), encoding="utf-8")
+    # A record can hold half a character, which UTF-8 cannot.
+    temporary.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
     temporary.replace(out)
     print(out)
 

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from moh_megatron.io.errors import UserError
 
@@ -23,13 +24,12 @@ _KINDS = (
 )
 
 
-def read_small_file(path: Path, limit: int = LIMIT) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file of any length for reading, without waiting.
 
     Raises:
-        UserError: it is a pipe, a device or a socket, or longer than ``limit``; or the path leads in a circle or has a
-            name that is too long.
-        OSError: it cannot be opened or read; IsADirectoryError for a folder.
+        UserError: it is a pipe, a device or a socket; or the path leads in a circle or has a name that is too long.
+        OSError: it cannot be opened; IsADirectoryError for a folder.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer. For a regular file the flag changes nothing.
@@ -46,11 +46,21 @@ def read_small_file(path: Path, limit: int = LIMIT) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise _not_regular(path, status.st_mode)
-        _check_size(path, status.st_size, limit)
     except BaseException:
         os.close(handle)
         raise
-    with open(handle, "rb") as stream:
+    return open(handle, "rb")
+
+
+def read_small_file(path: Path, limit: int = LIMIT) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UserError: it is longer than ``limit``, or ``open_regular`` refuses it.
+        OSError: it cannot be opened or read; IsADirectoryError for a folder.
+    """
+    with open_regular(path) as stream:
+        _check_size(path, os.fstat(stream.fileno()).st_size, limit)
         content = stream.read(limit + 1)  # It may have grown since.
     _check_size(path, len(content), limit)
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from html import escape
 
@@ -112,9 +113,9 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """About five round numbers from ``low`` to ``high``."""
-    if not high > low:
-        return [low]
     rough = (high - low) / 5
+    if not rough > sys.float_info.min:  # Of a smaller range no power of ten is left.
+        return [low]
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     first = math.ceil(low / step - 1e-9)

@@ -6,23 +6,24 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.io.errors import Fault
+from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, write_json
+from moh_megatron.io.small_file import open_regular
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line with its record; None where the line is damaged."""
-    with path.open("rb") as stream:
+    """Each line with its record; None where the line is damaged. Raises UserError where it is no regular file."""
+    with open_regular(path) as stream:
         for line in stream:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
-            complete = isinstance(record, dict) and isinstance(record.get("step"), int)
+            complete = isinstance(record, dict) and type(record.get("step")) is int
             yield line, record if complete else None
 
 
@@ -82,6 +83,26 @@ class StepRecords:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Every record of a file, without damaged lines; empty where there is no file."""
     return [record for _, record in _lines(path) if record is not None] if path.exists() else []
+
+
+def read_sound_records(path: Path, is_sound: Callable[[dict[str, Any]], bool]) -> tuple[list[dict[str, Any]], int]:
+    """Every record of a file for which ``is_sound``, and the number of the other lines.
+
+    A last line without its end is not counted: a run may be writing it. A file that cannot be read counts as one line.
+    """
+    records: list[dict[str, Any]] = []
+    damaged = 0
+    try:
+        for line, record in _lines(path):
+            if record is not None and is_sound(record):
+                records.append(record)
+            else:
+                damaged += line.endswith(b"\n")
+    except FileNotFoundError:
+        pass
+    except (OSError, UserError):
+        damaged += 1
+    return records, damaged
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,8 @@ from moh_megatron.monitor.records import read_records
 _FILE = "restarts.jsonl"
 _FORMER_FILE = "lives.jsonl"
 """The name of the file in run folders of earlier releases; it is read, never written."""
+START_FILES = (_FORMER_FILE, _FILE)
+"""The files with the records of starts, in the order in which they were written."""
 
 
 def code_version() -> str:
@@ -41,7 +43,7 @@ def code_version() -> str:
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """The record of each start of a run, the first one included, in order."""
-    return [record for name in (_FORMER_FILE, _FILE) for record in read_records(run_dir / name)]
+    return [record for name in START_FILES for record in read_records(run_dir / name)]
 
 
 def record_start(run_dir: Path, start_step: int, **facts: Any) -> int:

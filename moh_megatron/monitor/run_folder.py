@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+import re
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moh_megatron.config.load import load_config, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
-from moh_megatron.monitor.records import read_records
-from moh_megatron.monitor.restarts import read_starts
+from moh_megatron.io.small_file import read_small_text
+from moh_megatron.monitor.records import read_sound_records
+from moh_megatron.monitor.restarts import START_FILES
 
-_LAYERED = "head_load/layer_"
+logger = logging.getLogger(__name__)
+
+_LAYER_AND_HEAD = re.compile(r"head_load/layer_([0-9]{1,6})/head_([0-9]{1,6})")
+_LARGEST = 1e100
+"""The largest number of a chart. Above it the arithmetic of charts overflows, and no run measures anything."""
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True, ge=-_LARGEST, le=_LARGEST)] | None
+_LAST_SECOND = 253402300799  # of the year 9999
+
+
+@pydantic_dataclass
+class _Step:
+    """What a report reads of a line of metrics.jsonl."""
+
+    step: _Count
+    tokens: _Count
+    lm_loss: _Number = None
+    balance_loss: _Number = None
+    grad_norm: _Number = None
+    lr: _Number = None
+    tokens_per_second: _Number = None
+    skipped: bool = False
+
+
+@pydantic_dataclass
+class _Validation:
+    """What a report reads of a line of validation.jsonl."""
+
+    step: _Count
+    loss: _Number
+    sources: dict[str, _Number] = field(default_factory=dict)
+
+
+@pydantic_dataclass
+class _Start:
+    """What a report reads of a line of restarts.jsonl."""
+
+    step: _Count
+    time: Annotated[float, Field(strict=True, ge=0, le=_LAST_SECOND)] = 0
+
+
+@pydantic_dataclass
+class _Ending:
+    """What a report reads of exit.json."""
+
+    reason: str = ""
+
+
+_STEP, _VALIDATION, _START, _ENDING = (TypeAdapter(kind) for kind in (_Step, _Validation, _Start, _Ending))
+_ANY_OBJECT, _ANYTHING = TypeAdapter(dict[str, Any]), TypeAdapter(Any)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run; files and lines that are missing or damaged are left out."""
+    """One run; files and lines that are missing or damaged are left out, and the damaged ones counted."""
 
     path: Path
     config: Config
@@ -35,6 +89,8 @@ class RunFolder:
     """exit.json"""
     evaluations: dict[str, dict[str, Any]]
     """results.json of each evaluation, by the name of its folder."""
+    damaged: dict[str, int]
+    """How many damaged lines of a file were left out, by the file's name; a whole file counts as one."""
 
     @property
     def name(self) -> str:
@@ -58,15 +114,16 @@ class RunFolder:
     def alarms(self) -> list[tuple[int, str]]:
         """(step, message) of each alarm in the event files."""
         return [
-            (event.step, event.tensor_proto.string_val[0].decode())
+            (event.step, event.tensor_proto.string_val[0].decode(errors="replace"))
             for event in (self._events.Tensors("alarms/text_summary") if "alarms/text_summary" in self._texts else ())
+            if event.tensor_proto.string_val
         ]
 
     def series(self, tag: str) -> list[tuple[int, float]]:
         """(step, value) of a scalar in the event files."""
         if tag not in self._events.Tags()["scalars"]:
             return []
-        return [(event.step, event.value) for event in self._events.Scalars(tag)]
+        return [(event.step, event.value) for event in self._events.Scalars(tag) if is_number(event.value)]
 
     @property
     def _texts(self) -> list[str]:
@@ -85,36 +142,63 @@ def open_run(path: Path) -> RunFolder:
     """Read the run folder ``path``; raises UserError where it is none."""
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: must be a run folder, with the config.yaml that a training writes. There is none.")
-    try:
-        ending = json.loads((path / "exit.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ending = None
-    evaluations = {}
-    for file in sorted(path.glob("eval/*/results.json")):
+    damaged: dict[str, int] = {}
+
+    def records(name: str, kind: TypeAdapter[Any]) -> list[dict[str, Any]]:
+        found, count = read_sound_records(path / name, lambda record: _fits(kind, record))
+        if count:
+            damaged[name] = count
+        return found
+
+    def json_file(file: Path, kind: TypeAdapter[Any]) -> Any:
+        """The content of ``file``; None where there is none of this ``kind``."""
         try:
-            evaluations[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-    return RunFolder(
+            content = json.loads(read_small_text(file))
+            if _fits(kind, content):
+                return content
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            pass
+        damaged[file.relative_to(path).as_posix()] = 1
+        return None
+
+    config = load_config(path / "config.yaml")
+    results = {file.parent.name: json_file(file, _ANYTHING) for file in sorted(path.glob("eval/*/results.json"))}
+    run = RunFolder(
         path=path,
-        config=load_config(path / "config.yaml"),
-        steps=_records_with("tokens", path / "metrics.jsonl"),
-        validations=_records_with("loss", path / "validation.jsonl"),
-        skipped=read_records(path / "skipped.jsonl"),
-        starts=read_starts(path),
-        ending=ending if isinstance(ending, dict) else {},
-        evaluations=evaluations,
+        config=config,
+        steps=records("metrics.jsonl", _STEP),
+        validations=records("validation.jsonl", _VALIDATION),
+        skipped=records("skipped.jsonl", _ANY_OBJECT),
+        starts=[start for name in START_FILES for start in records(name, _START)],
+        ending=json_file(path / "exit.json", _ENDING) or {},
+        evaluations={name: content for name, content in results.items() if content is not None},
+        damaged=damaged,
     )
+    for name, count in damaged.items():
+        logger.warning(f"{path / name}: {count:,} damaged {'line' if count == 1 else 'lines'} left out.")
+    return run
 
 
-def _records_with(key: str, path: Path) -> list[dict[str, Any]]:
-    return [record for record in read_records(path) if key in record]
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a chart can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _fits(kind: TypeAdapter[Any], content: Any) -> bool:
+    try:
+        kind.validate_python(content)
+    except (ValidationError, OverflowError):
+        return False
+    return True
 
 
 def _newest_loads(events: EventAccumulator) -> list[list[float]]:
     loads: dict[int, dict[int, float]] = {}
     for tag in events.Tags()["scalars"]:
-        if tag.startswith(_LAYERED):
-            layer, head = (int(part.rpartition("_")[2]) for part in tag.split("/")[1:])
-            loads.setdefault(layer, {})[head] = events.Scalars(tag)[-1].value
+        if match := _LAYER_AND_HEAD.fullmatch(tag):
+            layer, head = map(int, match.groups())
+            value = events.Scalars(tag)[-1].value
+            loads.setdefault(layer, {})[head] = value if is_number(value) else 0.0
     return [[heads[head] for head in sorted(heads)] for _, heads in sorted(loads.items())]

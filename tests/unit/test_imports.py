@@ -66,7 +66,13 @@ LIBRARIES = {
     "triton": {"moh/backends/triton_kernel.py"},
     "datasets": {"data/prepare/tables.py"},
     "pyarrow": {"data/prepare/lines.py"},
-    "pydantic": {"config", "data/dataset_manifest.py", "evaluate/suite.py", "train/deepspeed_config.py"},
+    "pydantic": {
+        "config",
+        "data/dataset_manifest.py",
+        "evaluate/suite.py",
+        "monitor/run_folder.py",
+        "train/deepspeed_config.py",
+    },
     "yaml": {"config/core_yaml.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -147,3 +148,98 @@ def test_starts_in_a_file_of_the_former_name_are_shown(run: Path, monkeypatch: p
     page = page_of(run, monkeypatch)
     assert page.index("git former") < page.index("git current")
     assert "<td>0</td><td>1</td><td>still running, or killed</td>" in page, "no bad step, one restart"
+
+
+DAMAGED_STEPS = (
+    "1",
+    "null",
+    "[" * 100_000,
+    "\xff",
+    '{"step": true, "tokens": 1}',
+    '{"step": "9", "tokens": 1}',
+    '{"step": 9, "tokens": null}',
+    '{"step": 9, "tokens": [1]}',
+    '{"step": -9, "tokens": 1}',
+    '{"step": 9, "tokens": 1e400}',
+    f'{{"step": 9, "tokens": {10**400}}}',
+    '{"step": 9, "tokens": 9, "lm_loss": "low"}',
+    '{"step": 9, "tokens": 9, "lm_loss": true}',
+    '{"step": 9, "tokens": 9, "lm_loss": NaN}',
+    f'{{"step": 9, "tokens": 9, "grad_norm": {10**400}}}',
+    '{"step": 9, "tokens": 9, "lr": {}}',
+    '{"step": 9, "tokens": 9, "skipped": "perhaps"}',
+)
+DAMAGED_VALIDATIONS = (
+    '{"step": 9}',
+    '{"step": 9, "loss": "low"}',
+    '{"step": 9, "loss": [1]}',
+    '{"step": 9, "loss": 1, "sources": 3}',
+    '{"step": 9, "loss": 1, "sources": {"a": "low"}}',
+)
+DAMAGED_STARTS = (
+    '{"step": null}',
+    '{"step": 9, "time": "noon"}',
+    '{"step": 9, "time": 1e300}',
+    '{"step": 9, "time": null}',
+)
+
+
+def test_lines_with_values_of_another_type_are_left_out_and_counted(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    added = {
+        "metrics.jsonl": (*DAMAGED_STEPS, '{"step": 4, "tokens": 256, "lm_loss": 2.5, "extra": "any"}'),
+        "validation.jsonl": (*DAMAGED_VALIDATIONS, '{"step": 4, "loss": 1.25, "sample": ["\\ud800"]}'),
+        "restarts.jsonl": (*DAMAGED_STARTS, '{"step": 4, "time": 60, "ranks": [], "code": {"a": 1}}'),
+    }
+    for name, lines in added.items():
+        with (run / name).open("a", encoding="latin-1") as stream:
+            stream.writelines(f"{line}\n" for line in lines)
+            stream.write('{"step": 9, "tok')  # A run is writing this line.
+    (run / "exit.json").write_text('{"reason": 5}')
+    results = {"huge": {"model": 1, "validation": {"loss": 10**400}}, "none": None}
+    for name, content in results.items():
+        (run / "eval" / name).mkdir(parents=True)
+        (run / "eval" / name / "results.json").write_text(json.dumps(content))
+    (run / "eval/none/results.json").write_text("[" * 100_000)
+    (run / "skipped.jsonl").mkdir()
+    page = page_of(run, monkeypatch)
+    assert (
+        "<td>run</td><td>4</td><td>256</td><td>1.2500</td><td>0</td><td>0</td><td>still running, or killed</td>" in page
+    )
+    counts = {
+        "metrics.jsonl": len(DAMAGED_STEPS),
+        "validation.jsonl": len(DAMAGED_VALIDATIONS),
+        "restarts.jsonl": len(DAMAGED_STARTS),
+        "skipped.jsonl": 1,
+        "exit.json": 1,
+        "eval/none/results.json": 1,
+    }
+    for name, count in counts.items():
+        assert f"<td>run</td><td>{name}</td><td>{count}</td>" in page
+        lines = "line" if count == 1 else "lines"
+        assert f"{run / name}: {count} damaged {lines} left out." in caplog.messages
+    assert len(caplog.messages) == len(counts)
+    assert page.count("Its results.json is not as") == 1
+
+
+def test_event_files_with_other_tags_and_values_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TensorBoard(run / "tensorboard", 0)
+    for tag in (
+        "head_load/layer_x/head_0",
+        "head_load/layer_0",
+        "head_load/layer_0/head_0/more",
+        "head_load/layer_0/head_",
+    ):
+        writer.scalars({tag: 0.5}, 1)
+    writer.scalars({"head_load/layer_00/head_00": math.nan, "head_load/layer_00/head_01": 0.25}, 1)
+    writer.scalars({"memory/largest_rank_gib": math.inf}, 1)
+    writer.close()
+    page = page_of(run, monkeypatch)
+    assert page.count("<title>layer ") == 2
+    assert "layer 0 head 1: 0.250" in page
+
+
+@pytest.mark.parametrize("values", [(0.0, 5e-324), (1e100, -1e100), (0.0, 0.0)])
+def test_chart_of_extreme_values_is_drawn(values: tuple[float, float]) -> None:
+    assert curves("t", "u", [("a", list(enumerate(values)))]).count("<polyline") == 1

@@ -68,6 +68,13 @@ def test_globs_are_sorted_and_each_file_is_read_once(tmp_path: Path) -> None:
     assert [Path(source.name).name for source in find_inputs([str(tmp_path)])] == ["a.txt", "b.txt", "c.jsonl"]
 
 
+def test_empty_text_is_no_input() -> None:
+    with pytest.raises(
+        UserError, match=r"^data\.inputs: must name files or folders\. Got an empty text; take it out\.$"
+    ):
+        find_inputs([""])
+
+
 def test_folder_includes_json_but_not_the_description_of_a_saved_dataset(tmp_path: Path) -> None:
     for name in ("a.json.gz", "saved/state.json", "saved/dataset_info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
