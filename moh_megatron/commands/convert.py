@@ -5,10 +5,13 @@ moh-convert megatron-to-hf --load-dir CKPT --hf-dir DIR
 moh-convert official-to-hf --load-dir DIR --hf-dir DIR
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -33,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         add_common_options(command)
         command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
         command.add_argument("--verify", action="store_true", help="load both sides, and print how much they differ")
+        command.add_argument("--json", action="store_true", help="print the result as JSON, for another program")
     for command in (to_hf, official):
         command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the precision of the weights")
     for command in (official, from_hf):
@@ -40,7 +44,25 @@ def parse_arguments() -> argparse.Namespace:
     return parse_overrides(parser)
 
 
-def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+@dataclass(frozen=True)
+class Result:
+    """What a conversion made, as a sentence and as JSON."""
+
+    sentence: str
+    values: dict[str, object]
+
+    @classmethod
+    def of_export(cls, source: Path, folder: Path, difference: float | None) -> Result:
+        """The result of an export; ``difference`` is that of the logits, None if they were not compared."""
+        if difference is None:
+            compared = "The logits were not compared; --verify compares them."
+        else:
+            compared = f"The logits of the reloaded folder differ from the source's by at most {difference:.1e}."
+        sentence = f"{source} is now the Hugging Face folder {folder}. {compared}"
+        return cls(sentence, {"hf_dir": str(folder), "hf_max_logit_diff": difference})
+
+
+def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
     from moh_megatron.checkpoint import layout
 
     # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
@@ -59,16 +81,16 @@ def megatron_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
         hf_export.check_form(config, arguments.format)
         print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
         print(dump_config(config), end="")
-        return {}
+        return None
     difference = convert.megatron_to_hf(
         checkpoint, arguments.hf_dir, arguments.dtype, form=arguments.format, verify=arguments.verify
     )
     if arguments.summary is not None:
         merge_summary(arguments.summary, {"hf_max_logit_diff": difference})
-    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
+    return Result.of_export(checkpoint, arguments.hf_dir, difference)
 
 
-def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
+def hf_to_megatron(arguments: argparse.Namespace) -> Result:
     from moh_megatron.checkpoint.hf import hf_import
 
     hf_import.hf_to_megatron(
@@ -80,10 +102,11 @@ def hf_to_megatron(arguments: argparse.Namespace) -> dict[str, object]:
         allow_pickle=arguments.allow_pickle,
         verify=arguments.verify,
     )
-    return {"save_dir": str(arguments.save_dir)}
+    sentence = f"{arguments.hf_dir} is now the checkpoint {arguments.save_dir}."
+    return Result(sentence, {"save_dir": str(arguments.save_dir)})
 
 
-def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
+def official_to_hf(arguments: argparse.Namespace) -> Result:
     from moh_megatron.checkpoint.hf import convert
 
     difference = convert.official_to_hf(
@@ -93,14 +116,14 @@ def official_to_hf(arguments: argparse.Namespace) -> dict[str, object]:
         allow_pickle=arguments.allow_pickle,
         verify=arguments.verify,
     )
-    return {"hf_dir": str(arguments.hf_dir), "hf_max_logit_diff": difference}
+    return Result.of_export(arguments.load_dir, arguments.hf_dir, difference)
 
 
 def main() -> None:
     commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
     arguments = parse_arguments()
     if result := commands[arguments.command](arguments):
-        print(json.dumps(result))
+        print(json.dumps(result.values) if arguments.json else result.sentence)
 
 
 def run() -> int:

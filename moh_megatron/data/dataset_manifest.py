@@ -18,7 +18,7 @@ from moh_megatron.io.small_file import read_small_file
 MANIFEST = "manifest.json"
 FORMAT = 2
 SPLITS = ("train", "validation")
-PREPARE_AGAIN = "Run pipelines/prepare_data.py CONFIG again."
+PREPARE_AGAIN = "Run moh-prepare CONFIG again."
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ class Manifest:
             lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in removed.items() if count))
         lines.append(f"tokenizer: {self.tokenizer.entries:,} entries, sha256 {self.tokenizer.sha256[:12]}")
         if self.baselines is not None:
-            nats = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
-            lines.append(f"nats a validation token by counting: {nats}")
+            names = {"unigram_entropy": "single tokens", "bigram_entropy": "pairs of tokens"}
+            nats = ", ".join(f"{names.get(name, name)} {value:.4f}" for name, value in self.baselines.items())
+            lines.append(f"nats a validation token by counts: {nats}")
         return "\n".join(lines)
 
     def to_json(self) -> bytes:
@@ -173,7 +174,7 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         manifest = TypeAdapter(Manifest).validate_json(read_small_file(file))
     except FileNotFoundError:
-        raise UserError(f"No prepared data at {folder}. Run pipelines/prepare_data.py CONFIG first.") from None
+        raise UserError(f"No prepared data at {folder}. Run moh-prepare CONFIG first.") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}. {PREPARE_AGAIN}") from None
     except ValidationError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moh_megatron.config.layer_heads import active_share
 from moh_megatron.config.parameter_count import parameter_count
@@ -59,6 +61,38 @@ def write_summary(
         "sample_text": validation.sample,
     }
     write_json(path, summary)
-    for name, value in summary.items():
-        if value is not None:
-            logger.info(f"  {name:22} {value}")
+    for line in summary_lines(summary):
+        logger.info(f"  {line}")
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The values of summary.json in words; what was not measured is left out."""
+    work = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['seconds']:,.1f} s"
+    if summary["tokens_per_second"] is not None:
+        work += f", {summary['tokens_per_second']:,.0f} tokens a second"
+    if summary["skipped_steps"]:
+        work += f", {summary['skipped_steps']:,} steps skipped"
+    lines = [f"training: {work}"]
+    if startup := summary["startup_seconds"]:
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in startup.items())
+        lines.append(f"start: {sum(startup.values()):.1f} s until the end of the first step: {parts}")
+    losses = {
+        "training": summary["train_loss"],
+        "validation": summary["val_loss"],
+        "counts of single tokens": summary["unigram_entropy"],
+        "counts of pairs of tokens": summary["bigram_entropy"],
+    }
+    if known := ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None):
+        lines.append(f"loss in nats a token: {known}")
+    lines.append(
+        f"model: {summary['parameters']:,} parameters, {summary['layers']} layers, "
+        f"{summary['active_head_fraction']:.0%} of the heads for each token, attention backend "
+        f"{summary['attention_backend']}"
+    )
+    lines.append(
+        f"layout: tensor-parallel size {summary['tensor_parallel']}, data-parallel size {summary['data_parallel']}, "
+        f"ZeRO stage {summary['zero_stage']}, {summary['precision']}"
+    )
+    if summary["sample_text"]:
+        lines.append(f"sample: {summary['sample_text']}")
+    return lines

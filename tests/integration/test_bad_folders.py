@@ -1,4 +1,4 @@
-"""pipelines/convert.py with broken or foreign folders: exit code 2, tensor or field named, nothing left."""
+"""moh-convert with broken or foreign folders: exit code 2, tensor or field named, nothing left."""
 
 import json
 import pickle

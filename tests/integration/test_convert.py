@@ -1,4 +1,4 @@
-"""pipelines/convert.py megatron-to-hf, in this process, on checkpoints as a training run writes them."""
+"""moh-convert megatron-to-hf, in this process, on checkpoints as a training run writes them."""
 
 import json
 import runpy
@@ -144,12 +144,30 @@ def test_command_exports_run_and_updates_its_summary(tokenizer_dir, tmp_path, mo
     assert "num_query_groups: 4" in capsys.readouterr().out
     assert not folder.exists()
 
-    assert run_script(monkeypatch, *arguments, "--dtype", "bf16", "--summary", summary) == 0
+    assert run_script(monkeypatch, *arguments, "--dtype", "bf16", "--summary", summary, "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["hf_max_logit_diff"] < 1e-5
     assert json.loads(summary.read_text()) == {"tokens": 336, "hf_max_logit_diff": printed["hf_max_logit_diff"]}
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert "7 steps (336 tokens)" in (folder / "README.md").read_text()
+
+
+def test_command_ends_in_a_sentence_that_names_both_sides_and_the_difference(
+    tokenizer_dir, tmp_path, monkeypatch, capsys
+):
+    checkpoint = write_checkpoint(tmp_path, make_config(), tokenizer_dir)
+    assert run_script(monkeypatch, "--load-dir", tmp_path, "--hf-dir", tmp_path / "hf") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    before, _, difference = line.removesuffix(".").rpartition(" ")
+    assert before == (
+        f"{checkpoint} is now the Hugging Face folder {tmp_path / 'hf'}. "
+        "The logits of the reloaded folder differ from the source's by at most"
+    )
+    assert float(difference) < 1e-5
+
+    monkeypatch.setattr(convert.hf_import, "auto_verify", lambda config: False)
+    assert run_script(monkeypatch, "--load-dir", tmp_path, "--hf-dir", tmp_path / "hf") == 0
+    assert capsys.readouterr().out.endswith("The logits were not compared; --verify compares them.\n")
 
 
 def test_wrong_export_is_a_fault_and_leaves_nothing(tokenizer_dir, tmp_path, monkeypatch, capsys):

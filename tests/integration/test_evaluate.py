@@ -1,4 +1,4 @@
-"""pipelines/evaluate.py on the checkpoint of a run and on its export."""
+"""moh-evaluate on the checkpoint of a run and on its export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pipelines/convert.py hf-to-megatron: the checkpoint computes what the model of transformers computes."""
+"""moh-convert hf-to-megatron: the checkpoint computes what the model of transformers computes."""
 
 import pytest
 import torch
@@ -37,7 +37,9 @@ def test_imported_model_computes_the_logits_of_transformers(settings, transforme
         assert not save_dir.exists()
         return
     assert run_convert(*arguments) == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    captured = capsys.readouterr()
+    assert captured.out == f"{hf_dir} is now the checkpoint {save_dir}.\n"
+    warnings = [line for line in captured.err.splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert "has no tokenizer" in warnings[0]
     checkpoint = layout.resolve_checkpoint(save_dir)

@@ -79,7 +79,9 @@ def test_import_computes_official_logits_and_head_masks(checkpoint, vectors):
 
 
 def test_export_of_official_model_computes_official_logits_and_head_masks(checkpoint, vectors, tmp_path, capsys):
-    assert run_convert("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "hf", "--verify") == 0
+    assert (
+        run_convert("megatron-to-hf", "--load-dir", checkpoint, "--hf-dir", tmp_path / "hf", "--verify", "--json") == 0
+    )
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["hf_max_logit_diff"] < 1e-4
     assert "layer 1: largest difference" in captured.err
@@ -113,7 +115,7 @@ def test_export_records_its_form_and_the_wrong_command_refuses_it(checkpoint, of
 
 def test_official_to_hf_converts_and_its_result_is_imported(official, vectors, tmp_path, capsys, caplog, monkeypatch):
     folder = tmp_path / "no identifier"
-    arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", folder, "--verify")
+    arguments = ("official-to-hf", "--load-dir", official, "--hf-dir", folder, "--verify", "--json")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert run_convert(*arguments) == 0
     captured = capsys.readouterr()

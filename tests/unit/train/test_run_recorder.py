@@ -19,6 +19,7 @@ from moh_megatron.monitor.metrics_logger import IntervalStats
 from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.run_recorder import RunRecorder
 from moh_megatron.train.startup_clock import StartupClock
+from moh_megatron.train.summary import summary_lines
 from moh_megatron.train.validation import Validation
 
 
@@ -68,6 +69,59 @@ def test_first_rank_writes_the_files_of_a_run(config: Config, tmp_path: Path) ->
     assert (summary["skipped_steps"], summary["unigram_entropy"]) == (1, 4.5)
     assert {"imports", "first step"} <= summary["startup_seconds"].keys()
     assert 'moh_health_bad_steps{run="run"} 1.0' in (tmp_path / "run.prom").read_text()
+
+
+def test_summary_is_told_in_words() -> None:
+    summary: dict[str, Any] = {
+        "steps": 257,
+        "tokens": 1052672,
+        "seconds": 160.2,
+        "tokens_per_second": 6571.1,
+        "startup_seconds": {"launcher": 2.0, "imports": 8.5, "first step": 1.0},
+        "skipped_steps": 0,
+        "train_loss": 4.03125,
+        "val_loss": 4.0,
+        "unigram_entropy": 6.29,
+        "bigram_entropy": None,
+        "parameters": 1315840,
+        "layers": 4,
+        "active_head_fraction": 0.5,
+        "attention_backend": "cpu",
+        "tensor_parallel": 2,
+        "data_parallel": 1,
+        "zero_stage": 1,
+        "precision": "fp32",
+        "hf_max_logit_diff": None,
+        "sample_text": "It was",
+    }
+    assert summary_lines(summary) == [
+        "training: 257 steps, 1,052,672 tokens, 160.2 s, 6,571 tokens a second",
+        "start: 11.5 s until the end of the first step: launcher 2.0 s, imports 8.5 s, first step 1.0 s",
+        "loss in nats a token: training 4.0312, validation 4.0000, counts of single tokens 6.2900",
+        "model: 1,315,840 parameters, 4 layers, 50% of the heads for each token, attention backend cpu",
+        "layout: tensor-parallel size 2, data-parallel size 1, ZeRO stage 1, fp32",
+        "sample: It was",
+    ]
+    nothing = {"startup_seconds": {}, "tokens_per_second": None, "sample_text": None, "skipped_steps": 2}
+    losses = {"train_loss": None, "val_loss": None, "unigram_entropy": None}
+    assert [line.partition(":")[0] for line in summary_lines(summary | nothing | losses)] == [
+        "training",
+        "model",
+        "layout",
+    ]
+    assert summary_lines(summary | nothing)[0].endswith("160.2 s, 2 steps skipped")
+
+
+def test_finished_run_logs_no_python_values(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    recorder = recorder_of(config)
+    with recorder.training():
+        recorder.step_done(1)
+        recorder.interval(Interval([step_metrics(1)], None), IntervalStats(), 1)
+    recorder.finish(Validation(2.25, {"only": 2.25}, "end"), 1)
+    recorder.close()
+    assert [message for message in caplog.messages if "{" in message or "None" in message] == []
+    assert "  sample: end" in caplog.messages
 
 
 def test_other_ranks_write_and_log_nothing(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
