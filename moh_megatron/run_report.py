@@ -183,7 +183,7 @@ def evaluations(runs: Sequence[RunFolder]) -> str:
             try:
                 parts.append(evaluation(results))
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-                parts.append("<p>Its results.json is not as pipelines/evaluate.py writes it.</p>")
+                parts.append("<p>Its results.json is not as moh-evaluate writes it.</p>")
     return "".join(parts)
 
 

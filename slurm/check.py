@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Checks the configuration and data of a training job, and prints its run folder; the job scripts call it first.
 
-python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data] [--snapshot NAME]
+.venv/bin/python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data] [--snapshot NAME]
 
 With --snapshot it records configuration, code and environment of this start in <run.dir>/slurm/NAME.
 """

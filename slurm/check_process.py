@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Checks the arguments and inputs of a job with one process; the job scripts call it before they submit the job.
 
-python slurm/check_process.py [--no-data] pipelines/convert.py ARGUMENTS
+.venv/bin/python slurm/check_process.py [--no-data] pipelines/convert.py ARGUMENTS
 
 With --no-data it checks only the arguments, because the files they name are not on this machine.
 """

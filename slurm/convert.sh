@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Convert a checkpoint, in one process: sbatch slurm/convert.sh megatron-to-hf --load-dir DIR --hf-dir DIR [...]
-# The arguments are those of pipelines/convert.py.
+# The arguments are those of moh-convert.
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
@@ -25,7 +25,7 @@ fi
 . "${script%/*}/common.sh"
 
 parse "$@"
-[ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/convert.py: megatron-to-hf --load-dir DIR --hf-dir DIR [...]"
+[ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of moh-convert: megatron-to-hf --load-dir DIR --hf-dir DIR [...]"
 command=("$repository/pipelines/convert.py" "${arguments[@]}")
 if in_job; then
     one_process_job "${command[@]}"

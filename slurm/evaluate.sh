@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a model, by validation loss and by the tasks of suites, in one process:
 #   sbatch slurm/evaluate.sh MODEL [--suite FILE ...] [section.key=value ...]
-# The arguments are those of pipelines/evaluate.py.
+# The arguments are those of moh-evaluate.
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
@@ -27,7 +27,7 @@ fi
 . "${script%/*}/common.sh"
 
 parse "$@"
-[ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of pipelines/evaluate.py: MODEL [--suite FILE ...] [section.key=value ...]"
+[ ${#arguments[@]} -gt 0 ] || fail 2 "expected the arguments of moh-evaluate: MODEL [--suite FILE ...] [section.key=value ...]"
 command=("$repository/pipelines/evaluate.py" "${arguments[@]}")
 if in_job; then
     one_process_job "${command[@]}"

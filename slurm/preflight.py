@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tests whether the nodes of a job are fit for the run; srun starts it on every rank. It takes about ten seconds.
 
-python slurm/preflight.py CONFIG.yaml [section.key=value ...] --report FILE
+.venv/bin/python slurm/preflight.py CONFIG.yaml [section.key=value ...] --report FILE
 
 Each node checks its GPUs, clock, disk and the prepared data. All ranks meet at the first node; then each node
 all-reduces a tensor with its right neighbour in the ring of nodes, and with its left one. Rank 0 reports the problems

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures sparse attention against dense causal SDPA with the same mask, and against itself with every head active.
 
-python tools/bench_attention.py [--lengths 512 1024 2048] [--turns 7] [--threads 1] [--plot bench.png]
+.venv/bin/python tools/bench_attention.py [--lengths 512 1024 2048] [--turns 7] [--threads 1] [--plot bench.png]
 
 Within one process all candidates of a shape take turns (A B A B ...), so that a slower machine slows all of them. The
 printed numbers are the median and the range of the ratio within each turn. Peak memory is the increase of resident

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Conversion of a LLaMA of LLaMA3-8B's shapes there and back, against cp: time, memory, and whether it is all there.
 
-    python tools/bench_convert.py --work /some/disk --layers 4 --pairs 3     # 3.8 GB, three times
-    python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
+    .venv/bin/python tools/bench_convert.py --work /some/disk --layers 4 --pairs 3     # 3.8 GB, three times
+    .venv/bin/python tools/bench_convert.py --work /some/disk --layers 32              # 16 GB, once
 
 The folder of random bf16 weights is made in place. Every copy and every conversion is a command of its own, flushed to
 the disk, timed from start to end; they take turns. Each direction is held against cp of the folder that it reads, and

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares the speed of prepare_data with a bare encode_batch_fast loop on the same text, in alternating processes.
 
-python tools/bench_data.py CORPUS.jsonl TOKENIZER [--repeats 3] [--workers 2] [--scratch DIR]
+.venv/bin/python tools/bench_data.py CORPUS.jsonl TOKENIZER [--repeats 3] [--workers 2] [--scratch DIR]
 
 Prints MB/s of text of the bare loop (without reading and starting) and of prepare_data (steady, and end to end with
 starting), the ratios to the bare loop, the processor time of both, and the peak memory of the process tree. On a busy

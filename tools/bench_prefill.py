@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Measures what skipping inactive heads saves in an exported model's prefill: python tools/bench_prefill.py --threads 1
+"""Measures what skipping inactive heads saves in an exported model's prefill.
+
+.venv/bin/python tools/bench_prefill.py --threads 1
 
 It times the forward pass of one attention layer of the exported code in fp32. The printed numbers are the ratio of the
 sparse path's time to the dense one's, median and range over turns.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time a training step: its model work against the dense twin's, and the engine around it against a bare loop.
 
-python tools/bench_step.py attention [--config configs/pretrain/llm_s_moh50.yaml] [--lengths 2048 4096] [--turns 7]
-python tools/bench_step.py engine [--turns 24] [--length 1024] [--layers 2] [--vocabulary 8192]
-python tools/bench_step.py --monitor on off [--turns 20] [--interval 10]
+.venv/bin/python tools/bench_step.py attention [--config FILE] [--lengths 2048 4096] [--turns 7]
+.venv/bin/python tools/bench_step.py engine [--turns 24] [--length 1024] [--layers 2] [--vocabulary 8192]
+.venv/bin/python tools/bench_step.py --monitor on off [--turns 20] [--interval 10]
 
 `attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
 models are the project's own, with the same fused attention; they take turns in one process. The table shows the

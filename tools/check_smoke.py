@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks the results of a finished smoke run: python tools/check_smoke.py runs/smoke"""
+"""Checks the results of a finished smoke run: .venv/bin/python tools/check_smoke.py runs/smoke"""
 
 from __future__ import annotations
 

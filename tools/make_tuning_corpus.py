@@ -3,7 +3,7 @@
 
     apt-get download anarchism linux-doc-6.1
     for package in *.deb; do dpkg-deb -x $package PACKAGES; done
-    python tools/make_tuning_corpus.py PACKAGES corpus/tuning.jsonl.gz
+    .venv/bin/python tools/make_tuning_corpus.py PACKAGES corpus/tuning.jsonl.gz
 
 Each record is a document: a section of an essay, or a file of the manual. Short documents, appendices and translations
 are dropped. Of each kind the same number is kept, those with the lowest hashes, so that a run reads both.

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Draws the head load by layer and text and the similarity of the heads' outputs, as pictures and tables.
 
-python tools/plot_heads.py RUN_OR_MODEL --texts novels=configs/data/austen.jsonl.gz code=FILE [--out DIR]
+.venv/bin/python tools/plot_heads.py RUN_OR_MODEL --texts novels=configs/data/austen.jsonl.gz code=FILE [--out DIR]
 
 RUN_OR_MODEL is an exported folder, a checkpoint, a folder of checkpoints or a run folder. A text is any file that
-prepare_data reads. The tool writes head_load.png and .csv (every layer; the paper shows the last), and
+moh-prepare reads. The tool writes head_load.png and .csv (every layer; the paper shows the last), and
 head_similarity.png and .csv: the mean cosine of two heads' outputs over the tokens that used both.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw one picture of a run: its losses over tokens and, of a MoH model, the load of every head.
 
-python tools/plot_run.py RUN --out FILE.png
+.venv/bin/python tools/plot_run.py RUN --out FILE.png
 
 RUN is a run folder; the run may still be going on. Where summary.json holds the entropies of single tokens and of pairs
 (data.ngram_baselines), both are drawn as lines to compare the losses with.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes the table of docs/continue_tuning.md: loss of held-out documents before and after tuning, share recovered.
 
-python tools/tuning_table.py CONTROL RUN [RUN ...] --out table.md
+.venv/bin/python tools/tuning_table.py CONTROL RUN [RUN ...] --out table.md
 
 CONTROL is the run folder of the dense model tuned on the same tokens, each RUN that of a MoH model made of the same
 dense checkpoint. The losses are kept in <run folder>/documents.json, so that a second call does not measure them again.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Reports what upcycling costs before any tuning: loss and KL against the dense model at 100, 90, 75 and 50 % heads.
 
-python tools/upcycle_report.py CONFIG.yaml --out DIR [--choices first spread calibrated] [--documents 100]
+.venv/bin/python tools/upcycle_report.py CONFIG.yaml --out DIR [--choices first spread calibrated] [--documents 100]
 
 CONFIG is of a MoH model and names the dense checkpoint in train.init_from. The tool writes DIR/report.md, report.json
 and report.png (which needs matplotlib), and DIR/calibration.json for calibrated heads, unless it exists.

@@ -94,7 +94,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (path / HF_CONFIG).is_file():
         raise UserError(
             f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "
-            f"pipelines/convert.py hf-to-megatron --hf-dir {path} --save-dir CKPT."
+            f"moh-convert hf-to-megatron --hf-dir {path} --save-dir CKPT."
         )
     raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
 

@@ -4,8 +4,8 @@ moh-tune CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   write the init
 moh-tune CONFIG.yaml --prepare                   only write it, in one process; then
 torchrun ... (or srun ...) pipelines/continue_tune.py CONFIG.yaml         one rank of many
 
-The initial checkpoint, <run.dir>/start, is made once of the checkpoint train.init_from; pipelines/convert.py makes that
-of a Hugging Face folder. Training and resuming are those of pipelines/pretrain.py.
+The initial checkpoint, <run.dir>/start, is made once of the checkpoint train.init_from; moh-convert makes that
+of a Hugging Face folder. Training and resuming are those of moh-pretrain.
 """
 
 from __future__ import annotations

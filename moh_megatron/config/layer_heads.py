@@ -100,7 +100,7 @@ def _shared(model: ModelConfig, moh: MoHConfig, shared: int | Sequence[Sequence[
     if moh.shared_placement == "calibrated":
         raise UserError(
             "moh.shared_placement: calibrated needs shared heads that are measured on a dense model. Use "
-            "pipelines/continue_tune.py, which measures train.init_from, or list the heads in moh.shared_heads."
+            "moh-tune, which measures train.init_from, or list the heads in moh.shared_heads."
         )
     if moh.shared_placement == "first":
         return [tuple(range(shared))] * model.num_layers

@@ -205,7 +205,7 @@ class TokenizerConfig:
     """The tokenizer: an existing one, one that grows from it, or one trained on data.inputs."""
 
     path: str | None = None
-    """A tokenizer.json, a SentencePiece .model, or a folder that holds one. With null, prepare_data trains one of
+    """A tokenizer.json, a SentencePiece .model, or a folder that holds one. With null, moh-prepare trains one of
     model.vocab_size entries on data.inputs."""
     grow_to: PositiveInt | None = None
     """Adds pieces learned on data.inputs to the BPE of tokenizer.path, up to this number of entries; every old id
@@ -256,7 +256,7 @@ class DataConfig:
     dir: PathText | None = None
     """The folder of the prepared dataset; null means <run.dir>/data."""
     inputs: tuple[str, ...] = ()
-    """What prepare_data reads: .jsonl (or .json with one record a line) and .txt (plain, .gz, .zst), .parquet,
+    """What moh-prepare reads: .jsonl (or .json with one record a line) and .txt (plain, .gz, .zst), .parquet,
     save_to_disk folders, folders of such files, globs, and hf:REPOSITORY[@REVISION][:SUBSET[:SPLIT]] for the Hugging
     Face hub."""
     text_key: str = "text"
@@ -270,7 +270,7 @@ class DataConfig:
     text_unit: Literal["file", "paragraph", "line"] = "file"
     """What makes one document of a .txt file; paragraphs end at a blank line."""
     shard: ShardText = None
-    """i/n, from 1/n to n/n, prepares only this share of the parts. prepare_data without it prepares the remaining parts
+    """i/n, from 1/n to n/n, prepares only this share of the parts. moh-prepare without it prepares the remaining parts
     and assembles the dataset."""
     workers: PositiveInt | None = None
     """The number of cores to encode on; null means all that this process may use."""

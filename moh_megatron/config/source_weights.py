@@ -70,7 +70,7 @@ def blend_violations(config: Config) -> Iterator[Violation]:
         yield Violation(
             "tokenizer.path",
             "tokenizer.path must be set with data.sources: all share one tokenizer. Got null; make one with "
-            "pipelines/prepare_data.py CONFIG --tokenizer DIR tokenizer.path=DIR and keep tokenizer.path=DIR.",
+            "moh-prepare CONFIG --tokenizer DIR tokenizer.path=DIR and keep tokenizer.path=DIR.",
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         yield Violation("data.sources", f"data.sources must have different names. Got {twice[0]} twice.")

@@ -88,6 +88,6 @@ def load_prepared(config: Config) -> PreparedData:
             raise UserError(
                 f"All sources must be prepared with the same tokenizer. {first.folder} was with "
                 f"{first.manifest.tokenizer.sha256[:12]}, {other.folder} with {other.manifest.tokenizer.sha256[:12]}. "
-                "Run pipelines/prepare_data.py CONFIG again with one tokenizer.path."
+                "Run moh-prepare CONFIG again with one tokenizer.path."
             )
     return PreparedData(sources)

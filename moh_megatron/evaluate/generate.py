@@ -28,7 +28,7 @@ def model_to_load(config: Config) -> Path:
         return hf_dir(config)
     if not Path(config.run.dir).is_dir():
         raise UserError(
-            f"{config.run.dir}: no such run folder. Train first (pipelines/pretrain.py), or set generate.load to an "
+            f"{config.run.dir}: no such run folder. Train first (moh-pretrain), or set generate.load to an "
             f"exported folder or a checkpoint."
         )
     return find_model(Path(config.run.dir))

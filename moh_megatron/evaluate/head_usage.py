@@ -130,7 +130,7 @@ def _active(routed: Any) -> Tensor:
 
 
 def read_text(path: str, characters: int) -> str:
-    """The first ``characters`` of a file that prepare_data can read, with a blank line between documents.
+    """The first ``characters`` of a file that moh-prepare can read, with a blank line between documents.
 
     Raises UserError where it cannot be read.
     """

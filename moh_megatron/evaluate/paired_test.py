@@ -48,8 +48,7 @@ def read_questions(folder: Path) -> dict[Key, float]:
         return {key_of(record): record["score"] for record in records}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path}: must be the questions of an evaluation by pipelines/evaluate.py --suite. It cannot be read: "
-            f"{error}."
+            f"{path}: must be the questions of an evaluation by moh-evaluate --suite. It cannot be read: {error}."
         ) from None
 
 

@@ -109,7 +109,7 @@ def resolve(config: Config) -> Config:
             return config
         raise UserError(
             f"{folder}: the checkpoint to start from is not there. Make it first, in one process: "
-            "pipelines/continue_tune.py CONFIG --prepare, with the same overrides."
+            "moh-tune CONFIG --prepare, with the same overrides."
         )
     provenance.require_same(folder, config)
     _require_intact(folder, None if (folder / layout.CONFIG).is_file() else f"{layout.CONFIG} is missing")
@@ -124,7 +124,7 @@ def resolve(config: Config) -> Config:
 
 def _find_source(config: Config) -> Path:
     if config.train.init_from is None:
-        raise UserError("train.init_from must name the checkpoint to tune. Got null; see pipelines/convert.py.")
+        raise UserError("train.init_from must name the checkpoint to tune. Got null; see moh-convert.")
     return layout.resolve_checkpoint(config.train.init_from)
 
 

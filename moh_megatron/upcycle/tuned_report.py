@@ -36,13 +36,13 @@ class TunedRun:
             raise UserError(f"{folder}: must be the folder of a run. Got one without {layout.CONFIG}.")
         self.config = load_config(folder / layout.CONFIG)
         if self.config.train.init_from is None:
-            raise UserError(f"{folder}: must be a run of pipelines/continue_tune.py. Got train.init_from: null.")
+            raise UserError(f"{folder}: must be a run of moh-tune. Got train.init_from: null.")
         self._file = folder / "documents.json"
 
     @cached_property
     def before(self) -> list[float]:
         """Losses of the model before tuning, by document."""
-        assert self.config.train.init_from is not None, "written by pipelines/continue_tune.py"
+        assert self.config.train.init_from is not None, "written by moh-tune"
         return self._losses(layout.resolve_checkpoint(self.config.train.init_from))
 
     @cached_property

@@ -42,6 +42,7 @@ SHELL = {"source", "export", "cat"}
 """Programs that need no test."""
 RUN_BY = {"tensorboard": ("tests/integration/test_browser.py", "tensorboard.main")}
 """Programs of others, the test that runs each, and how it does so."""
+PYTHONS = {"python", "python3", "pip", "torchrun"}
 NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/", "LLAMA2/")
 
 
@@ -184,6 +185,35 @@ def test_every_command_is_checked_by_a_test_or_says_what_it_needs(document):
     assert unchecked == [], "mark them with: # needs a GPU, # needs a cluster or # needs a network"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_work_as_printed_in_a_fresh_shell(document):
+    """What make setup installs is not on the path: the environment is activated first, or the path is written out."""
+    outside, activated = [], False
+    for command in commands(document):
+        program = command.words[0]
+        activated = activated or command.words == ("source", ".venv/bin/activate")
+        own_environment = command.words == ("pip", "install", ".")
+        if program in {*CONSOLE_COMMANDS, *RUN_BY, *PYTHONS} and not activated and not own_environment:
+            outside.append(" ".join(command.words))
+    assert outside == []
+
+
+def test_messages_docstrings_and_comments_name_commands_that_work_as_printed():
+    files = [
+        *sorted(file for folder in ("moh_megatron", "tools", "slurm") for file in (REPOSITORY / folder).rglob("*.py")),
+        *sorted((REPOSITORY / "configs").rglob("*.yaml")),
+        *sorted((REPOSITORY / "slurm").rglob("*.sh")),
+        *(REPOSITORY / name for name in DOCUMENTS),
+    ]
+    texts = {str(file.relative_to(REPOSITORY)): file.read_text(encoding="utf-8") for file in files}
+    bare = re.compile(r"(?<![\w/.\"])python3? (?:pipelines|tools|slurm)/\S+")
+    assert {name: found for name, text in texts.items() if (found := bare.findall(text))} == {}
+    package = {name: text for name, text in texts.items() if name.startswith(("moh_megatron", "configs"))}
+    # torchrun and Slurm start the scripts; everyone else, a message's reader too, the commands.
+    scripts = {name: re.findall(r"^.*pipelines/\w+\.py.*$", text, re.MULTILINE) for name, text in package.items()}
+    assert [line for lines in scripts.values() for line in lines if not line.startswith("torchrun ")] == []
+
+
 def test_programs_of_others_are_run_by_the_tests_named_here():
     assert [name for name, (file, call) in RUN_BY.items() if call not in text_of(file)] == []
 
@@ -272,7 +302,9 @@ def test_the_arrows_are_those_of_the_test():
 
 def test_the_reference_of_the_configuration_is_current():
     page = runpy.run_path(str(REPOSITORY / "tools" / "config_reference.py"))["reference"]()
-    assert text_of("docs/configuration.md") == page, "python tools/config_reference.py > docs/configuration.md"
+    assert text_of("docs/configuration.md") == page, (
+        ".venv/bin/python tools/config_reference.py > docs/configuration.md"
+    )
     assert re.findall(r"^.*\|\s*\|$", page, re.MULTILINE) == [], "every key has a description"
     rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", page, re.MULTILINE))
     assert rows["parallel.zero_stage"] == "integer at least 0, at most 3"

@@ -162,7 +162,7 @@ def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Sha
     hint = ""
     if (folder / "config.yaml").is_file():
         exported = (folder / "hf" / CONFIG).is_file()
-        remedy = f"its export is {folder / 'hf'}" if exported else "pipelines/convert.py megatron-to-hf exports it"
+        remedy = f"its export is {folder / 'hf'}" if exported else "moh-convert megatron-to-hf exports it"
         hint = f" Got a run or a checkpoint: {remedy}."
     raise UserError(
         f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.{hint}"

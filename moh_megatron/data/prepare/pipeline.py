@@ -94,7 +94,7 @@ def shard_tokenizer(config: Config) -> Tokenizer:
     given = given_tokenizer(config)
     if given is None:
         raise UserError(
-            "data.shard needs an existing tokenizer. Make it first, with pipelines/prepare_data.py CONFIG "
+            "data.shard needs an existing tokenizer. Make it first, with moh-prepare CONFIG "
             "--tokenizer DIR, and set tokenizer.path=DIR."
         )
     return given

@@ -124,8 +124,8 @@ def test_name_of_a_container_chooses_apptainer_or_pyxis():
         ("evaluate.sh", ["nope"], "MODEL: nope is not there"),
         ("evaluate.sh", ["configs", "--suite", "none.yaml"], "--suite: none.yaml is not there"),
         ("evaluate.sh", ["configs", "--suite", "ofline"], "Did you mean the suite offline?"),
-        ("convert.sh", [], "expected the arguments of pipelines/convert.py"),
-        ("evaluate.sh", [], "expected the arguments of pipelines/evaluate.py"),
+        ("convert.sh", [], "expected the arguments of moh-convert"),
+        ("evaluate.sh", [], "expected the arguments of moh-evaluate"),
         ("status.sh", ["nowhere"], "expected a run folder"),
     ],
 )

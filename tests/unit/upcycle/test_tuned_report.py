@@ -46,7 +46,7 @@ def test_a_folder_without_a_tuned_run_is_refused(run, tiny, tmp_path):
     with pytest.raises(UserError, match=r": must be the folder of a run\. Got one without config\.yaml"):
         tuned_report.TunedRun(tmp_path)
     (tmp_path / "config.yaml").write_text(dump_config(tiny()))
-    with pytest.raises(UserError, match=r"must be a run of pipelines/continue_tune\.py\. Got train\.init_from: null"):
+    with pytest.raises(UserError, match=r"must be a run of moh-tune\. Got train\.init_from: null"):
         tuned_report.TunedRun(tmp_path)
 
 

@@ -59,6 +59,11 @@ def test_documents_are_stored_in_their_split(make_config: MakeConfig, corpus: Pa
     assert manifest.baselines is not None
     assert 0 < manifest.baselines["bigram_entropy"] < manifest.baselines["unigram_entropy"] < 5.99  # log(400)
     assert f"{manifest.train.tokens:,} tokens" in manifest.summary()
+    counts = manifest.baselines
+    assert (
+        f"counts: single tokens {counts['unigram_entropy']:.4f}, pairs of tokens {counts['bigram_entropy']:.4f}"
+        in manifest.summary()
+    )
 
 
 def test_split_of_a_document_depends_on_its_text_alone(chapters: list[str]) -> None:
@@ -86,7 +91,9 @@ def test_prepare_again_makes_only_what_has_changed(
     damaged = dataset / "train.bin"
     content = contents(dataset)
     damaged.write_bytes(damaged.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"train\.bin: expected \d+ bytes, but it has \d+\. Run pipelines/prepare_data"):
+    with pytest.raises(
+        UserError, match=r"train\.bin: expected \d+ bytes, but it has \d+\. Run moh-prepare CONFIG again"
+    ):
         load_manifest(dataset)
     prepare(config)
     assert contents(dataset) == content
@@ -209,7 +216,7 @@ def test_leftovers_of_dead_runs_are_cleared_and_strange_folders_kept(
 
 
 def test_error_for_missing_dataset_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No prepared data at .*Run pipelines/prepare_data\.py CONFIG first"):
+    with pytest.raises(UserError, match=r"No prepared data at .*Run moh-prepare CONFIG first"):
         load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
