@@ -25,6 +25,7 @@ from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import write_json
+from moh_megatron.io.printable import printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _RECORDED = re.compile(
@@ -33,6 +34,30 @@ _RECORDED = re.compile(
 """The variables that a snapshot records; others may hold secrets."""
 _SECRET = re.compile("JWT|TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
 """Variables that it does not record even so: SLURM_JWT, for one, gives access to a user's account on the cluster."""
+
+_REMOVED = "[removed]"
+_NAMED_SECRET = re.compile(
+    r"""(?x)
+    (                                               # a name that tells a secret: of a variable, or of a setting
+        (?:\b|_|(?<=-))[A-Z0-9_]*(?:JWT|TOKEN(?!IZER)|KEY|SECRET|PASSWORD|CREDENTIAL)[A-Z0-9_]*
+        | (?i:[\w.-]*(?:password|passwd|secret|credential|private_?key|access_?key|api[_-]?key
+            |(?:access|auth|bearer|hf|hub|wandb|github|gitlab|session)[_-]?token)[\w-]*)
+    )
+    (["']?\s*[:=]\s*)                              # what stands between: '=', ': ' or '": '
+    (?: "[^"\n]*" | '[^'\n]*' | [^\s"',;&()\[\]{}]+ )
+    """
+)
+_OPTION_WITH_SECRET = re.compile(r"(--[\w-]*(?:token|password|secret|key|credential)[\w-]*\s+)\S+")
+_SECRET_ITSELF = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|eyJ[\w-]+\.[\w-]+\.[\w-]+)"
+    r"|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)"  # user and password of an address
+)
+"""Tokens whose form tells what they are: of Hugging Face, GitHub, GitLab, Slack and AWS, and JSON web tokens."""
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_SHORTEST_SECRET = 8
+"""A shorter value of a secret variable is not searched for in texts: it may be an ordinary word."""
 
 WRITABLE = "run.dir must be a folder that can be written."
 
@@ -69,7 +94,11 @@ def check_folder(run_dir: Path) -> None:
 def _git(*arguments: str) -> str | None:
     try:
         return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(REPOSITORY), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",  # A changed file may have another encoding.
+            check=True,
         ).stdout.rstrip("\n")
     except (OSError, subprocess.CalledProcessError):
         return None  # git is not installed, or this is not a clone
@@ -79,22 +108,46 @@ def _is_recorded(name: str) -> bool:
     return bool(_RECORDED.match(name)) and not _SECRET.search(name)
 
 
+def without_secrets(text: str) -> str:
+    """``text`` with [removed] for values of secret variables, values that a name calls secret, and well-known tokens.
+
+    No line is added or taken out, so that a patch stays a patch.
+    """
+    text = _PRIVATE_KEY.sub(lambda match: re.sub(r"(?m)(^[+ -]?).+$", rf"\1{_REMOVED}", match[0]), text)
+    values = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, _REMOVED)
+    return _SECRET_ITSELF.sub(_REMOVED, _NAMED_SECRET.sub(rf"\1\2{_REMOVED}", text))
+
+
+def shown_command(arguments: list[str]) -> str:
+    """A command line that a shell accepts, ``without_secrets``."""
+    named = (argument.partition("=") for argument in arguments)
+    kept = [
+        f"{name}={_REMOVED}" if equals and _NAMED_SECRET.search(f"{name}=x") else without_secrets(name + equals + value)
+        for name, equals, value in named
+    ]
+    return _OPTION_WITH_SECRET.sub(rf"\1{_REMOVED}", shlex.join(kept))
+
+
 def snapshot(config: Config, folder: Path) -> None:
     """Write config.yaml, job.json and, if the code has uncommitted changes, code.patch; ``folder`` may exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(without_secrets(dump_config(config)), encoding="utf-8")
     patch = _git("diff", "HEAD")
     if patch:
-        (folder / "code.patch").write_text(patch + "\n", encoding="utf-8")
+        (folder / "code.patch").write_text(without_secrets(patch) + "\n", encoding="utf-8")
     write_json(
         folder / "job.json",
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(sys.argv),
+            "command": shown_command(sys.argv),
             "commit": _git("rev-parse", "HEAD"),
             "changed": None if patch is None else bool(patch),
             "nodes": os.environ.get("MOH_NODES", platform.node()).split(),
-            "environment": {name: value for name, value in sorted(os.environ.items()) if _is_recorded(name)},
+            "environment": {
+                name: without_secrets(value) for name, value in sorted(os.environ.items()) if _is_recorded(name)
+            },
             "python": platform.python_version(),
             "packages": dict(sorted((package.name, package.version) for package in distributions())),
         },
@@ -114,6 +167,9 @@ def main() -> None:
         data_parallel_size(config, ranks)
         gradient_accumulation_steps(config, ranks)
     run_dir = Path(config.run.dir).absolute()
+    if (shown := printable(str(run_dir))) != str(run_dir) or "\n" in shown:
+        # The job scripts read it as one line, and show it.
+        raise UserError(f"run.dir must be a path without control characters. Got {shown}; name another folder.")
     if not arguments.no_data:
         if arguments.snapshot is None:
             check_folder(run_dir)

@@ -63,3 +63,68 @@ def test_failed_snapshot_has_the_same_message_in_every_start(monkeypatch, tmp_pa
             main()
         messages.add(str(caught.value))
     assert messages == {f"{tmp_path}: {os.strerror(number)}. run.dir must be a folder that can be written."}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("+export WANDB_API_KEY='k e y'", "+export WANDB_API_KEY=[removed]"),
+        ('-  "api_key": "abc", "rate": 1', '-  "api_key": [removed], "rate": 1'),
+        ("deepspeed:\n  comet:\n    api_key: abc\n", "deepspeed:\n  comet:\n    api_key: [removed]\n"),
+        ("+MOH_STORE_TOKEN = 'abc'", "+MOH_STORE_TOKEN = [removed]"),
+        ("+login('hf_abcdefghijklmnopqrst')", "+login('[removed]')"),
+        ("https://user:word@host/path", "https://[removed]@host/path"),
+        ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer [removed]"),
+        ("+x = 'value of the variable'", "+x = '[removed]'"),
+        (
+            "+-----BEGIN PRIVATE KEY-----\n+abc\n+-----END PRIVATE KEY-----\n+y",
+            "+-[removed]\n+[removed]\n+[removed]\n+y",
+        ),
+    ],
+)
+def test_secrets_are_removed_from_texts(monkeypatch, text, kept):
+    monkeypatch.setenv("HF_TOKEN", "value of the variable")
+    assert CHECK["without_secrets"](text) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.total_tokens=32000",
+        "data.text_key=body",
+        "+def f(key: str, tokens: int) -> None:",
+        "eos_token_id: 3",
+        '+TOKENIZER_JSON = "tokenizer.json"',
+        "the secret filter",
+        "MASTER_PORT=1234",
+    ],
+)
+def test_text_without_secrets_stays(monkeypatch, text):
+    monkeypatch.setenv("MOH_TOKEN", "str")  # too short to be searched for
+    assert CHECK["without_secrets"](text) == text
+
+
+def test_secrets_are_removed_from_a_command_line():
+    arguments = ["check.py", "a b.yaml", "deepspeed.comet.api_key=x y", "--hub-token", "abc", "run.seed=3"]
+    expected = "check.py 'a b.yaml' 'deepspeed.comet.api_key=[removed]' --hub-token [removed] run.seed=3"
+    assert CHECK["shown_command"](arguments) == expected
+
+
+def test_snapshot_holds_no_secret_of_the_changes_or_the_configuration(tiny, monkeypatch, tmp_path):
+    answers = {("diff", "HEAD"): "+HF_TOKEN=s3cret"}
+    monkeypatch.setitem(CHECK["snapshot"].__globals__, "_git", lambda *arguments: answers.get(arguments))
+    monkeypatch.setattr("sys.argv", ["check.py", "deepspeed.comet.api_key=s3cret"])
+    config = tiny({"run.dir": str(tmp_path), "deepspeed.comet": {"api_key": "s3cret"}})
+    CHECK["snapshot"](config, tmp_path / "snapshot")
+    files = sorted((tmp_path / "snapshot").iterdir())
+    assert [file.name for file in files] == ["code.patch", "config.yaml", "job.json"]
+    for file in files:
+        assert "s3cret" not in file.read_text()
+        assert "[removed]" in file.read_text()
+
+
+def test_run_folder_whose_name_holds_control_characters_is_refused(monkeypatch, tmp_path):
+    arguments = ["configs/smoke.yaml", f'run.dir="{tmp_path}/a\\eb"', "--world-size", "2", "--no-data"]
+    monkeypatch.setattr("sys.argv", ["check.py", *arguments])
+    with pytest.raises(UserError, match=r"^run\.dir must be a path without control characters\. Got .*/a\\x1bb; name"):
+        CHECK["main"]()
