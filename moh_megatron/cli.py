@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moh_megatron.config.load import dump_config, load_config
 from moh_megatron.config.paths import refuse_checkpoint
 from moh_megatron.config.schema import Config
-from moh_megatron.io.console import console_logging, set_level
+from moh_megatron.io.console import console_logging, print_result, set_level
 from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.printable import printable
 from moh_megatron.io.remedies import remedy
 
 # Megatron-core and torch warn of what is chosen on purpose: no Apex, no fused kernels, gloo. The filter stands here
@@ -26,6 +27,13 @@ from moh_megatron.io.remedies import remedy
 warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
 
 logger = logging.getLogger(__name__)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors show arguments, which may be names of files, without control characters."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, None if message is None else printable(message))
 
 
 class _SetLevel(argparse.Action):
@@ -37,7 +45,7 @@ class _SetLevel(argparse.Action):
 
 def command_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of --quiet, --verbose and --version, to which a command adds its own options."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = CommandParser(description=description)
     add_common_options(parser)
     return parser
 
@@ -85,7 +93,7 @@ def parse_config(
     config = load_config(namespace.config, namespace.overrides)
     refuse_checkpoint(config.run.dir)
     if namespace.dry_run:
-        sys.stdout.write(dump_config(config))
+        print_result(dump_config(config).removesuffix("\n"))
         parser.exit(0)
     return namespace, config
 
@@ -154,17 +162,22 @@ def _exit_code(main: Callable[[], int | None]) -> int:
             return 2
         hint = None if isinstance(error, FileNotFoundError) else remedy(error.errno, "run.dir")
         if hint is None:
-            traceback.print_exc()
+            print_traceback()
         else:
             path = f"{error.filename}: " if error.filename is not None else ""
             logger.error(f"{path}{error.strerror}; {hint}.")
         return 1
     except RuntimeError as error:
         if not str(error).startswith("Symlink loop"):  # what Path.resolve raises in Python 3.11
-            traceback.print_exc()
+            print_traceback()
             return 1
         logger.error(f"{error}: links form a circle. Name another path.")
         return 2
     except Exception:  # Any other error is a bug: show where.
-        traceback.print_exc()
+        print_traceback()
         return 1
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error that is handled on standard error."""
+    sys.stderr.write(printable(traceback.format_exc()))

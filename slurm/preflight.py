@@ -31,6 +31,7 @@ from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.printable import printable
 from moh_megatron.train.fault_tolerance.world import World
 
 logger = logging.getLogger("moh_megatron.slurm.preflight")
@@ -251,7 +252,7 @@ def main() -> int:
     rounds = range(2 if len(nodes) > 1 else 1)
     code = run.conclude([run.test_link(number) for number in rounds] if fit else [])
     if world.rank == 0:
-        found = list(dict.fromkeys(run.found))
+        found = [printable(line) for line in dict.fromkeys(run.found)]
         arguments.report.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
         for line in found:
             logger.error("preflight: node " + line.replace("\t", ": "))

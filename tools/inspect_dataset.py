@@ -16,54 +16,57 @@ import argparse
 import sys
 from pathlib import Path
 
-from moh_megatron.cli import exit_code
+from moh_megatron.cli import CommandParser, exit_code
 from moh_megatron.data.dataset_manifest import SPLITS, load_manifest
 from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths, problems, sample, unverified
+from moh_megatron.io.console import print_result
 
 
 def show(args: argparse.Namespace) -> int:
     manifest = load_manifest(args.dataset)
-    print(manifest.summary())
+    print_result(manifest.summary())
     for split in SPLITS:
         if values := lengths(args.dataset, split):
-            print(f"{split}, tokens a document: " + ", ".join(f"{name} {value:,}" for name, value in values.items()))
+            print_result(
+                f"{split}, tokens a document: " + ", ".join(f"{name} {value:,}" for name, value in values.items())
+            )
     for record in manifest.inputs:
         details = f", {record.bytes:,} bytes, sha256 {record.sha256[:12]}" if record.sha256 else ""
-        print(f"input: {record.path}{details}")
-    print(f"made by: {manifest.command}")
+        print_result(f"input: {record.path}{details}")
+    print_result(f"made by: {manifest.command}")
     return 0
 
 
 def histogram(args: argparse.Namespace) -> int:
     draw_lengths(args.dataset, args.picture)
-    print(args.picture)
+    print_result(args.picture)
     return 0
 
 
 def samples(args: argparse.Namespace) -> int:
     for position in args.at:
         number, tokens, text = sample(args.dataset, args.split, position, args.tokens)
-        print(f"== {args.split} document {number:,}, {tokens:,} tokens\n{text}")
+        print_result(f"== {args.split} document {number:,}, {tokens:,} tokens\n{text}")
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     found = problems(args.dataset)
     for line in (*unverified(load_manifest(args.dataset)), *found):
-        print(line)
+        print_result(line)
     if not found:
-        print(f"{args.dataset}: every file is as its manifest says")
+        print_result(f"{args.dataset}: every file is as its manifest says")
     return 2 if found else 0
 
 
 def diff(args: argparse.Namespace) -> int:
     found = differences(load_manifest(args.dataset), load_manifest(args.other))
-    print("\n".join(found) if found else "no difference")
+    print_result("\n".join(found) if found else "no difference")
     return 2 if found else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (show, histogram, samples, verify, diff):
         subparser = commands.add_parser("sample" if command is samples else command.__name__)

@@ -10,7 +10,6 @@ head_similarity.png and .csv: the mean cosine of two heads' outputs over the tok
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -23,11 +22,11 @@ matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
 
-from moh_megatron.cli import exit_code
+from moh_megatron.cli import CommandParser, exit_code
 from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage, read_text
 from moh_megatron.evaluate.loaded_model import find_model, load_model
 from moh_megatron.evaluate.run import default_folder
-from moh_megatron.io.console import progress_bar
+from moh_megatron.io.console import print_result, progress_bar
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
 
@@ -132,7 +131,7 @@ def write_tables(usages: dict[str, HeadUsage], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Head load by layer and text, similarity of head outputs.")
+    parser = CommandParser(description="Head load by layer and text, similarity of head outputs.")
     parser.add_argument("model", type=Path, metavar="RUN_OR_MODEL")
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model")
@@ -167,7 +166,7 @@ def main() -> None:
     draw_similarity(mean, f"similarity of head outputs, {path}", folder / "head_similarity.png")
     write_tables(usages, folder)
     for name in ("head_load.png", "head_load.csv", "head_similarity.png", "head_similarity.csv"):
-        print(folder / name)
+        print_result(folder / name)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from moh_megatron.cli import command_parser, exit_code, new_file
+from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_summary
 from moh_megatron.monitor.run_folder import RunFolder, is_number, open_run
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=png_file, required=True, metavar="FILE.png", help="picture to write")
     arguments = parser.parse_args()
     draw_run(open_run(arguments.run), arguments.out)
-    print(arguments.out)
+    print_result(arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from moh_megatron.cli import at_least, exit_code, new_file
+from moh_megatron.cli import CommandParser, at_least, exit_code, new_file
+from moh_megatron.io.console import print_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("control", type=Path, metavar="CONTROL")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="Markdown file to write")
@@ -30,7 +31,7 @@ def main() -> None:
     control = TunedRun(arguments.control, arguments.documents)
     text = tuning_table(control, [TunedRun(folder, arguments.documents) for folder in arguments.runs])
     arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print_result(text)
 
 
 if __name__ == "__main__":

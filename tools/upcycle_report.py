@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
+from moh_megatron.io.console import print_result
 
 _CHOICES = ("first", "spread", "calibrated", "list")
 
@@ -102,7 +103,7 @@ def main() -> None:
     if left_out:
         text += f"\nLeft out, because so many shared heads leave no such choice: {', '.join(left_out)}.\n"
     (arguments.out / "report.md").write_text(text, encoding="utf-8")
-    print(text)
+    print_result(text)
     _draw(arguments.out / "report.png", dataclasses.asdict(loss)["value"], rows)
 
 

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides
+from moh_megatron.io.console import print_result
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,8 +80,10 @@ def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
         hf_export.check_replaceable(arguments.hf_dir, checkpoint)
         config = layout.read_config(checkpoint)
         hf_export.check_form(config, arguments.format)
-        print(f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:")
-        print(dump_config(config), end="")
+        print_result(
+            f"# {checkpoint} -> {arguments.hf_dir} in {arguments.dtype or 'its precision'}, with the configuration:"
+        )
+        print_result(dump_config(config).removesuffix("\n"))
         return None
     difference = convert.megatron_to_hf(
         checkpoint, arguments.hf_dir, arguments.dtype, form=arguments.format, verify=arguments.verify
@@ -123,7 +126,7 @@ def main() -> None:
     commands = {"megatron-to-hf": megatron_to_hf, "hf-to-megatron": hf_to_megatron, "official-to-hf": official_to_hf}
     arguments = parse_arguments()
     if result := commands[arguments.command](arguments):
-        print(json.dumps(result.values) if arguments.json else result.sentence)
+        print_result(json.dumps(result.values) if arguments.json else result.sentence)
 
 
 def run() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.io.console import print_result
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
 
     complete = text_generator(model_to_load(config), config)
     for prompt in config.generate.prompts:
-        print(f"\n{complete(prompt)}")
+        print_result(f"\n{complete(prompt)}")
 
 
 def run() -> int:

@@ -14,6 +14,7 @@ import re
 import sys
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.io.console import print_result
 from moh_megatron.plan.advice import remedies
 from moh_megatron.plan.plan_report import GIB, Fit, as_mapping, as_text
 from moh_megatron.plan.run_plan import make_plan
@@ -49,9 +50,9 @@ def main() -> None:
         fits = plan.device_bytes <= memory
         fit = Fit(memory, plan.device_bytes, () if fits else tuple(remedies(config, arguments.world_size)))
     if arguments.json:
-        print(json.dumps(as_mapping(plan, fit), indent=2))
+        print_result(json.dumps(as_mapping(plan, fit), indent=2))
     else:
-        print(as_text(config, plan, fit))
+        print_result(as_text(config, plan, fit))
 
 
 def run() -> int:

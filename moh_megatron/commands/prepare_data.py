@@ -15,6 +15,7 @@ from pathlib import Path
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
+from moh_megatron.io.console import print_result
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Config]:
@@ -34,20 +35,20 @@ def main() -> None:
 
     if args.tokenizer is not None:
         tokenizer = prepare_tokenizer(config, Path(args.tokenizer).expanduser())
-        print(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, sha256 {tokenizer.sha256}")
+        print_result(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, sha256 {tokenizer.sha256}")
         return
     for name, source in source_configs(config, args.source):
         if config.data.shard is not None:
             shard, shards = map(int, config.data.shard.split("/"))
             prepare_shard(source, shard, shards)
-            print(
+            print_result(
                 f"{name}: shard {config.data.shard} is finished; run the command without data.shard to merge the shards"
             )
         else:
-            print(prepare(source).summary())
-            print(f"dataset: {data_dir(source)}")
+            print_result(prepare(source).summary())
+            print_result(f"dataset: {data_dir(source)}")
     if config.data.sources and config.data.shard is None and args.source is None:
-        print(load_prepared(config).budget(config))
+        print_result(load_prepared(config).budget(config))
 
 
 def run() -> int:

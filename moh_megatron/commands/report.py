@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from moh_megatron.cli import command_parser, exit_code
+from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
 from moh_megatron.monitor.run_folder import open_run
@@ -35,7 +36,7 @@ def main() -> None:
     # A record can hold half a character, which UTF-8 cannot.
     temporary.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
     temporary.replace(out)
-    print(out)
+    print_result(out)
 
 
 def run() -> int:

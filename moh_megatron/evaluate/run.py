@@ -18,6 +18,7 @@ from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_mod
 from moh_megatron.evaluate.paired_test import compare_scores, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, read_earlier_results, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
+from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.folders import check_writable
 
@@ -78,8 +79,8 @@ def evaluate(arguments: Namespace) -> None:
             results["comparison"] = {"against": str(arguments.against), "tasks": comparisons}
         except UserError as error:
             problems.append(str(error))
-    print(write_results(folder, results, questions))
-    print(f"results: {folder / RESULTS}")
+    print_result(write_results(folder, results, questions))
+    print_result(f"results: {folder / RESULTS}")
     if problems:
         raise Fault("\n".join(problems))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moh_megatron.io.printable import printable
+
 _LOGGER = logging.getLogger("moh_megatron")
 _PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
 
@@ -23,12 +25,17 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = _PREFIXES.get(record.levelno, "")
-        message = self.format(record)
+        message = printable(self.format(record))
         if record.levelno >= logging.ERROR:
             message = message.replace("\n", "\n" + " " * len(prefix))
         with suppress(OSError):  # A terminal that hung up must not end the program.
             tqdm.write(prefix + message, file=sys.stderr)
             sys.stderr.flush()
+
+
+def print_result(text: object) -> None:
+    """Print a result of a command on standard output, without control characters that its text may hold."""
+    print(printable(str(text)))
 
 
 @contextmanager
@@ -84,4 +91,6 @@ def is_verbose() -> bool:
 
 def progress_bar(description: str, total: int, unit: str, hidden: bool = False, **options: Any) -> tqdm:
     """A progress bar on standard error, above which log records are written; none under --quiet or where ``hidden``."""
-    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=hidden or is_quiet(), **options)
+    return tqdm(
+        total=total, desc=printable(description), unit=unit, dynamic_ncols=True, disable=hidden or is_quiet(), **options
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, write_json
+from moh_megatron.io.printable import printable
 from moh_megatron.io.small_file import open_regular
 
 
@@ -130,4 +131,5 @@ def merge_summary(path: Path, values: dict[str, Any]) -> None:
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:
     """Write exit.json, which says how a run ended; an error of the disk is ignored, and the file may be missing."""
     with contextlib.suppress(OSError):
-        write_json(run_dir / "exit.json", {"code": code, "reason": reason, "step": step})
+        # The job scripts print the reason, and a message may name what came from outside.
+        write_json(run_dir / "exit.json", {"code": code, "reason": printable(reason), "step": step})

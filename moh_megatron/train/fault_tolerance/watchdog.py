@@ -21,6 +21,7 @@ from types import FrameType
 from torch.distributed import DistError
 
 from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.printable import printable
 from moh_megatron.parallel.failures import lost_a_peer
 from moh_megatron.train.fault_tolerance.heartbeat import FailureReport, Heartbeat, Heartbeats, StoreHost
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
@@ -277,8 +278,8 @@ class Watchdog:
         # Not through logging: the main thread may hang while it holds a handler's lock.
         if f"rank {rank} " in report.message:
             stack = "".join(traceback.format_stack(self._frame()))
-            print(f"rank {rank} stands here:\n{stack}", file=sys.stderr)
-        print(f"error: rank {rank} ends, because {report.message}", file=sys.stderr, flush=True)
+            print(printable(f"rank {rank} stands here:\n{stack}"), file=sys.stderr)
+        print(printable(f"error: rank {rank} ends, because {report.message}"), file=sys.stderr, flush=True)
         self._record(report)
         self._publish_exit("")
         self._wait_for_readers()

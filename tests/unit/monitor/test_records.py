@@ -99,6 +99,11 @@ def test_exit_json_holds_code_reason_and_step(tmp_path, step):
     assert content == {"code": 75, "reason": "received SIGUSR1: saved", "step": step}
 
 
+def test_exit_json_holds_no_control_characters_of_a_reason(tmp_path):
+    write_exit(tmp_path, 1, "rank 1 ended: \x1b[2J", 3)
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == r"rank 1 ended: \x1b[2J"
+
+
 def test_write_exit_ignores_errors_of_the_disk(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     write_exit(tmp_path / "run", 1, "the real reason", None)
