@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,8 @@ def _input(path: Path) -> Input:
 
 def _file(path: Path) -> File:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # It can be read once only, and reading may never end.
+        raise UserError(f"data.inputs: {path} must be a regular file. Got a pipe or a device; write a file.")
     return File(str(path), status.st_size, status.st_mtime_ns)
 
 

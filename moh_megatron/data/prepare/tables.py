@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moh_megatron.io.errors import UserError
+from moh_megatron.io.json_file import read_json
 
 HUB = "hf:"
+_SAVE_AGAIN = "Save or copy the dataset again."
 ROWS = 256
 """Rows held as Python values at once."""
 
@@ -87,12 +88,25 @@ def is_saved(path: str | Path) -> bool:
 def saved_files(path: Path) -> list[Path]:
     """The data files of a saved dataset, in order. Raises UserError if the folder holds a dictionary of datasets."""
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(str(path / name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"])
+        names = _described(path / "dataset_dict.json", "splits")
+        splits = ", ".join(str(path / str(name)) for name in names)
         raise UserError(f"data.inputs: {path} holds several datasets; name those to read: {splits}.")
-    files = [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
+    state = path / "state.json"
+    try:
+        files = [path / file["filename"] for file in _described(state, "_data_files")]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{state}: each of _data_files must have a filename ({error!r}). {_SAVE_AGAIN}") from None
     if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"data.inputs: {missing[0]} is missing. Save or copy the dataset again.")
+        raise UserError(f"data.inputs: {missing[0]} is missing. {_SAVE_AGAIN}")
     return files
+
+
+def _described(file: Path, key: str) -> list[Any]:
+    """The list ``key`` of a file in which save_to_disk describes a dataset."""
+    found = read_json(file, "the description of a saved dataset", _SAVE_AGAIN).get(key)
+    if not isinstance(found, list):
+        raise UserError(f"{file}: {key} must be a list. Got {type(found).__name__}. {_SAVE_AGAIN}")
+    return found
 
 
 def saved_rows(path: str) -> int:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -73,6 +74,12 @@ def test_empty_text_is_no_input() -> None:
         UserError, match=r"^data\.inputs: must name files or folders\. Got an empty text; take it out\.$"
     ):
         find_inputs([""])
+
+
+def test_pipe_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl must be a regular file\. Got a pipe or a device; write a file"):
+        find_inputs([str(tmp_path / "a.jsonl")])
 
 
 def test_folder_includes_json_but_not_the_description_of_a_saved_dataset(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from moh_megatron.data.prepare import inputs
 from moh_megatron.data.prepare.chunks import Chunk
 from moh_megatron.data.prepare.inputs import find_inputs, plan_parts
 from moh_megatron.data.prepare.read_documents import Event, Reject, SegmentEnd, read_segment
+from moh_megatron.data.prepare.tables import saved_files
 from moh_megatron.io.errors import UserError
 
 TEXTS = [f"Text {number} é." * 20 for number in range(500)]
@@ -115,3 +116,20 @@ def test_error_names_the_table_that_cannot_be_opened(tmp_path: Path) -> None:
         find_inputs([str(tmp_path / "several")])
     with pytest.raises(UserError, match=r"hf:.*none could not be opened .*hf:REPOSITORY"):
         plan_parts(find_inputs([f"hf:{tmp_path / 'none'}"]), "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", "{", r"state\.json: cannot be read as JSON"),
+        ("state.json", "{}", r"state\.json: _data_files must be a list\. Got NoneType\."),
+        ("state.json", '{"_data_files": [1]}', r"state\.json: each of _data_files must have a filename"),
+        ("dataset_dict.json", '{"splits": 1}', r"dataset_dict\.json: splits must be a list\. Got int\."),
+    ],
+)
+def test_damaged_description_of_a_saved_dataset_is_a_user_error(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{message}.*Save or copy the dataset again"):
+        saved_files(tmp_path)
