@@ -197,7 +197,9 @@ prepare_meeting() {
     if [ "$SLURM_NNODES" = 1 ]; then MASTER_ADDR=127.0.0.1; else MASTER_ADDR=${MOH_NODES%% *}; fi
     MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
     MOH_GPUS=$(gpus_per_node)
-    export MOH_NODES MASTER_ADDR MASTER_PORT MOH_GPUS
+    # The ranks listen to messages with this secret only.
+    MOH_RUN_TOKEN=${MOH_RUN_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+    export MOH_NODES MASTER_ADDR MASTER_PORT MOH_GPUS MOH_RUN_TOKEN
 }
 
 # Functions of a typed script.

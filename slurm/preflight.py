@@ -25,14 +25,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.printable import printable
-from moh_megatron.train.fault_tolerance.world import World
+from moh_megatron.train.fault_tolerance.world import TOKEN_VARIABLE, World
 
 logger = logging.getLogger("moh_megatron.slurm.preflight")
 """Below the logger of the package, whose records ``exit_code`` shows."""
@@ -103,9 +103,10 @@ class Preflight:
                 f"{MEETING_SECONDS:g} s ({str(error).splitlines()[0]})"
             ) from None
 
-    def _connect(self, host: bool) -> TCPStore:
+    def _connect(self, host: bool) -> Store:
         timeout = timedelta(seconds=MEETING_SECONDS)
-        return TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
+        return PrefixStore(f"preflight_{os.environ.get(TOKEN_VARIABLE, '')}", store)
 
     def meet(self, problems: list[str]) -> bool:
         """Wait for all ranks, collect the nodes' problems, compare clocks; return whether to continue."""

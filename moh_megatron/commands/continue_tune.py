@@ -16,7 +16,7 @@ import sys
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.console import errors_only, speak_for_rank
+from moh_megatron.io.console import announce_start, errors_only, speak_for_rank
 from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
@@ -55,6 +55,7 @@ def rank(config: Config, world: World) -> int:
 
 
 def launch_node(config: Config, ranks: int) -> int:
+    announce_start(ranks)
     from moh_megatron.train.launcher import launch_run
 
     # -P: nothing is imported from the folder the user stands in.

@@ -109,16 +109,16 @@ class HeadLayout:
     def report(self, shared_heads: int | Sequence[int], active_heads: int, in_use: int | None = None) -> str:
         """A line for each tensor-parallel size up to 8 that divides the KV groups: load of each rank and imbalance.
 
-        Uneven sizes also get the remedy; if ``in_use`` is given, only that size does.
+        Uneven sizes also get the remedy. If ``in_use`` is given, that size alone has a line.
         """
         lines = []
-        for size in (size for size in range(1, 9) if self.groups % size == 0):
+        sizes = [size for size in range(1, 9) if self.groups % size == 0] if in_use is None else [in_use]
+        for size in sizes:
             load = self.expected_load(shared_heads, active_heads, size)
             uneven = self.imbalance(shared_heads, active_heads, size)
-            hint = f"; {self.remedy}" if in_use in (None, size) else ""
             lines.append(
                 f"TP {size}: {', '.join(f'{heads:.2f}' for heads in load)} heads a token on each rank, "
-                f"max / mean {uneven:.2f}{f' - uneven{hint}' if uneven > LARGEST_IMBALANCE else ''}"
+                f"max / mean {uneven:.2f}{f' - uneven; {self.remedy}' if uneven > LARGEST_IMBALANCE else ''}"
             )
         return "\n".join(lines)
 

@@ -429,11 +429,13 @@ class MonitorConfig:
     alarm_balance: PositiveFloat | None = 0.5
     """Warns if the balance loss differs from that of an even load by more than this share of the distance to a load
     where every token uses the same heads; null means never."""
-    alarm_mfu_drop: PositiveFraction | None = 0.3
-    """Warns if the speed of the last intervals, and so MFU, is lower than usual by this share; null means never."""
-    alarm_slow_rank: PositiveFloat | None = 1.5
-    """Warns if data loading and forward pass of a rank take this many times those of the median rank; null means
+    alarm_mfu_drop: PositiveFraction | Literal["auto"] | None = "auto"
+    """Warns if the speed of the last intervals, and so MFU, is lower than usual by this share, until half of the drop
+    is made up for; auto means 0.3 on GPUs and never on a CPU, whose speed depends on what else runs; null means
     never."""
+    alarm_slow_rank: PositiveFloat | Literal["auto"] | None = "auto"
+    """Warns if data loading and forward pass of a rank take this many times those of the median rank; auto means 1.5
+    on GPUs and never on a CPU; null means never."""
     profile: Bool = False
     """Whether a torch profiler trace of a few steps of rank 0 is written to <run.dir>/tensorboard; --profile does the
     same."""

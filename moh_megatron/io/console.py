@@ -62,6 +62,11 @@ def set_level(level: int) -> None:
     _LOGGER.setLevel(level)
 
 
+def announce_start(processes: int) -> None:
+    """Say that a command starts its processes, before anything slow is imported."""
+    _LOGGER.info(f"starting {processes} {'process' if processes == 1 else 'processes'}: loading PyTorch")
+
+
 def speak_for_rank(rank: int) -> None:
     """Leave everything but errors to rank 0, so that each message appears once and not once a rank."""
     if rank != 0:

@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moh_megatron.config.schema import MonitorConfig
 from moh_megatron.monitor.head_figures import HeadFigures
@@ -16,6 +17,8 @@ OVER = "over: "
 """The prefix of a message about an alarm that has ended."""
 _MAX_NAMED = 6
 """Dead heads named in a message, at most."""
+_DROP, _SLOW = 0.3, 1.5
+"""What auto means on an accelerator for the drop of the rate and for the time of the slowest rank."""
 _RATES, _RECENT = 50, 5
 """Intervals of which the usual rate is the median, and recent intervals that are compared with it."""
 
@@ -41,12 +44,25 @@ class _Alarm:
 
 
 class Alarms:
-    """Compares each interval with the thresholds; ``balance_key`` is the key to raise for a more even load.
+    """Compares each interval with the thresholds. A kind of alarm without figures in an interval stays as it was.
 
-    A kind of alarm about which an interval has no figures stays as it was.
+    Args:
+        balance_key: the key to raise for a more even load.
+        accelerator: whether the run has one: what auto means for alarms about time.
+        mfu: whether MFU is known; an alarm about a low rate names it.
     """
 
-    def __init__(self, config: MonitorConfig, balance_key: str = "moh.balance_coefficient") -> None:
+    def __init__(
+        self,
+        config: MonitorConfig,
+        balance_key: str = "moh.balance_coefficient",
+        *,
+        accelerator: bool = True,
+        mfu: bool = True,
+    ) -> None:
+        self._rate_name = "MFU" if mfu else "speed"
+        self._largest_drop = _resolve(config.alarm_mfu_drop, _DROP if accelerator else None)
+        self._slow_rank_ratio = _resolve(config.alarm_slow_rank, _SLOW if accelerator else None)
         self._config = config
         self._balance_key = balance_key
         self._active: dict[str, _Alarm] = {}
@@ -79,11 +95,11 @@ class Alarms:
         self._recent.append(inputs.tokens_per_second)
         if "mfu" not in self._active:  # Otherwise the slow rate would become the usual one and end the alarm.
             self._rates.append(inputs.tokens_per_second)
-        if config.alarm_mfu_drop is not None and len(self._rates) >= 2 * _RECENT:
-            yield "mfu", self._rate_drop(config.alarm_mfu_drop)
+        if self._largest_drop is not None and len(self._rates) >= 2 * _RECENT:
+            yield "mfu", self._rate_drop(self._largest_drop)
         self._busy.append(inputs.busy)
-        if config.alarm_slow_rank is not None and len(inputs.busy) > 1 and len(self._busy) == _RECENT:
-            yield "slow", self._slow_rank(config.alarm_slow_rank)
+        if self._slow_rank_ratio is not None and len(inputs.busy) > 1 and len(self._busy) == _RECENT:
+            yield "slow", self._slow_rank(self._slow_rank_ratio)
 
     def _dead_heads(self, heads: HeadFigures, threshold: float) -> _Alarm | None:
         dead = heads.below(threshold)
@@ -116,17 +132,20 @@ class Alarms:
 
     def _rate_drop(self, drop: float) -> _Alarm | None:
         usual, recent = statistics.median(self._rates), statistics.median(self._recent)
-        if recent >= (1 - drop) * usual:
+        if recent >= (1 - (drop / 2 if "mfu" in self._active else drop)) * usual:
             return None
         return _Alarm(
             None,
-            f"MFU drop: {recent:,.0f} tokens a second in the last {_RECENT} intervals, usually {usual:,.0f}; more than "
-            f"{drop:.0%} less (monitor.alarm_mfu_drop). Look at time/ in TensorBoard for the part that grew.",
+            f"{self._rate_name} drop: {recent:,.0f} tokens a second in the last {_RECENT} intervals, usually "
+            f"{usual:,.0f}; more than {drop:.0%} less (monitor.alarm_mfu_drop). "
+            "Look at time/ in TensorBoard for the part that grew.",
         )
 
     def _slow_rank(self, threshold: float) -> _Alarm | None:
         rank, ratio = slowest_over_median([statistics.median(seconds) for seconds in zip(*self._busy, strict=True)])
-        if not (math.isfinite(ratio) and ratio > threshold):
+        # It ends at half of the excess: a rank near the threshold must not raise an alarm again and again.
+        least = 1 + (threshold - 1) / 2 if threshold > 1 and "slow" in self._active else threshold
+        if not (math.isfinite(ratio) and ratio > least):
             return None
         return _Alarm(
             rank,
@@ -134,6 +153,10 @@ class Alarms:
             f"last {_RECENT} intervals, more than {threshold:g} (monitor.alarm_slow_rank). Look at its node's disk, "
             "clocks and temperature.",
         )
+
+
+def _resolve(value: float | Literal["auto"] | None, auto: float | None) -> float | None:
+    return auto if value == "auto" else value
 
 
 def _named_heads(dead: Sequence[tuple[int, int]]) -> str:

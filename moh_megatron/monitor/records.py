@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, write_json
 from moh_megatron.io.printable import printable
 from moh_megatron.io.small_file import open_regular
+
+_WRITING = threading.RLock()
+"""Held while records are written to a file."""
+_LONGEST_WRITE_SECONDS = 5.0
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -70,7 +75,7 @@ class StepRecords:
 
         An OSError names the file. A file that was deleted or moved is a Fault: the system would accept writes to it.
         """
-        with naming(self._stream.name):
+        with naming(self._stream.name), _WRITING:
             if not os.path.samestat(os.stat(self._stream.name), os.fstat(self._stream.fileno())):
                 raise FileNotFoundError
             self._stream.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
@@ -128,8 +133,21 @@ def merge_summary(path: Path, values: dict[str, Any]) -> None:
     write_json(path, read_summary(path) | values)
 
 
+def end_records() -> None:
+    """Let no other thread of this process, which is about to end, write a record any more: ``last_step`` is the last.
+
+    A disk that does not answer delays the end by a few seconds only.
+    """
+    _WRITING.acquire(timeout=_LONGEST_WRITE_SECONDS)
+
+
 def write_exit(run_dir: Path, code: int, reason: str, step: int | None) -> None:
-    """Write exit.json, which says how a run ended; an error of the disk is ignored, and the file may be missing."""
+    """Write exit.json, which says how a run ended, if there is a folder ``run_dir``; an error of the disk is ignored.
+
+    A folder that was moved away or deleted during the run is not made again.
+    """
     with contextlib.suppress(OSError):
+        if not run_dir.is_dir():
+            return
         # The job scripts print the reason, and a message may name what came from outside.
         write_json(run_dir / "exit.json", {"code": code, "reason": printable(reason), "step": step})

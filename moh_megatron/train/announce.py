@@ -33,11 +33,14 @@ def announce(session: Session) -> None:
     if config.data.sources:
         logger.info(session.data.budget(config))
     if config.moh.enabled:
-        _announce_heads(config)
+        _announce_heads(config, warns=device.type != "cpu")
 
 
-def _announce_heads(config: Config) -> None:
-    """Log how evenly tensor-parallel ranks share the heads, for each kind of layer, and warn where they do not."""
+def _announce_heads(config: Config, *, warns: bool) -> None:
+    """Log how evenly the tensor-parallel ranks of this run share the heads, for each kind of layer.
+
+    Where ``warns``, an uneven share, which makes expensive devices wait, is also worth a warning.
+    """
     moh, model, tensor = config.moh, config.model, config.parallel.tensor
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
     paragraphs, largest = [], 1.0
@@ -47,10 +50,10 @@ def _announce_heads(config: Config) -> None:
         paragraphs.append(textwrap.indent(layout.report(heads.shared, heads.active, tensor), "  "))
         largest = max(largest, layout.imbalance(heads.shared, heads.active, tensor))
     logger.info("\n".join(paragraphs))
-    if largest > LARGEST_IMBALANCE:
+    if warns and largest > LARGEST_IMBALANCE:
         logger.warning(
-            f"at parallel.tensor {tensor} the busiest rank computes {largest:.2f} times the mean of its heads; "
-            f"{layout.remedy}"
+            f"at parallel.tensor {tensor} the busiest rank computes {largest:.2f} times the mean of its heads, and the "
+            "others wait for it; the lines above say what would even it out."
         )
 
 

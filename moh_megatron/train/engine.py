@@ -5,6 +5,8 @@ DeepSpeed does ZeRO, gradient accumulation, averaging over data parallelism and 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -42,6 +44,11 @@ from deepspeed.utils import (
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "master"
+
+
+def _chatter_hidden() -> contextlib.AbstractContextManager[object]:
+    """Hide what DeepSpeed prints: several lines about memory for each group of parameters. --verbose shows them."""
+    return contextlib.nullcontext() if is_verbose() else contextlib.redirect_stdout(io.StringIO())
 
 
 def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
@@ -114,12 +121,13 @@ class Engine:
         self._module = model
         self.applied = True
         """Whether the last step changed the weights: a gradient that is not finite changes nothing on any rank."""
-        self._deepspeed, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=self._optimizer,
-            mpu=groups.DeepSpeedMpu(),
-            config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
-        )
+        with _chatter_hidden():
+            self._deepspeed, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=self._optimizer,
+                mpu=groups.DeepSpeedMpu(),
+                config=deepspeed_config(config, data_parallel, accumulation_steps, cuda=torch.cuda.is_available()),
+            )
         if self._stage == 0:
             # In the other stages DeepSpeed's optimizers skip a gradient that is not finite.
             self._optimizer.register_step_pre_hook(self._drop_gradients_unless_finite)

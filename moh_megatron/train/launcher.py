@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -27,8 +30,8 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import last_step, write_exit
 from moh_megatron.train.fault_tolerance.heartbeat import FailureReport, FailureReports
 from moh_megatron.train.fault_tolerance.run_lock import RunLock
-from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, STOP_SIGNALS, SecondSignal
-from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE
+from moh_megatron.train.fault_tolerance.signals import EXIT_STOPPED, STOP_SIGNALS, SecondSignal, stopping_message
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, TOKEN_VARIABLE
 from moh_megatron.train.preflight import check_suite, preflight
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,21 @@ def worst_code(codes: Sequence[int]) -> int:
     return next((code for code in (2, EXIT_STOPPED) if code in codes), 0)
 
 
+def _loopback_store() -> TCPStore:
+    """The store of the ranks of one node. By itself torch would listen on all interfaces of the machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port, handle = listener.getsockname()[1], listener.detach()
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
+
+
+def _loopback_interface() -> dict[str, str]:
+    """The variable that has gloo listen on the loopback interface alone, which suffices for the ranks of one node."""
+    name = "GLOO_SOCKET_IFNAME"
+    if name in os.environ or "lo" not in (interface for _, interface in socket.if_nameindex()):
+        return {}
+    return {name: "lo"}
+
+
 def _ignore(reason: str) -> None:
     pass
 
@@ -69,7 +87,8 @@ def run_processes(
     in order. ``on_failure`` is called once, with the reason, where ranks fail: the rank that failed first, or what the
     ranks found themselves.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
+    store = _loopback_store()
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -82,6 +101,7 @@ def run_processes(
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         **{name: os.environ.get(name, value) for name, value in ALLOCATOR.items()},
         PARENT_VARIABLE: str(os.getpid()),
+        **_loopback_interface(),
     }
     processes: dict[int, subprocess.Popen[bytes]] = {}
     early_signals: list[int] = []
@@ -92,11 +112,14 @@ def run_processes(
         if not processes:
             early_signals.append(number)
             return
+        first = second_signal.first is None
         if second_signal.received():
             kill_time = min(kill_time, time.monotonic() + _SECOND_SIGNAL_SECONDS)
         for process in processes.values():
             if process.poll() is None:
                 process.send_signal(number)
+        if first:
+            logger.info(stopping_message(number))
 
     # Signals are blocked until each rank has its own handlers: they must not kill a starting rank that could stop in
     # order. Another thread of this process may receive one nevertheless; this thread then runs the handler.
@@ -172,6 +195,8 @@ def launch_run(command: Sequence[str], config: Config, ranks: int) -> int:
         preflight(config, ranks)
         check_suite(config)
     except UserError as error:
+        with suppress(OSError):
+            run_dir.mkdir(parents=True, exist_ok=True)
         write_exit(run_dir, 2, str(error), last_step(run_dir / "metrics.jsonl"))
         raise
     # Rank 0 takes the lock again. Where another run holds it, no rank needs to start.

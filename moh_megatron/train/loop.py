@@ -21,7 +21,7 @@ from moh_megatron.io.errors import Fault
 from moh_megatron.model.build import moh_layers, token_losses
 from moh_megatron.model.divergence import distilled_losses
 from moh_megatron.moh.balancing import follow_schedule, update_biases
-from moh_megatron.monitor.records import last_step, write_exit
+from moh_megatron.monitor.records import end_records, last_step, write_exit
 from moh_megatron.parallel import groups
 from moh_megatron.train.announce import announce
 from moh_megatron.train.background_evaluation import BackgroundEvaluation
@@ -56,6 +56,8 @@ def train(config: Config, world: World, stop: StopRequest) -> Outcome:
     clock, run_dir = StartupClock(), Path(config.run.dir)
 
     def ended(reason: str, code: int) -> None:
+        # The watchdog's thread calls this, while the main thread may still train.
+        end_records()
         write_exit(run_dir, code, reason, last_step(run_dir / "metrics.jsonl"))
 
     watchdog = Watchdog(world, config.train.timeout_seconds, ended)

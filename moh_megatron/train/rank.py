@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from moh_megatron.cli import exit_code
@@ -31,11 +32,14 @@ def run_rank(config: Config, world: World, stop: StopRequest) -> int:
 
 def _train(config: Config, world: World, stop: StopRequest) -> int:
     # These imports take seconds, and the signal handlers must be installed before.
+    logger.info("loading Megatron-core and DeepSpeed")
     from moh_megatron.parallel import groups
     from moh_megatron.parallel.failures import lost_a_peer
     from moh_megatron.train.loop import train
 
     run_dir = Path(config.run.dir)
+    with suppress(OSError):  # The lock of the folder, which this run takes next, reports it.
+        run_dir.mkdir(parents=True, exist_ok=True)
     try:
         outcome = train(config, world, stop)
     except Exception as error:

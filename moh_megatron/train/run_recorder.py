@@ -76,7 +76,12 @@ class RunRecorder:
             )
         self._metrics_logger = self._open_metrics_logger(run_dir, start)
         key = "bias_update_rate" if config.moh.balancing == "bias" else "balance_coefficient"
-        self._alarms = Alarms(config.monitor, balance_key=f"moh.{key}")
+        self._alarms = Alarms(
+            config.monitor,
+            balance_key=f"moh.{key}",
+            accelerator=session.device.type != "cpu",
+            mfu=(config.monitor.peak_tflops or peak_tflops(session.device, config.train.precision)) is not None,
+        )
         layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups, config.moh.head_layout)
         tensor = config.parallel.tensor
         self._local_heads = [layout.local_heads(rank, tensor) for rank in range(tensor)]

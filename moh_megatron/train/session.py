@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,8 @@ from moh_megatron.train.preflight import preflight
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 from moh_megatron.train.startup_clock import StartupClock
 from moh_megatron.train.teacher import find_teacher, load_teacher, record_teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
 
     Raises UserError on every rank where the ranks do not agree on what they are about to train.
     """
+    logger.info(f"{world.size} {'rank is' if world.size == 1 else 'ranks are'} up: reading the data")
     data = preflight(config, world.size)
     # The group of all ranks serves slow operations. The collectives of a step wait a little longer than the watchdog,
     # so that the watchdog reports first.
@@ -116,6 +120,7 @@ def prepare_session(config: Config, world: World, watchdog: Watchdog, clock: Sta
     validation_datasets = build_validation_datasets(config, data, tokenizer)
     clock.mark("data")
 
+    logger.info("building the model and its optimizer" if source is None else f"loading the weights of {source}")
     engine = build_engine(config, world.size, source, resume=checkpoint is not None)
     agreement.require_agreement(agreement.weights(engine.module, engine.weights(), groups.tp_group().rank()))
     clock.mark("model and engine")

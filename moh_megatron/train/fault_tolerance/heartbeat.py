@@ -11,7 +11,7 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from moh_megatron.io.errors import Fault
-from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, TOKEN_VARIABLE, World
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class FailureReports:
 
     def __init__(self, store: Store) -> None:
         # torchrun's store outlives the ranks it starts again.
-        self._store = PrefixStore(f"heartbeat_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        restart, token = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(TOKEN_VARIABLE, "")
+        self._store = PrefixStore(f"heartbeat_{token}_{restart}", store)
 
     def declare(self, report: FailureReport) -> FailureReport:
         """Propose ``report``; return the one that was proposed first, which counts for all processes."""

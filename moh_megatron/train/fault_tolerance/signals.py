@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import threading
 import time
 from types import FrameType
+
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STOPPED = 75
@@ -30,6 +35,14 @@ class SecondSignal:
         if self.first is None:
             self.first = now
         return now - self.first > _SAME_SIGNAL_SECONDS
+
+
+def stopping_message(number: int) -> str:
+    """What to say at once when the first signal to stop came."""
+    return (
+        f"received {signal.Signals(number).name}: stopping after this step, saving. "
+        f"A second signal ends the ranks at once, without saving."
+    )
 
 
 class StopRequest:
@@ -70,9 +83,12 @@ class StopRequest:
     def _listen(self, read_end: int) -> None:
         for number in iter(lambda: os.read(read_end, 1)[0], None):
             if number in STOP_SIGNALS:
+                first = self._second_signal.first is None
                 self._handle(number, None)
                 if self._second_signal.received():
                     os._exit(128 + number)
+                if first and PARENT_VARIABLE not in os.environ:  # Our launcher says it for its ranks.
+                    logger.info(stopping_message(number))
 
 
 def die_with(parent: int) -> None:

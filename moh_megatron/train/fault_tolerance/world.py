@@ -12,6 +12,9 @@ from moh_megatron.io.errors import UserError
 PARENT_VARIABLE = "MOH_LAUNCHER_PID"
 """Our own launcher sets this variable to its process id; it reports on all ranks."""
 
+TOKEN_VARIABLE = "MOH_RUN_TOKEN"
+"""A secret of one job, in every key of ours in the run's store: who does not know it cannot speak to the ranks."""
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun, our launcher and the operators of Kubernetes
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _MPI = (

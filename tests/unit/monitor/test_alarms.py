@@ -67,6 +67,30 @@ def test_a_rate_drop_raises_an_alarm_that_ends_when_the_rate_recovers():
     assert [message.split(":")[0] for message in found] == ["over"]
 
 
+def test_a_rate_near_the_threshold_raises_one_alarm_that_lasts_until_half_of_the_drop_is_made_up_for():
+    alarms = Alarms(MonitorConfig(alarm_mfu_drop=0.3))
+    rates = [100.0] * 20 + [65.0] * 5 + [75.0, 75.0, 75.0, 65.0, 65.0, 65.0] * 10 + [90.0] * 5
+    messages = [message.split(",")[0] for rate in rates for message in alarms.check(inputs(tokens_per_second=rate))]
+    assert [message.split(":")[0] for message in messages] == ["MFU drop", "over"]
+
+
+def test_a_run_without_an_accelerator_has_alarms_about_time_by_key_only():
+    late = [*[inputs(busy=[1.0, 1.0])] * 20, *[inputs(tokens_per_second=10.0, busy=[1.0, 9.0])] * 10]
+    by_itself = Alarms(MonitorConfig(), accelerator=False, mfu=False)
+    assert [message for interval in late for message in by_itself.check(interval)] == []
+    by_key = Alarms(MonitorConfig(alarm_mfu_drop=0.3, alarm_slow_rank=1.5), accelerator=False, mfu=False)
+    found = [message for interval in late for message in by_key.check(interval)]
+    assert sorted(message.split(" tokens a second")[0] for message in found if "drop" in message) == ["speed drop: 10"]
+    assert any(message.startswith("slowest rank: rank 1 takes 9.00 times") for message in found)
+
+
+def test_a_rank_near_the_threshold_raises_one_alarm():
+    alarms = Alarms(MonitorConfig(alarm_slow_rank=1.5))
+    ratios = [1.6] * 5 + [1.4, 1.4, 1.4, 1.6, 1.6, 1.6] * 5 + [1.0] * 5
+    messages = [message for ratio in ratios for message in alarms.check(inputs(busy=[1.0, ratio, 1.0]))]
+    assert [message.split(":")[0] for message in messages] == ["slowest rank", "over"]
+
+
 def test_a_lasting_rate_drop_does_not_become_the_usual_rate():
     alarms = Alarms(MonitorConfig())
     rates = [100.0] * 20 + [50.0] * 200

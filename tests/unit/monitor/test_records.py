@@ -2,13 +2,15 @@
 
 import json
 import math
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moh_megatron.io.errors import Fault
-from moh_megatron.monitor.records import StepRecords, last_step, naming, read_records, write_exit
+from moh_megatron.monitor import records as records_module
+from moh_megatron.monitor.records import StepRecords, end_records, last_step, naming, read_records, write_exit
 
 
 def record(step, start=1):
@@ -94,6 +96,7 @@ def test_last_step_of_nothing_is_none(tmp_path):
 
 @pytest.mark.parametrize("step", [7, None])
 def test_exit_json_holds_code_reason_and_step(tmp_path, step):
+    (tmp_path / "run").mkdir()
     write_exit(tmp_path / "run", 75, "received SIGUSR1: saved", step)
     content = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert content == {"code": 75, "reason": "received SIGUSR1: saved", "step": step}
@@ -108,6 +111,28 @@ def test_write_exit_ignores_errors_of_the_disk(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     write_exit(tmp_path / "run", 1, "the real reason", None)
     assert (tmp_path / "run").read_text() == "a file where the folder should be"
+
+
+def test_a_run_folder_that_was_moved_away_is_not_made_again(tmp_path):
+    write_exit(tmp_path / "run", 1, "the launcher is gone", 7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_record_follows_the_step_that_exit_json_names(tmp_path, monkeypatch):
+    """The watchdog ends the process while the main thread trains on: here the roles of the two threads are swapped."""
+    monkeypatch.setattr(records_module, "_WRITING", threading.RLock())
+    records = StepRecords(tmp_path / "metrics.jsonl", 0)
+    records.write([record(1)])
+    end_records()
+    training = threading.Thread(target=records.write, args=([record(2)],), daemon=True)
+    training.start()
+    training.join(0.2)
+    assert training.is_alive()
+    assert last_step(tmp_path / "metrics.jsonl") == 1
+    records_module._WRITING.release()
+    training.join()
+    assert last_step(tmp_path / "metrics.jsonl") == 2
+    records.close()
 
 
 def test_nan_and_infinity_become_null(tmp_path):
