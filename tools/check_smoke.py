@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 TAGS = {
     "scalars": ("loss/lm", "loss/z", "time/forward", "throughput/tflops_executed", "routing_entropy/layer_03"),
-    "images": ("head_load/layers_by_heads",),
-    "histograms": ("head_load/over_fair_load",),
+    "images": ("routing_load/layers_by_heads",),
+    "histograms": ("routing_load/over_fair_load",),
     "tensors": ("config/text_summary", "version/text_summary", "sample/text_summary"),
 }
 """Some of the tags that TensorBoard must have, by kind."""

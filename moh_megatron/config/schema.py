@@ -415,6 +415,8 @@ class MonitorConfig:
     image_interval: NonNegativeInt = 100
     """The number of steps between heat maps and histograms of head load, which are drawn at a logging interval; 0 means
     none."""
+    head_scalars: Bool = False
+    """Whether each head of each layer also has a curve of its load: as many as there are heads in the model."""
     peak_tflops: PositiveFloat | None = None
     """The peak performance of one device, for MFU; null uses the known value of common GPUs in bf16, else MFU is left
     out."""

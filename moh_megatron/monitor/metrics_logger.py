@@ -43,10 +43,13 @@ class MetricsLogger:
     Args:
         devices: number of devices that share the work.
         peak_tflops: the peak of one device; None leaves MFU out.
+        head_scalars: whether each head has a scalar of its own.
     """
 
-    def __init__(self, writer: Writer, devices: int = 1, peak_tflops: float | None = None) -> None:
-        self._writer, self._devices, self._peak = writer, devices, peak_tflops
+    def __init__(
+        self, writer: Writer, devices: int = 1, peak_tflops: float | None = None, *, head_scalars: bool = False
+    ) -> None:
+        self._writer, self._devices, self._peak, self._head_scalars = writer, devices, peak_tflops, head_scalars
 
     def step(self, metrics: StepMetrics, loss: float) -> None:
         """Log the scalars of one step; ``loss`` is the total."""
@@ -65,7 +68,7 @@ class MetricsLogger:
     def interval(self, tokens_per_second: float, stats: IntervalStats, step: int) -> None:
         """Log the figures of an interval."""
         values = {f"time/{part}": seconds for part, seconds in stats.seconds.items()}
-        values |= {"health/bad_steps": stats.bad_steps, "health/restarts": stats.restarts}
+        values |= {"run/bad_steps": stats.bad_steps, "run/restarts": stats.restarts}
         if stats.memory:
             values["memory/largest_rank_gib"] = max(stats.memory) / _GIB
         if stats.busy and max(stats.busy) > 0:
@@ -93,8 +96,9 @@ class MetricsLogger:
         self._writer.scalars(values, step)
 
     def heads(self, figures: HeadFigures, observed: Mapping[str, Sequence[float]], step: int) -> None:
-        """Log loads and their figures; ``observed``: what each layer showed, by name, NaN where there is none."""
-        self.head_load(figures.load, step)
+        """Log the figures of the heads; ``observed``: what each layer showed, by name, NaN where there is none."""
+        if self._head_scalars:
+            self.head_load(figures.load, step)
         values: dict[str, float] = {}
         for layer in range(len(figures.routed)):
             figures_of_layer = {
@@ -115,10 +119,10 @@ class MetricsLogger:
 
     def head_maps(self, figures: HeadFigures, step: int) -> None:
         """Log the loads as an image, one row per layer, and the distribution of the routed heads' relative loads."""
-        self._writer.image("head_load/layers_by_heads", heat_map(figures.load), step)
+        self._writer.image("routing_load/layers_by_heads", heat_map(figures.load), step)
         relative = [load for layer in figures.relative for load in layer]
         if relative:
-            self._writer.histogram("head_load/over_fair_load", relative, step)
+            self._writer.histogram("routing_load/over_fair_load", relative, step)
 
     def validation(
         self, loss: float | None, sample: str, step: int, sources: Mapping[str, float] | None = None
@@ -134,7 +138,7 @@ class MetricsLogger:
 
     def evaluation(self, scores: Mapping[str, float], step: int) -> None:
         """Log the scores of tasks for the checkpoint of ``step``."""
-        self._writer.scalars({f"evaluation/{task}": score for task, score in scores.items()}, step)
+        self._writer.scalars({f"tasks/{task}": score for task, score in scores.items()}, step)
 
     def alarm(self, messages: Sequence[str], step: int) -> None:
         """Log the messages of alarms."""

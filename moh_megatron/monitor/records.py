@@ -133,6 +133,16 @@ def merge_summary(path: Path, values: dict[str, Any]) -> None:
     write_json(path, read_summary(path) | values)
 
 
+HEAD_LOAD = "head_load.json"
+"""The newest share of tokens that used each head, [L][N], and its step."""
+
+
+def write_head_load(run_dir: Path, step: int, load: list[list[float]]) -> None:
+    """Write ``head_load.json`` for reports; an error of the disk is ignored."""
+    with contextlib.suppress(OSError):
+        write_json(run_dir / HEAD_LOAD, {"step": step, "load": load})
+
+
 def end_records() -> None:
     """Let no other thread of this process, which is about to end, write a record any more: ``last_step`` is the last.
 

@@ -18,7 +18,7 @@ from moh_megatron.config.load import load_config, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.small_file import read_small_text
-from moh_megatron.monitor.records import read_sound_records
+from moh_megatron.monitor.records import HEAD_LOAD, read_sound_records
 from moh_megatron.monitor.restarts import START_FILES
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,13 @@ class _Validation:
 
 
 @pydantic_dataclass
+class _HeadLoad:
+    """What a report reads of head_load.json."""
+
+    load: list[list[Annotated[float, Field(strict=True, ge=0, le=1)]]]
+
+
+@pydantic_dataclass
 class _Start:
     """What a report reads of a line of restarts.jsonl."""
 
@@ -70,6 +77,7 @@ class _Ending:
 
 
 _STEP, _VALIDATION, _START, _ENDING = (TypeAdapter(kind) for kind in (_Step, _Validation, _Start, _Ending))
+_HEAD_LOAD = TypeAdapter(_HeadLoad)
 _ANY_OBJECT, _ANYTHING = TypeAdapter(dict[str, Any]), TypeAdapter(Any)
 
 
@@ -87,6 +95,8 @@ class RunFolder:
     """restarts.jsonl: one record for each start of the run."""
     ending: dict[str, Any]
     """exit.json"""
+    stored_head_load: list[list[float]]
+    """head_load.json; empty for a dense model and a run of an earlier version."""
     evaluations: dict[str, dict[str, Any]]
     """results.json of each evaluation, by the name of its folder."""
     damaged: dict[str, int]
@@ -107,8 +117,11 @@ class RunFolder:
 
     @cached_property
     def head_load(self) -> list[list[float]]:
-        """[L][N] the newest share of tokens that used each head, from the event files; empty for a dense model."""
-        return _newest_loads(self._events)
+        """[L][N] the newest share of tokens that used each head; empty for a dense model.
+
+        Runs of earlier versions have it in the event files only.
+        """
+        return self.stored_head_load or _newest_loads(self._events)
 
     @cached_property
     def alarms(self) -> list[tuple[int, str]]:
@@ -173,6 +186,7 @@ def open_run(path: Path) -> RunFolder:
         skipped=records("skipped.jsonl", _ANY_OBJECT),
         starts=[start for name in START_FILES for start in records(name, _START)],
         ending=json_file(path / "exit.json", _ENDING) or {},
+        stored_head_load=(json_file(path / HEAD_LOAD, _HEAD_LOAD) or {"load": []})["load"],
         evaluations={name: content for name, content in results.items() if content is not None},
         damaged=damaged,
     )

@@ -13,6 +13,30 @@ from torch.utils.tensorboard.summary import hparams
 from moh_megatron.monitor.records import naming
 from moh_megatron.monitor.writer import Scalar
 
+_CHARTS = {
+    "loss": {
+        "language model": ("loss/lm", "loss/total"),
+        "validation": ("loss/validation", "validation/.*"),
+        "balance and z": ("loss/balance", "loss/z"),
+    },
+    "throughput": {
+        "tokens a second": ("throughput/tokens_per_second",),
+        "MFU": ("throughput/mfu_.*",),
+        "seconds of a step": ("time/(data|forward|backward|optimizer|save|step)",),
+    },
+    "routing": {
+        "dead heads": ("routing_dead_heads/.*",),
+        "entropy of the load": ("routing_load_entropy/.*",),
+        "entropy of a token's choice": ("routing_entropy/.*",),
+    },
+    "optimizer": {"learning rate": ("optimizer/lr",), "norms": ("optimizer/.*_norm",)},
+}
+_LAYOUT = {
+    category: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items()}
+    for category, charts in _CHARTS.items()
+}
+"""The page CUSTOM SCALARS, in this order. The other pages sort tags by name: `loss` comes first by that, too."""
+
 
 class TensorBoard:
     """Writes a run's event files; the steps of a resumed run replace those after ``start_step`` from before."""
@@ -23,6 +47,7 @@ class TensorBoard:
         try:
             with naming(self._folder):
                 self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+                self._writer.add_custom_scalars(_LAYOUT)
         except BaseException:
             self._restore_hook()
             raise

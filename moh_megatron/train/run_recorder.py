@@ -23,7 +23,7 @@ from moh_megatron.monitor.head_figures import HeadFigures, balance_excess, head_
 from moh_megatron.monitor.metrics_logger import IntervalStats, MetricsLogger
 from moh_megatron.monitor.profile import profiled
 from moh_megatron.monitor.prometheus import PrometheusFile
-from moh_megatron.monitor.records import StepRecords, read_records
+from moh_megatron.monitor.records import StepRecords, read_records, write_head_load
 from moh_megatron.monitor.restarts import code_version, record_start
 from moh_megatron.monitor.tensorboard import TensorBoard
 from moh_megatron.monitor.wandb import WeightsAndBiases
@@ -101,6 +101,7 @@ class RunRecorder:
             Writers(makers),
             session.world.size,
             monitor.peak_tflops or peak_tflops(session.device, config.train.precision),
+            head_scalars=monitor.head_scalars,
         )
         metrics_logger.describe({"config": f"```yaml\n{dump_config(config)}```", "version": code_version()}, start)
         return metrics_logger
@@ -134,11 +135,13 @@ class RunRecorder:
             return
         self._bad_steps += sum(metrics.skipped for metrics in interval.steps)
         self._show(interval, dataclasses.replace(stats, bad_steps=self._bad_steps, restarts=self._restarts), step)
+        newest = interval.steps[-1]
         records = ({**dataclasses.asdict(metrics), "loss": self._total_loss(metrics)} for metrics in interval.steps)
         self._step_records.write(records)
+        if interval.head_load is not None:
+            write_head_load(Path(self._config.run.dir), newest.step, interval.head_load.tolist())
         applied = [metrics.lm_loss for metrics in interval.steps if not metrics.skipped]
         self._train_loss = applied[-1] if applied else None
-        newest = interval.steps[-1]
         self._bar.set_postfix(loss=f"{newest.lm_loss:.3f}", tok_s=f"{newest.tokens_per_second:,.0f}", refresh=False)
 
     def _total_loss(self, metrics: StepMetrics) -> float:
@@ -206,7 +209,7 @@ class RunRecorder:
         for section, values in mapping_of(self._config).items():
             for key, value in values.items():
                 settings[f"{section}.{key}"] = value if isinstance(value, Scalar) else json.dumps(value)
-        results = {"final/validation_loss": validation.loss, "final/train_loss": self._train_loss}
+        results = {"summary/validation_loss": validation.loss, "summary/train_loss": self._train_loss}
         self._metrics_logger.finish(settings, {name: loss for name, loss in results.items() if loss is not None})
 
     def close(self) -> None:

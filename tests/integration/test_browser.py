@@ -131,8 +131,8 @@ def tensorboard(runs: tuple[Run, Run]) -> Iterator[str]:
 def test_tensorboard_shows_a_run(browser: webdriver.Chrome, tensorboard: str, tmp_path: Path) -> None:
     for plugin, tag in (
         ("scalars", "throughput/tflops_executed"),
-        ("images", "head_load/layers_by_heads"),
-        ("histograms", "head_load/over_fair_load"),
+        ("images", "routing_load/layers_by_heads"),
+        ("histograms", "routing_load/over_fair_load"),
         ("text", "config/text_summary"),
     ):
         tags = json.load(urllib.request.urlopen(f"{tensorboard}/data/plugin/{plugin}/tags", timeout=60))
@@ -141,7 +141,16 @@ def test_tensorboard_shows_a_run(browser: webdriver.Chrome, tensorboard: str, tm
     browser.get(f"{tensorboard}/?darkMode=false&tagFilter=%5Eloss/#timeseries")
     shown(browser, "loss/lm", "loss/balance", "loss/perplexity")
     assert pixels(browser).std() > 5
-    for page, tag in (("images", "head_load/layers_by_heads"), ("histograms", "head_load/over_fair_load")):
+    # The page opens on the losses, not on single dots or on the load of single heads.
+    browser.get("about:blank")
+    browser.get(f"{tensorboard}/?darkMode=false#timeseries")
+    cards = shown(browser, "loss/balance", "loss/lm")
+    assert "head_load" not in cards
+    browser.get("about:blank")
+    browser.get(f"{tensorboard}/?darkMode=false#custom_scalars")
+    categories = shown(browser, "language model", "throughput", "routing")
+    assert categories.index("language model") < categories.index("throughput") < categories.index("routing")
+    for page, tag in (("images", "routing_load/layers_by_heads"), ("histograms", "routing_load/over_fair_load")):
         browser.get("about:blank")
         browser.get(f"{tensorboard}/?darkMode=false#{page}")
         shown(browser, tag)

@@ -22,6 +22,7 @@ OPTIONS = (
     "moh.shared_placement=spread",
     "moh.active_heads=75%",
     "moh.activation_schedule_steps=20",
+    "monitor.head_scalars=true",
 )
 
 

@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 
 COUNTS = ("dense_equivalent", "active_heads", "executed")
-OPTIONAL_TAGS = {"validation/NAME", "evaluation/TASK", "alarms"}
-"""Tags of several sources, of a suite and of alarms, which this run need not show."""
+OPTIONAL_TAGS = {"head_load/layer_LL/head_HH", "validation/NAME", "tasks/TASK", "alarms"}
+"""Tags of several sources, of a suite, of alarms and of single heads, which this run need not show."""
 
 
 def documented() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,8 @@ from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def given_tokenizer(config: Config) -> Tokenizer | None:
@@ -108,12 +111,19 @@ def sample_texts(
         raise UserError("data.inputs holds no text to train a tokenizer on, but rejects:" + "".join(rejects))
 
 
+def _then_say(texts: Iterable[str], message: str) -> Iterator[str]:
+    """The texts, and a message once all are taken: the learning that follows shows nothing."""
+    yield from texts
+    logger.info(message)
+
+
 def _make(config: Config, texts: Iterable[str], folder: Path) -> None:
     """Train the configured kind on ``texts``, or grow tokenizer.path, and write its files into ``folder``.
 
     Raises UserError if the texts cannot give so many entries.
     """
     settings, size = config.tokenizer, config.model.vocab_size
+    texts = _then_say(texts, f"all text is read: learning a vocabulary of {settings.grow_to or size:,} entries")
     if settings.path is not None:
         assert settings.grow_to is not None
         grow_tokenizer(load_tokenizer(settings.path), texts, entries=settings.grow_to, out_dir=folder)

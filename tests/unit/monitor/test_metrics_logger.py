@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.monitor.accumulator import StepMetrics
@@ -96,8 +97,8 @@ def test_figures_of_an_interval(tmp_path):
             "memory/largest_rank_gib": 2.0,
             "optimizer/parameter_norm": 7.0,
             "optimizer/router_grad_norm": 0.5,
-            "health/bad_steps": 3,
-            "health/restarts": 1,
+            "run/bad_steps": 3,
+            "run/restarts": 1,
             "throughput/tflops_dense_equivalent": 4.0,
             "throughput/tflops_active_heads": 3.0,
             "throughput/tflops_executed": 5.0,
@@ -117,6 +118,26 @@ def test_head_load_has_a_scalar_per_head(tmp_path):
     assert loads == [[[(10, 1.0)], [(10, 0.25)]], [[(10, 0.5)], [(10, 0.75)]]]
 
 
+def test_single_heads_have_scalars_only_where_they_are_wanted(tmp_path):
+    figures = head_figures(torch.tensor([[1.0, 0.5, 0.5]]), [LayerHeads(3, (0,), 2)], [1], [(0, 1, 2)])
+    tags = {}
+    for wanted in (False, True):
+        metrics_logger = new_logger(tmp_path / str(wanted), head_scalars=wanted)
+        metrics_logger.heads(figures, {}, 1)
+        metrics_logger.close()
+        shown = events(tmp_path / str(wanted)).Tags()["scalars"]
+        tags[wanted] = [tag for tag in shown if tag.startswith("head_load/")]
+    assert tags == {False: [], True: [f"head_load/layer_00/head_0{head}" for head in range(3)]}
+
+
+def test_loss_throughput_and_routing_come_first_and_in_this_order(tmp_path):
+    new_logger(tmp_path).close()
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["loss", "throughput", "routing", "optimizer"]
+    assert list(layout.category[0].chart[0].multiline.tag) == ["^loss/lm$", "^loss/total$"]
+
+
 def test_figures_of_heads_and_routers(tmp_path):
     layers = [LayerHeads(4, (0,), 2), LayerHeads(4, (0, 1, 2, 3), 4)]
     load = torch.tensor([[1.0, 0.5, 0.49, 0.01], [1.0, 1.0, 1.0, 1.0]])
@@ -127,7 +148,7 @@ def test_figures_of_heads_and_routers(tmp_path):
     metrics_logger.head_maps(figures, 5)
     metrics_logger.close()
     read = events(tmp_path)
-    found = {tag: values(read, tag)[0][1] for tag in read.Tags()["scalars"] if not tag.startswith("head_load/")}
+    found = {tag: values(read, tag)[0][1] for tag in read.Tags()["scalars"]}
     shares = np.array([0.5, 0.49, 0.01])
     assert found == pytest.approx(
         {
@@ -141,10 +162,10 @@ def test_figures_of_heads_and_routers(tmp_path):
             "loss/z": 2.0,
         }
     )
-    picture = np.asarray(Image.open(io.BytesIO(read.Images("head_load/layers_by_heads")[0].encoded_image_string)))
+    picture = np.asarray(Image.open(io.BytesIO(read.Images("routing_load/layers_by_heads")[0].encoded_image_string)))
     assert picture.shape == (24, 48, 3)
     assert [int(picture[6, 12 * head + 6, 0]) for head in range(4)] == [0, 128, 130, 252]
-    (spread,) = read.Histograms("head_load/over_fair_load")
+    (spread,) = read.Histograms("routing_load/over_fair_load")
     assert spread.histogram_value.num == 3
     assert spread.histogram_value.sum == pytest.approx(3.0)
 
@@ -166,12 +187,12 @@ def test_texts_alarms_and_hyperparameters(tmp_path):
     metrics_logger = new_logger(tmp_path)
     metrics_logger.describe({"config": "run: {}", "version": "git abc"}, 0)
     metrics_logger.alarm(["dead heads: layer 1 head 2"], 3)
-    metrics_logger.finish({"moh.active_heads": 4, "moh.enabled": True, "moh.router": "learned"}, {"final/loss": 2.5})
+    metrics_logger.finish({"moh.active_heads": 4, "moh.enabled": True, "moh.router": "learned"}, {"summary/loss": 2.5})
     metrics_logger.close()
     read = events(tmp_path)
     assert [text_of(read, tag) for tag in ("config", "version")] == ["run: {}", "git abc"]
     assert text_of(read, "alarms") == "dead heads: layer 1 head 2"
-    assert values(read, "final/loss") == [(0, 2.5)]
+    assert values(read, "summary/loss") == [(0, 2.5)]
     assert read.PluginTagToContent("hparams").keys() == {
         "_hparams_/experiment",
         "_hparams_/session_start_info",
@@ -207,6 +228,6 @@ def test_final_results_are_shown_at_the_last_step(tmp_path):
     metrics_logger = new_logger(tmp_path, start=10)
     metrics_logger.step(metrics(12, 4.0), 5.0)
     metrics_logger.evaluation({"piqa": 0.5}, 11)
-    metrics_logger.finish({"run.seed": 1}, {"final/train_loss": 4.0})
+    metrics_logger.finish({"run.seed": 1}, {"summary/train_loss": 4.0})
     metrics_logger.close()
-    assert values(events(tmp_path), "final/train_loss") == [(12, 4.0)]
+    assert values(events(tmp_path), "summary/train_loss") == [(12, 4.0)]

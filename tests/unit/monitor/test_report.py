@@ -19,6 +19,7 @@ from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.charts import curves
+from moh_megatron.monitor.run_folder import open_run
 from moh_megatron.monitor.tensorboard import TensorBoard
 
 
@@ -45,6 +46,14 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_the_load_of_heads_is_read_from_its_file_and_a_damaged_one_left_out(run: Path) -> None:
+    (run / "head_load.json").write_text('{"step": 3, "load": [[1.0, 0.5], [0.25, 0.75]]}')
+    assert open_run(run).head_load == [[1.0, 0.5], [0.25, 0.75]]
+    for damaged in ('{"step": 3}', "[]", '{"load": [["x"]]}', '{"load": 3}', "{"):
+        (run / "head_load.json").write_text(damaged)
+        assert open_run(run).head_load == []
 
 
 def page_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
