@@ -6,10 +6,11 @@ uses the package as a library configures the logger ``moh_megatron`` as it likes
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -92,6 +93,11 @@ def is_quiet() -> bool:
 def is_verbose() -> bool:
     """Whether the messages of the libraries underneath are shown, too."""
     return _LOGGER.isEnabledFor(logging.DEBUG)
+
+
+def chatter_hidden() -> AbstractContextManager[object]:
+    """Hide what libraries print to standard output while the block runs; --verbose shows it."""
+    return nullcontext() if is_verbose() else redirect_stdout(io.StringIO())
 
 
 def progress_bar(description: str, total: int, unit: str, hidden: bool = False, **options: Any) -> tqdm:

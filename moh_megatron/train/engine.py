@@ -5,8 +5,6 @@ DeepSpeed does ZeRO, gradient accumulation, averaging over data parallelism and 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
-from moh_megatron.io.console import is_verbose
+from moh_megatron.io.console import chatter_hidden, is_verbose
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.parallel import groups
 from moh_megatron.train.deepspeed_config import check_known, deepspeed_config
@@ -44,11 +42,6 @@ from deepspeed.utils import (
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "master"
-
-
-def _chatter_hidden() -> contextlib.AbstractContextManager[object]:
-    """Hide what DeepSpeed prints: several lines about memory for each group of parameters. --verbose shows them."""
-    return contextlib.nullcontext() if is_verbose() else contextlib.redirect_stdout(io.StringIO())
 
 
 def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) -> None:
@@ -121,7 +114,7 @@ class Engine:
         self._module = model
         self.applied = True
         """Whether the last step changed the weights: a gradient that is not finite changes nothing on any rank."""
-        with _chatter_hidden():
+        with chatter_hidden():
             self._deepspeed, _, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=self._optimizer,

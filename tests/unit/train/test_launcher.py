@@ -1,7 +1,6 @@
 """The launcher with ranks that are small scripts: exit codes, signals, a hung rank, no orphans, exit.json."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import pytest
 
 from moh_megatron.io.errors import UserError
 from moh_megatron.train import launcher
-from moh_megatron.train.fault_tolerance.signals import stopping_message
 from moh_megatron.train.launcher import launch_run, run_processes, worst_code
 
 RANK = """
@@ -65,59 +63,6 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def test_the_store_listens_on_the_loopback_interface_alone_and_hears_messages_with_the_token_alone(script, tmp_path):
-    body = """
-        from moh_megatron.train.fault_tolerance.heartbeat import FailureReport, FailureReports
-        from torch.distributed import TCPStore
-        port = int(os.environ["MASTER_PORT"])
-        sockets = [line.split()[1] for line in open("/proc/net/tcp") if line.split()[3] == "0A"]
-        sockets += [line.split()[1] for line in open("/proc/net/tcp6") if line.split()[3] == "0A"]
-        note("listens", [address for address in sockets if int(address.split(":")[1], 16) == port])
-        store = TCPStore("127.0.0.1", port)
-        ours = FailureReports(store)
-        token = os.environ.pop("MOH_RUN_TOKEN")
-        FailureReports(store).declare(FailureReport("a stranger ends the run.", []))
-        note("stranger", ours.agreed())
-        ours.declare(FailureReport("a rank ends the run.", []))
-        note("own", ours.agreed().message)
-        note("token", len(token))
-    """
-    assert run_processes([script(body), str(tmp_path)], 1) == {0: 0}
-    assert (tmp_path / "listens_0").read_text().startswith("['0100007F:")
-    assert (tmp_path / "listens_0").read_text().count(":") == 1
-    assert (tmp_path / "stranger_0").read_text() == "None"
-    assert (tmp_path / "own_0").read_text() == "a rank ends the run."
-    assert (tmp_path / "token_0").read_text() == "32"
-
-
-def test_the_launcher_answers_a_signal_at_once_and_once(script, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "moh_megatron")
-    body = """
-        stop = StopRequest.install()
-        note("ready")
-        wait_for_stop(stop)
-        while not os.path.exists(f"{out}/go"): time.sleep(0.01)
-        sys.exit(75)
-    """
-    answers = []
-
-    def stop():
-        wait_for((tmp_path / "ready_0").exists)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        wait_for(lambda: caplog.messages)
-        answers.extend(caplog.messages)
-        (tmp_path / "go").touch()
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    assert run_processes([script(body), str(tmp_path)], 1) == {0: 75}
-    thread.join()
-    assert answers == [stopping_message(signal.SIGINT)]
-    assert answers[0].startswith("received SIGINT: stopping after this step, saving.")
-    assert caplog.messages == answers
 
 
 @pytest.mark.parametrize(

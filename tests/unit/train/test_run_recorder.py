@@ -68,7 +68,7 @@ def test_first_rank_writes_the_files_of_a_run(config: Config, tmp_path: Path) ->
     assert (summary["train_loss"], summary["val_loss"], summary["sample_text"]) == (3.0, 2.25, "end")
     assert (summary["skipped_steps"], summary["unigram_entropy"]) == (1, 4.5)
     assert {"imports", "first step"} <= summary["startup_seconds"].keys()
-    assert 'moh_health_bad_steps{run="run"} 1.0' in (tmp_path / "run.prom").read_text()
+    assert 'moh_run_bad_steps{run="run"} 1.0' in (tmp_path / "run.prom").read_text()
 
 
 def test_summary_is_told_in_words() -> None:
@@ -167,8 +167,8 @@ def test_a_resumed_run_cuts_records_and_counts_bad_steps_and_restarts(config: Co
     assert [record["skipped"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [True, False, False]
     assert lines(tmp_path / "run" / "validation.jsonl") == [], "the validation after step 2 is done again"
     shown = (tmp_path / "run.prom").read_text()
-    assert 'moh_health_bad_steps{run="run"} 1.0' in shown
-    assert 'moh_health_restarts{run="run"} 1.0' in shown
+    assert 'moh_run_bad_steps{run="run"} 1.0' in shown
+    assert 'moh_run_restarts{run="run"} 1.0' in shown
 
 
 def test_a_finished_run_keeps_its_summary(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
