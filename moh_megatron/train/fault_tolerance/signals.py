@@ -88,7 +88,8 @@ class StopRequest:
                 if self._second_signal.received():
                     os._exit(128 + number)
                 if first and PARENT_VARIABLE not in os.environ:  # Our launcher says it for its ranks.
-                    logger.info(stopping_message(number))
+                    # In a thread of its own: a terminal that takes no more must not keep a second signal waiting.
+                    threading.Thread(target=logger.info, args=(stopping_message(number),), daemon=True).start()
 
 
 def die_with(parent: int) -> None:

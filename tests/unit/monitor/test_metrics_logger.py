@@ -133,7 +133,7 @@ def test_single_heads_have_scalars_only_where_they_are_wanted(tmp_path):
 def test_loss_throughput_and_routing_come_first_and_in_this_order(tmp_path):
     new_logger(tmp_path).close()
     (event,) = events(tmp_path).Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])  # pyright: ignore[reportAttributeAccessIssue]
     assert [category.title for category in layout.category] == ["loss", "throughput", "routing", "optimizer"]
     assert list(layout.category[0].chart[0].multiline.tag) == ["^loss/lm$", "^loss/total$"]
 

@@ -1,6 +1,9 @@
 """What a run says before anything slow is loaded, and what it keeps from the terminal."""
 
 import logging
+import os
+import signal
+import subprocess
 import sys
 from types import ModuleType
 
@@ -8,6 +11,7 @@ import pytest
 
 from moh_megatron.commands import continue_tune, pretrain
 from moh_megatron.io.console import chatter_hidden, set_level
+from moh_megatron.train.fault_tolerance.signals import stopping_message
 
 
 @pytest.mark.parametrize("start", [pretrain.run_as_launcher, continue_tune.launch_node])
@@ -38,3 +42,26 @@ def test_what_libraries_print_shows_under_verbose_alone(capsys):
     finally:
         set_level(before)
     assert capsys.readouterr().out == f"memory at level {logging.DEBUG}\n"
+
+
+RANK = """
+from moh_megatron.io.console import console_logging
+from moh_megatron.train.fault_tolerance.signals import StopRequest
+with console_logging():
+    stop = StopRequest.install()
+    print("ready", flush=True)
+    input()
+"""
+
+
+@pytest.mark.parametrize("launcher", [None, "77"])
+def test_a_rank_answers_the_first_signal_at_once_unless_our_launcher_does(launcher):
+    environment = {name: value for name, value in os.environ.items() if name != "MOH_LAUNCHER_PID"}
+    environment |= {} if launcher is None else {"MOH_LAUNCHER_PID": launcher}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", RANK], env=environment, text=True, **streams) as rank:
+        assert rank.stdout.readline() == "ready\n"
+        rank.send_signal(signal.SIGUSR1)
+        answer = rank.stderr.readline() if launcher is None else ""
+        _, rest = rank.communicate("\n")
+    assert answer + rest == ("" if launcher else f"{stopping_message(signal.SIGUSR1)}\n")
