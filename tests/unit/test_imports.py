@@ -68,6 +68,7 @@ LIBRARIES = {
     "pyarrow": {"data/prepare/lines.py"},
     "pydantic": {"config", "data/dataset_manifest.py", "evaluate/suite.py", "train/deepspeed_config.py"},
     "yaml": {"config/core_yaml.py"},
+    "tqdm": {"evaluate/harness.py", "io/console.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
 LONGEST_FILE, LONGEST_PIPELINE = 400, 100
