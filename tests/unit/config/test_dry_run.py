@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,6 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGURATIONS = sorted(
     path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name != "eval"
 )
-
-
-@pytest.fixture
-def own_signal_mask() -> Iterator[None]:
-    """Restore the signal mask: the script blocks signals, later tests and their processes must not."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def test_shipped_configurations_are_found() -> None:
