@@ -72,9 +72,9 @@ def _configure_logger() -> None:
     level = logging.INFO if is_verbose() else logging.WARNING
     deepspeed.logger.setLevel(level)
     for handler in deepspeed.logger.handlers:
-        handler.setLevel(level)
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, and no subclass that somebody else has added.
+            handler.setLevel(level)
+            handler.stream = sys.stderr
 
 
 def check_deepspeed_section(config: Config, world_size: int) -> None:
