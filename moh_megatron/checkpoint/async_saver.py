@@ -151,6 +151,6 @@ def _refusal(error: BaseException) -> tuple[str, int | None] | None:
         return f"{error}.", int(number[1]) if number else None
     # torch.save reports a failed write as a RuntimeError of its zip writer.
     if isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITERS):
-        reason = "a file could not be written whole; the disk, a quota or a limit on file sizes is exhausted."
+        reason = "a file could not be written completely; the disk, a quota or a limit on file sizes is exhausted."
         return reason, errno.ENOSPC
     return None

@@ -1,4 +1,4 @@
-"""What a command says on the terminal: log records and progress bars on standard error, results on standard output.
+"""Shows log records and progress bars on standard error; results of commands go to standard output.
 
 Modules log to ``logging.getLogger(__name__)``. A command installs the handler with ``console_logging``; a program that
 uses the package as a library configures the logger ``moh_megatron`` as it likes.
@@ -22,7 +22,7 @@ _PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRI
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to the standard error of the moment, above progress bars; warnings and errors say what they are."""
+    """Writes records to standard error, above progress bars; warnings and errors have a prefix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = _PREFIXES.get(record.levelno, "")

@@ -1,18 +1,18 @@
-"""The two kinds of failure a command may end with on purpose."""
+"""Defines the two exceptions that a command ends with on purpose."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend: a configuration value, a missing file, a world size. Exit code 2, no traceback."""
+    """A mistake that the user can correct: a value, a missing file, a world size. Exit code 2, no traceback."""
 
     reported = False
     """Whether another process of the same run reports this error to the user."""
 
 
 class Fault(RuntimeError):
-    """Something the machine did: a full disk, a broken checkpoint. Exit code 1, one message, no traceback."""
+    """A failure of the machine: a full disk, a broken checkpoint. Exit code 1, one message, no traceback."""
 
 
 def refuse_differences(finding: str, saved: Mapping[str, Any], current: Mapping[str, Any], *remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""JSON objects in files: read with a message that says what was expected there, written whole or not at all."""
+"""Reads JSON objects, with errors that say what was expected, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moh_megatron.io.small_file import read_small_text
 
 
 def read_json(path: Path, expected: str, remedy: str = "Fetch or write it again.") -> dict[str, Any]:
-    """The JSON object in ``path``. Raises UserError, ending in ``remedy``, where it is not what was ``expected``."""
+    """The JSON object in ``path``. Raises UserError, which ends with ``remedy``, unless it is what was ``expected``."""
     try:
         content = json.loads(read_small_text(path))
     except FileNotFoundError:
@@ -27,13 +27,13 @@ def read_json(path: Path, expected: str, remedy: str = "Fetch or write it again.
 
 
 def read_json_if_any(path: Path, expected: str) -> dict[str, Any]:
-    """As ``read_json``; an empty one where nothing lies at ``path``, not even a link that leads nowhere."""
+    """As ``read_json``, but an empty object where ``path`` does not exist, not even as a broken link."""
     return read_json(path, expected) if os.path.lexists(path) else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    # Half a character, which JSON can hold and UTF-8 cannot, becomes the escape that JSON has for it.
+    """Write a JSON file atomically; missing folders are created."""
+    # A lone surrogate, which UTF-8 cannot encode, becomes the escape that JSON has for it.
     text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, cast
@@ -25,7 +26,6 @@ from moh_megatron.train.fault_tolerance.world import World
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ.setdefault("DS_LOG_LEVEL", "info" if is_verbose() else "warning")
 
 import deepspeed
 import deepspeed.ops
@@ -49,8 +49,7 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
 
     Raises UserError where there is no GPU for this rank.
     """
-    if not is_verbose():
-        deepspeed.logger.setLevel(logging.WARNING)
+    _configure_logger()
     if torch.cuda.is_available():
         world.require_gpu(torch.cuda.device_count())
         torch.cuda.set_device(world.local_rank)
@@ -66,6 +65,16 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
         rank=world.rank,
         world_size=world.size,
     )
+
+
+def _configure_logger() -> None:
+    """Send DeepSpeed's records to standard error: warnings, and under --verbose all from INFO on."""
+    level = logging.INFO if is_verbose() else logging.WARNING
+    deepspeed.logger.setLevel(level)
+    for handler in deepspeed.logger.handlers:
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, and no subclass that somebody else has added.
+            handler.setLevel(level)
+            handler.stream = sys.stderr
 
 
 def check_deepspeed_section(config: Config, world_size: int) -> None:

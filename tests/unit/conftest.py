@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -80,3 +81,11 @@ def one_rank() -> Iterator[None]:
     init_single_process(seed=1)
     yield
     groups.destroy()
+
+
+@pytest.fixture
+def own_signal_mask() -> Iterator[None]:
+    """Restore the signal mask: commands that start ranks block signals, and later tests inherit that."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)

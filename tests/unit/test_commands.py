@@ -61,6 +61,7 @@ def test_help_of_a_command_needs_no_torch(command, tmp_path):
         assert option in done.stdout
 
 
+@pytest.mark.usefixtures("own_signal_mask")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_version_of_a_command_is_that_of_the_package(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command, "--version"])

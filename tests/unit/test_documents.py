@@ -4,7 +4,6 @@ import ast
 import re
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,14 +52,6 @@ def text_of(name: str) -> str:
 def spans(name: str) -> list[str]:
     """Inline code, outside the fenced blocks."""
     return CODE.findall(FENCE.sub("", text_of(name)))
-
-
-@pytest.fixture
-def own_signal_mask():
-    """Commands hold signals back; later tests, and the processes they start, must not."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)

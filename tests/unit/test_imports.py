@@ -58,7 +58,12 @@ LIBRARIES = {
         "data/tokenizer/tokenizer.py",
     },
     "sentencepiece": {"data/tokenizer/sentencepiece_bpe.py", "data/tokenizer/sentencepiece_json.py"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {
+        "checkpoint/async_saver.py",
+        "checkpoint/hf/transformers_io.py",
+        "checkpoint/optimizer_state.py",
+        "checkpoint/weights.py",
+    },
     "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
     "lm_eval": {"evaluate/harness.py"},
     "prometheus_client": {"monitor/prometheus.py"},
@@ -74,6 +79,7 @@ LIBRARIES = {
         "train/deepspeed_config.py",
     },
     "yaml": {"config/core_yaml.py"},
+    "tqdm": {"evaluate/harness.py", "io/console.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
 LONGEST_FILE, LONGEST_PIPELINE = 400, 100

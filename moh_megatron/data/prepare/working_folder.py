@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset_manifest import InputRecord, file_sha256
@@ -262,12 +260,12 @@ class PrepareJob:
 
 
 class _ProgressReporter:
-    """Shows on a progress bar how many bytes on disk were read and what they gave.
+    """Shows on ``bar``, a ``progress_bar``, how many bytes on disk were read and what they gave.
 
     ``check`` is called with the total whenever a part is finished and there are rejects.
     """
 
-    def __init__(self, bar: tqdm, check: Callable[[encode.Progress], None]) -> None:
+    def __init__(self, bar: Any, check: Callable[[encode.Progress], None]) -> None:
         self._bar, self._check = bar, check
         self._done = encode.Progress()
         self._started = time.monotonic()
