@@ -55,6 +55,24 @@ moh-convert megatron-to-hf --load-dir runs/smoke --hf-dir runs/smoke/hf
 moh-generate smoke generate.prompts='["It was a truth"]' generate.max_new_tokens=8
 moh-evaluate runs/smoke/hf train.eval_samples=4
 
+step "docs/first_run.md: own text, own model"
+mkdir my_texts
+python -c '
+import gzip, json
+from moh_megatron.config.examples import shipped_file
+with gzip.open(shipped_file("configs/data/austen.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    for number, line in zip(range(12), lines):
+        with open(f"my_texts/{number}.txt", "w", encoding="utf-8") as text:
+            text.write(json.loads(line)["text"])'
+brief=(train.total_tokens=1e4 optimizer.warmup_steps=1 --quiet)
+moh-prepare minimal
+moh-pretrain minimal "${brief[@]}"
+moh-convert megatron-to-hf --load-dir runs/first --hf-dir runs/first/hf
+moh-generate minimal generate.prompts='["It was"]' generate.max_new_tokens=8
+moh-pretrain minimal run.dir=runs/first_dense data.dir=runs/first/data moh.enabled=false "${brief[@]}"
+moh-tune minimal run.dir=runs/first_tuned data.dir=runs/first/data train.init_from=runs/first_dense \
+    moh.router=query_norm "${brief[@]}"
+
 step "serving: the README's program"
 # shellcheck disable=SC2016
 sed -n '/^```python$/,/^```$/p' "$repository/README.md" | sed '/^```/d' | python -

@@ -68,9 +68,11 @@ class ModelConfig:
     num_layers: Annotated[Int, Field(gt=0, le=10_000)]
     """The number of transformer layers."""
     hidden_size: PositiveInt
-    """The size of the hidden states, and so of the embeddings."""
+    """The size of the hidden states: how many numbers stand for a token between the layers. num_attention_heads divides
+    it, unless kv_channels is set."""
     ffn_hidden_size: PositiveInt
-    """The inner size of each MLP. SwiGLU has a gate and an up projection of this size."""
+    """The inner size of each MLP; about 8/3 of hidden_size is usual. SwiGLU has a gate and an up projection of this
+    size."""
     num_attention_heads: PositiveInt
     """The number of query heads in each layer."""
     vocab_size: PositiveInt
@@ -119,15 +121,15 @@ class MoHConfig:
     enabled: Bool = True
     """false gives the dense twin: weights of the same shapes, no router, and every head with gate 1."""
     shared_heads: HeadSet = None
-    """The heads that every token uses: their number (moh.shared_placement says which), or a list of heads for each
-    layer. The paper does not state the number of its from-scratch runs."""
+    """Required unless moh.enabled is false. The heads that every token uses: their number (moh.shared_placement says
+    which), or a list of heads for each layer. The paper does not state the number of its from-scratch runs."""
     shared_placement: Literal["first", "spread", "calibrated"] = "first"
     """Which heads are shared if moh.shared_heads is a number. first: the first heads of each layer, as in the paper.
     spread: the same number in each KV group, which balances every tensor-parallel size. calibrated, for
     continue-tuning: the heads whose removal from a layer of the dense model raises its loss on training text most."""
     active_heads: HeadBudget = None
-    """The number of heads a token uses, shared ones included: one number, a list with one for each layer, or a
-    percentage of model.num_attention_heads."""
+    """Required unless moh.enabled is false. The number of heads a token uses, shared ones included: one number, a list
+    with one for each layer, or a percentage of model.num_attention_heads."""
     activation_schedule_steps: NonNegativeInt = 0
     """The number of steps in which the heads a token uses decrease evenly from all to active_heads; 0 means
     active_heads from the start *(ours)*."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ SHELL = {"source", "export", "cat"}
 RUN_BY = {"tensorboard": ("tests/integration/test_browser.py", "tensorboard.main")}
 """Programs of others, the test that runs each, and how it does so."""
 PYTHONS = {"python", "python3", "pip", "torchrun"}
-NOT_IN_THE_REPOSITORY = ("runs/", ".venv", "corpus/", "LLAMA2/")
+NOT_IN_THE_REPOSITORY = ("runs/", "my_texts/", ".venv", "corpus/", "LLAMA2/")
 
 
 def text_of(name: str) -> str:
@@ -305,6 +306,34 @@ def test_the_reference_of_the_configuration_is_current():
     assert rows["train.precision"] == "`fp32`, `bf16`"
     sections = {name: field.type for name, field in Config.__dataclass_fields__.items()}
     assert {key.split(".")[0] for key in rows} == set(sections)
+
+
+def test_first_run_has_every_key_without_a_default_with_the_value_of_the_shipped_file():
+    page, lines = text_of("docs/first_run.md"), text_of("configs/minimal.yaml").splitlines()
+    assert len(lines) <= 20
+    assert "docs/first_run.md" in text_of("README.md").partition("## Quickstart")[0]
+    reference = text_of("docs/configuration.md")
+    needed = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| required \|", reference, re.MULTILINE)
+    needed += re.findall(r"^\| `([\w.]+)` \|.*\| Required unless", reference, re.MULTILINE)
+    assert {"model.hidden_size", "moh.shared_heads", "moh.active_heads"} <= set(needed)
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", page, re.MULTILINE))
+    assert set(needed) == set(rows) - {"data.inputs"}
+    config = load_config("minimal")
+    values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in rows}
+    shown = {key: str(value) for key, value in values.items()}
+    shown |= {"data.inputs": "`my_texts/*.txt`", "run.dir": "`runs/first`", "train.total_tokens": "500 thousand"}
+    assert rows == shown
+    assert values["data.inputs"] == ("my_texts/*.txt",)
+    assert values["train.total_tokens"] == 500_000
+
+
+def test_the_check_of_the_wheel_runs_the_commands_of_first_run():
+    """In short form: the same command, subcommand and run options, with fewer tokens."""
+    checked = text_of("tools/check_wheel.sh").partition("docs/first_run.md")[2].replace("\\\n", " ").splitlines()
+    chain = [" ".join(command.words[:2]) for command in commands("docs/first_run.md") if command.module is not None]
+    assert len(chain) == 7
+    run = [" ".join(line.split()[:2]) for line in checked if line.startswith("moh-")]
+    assert [line for line in chain if line not in run] == []
 
 
 def test_the_licence_is_apache_2():
