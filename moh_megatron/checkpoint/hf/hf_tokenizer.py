@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from moh_megatron.checkpoint.hf.hf_config_reader import check_token_ids
 from moh_megatron.checkpoint.hf.hf_extras import GENERATION, GENERATION_SETTINGS
+from moh_megatron.checkpoint.hf.hf_reader import CONFIG
 from moh_megatron.checkpoint.hf.transformers_io import as_user_error, quiet
 from moh_megatron.data.tokenizer.names import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
@@ -19,7 +20,10 @@ from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
 from moh_megatron.io.small_file import read_small_text
 
-_PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>."
+_PROBE = "The quick brown fox, 1234 times:\n\tnaïve  façade — 漢字 🙂 </s> <0x41>.\n"
+_WITH = {False: "", True: " with special tokens around it"}
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+"""The files that AutoTokenizer may read."""
 
 
 def check_generation(folder: Path, vocab_size: int) -> None:
@@ -47,12 +51,16 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
             # Unlike AutoTokenizer, this class runs no code that the files name.
             opened = PreTrainedTokenizerFast.from_pretrained(folder)
-        got = _encode_probe(tokenizer, opened, vocab_size)
-    if got != (expected := tokenizer.encode(_PROBE)):
-        raise UserError(
-            f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: {expected} "
-            f"for {_PROBE!r}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP} changes it."
-        )
+        _check_vocabulary(tokenizer, opened, vocab_size)
+        for special in (False, True):
+            got, expected = _encode_probe(tokenizer.folder, opened, special), _expected(tokenizer, special)
+            if got != expected:
+                raise UserError(
+                    f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: "
+                    f"{expected} for {_PROBE!r}{_WITH[special]}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP} "
+                    "changes it."
+                )
+    _check_special_tokens(tokenizer)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
@@ -66,10 +74,56 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None
     # Without trust_remote_code, Transformers asks on the terminal about the model's code, though no tokenizer needs it.
     with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
         opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    if (got := _encode_probe(tokenizer, opened, vocab_size)) != (expected := tokenizer.encode(_PROBE)):
-        raise Fault(
-            f"{folder}: transformers reads {TOKENIZER_JSON} differently from how it was trained: {got}, not {expected}."
+    _check_vocabulary(tokenizer, opened, vocab_size)
+    for special in (False, True):
+        got, expected = _encode_probe(tokenizer.folder, opened, special), _expected(tokenizer, special)
+        if got != expected:
+            raise Fault(
+                f"{folder}: transformers reads {TOKENIZER_JSON} differently from how it was trained: {got}, not "
+                f"{expected}, for {_PROBE!r}{_WITH[special]}."
+            )
+
+
+def _check_special_tokens(tokenizer: Tokenizer) -> None:
+    """Raise UserError if AutoTokenizer puts other special tokens around a text than ``tokenizer``, which an export has.
+
+    It opens copies of the tokenizer's files that name no code.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in tokenizer.folder.iterdir():
+            if file.is_file() and file.suffix in _SUFFIXES and file.name not in (CONFIG, TOKENIZER_CONFIG):
+                (folder / file.name).symlink_to(file.resolve())
+        config = read_json_if_any(tokenizer.folder / CONFIG, "the configuration of a model")
+        settings = read_json_if_any(tokenizer.folder / TOKENIZER_CONFIG, "the settings of a tokenizer")
+        for file, content, keys in ((CONFIG, config, ("model_type",)), (TOKENIZER_CONFIG, settings, None)):
+            kept = {key: value for key, value in content.items() if key != "auto_map" and (keys is None or key in keys)}
+            (folder / file).write_text(json.dumps(kept), encoding="utf-8")
+        try:
+            with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
+                original = AutoTokenizer.from_pretrained(folder)
+                inner, whole = (_encode_probe(tokenizer.folder, original, special) for special in (False, True))
+        except UserError:
+            return  # What only code of its own opens is exported as its tokenizer.json says.
+    got = _around(_expected(tokenizer, False), _expected(tokenizer, True))
+    if got != (expected := _around(inner, whole)):
+        raise UserError(
+            f"{tokenizer.folder}: an export must put the special tokens around a text that AutoTokenizer puts there: "
+            f"{expected[0]} before and {expected[1]} after it. Got {got[0]} and {got[1]} from {tokenizer.file.name}. "
+            f"Write {TOKENIZER_JSON} anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
+
+
+def _around(inner: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """What ``whole`` has before and after ``inner``."""
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return whole[:start], whole[start + len(inner) :]
+    return whole, []
+
+
+def _expected(tokenizer: Tokenizer, special: bool) -> list[int]:
+    return tokenizer.encode(_PROBE, add_special_tokens=special)
 
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:
@@ -99,8 +153,8 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
     file.write_bytes(text.encode("utf-8", errors="surrogatepass"))
 
 
-def _encode_probe(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """Encode the probe. Raises UserError if ``opened`` has an id of ``vocab_size`` or above, or cannot encode."""
+def _check_vocabulary(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise UserError if ``opened`` has an id of ``vocab_size`` or above."""
     added = sorted((token_id, token) for token, token_id in opened.get_vocab().items() if token_id >= vocab_size)
     if added:
         token_id, token = added[0]
@@ -110,8 +164,12 @@ def _encode_probe(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase, vocab_s
             f"{tokenizer.file.name} does not hold: Transformers makes it token {token_id}. Take it out, or put a token "
             "of the vocabulary in its place."
         )
-    with as_user_error(tokenizer.folder, "a tokenizer"):
-        return opened(_PROBE, add_special_tokens=False)["input_ids"]
+
+
+def _encode_probe(folder: Path, opened: PreTrainedTokenizerBase, special: bool) -> list[int]:
+    """Encode the probe, with special tokens around it or without. Raises UserError if ``opened`` cannot."""
+    with as_user_error(folder, "a tokenizer"):
+        return opened(_PROBE, add_special_tokens=special)["input_ids"]
 
 
 def _file_with(folder: Path, token: str) -> Path:

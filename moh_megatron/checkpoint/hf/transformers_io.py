@@ -26,6 +26,7 @@ from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
 from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
 from moh_megatron.checkpoint.hf.hf_reader import check_index
 from moh_megatron.config.schema import Config
+from moh_megatron.data.tokenizer.panics import panics_as_value_errors
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.small_file import check_small_files
 
@@ -53,7 +54,8 @@ def quiet() -> Iterator[None]:
 def as_user_error(path: Path, what: str) -> Iterator[None]:
     """Turn every error of Transformers, while it opens ``what`` from ``path``, into a UserError with its first line."""
     try:
-        yield
+        with panics_as_value_errors():
+            yield
     except Exception as error:  # Unchecked values reach the code of Transformers, which may raise anything.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: must hold {what} that Transformers opens. It does not: {reason}") from error

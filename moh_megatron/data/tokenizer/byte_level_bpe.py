@@ -24,8 +24,15 @@ def train_byte_level_bpe(
 
     Each of ``user_symbols`` becomes one token, wherever it occurs. The same texts give the same files.
 
-    Raises UserError if the texts cannot give exactly ``vocab_size`` entries.
+    Raises UserError if the texts cannot give exactly ``vocab_size`` entries, and for user symbols that no text may
+    give.
     """
+    for symbol in user_symbols:
+        if symbol in ("", EOS_TOKEN):
+            raise UserError(
+                f"tokenizer.user_symbols: {symbol!r} cannot be a text of its own: it is empty or the name of a special "
+                "token, which no text may give. Take it out."
+            )
     tokenizer: Any = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

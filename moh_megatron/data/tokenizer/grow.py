@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from moh_megatron.data.tokenizer.names import SENTENCEPIECE_MODEL, SPACE, TOKENIZER_FILES, TOKENIZER_JSON
+from moh_megatron.data.tokenizer.names import SENTENCEPIECE_MODEL, SPACE, TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import UserError
 
@@ -41,16 +41,22 @@ def grow_tokenizer(base: Tokenizer, texts: Iterable[str], *, entries: int, out_d
         )
     # An added token that the model's vocabulary lacks would get the next free id on loading: write its id down.
     model["vocab"] |= {token["content"]: token["id"] for token in settings["added_tokens"]}
-    special = {token["id"] for token in settings["added_tokens"]}
-    names = {token_id: name for name, token_id in model["vocab"].items() if token_id not in special}
     merges = {tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]}
     as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
+    # No merge may give the name of an added token, of the unknown token or of a byte, nor go on from one left out.
+    reserved = {token["content"] for token in settings["added_tokens"]} | {model.get("unk_token")}
+    reserved |= {name for name in model["vocab"] if model.get("byte_fallback") and _BYTE_PIECE.fullmatch(name)}
+    names = {token_id: name for name, token_id in model["vocab"].items() if name not in reserved}
     next_id = base.vocab_size
     for pair in _learned_merges(base, names, texts, entries):
         left, right = ("".join(names[ord(character) - _FIRST_CHARACTER] for character in side) for side in pair)
         if next_id == entries:
             break
-        if (left, right) in merges:
+        if (
+            (left, right) in merges
+            or {left, right, left + right} & reserved
+            or not {left, right} <= model["vocab"].keys()
+        ):
             continue
         merges.add((left, right))
         model["merges"].append(f"{left} {right}" if as_text else [left, right])
@@ -62,10 +68,8 @@ def grow_tokenizer(base: Tokenizer, texts: Iterable[str], *, entries: int, out_d
             f"tokenizer.grow_to is {entries}, more than the text of data.inputs can fill: at most {next_id}. Lower it, "
             "give more text, or raise tokenizer.sample_bytes."
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name in set(TOKENIZER_FILES) - {TOKENIZER_JSON, SENTENCEPIECE_MODEL}:
-        if (base.folder / name).is_file():
-            (out_dir / name).write_bytes((base.folder / name).read_bytes())
+    base.save(out_dir)  # with its settings, such as split_special_tokens, which a .model has without a file
+    (out_dir / SENTENCEPIECE_MODEL).unlink(missing_ok=True)
     content = json.dumps(settings, ensure_ascii=False, indent=2)
     (out_dir / TOKENIZER_JSON).write_text(content + "\n", encoding="utf-8")
 

@@ -15,11 +15,12 @@ from typing import Literal
 import sentencepiece
 
 from moh_megatron.data.tokenizer.names import SPACE, TOKENIZER_CONFIG, TOKENIZER_JSON
-from moh_megatron.data.tokenizer.sentencepiece_json import to_tokenizer_json
+from moh_megatron.data.tokenizer.sentencepiece_json import from_model
 from moh_megatron.io.errors import UserError
 
 UNKNOWN = "<unk>"
 EOS_TOKEN = "</s>"
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def train_tokenizer(
@@ -36,10 +37,18 @@ def train_tokenizer(
     With byte fallback any text can be encoded and decodes to itself. The text is not normalised and no space is added
     or removed. Pieces hold no line ends, and spaces only at their start. ``character_coverage`` is the share of the
     characters of the texts that get a piece of their own; the others are encoded as bytes. Each of ``user_symbols``
-    becomes one token, wherever it occurs. The same texts give the same files.
+    becomes one token, wherever it occurs; in a Unigram, unless a better segmentation cuts it. The same texts give the
+    same files.
 
-    Raises UserError if the texts cannot give exactly ``vocab_size`` entries.
+    Raises UserError if the texts cannot give exactly ``vocab_size`` entries, and for user symbols that no text may
+    give or that tokenizer.json cannot express.
     """
+    for symbol in user_symbols:
+        if symbol in ("", EOS_TOKEN, UNKNOWN) or _BYTE_PIECE.fullmatch(symbol):
+            raise UserError(
+                f"tokenizer.user_symbols: {symbol!r} cannot be a text of its own: it is empty or the name of a special "
+                "token, which no text may give. Take it out."
+            )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
@@ -63,9 +72,15 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(_explanation(str(error), vocab_size)) from None
+    try:
+        exported = from_model(model.getvalue())[0].to_str(pretty=True)
+    except ValueError as error:
+        raise UserError(
+            f"tokenizer.user_symbols {list(user_symbols)}: no tokenizer.json gives the tokens of SentencePiece with "
+            f"them ({error}). Leave out those that hold spaces, or set tokenizer.algorithm to byte_level_bpe."
+        ) from None
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "tokenizer.model").write_bytes(model.getvalue())
-    exported = to_tokenizer_json(model.getvalue()).to_str(pretty=True)
     (out_dir / TOKENIZER_JSON).write_text(exported + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

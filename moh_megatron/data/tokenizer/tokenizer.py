@@ -7,15 +7,17 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers, processors
 from tokenizers import Tokenizer as Encoder
 
 from moh_megatron.data.tokenizer.names import (
     EOS_TOKENS,
+    LEADING_SPACES,
     SENTENCEPIECE_MODEL,
     SENTENCEPIECE_SUFFIX,
     SPACE,
@@ -24,6 +26,7 @@ from moh_megatron.data.tokenizer.names import (
     TOKENIZER_JSON,
     WORD,
 )
+from moh_megatron.data.tokenizer.panics import TokenizersPanic, panics_as_value_errors
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json_if_any
 from moh_megatron.io.small_file import read_small_file
@@ -78,9 +81,10 @@ class Tokenizer:
         """What Megatron-core names its index caches after."""
         return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of ``text``, without any special token around them."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The token ids of ``text``; ``add_special_tokens`` adds those that tokenizer.json puts around a text."""
+        with self._errors_named():
+            return self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[list[int]]:
         """``encode`` for each text, on all cores.
@@ -88,13 +92,25 @@ class Tokenizer:
         A text that is ``continued`` begins inside a document: the space that some tokenizers put before every text is
         left out there.
         """
-        if not any(continued) or not self._adds_space:
-            return _ids(self._encoder, texts)
-        ids: dict[bool, Iterator[list[int]]] = {}
-        for inside, encoder in ((False, self._encoder), (True, self._inside)):
-            chosen = [text for text, is_inside in zip(texts, continued, strict=True) if is_inside == inside]
-            ids[inside] = iter(_ids(encoder, chosen))
-        return [next(ids[inside]) for inside in continued]
+        with self._errors_named():
+            if not any(continued) or not self._adds_space:
+                return _ids(self._encoder, texts)
+            ids: dict[bool, Iterator[list[int]]] = {}
+            for inside, encoder in ((False, self._encoder), (True, self._inside)):
+                chosen = [text for text, is_inside in zip(texts, continued, strict=True) if is_inside == inside]
+                ids[inside] = iter(_ids(encoder, chosen))
+            return [next(ids[inside]) for inside in continued]
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Turn a panic of the library into a UserError that names the file."""
+        try:
+            with panics_as_value_errors():
+                yield
+        except TokenizersPanic as error:
+            raise UserError(
+                f"{self.file}: must encode every text. Got one that it cannot ({error}). Name another tokenizer."
+            ) from error
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -149,31 +165,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The token that ends a document is the ``eos_token`` of tokenizer_config.json, else the .model's, else the first of
     </s>, <|endoftext|> and <|end_of_text|> that the vocabulary has. The name of a special token in a text is encoded as
     that token, as in transformers and Megatron-LM. It is encoded as ordinary characters where tokenizer_config.json
-    sets ``split_special_tokens``, as our own tokenizers do, and with a .model, as in SentencePiece.
+    sets ``split_special_tokens``, as our own tokenizers do, and with a .model, as in SentencePiece. Special tokens are
+    put around a text as tokenizer.json says, for a .model as ``add_bos_token`` and ``add_eos_token`` say.
 
-    Raises UserError for a missing or broken file, for a .model that no tokenizer.json reproduces, and where no token
-    can end a document.
+    Raises UserError for a missing or broken file, for a .model that no tokenizer.json reproduces, where no token can
+    end a document, and where a text gives a special token in spite of ``split_special_tokens``.
     """
     file = _find(Path(path).expanduser())
+    settings = _settings(file.parent / TOKENIZER_CONFIG)
     model_eos_token = None
     if file.suffix == SENTENCEPIECE_SUFFIX:
-        # Only a .model needs the sentencepiece library.
-        from moh_megatron.data.tokenizer.sentencepiece_json import from_model
-
-        try:
-            converted, model_eos_token = from_model(read_small_file(file))
-        except ValueError as error:
-            raise UserError(
-                f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json."
-            ) from None
-        content = converted.to_str()
+        content, model_eos_token = _converted(file, settings)
     else:
         content = read_small_file(file).decode("utf-8", errors="replace")
     try:
-        encoder = Encoder.from_str(content)
+        with panics_as_value_errors():
+            encoder = Encoder.from_str(content)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file}: not a {TOKENIZER_JSON} the tokenizers library reads ({error}).") from None
-    settings = _settings(file.parent / TOKENIZER_CONFIG)
     _configured(encoder, bool(settings.get("split_special_tokens", file.suffix == SENTENCEPIECE_SUFFIX)))
     if encoder.pre_tokenizer is None and _can_split_into_words(json.loads(content)["model"]):
         encoder.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]
@@ -187,7 +196,57 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"or one of {', '.join(EOS_TOKENS)} in the vocabulary."
         )
     pad_token_id = _token_id(encoder, settings, "pad_token", file)
-    return Tokenizer(encoder, file, content, eos_token_id, eos_token_id if pad_token_id is None else pad_token_id)
+    pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+    tokenizer = Tokenizer(encoder, file, content, eos_token_id, pad_token_id)
+    if tokenizer.split_special_tokens:
+        _check_names_are_split(tokenizer, encoder)
+    return tokenizer
+
+
+def _converted(file: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
+    """The content of the tokenizer.json of a .model, and its end-of-sentence piece, if it has one."""
+    # Only a .model needs the sentencepiece library.
+    from moh_megatron.data.tokenizer.sentencepiece_json import from_model
+
+    content = read_small_file(file)
+    try:
+        converted, model = from_model(content)
+    except ValueError as error:
+        raise UserError(f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json.") from None
+    around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    for name, default in (("bos", model.bos_id()), ("eos", model.eos_id())):
+        stated = _token_id(converted, settings, f"{name}_token", file)
+        token_id = default if f"{name}_token" not in settings else -1 if stated is None else stated
+        if settings.get(f"add_{name}_token") is True and token_id >= 0:
+            around[name].append((str(converted.id_to_token(token_id)), token_id))
+    if any(around.values()):
+        single, pair = ([*around["bos"], (text, 0), *around["eos"]] for text in ("$A", "$B"))
+        converted.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=[f"{token}:0" for token, _ in single],
+            pair=[f"{token}:0" for token, _ in single] + [f"{token}:1" for token, _ in pair],
+            special_tokens=[*around["bos"], *around["eos"]],
+        )
+    return converted.to_str(), model.id_to_piece(model.eos_id()) if model.eos_id() >= 0 else None
+
+
+def _check_names_are_split(tokenizer: Tokenizer, encoder: Encoder) -> None:
+    """Raise UserError if the name of a special token in a text gives a special token."""
+    model = json.loads(tokenizer.to_json())["model"]
+    added = encoder.get_added_tokens_decoder()
+    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    special[tokenizer.eos_token_id] = str(encoder.id_to_token(tokenizer.eos_token_id))
+    # The unknown token stands for characters that have no piece, whatever they are.
+    unknown = {model.get("unk_id"), encoder.token_to_id(model.get("unk_token") or "")}
+    for name in special.values():
+        for text in (name, f"a {name}", f"a{name}b", f"{name} {name}"):
+            ids = tokenizer.encode(text)
+            if reached := [token_id for token_id in ids if token_id in special and token_id not in unknown]:
+                raise UserError(
+                    f"{tokenizer.file}: with split_special_tokens no text may give a special token. Got {ids} for "
+                    f"{text!r}, where {reached[0]} is {special[reached[0]]!r}. Name the SentencePiece .model it was "
+                    "made of, train it again, or set split_special_tokens to false: the names of special tokens then "
+                    "give these tokens."
+                )
 
 
 def _find(path: Path) -> Path:
@@ -225,13 +284,11 @@ def _configured(encoder: Encoder, split_special_tokens: bool) -> Encoder:
 def _without_prefix(part: Any) -> Any:
     """``part`` of a tokenizer.json, changed so that it puts nothing before a text."""
     if isinstance(part, list):
-        return [
-            _without_prefix(step) for step in part if not (isinstance(step, dict) and step.get("type") == "Prepend")
-        ]
+        return [_without_prefix(step) for step in part if not (isinstance(step, dict) and _is_prefix(step))]
     if not isinstance(part, dict):
         return part
     changed = {key: value if key == "model" else _without_prefix(value) for key, value in part.items()}
-    if changed.get("type") == "Prepend":
+    if _is_prefix(changed):
         return None
     if changed.get("type") == "Metaspace":
         changed["prepend_scheme"] = "never"
@@ -240,6 +297,11 @@ def _without_prefix(part: Any) -> Any:
     if changed.get("type") == "ByteLevel":
         changed["add_prefix_space"] = False
     return changed
+
+
+def _is_prefix(step: dict[str, Any]) -> bool:
+    """Whether a step of the normalisation concerns the spaces before a text."""
+    return step.get("type") == "Prepend" or step.get("pattern") == {"Regex": LEADING_SPACES}
 
 
 def _settings(file: Path) -> dict[str, Any]:
