@@ -37,7 +37,7 @@ from moh_megatron.parallel import groups, rng
 
 
 class SavesFiles(Protocol):
-    """What a checkpoint needs of a tokenizer."""
+    """The tokenizer and the other files that a checkpoint takes along."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -61,7 +61,8 @@ class Snapshot:
     step: int
     data: str
     """One hash over the dataset's files."""
-    tokenizer: SavesFiles
+    extras: SavesFiles
+    """Writes the folder of the tokenizer."""
     weights: dict[str, Tensor] | None
     """Weights of this tensor-parallel rank; None on all but the first of its replicas."""
     optimizer: dict[str, Tensor]
@@ -70,7 +71,7 @@ class Snapshot:
     random_states: dict[str, Any]
 
     @classmethod
-    def take(cls, config: Config, step: int, data: str, tokenizer: SavesFiles, engine: HasState) -> Snapshot:
+    def take(cls, config: Config, step: int, data: str, extras: SavesFiles, engine: HasState) -> Snapshot:
         """Copy the state; every rank calls it."""
         dp_group, names = groups.dp_group(), {rule.megatron for rule in rules(config)}
         copies = {
@@ -82,7 +83,7 @@ class Snapshot:
             config,
             step,
             data,
-            tokenizer,
+            extras,
             weights=copies if dp_group.rank() == 0 else None,
             optimizer=optimizer_state.shard(engine.optimizer_tensors(), dp_group.rank(), dp_group.size()),
             updates=engine.updates,
@@ -120,7 +121,7 @@ def write_part(root: Path, snapshot: Snapshot) -> dict[str, FileEntry]:
     rng.write(written[-1], snapshot.random_states)
     if dist.get_rank() == 0:
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-        snapshot.tokenizer.save(folder / TOKENIZER)
+        snapshot.extras.save(folder / TOKENIZER)
         written += [folder / CONFIG, *(folder / TOKENIZER / name for name in relative_files(folder / TOKENIZER))]
     return {path.relative_to(folder).as_posix(): hash_file(path, flush=True) for path in written}
 
@@ -166,6 +167,6 @@ def prune(
     for checkpoint, manifest in checkpoints[keep_last:] if keep_last is not None else []:
         if manifest.step in in_use or (keep_every is not None and manifest.step % keep_every == 0):
             continue
-        doomed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        renamed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
+        checkpoint.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)

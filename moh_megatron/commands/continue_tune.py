@@ -4,7 +4,7 @@ moh-tune CONFIG.yaml --nproc-per-node 8 [section.key=value ...]   write the init
 moh-tune CONFIG.yaml --prepare                   only write it, in one process; then
 torchrun ... (or srun ...) pipelines/continue_tune.py CONFIG.yaml         one rank of many
 
-The initial checkpoint, <run.dir>/start, is made once of the checkpoint train.init_from; moh-convert makes that
+The initial checkpoint, <run.dir>/start, is made once, from the checkpoint train.init_from; moh-convert makes that
 of a Hugging Face folder. Training and resuming are those of moh-pretrain.
 """
 
@@ -31,15 +31,16 @@ def main() -> int:
     # The ranks get the arguments of the launcher; RANK in the environment tells them apart from it.
     world = None if args.prepare else World.from_environment(args.nproc_per_node)
     if world is not None:
-        return rank(config, world)
+        return run_as_rank(config, world)
     from moh_megatron.upcycle.initial_checkpoint import prepare
 
     config = prepare(config)
-    return 0 if args.prepare else launch_node(config, args.nproc_per_node or 1)
+    return 0 if args.prepare else run_as_launcher(config, args.nproc_per_node or 1)
 
 
-def rank(config: Config, world: World) -> int:
-    # Until the handlers stand, a request to stop waits instead of killing.
+def run_as_rank(config: Config, world: World) -> int:
+    """Train as one rank of a run."""
+    # Until the handlers are installed, a request to stop waits instead of killing.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     stop = StopRequest.install()
     if launcher := os.environ.get(PARENT_VARIABLE):
@@ -54,7 +55,8 @@ def rank(config: Config, world: World) -> int:
     return run_rank(config, world, stop)
 
 
-def launch_node(config: Config, ranks: int) -> int:
+def run_as_launcher(config: Config, ranks: int) -> int:
+    """Start the ranks of this node and wait for them."""
     announce_start(ranks)
     from moh_megatron.train.launcher import launch_run
 
@@ -63,7 +65,7 @@ def launch_node(config: Config, ranks: int) -> int:
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

@@ -10,24 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.io.console import print_result
 from moh_megatron.plan.advice import remedies
 from moh_megatron.plan.plan_report import GIB, Fit, as_mapping, as_text
 from moh_megatron.plan.run_plan import make_plan
 
 
-def ranks(text: str) -> int:
-    """Parse a number of ranks."""
-    if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"The number of processes must be a whole number of at least 1. Got {text}")
-    return int(text)
-
-
-def gigabytes(text: str) -> float:
+def gibibytes(text: str) -> float:
     """Parse a finite number above 0."""
     try:
         number = float(text)
@@ -40,8 +32,12 @@ def gigabytes(text: str) -> float:
 
 def main() -> None:
     parser = config_parser("Plan a run: memory of a rank, head balance, operations, communication.")
-    parser.add_argument("--world-size", type=ranks, required=True, metavar="N", help="the number of ranks on all nodes")
-    parser.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="GiB of one GPU: say whether the run fits")
+    parser.add_argument(
+        "--world-size", type=at_least(1), required=True, metavar="N", help="the number of ranks on all nodes"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=gibibytes, metavar="GiB", help="memory of one GPU: say whether the run fits"
+    )
     parser.add_argument("--json", action="store_true", help="print every number as JSON, in bytes and operations")
     arguments, config = parse_config(parser)
     plan, fit = make_plan(config, arguments.world_size), None

@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def run_as_rank(config: Config, world: World) -> int:
-    """Be one rank of a run."""
+    """Train as one rank of a run."""
     # A signal to stop waits until the rank's handlers are installed, in place of ending it without an exit code.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     speak_for_rank(world.rank)
@@ -61,7 +61,7 @@ def run_as_launcher(config: Config, ranks: int) -> int:
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

@@ -10,8 +10,6 @@ from moh_megatron.cli import command_parser, exit_code
 from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
-from moh_megatron.monitor.run_folder import open_run
-from moh_megatron.run_report import page
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,6 +21,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from moh_megatron.monitor.run_folder import open_run
+    from moh_megatron.run_report import page
+
     runs = [open_run(path) for path in arguments.runs]
     names = [run.name for run in runs]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def run() -> int:
-    """The command, as the shell sees it: its exit code."""
+    """Run the command and return its exit code."""
     return exit_code(main)
 
 

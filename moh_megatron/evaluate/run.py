@@ -127,7 +127,7 @@ def _suite_section(suite: Suite, limit: int | None) -> dict[str, Any]:
         "name": suite.name,
         "description": suite.description,
         "limit": limit,
-        "tasks": [_not_run(task, "its turn has not come") for task in suite.tasks],
+        "tasks": [_not_run(task, "not run yet") for task in suite.tasks],
         "published": [asdict(published) for published in suite.published],
     }
 

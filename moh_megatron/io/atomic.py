@@ -39,7 +39,8 @@ def atomic_folder(target: Path, setting: str | None = None) -> Iterator[Path]:
 
     Raises:
         UserError: a file stands where a parent folder of ``target`` is needed, or see ``resolve_target``.
-        Fault: the disk is full or refuses. An OSError of another file, which cannot be read, is not changed.
+        Fault: the disk is full or the file system returns an error. An OSError of another file, which cannot be read,
+            is not changed.
     """
     path, complete, signals = resolve_target(target), False, TerminationSignals()
     try:

@@ -1,4 +1,4 @@
-"""What a user can do where the file system refuses."""
+"""What a user can do where the file system returns an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moh_megatron.io.errors import Fault
 
 
 def remedy(number: int | None, setting: str | None = None) -> str | None:
-    """The way out of the error ``number`` of the operating system, or None if it is none of a file system's.
+    """Advice for ``number``, the errno of an error of the operating system, or None if it is none of a file system's.
 
     Args:
         setting: the configuration key that names the folder, such as run.dir; None where the command line names it.
@@ -26,7 +26,7 @@ def remedy(number: int | None, setting: str | None = None) -> str | None:
         case errno.EACCES | errno.EPERM:
             return f"change its permissions or {another}"
         case errno.EIO:
-            return f"the disk or the way to it is failing: see the system's log, or {choose} another disk"
+            return f"the disk or the connection to it is failing: see the system's log, or {choose} another disk"
         case errno.ESTALE:
             return f"the file server lost or replaced it: see whether it is mounted, or {choose} another disk"
         case errno.ENOENT | errno.ENOTDIR | errno.EEXIST:
@@ -46,5 +46,5 @@ def write_fault(folder: Path, error: OSError, setting: str | None = None) -> Fau
     )
     return Fault(
         f"{folder}: could not be written ({error}). {hint[0].upper()}{hint[1:]}. Then run the same command again. "
-        "What stood there before is untouched."
+        "Existing files are unchanged."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -84,8 +84,10 @@ class MoHSelfAttention(SelfAttention):
                 group=self.tp_group,
                 sequence_parallel=config.sequence_parallel,
             )
-        else:
+        elif moh.router == "query_norm":
             self.router = QueryNormRouter(moh, layer_heads, loss_scale, layout=layout, group=self.tp_group)
+        else:
+            assert_never(moh.router)
 
     def forward(  # type: ignore[override]
         self,

@@ -13,7 +13,7 @@ from moh_megatron.config.schema import MonitorConfig
 from moh_megatron.monitor.head_figures import HeadFigures
 from moh_megatron.monitor.metrics_logger import slowest_over_median
 
-OVER = "over: "
+RESOLVED = "resolved: "
 """The prefix of a message about an alarm that has ended."""
 _MAX_NAMED = 6
 """Dead heads named in a message, at most."""
@@ -80,7 +80,7 @@ class Alarms:
                 if before is None or before.location != alarm.location:
                     begun.append(alarm.message)
             elif before is not None:
-                ended.append(f"{OVER}{before.message}")
+                ended.append(f"{RESOLVED}{before.message}")
         return begun + ended
 
     def _results(self, inputs: AlarmInputs) -> Iterator[tuple[str, _Alarm | None]]:

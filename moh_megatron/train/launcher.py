@@ -213,9 +213,9 @@ def launch_run(command: Sequence[str], config: Config, ranks: int) -> int:
     return code
 
 
-def _ending(rank: int, code: int, last_words: str | None) -> str:
+def _ending(rank: int, code: int, exit_reason: str | None) -> str:
     if code >= 0:
-        return f"rank {rank} ended: {last_words}" if last_words else f"rank {rank} ended with exit code {code}"
+        return f"rank {rank} ended: {exit_reason}" if exit_reason else f"rank {rank} ended with exit code {code}"
     # The system raises it where a memory-mapped file shrinks during a read.
     hint = " (a file of data.dir was cut short while it was read)" if -code == signal.SIGBUS else ""
     return f"rank {rank} was ended by {signal.Signals(-code).name}{hint}"

@@ -17,7 +17,7 @@ from moh_megatron.io.console import progress_bar
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.observation import OBSERVED
 from moh_megatron.monitor.accumulator import Interval, StepMetrics
-from moh_megatron.monitor.alarms import OVER, AlarmInputs, Alarms
+from moh_megatron.monitor.alarms import RESOLVED, AlarmInputs, Alarms
 from moh_megatron.monitor.device import peak_tflops
 from moh_megatron.monitor.head_figures import HeadFigures, balance_excess, head_figures
 from moh_megatron.monitor.metrics_logger import IntervalStats, MetricsLogger
@@ -164,7 +164,7 @@ class RunRecorder:
                 metrics_logger.head_maps(figures, step)
         messages = self._alarms.check(AlarmInputs(newest.tokens_per_second, figures, observed, excess, stats.busy))
         for message in messages:
-            logger.log(logging.INFO if message.startswith(OVER) else logging.WARNING, f"step {step}: {message}")
+            logger.log(logging.INFO if message.startswith(RESOLVED) else logging.WARNING, f"step {step}: {message}")
         if messages:
             metrics_logger.alarm(messages, step)
         metrics_logger.flush()

@@ -88,10 +88,10 @@ def prepare(config: Config) -> Config:
         data = load_prepared(config)
         data.check_fits(config)
         tokenizer = data.tokenizer()
-        settled_config = _settle_shared_heads(config, source, source_config, tokenizer)
+        calibrated_config = _calibrate_shared_heads(config, source, source_config, tokenizer)
         with atomic_folder(folder, "run.dir") as partial:
             provenance.write(partial, config, layout.read_state(source).weights_sha256, data.hash)
-            _write_checkpoint(partial, settled_config, source, source_config, tokenizer)
+            _write_checkpoint(partial, calibrated_config, source, source_config, tokenizer)
         logger.info(f"{folder}: made of {source}")
     return resolve(config)
 
@@ -153,7 +153,7 @@ def check_source(source: Path, source_config: Config, config: Config) -> None:
     may_differ = _MAY_DIFFER if source_config.moh.enabled else _MAY_DIFFER + _ROUTING
     require_same_weights(source, config, apart_from=may_differ)
     if source_config.moh.enabled and not config.moh.enabled:
-        raise UserError(f"{source}: must be of a dense model to go on as one. Got moh.enabled: true.")
+        raise UserError(f"{source}: must be a dense model, because moh.enabled is false. Got a MoH model.")
     if not source_config.moh.enabled:
         check_gates(config)
     if source_config.model.tokens > config.model.tokens:
@@ -164,7 +164,7 @@ def check_source(source: Path, source_config: Config, config: Config) -> None:
     if provenance.is_measured(config) and source_config.model.tokens < config.model.tokens:
         raise UserError(
             f"moh.shared_placement: calibrated measures {source}, which knows {source_config.model.tokens} tokens. Got "
-            f"model.vocab_size {config.model.tokens}: let the vocabulary grow in a run before, or share other heads."
+            f"model.vocab_size {config.model.tokens}: let the vocabulary grow in an earlier run, or share other heads."
         )
 
 
@@ -198,7 +198,7 @@ def read_or_measure_calibration(
     return calibration
 
 
-def _settle_shared_heads(config: Config, source: Path, source_config: Config, tokenizer: Tokenizer) -> Config:
+def _calibrate_shared_heads(config: Config, source: Path, source_config: Config, tokenizer: Tokenizer) -> Config:
     """``config`` with measured shared heads where moh.shared_placement is calibrated."""
     if not provenance.is_measured(config):
         return config

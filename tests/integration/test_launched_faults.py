@@ -43,7 +43,7 @@ def test_stopped_rank_is_named_and_killed(started: tuple[Run, int, list[int], Ca
     assert code == 1
     assert time.monotonic() - started_at < DEADLINE_SECONDS
     assert "rank 1 (" in run.json("exit.json")["reason"]
-    assert "is missing: no sign of life for 8 s" in run.json("exit.json")["reason"]
+    assert "is missing: no heartbeat for 8 s" in run.json("exit.json")["reason"]
     assert "whose message says why" not in output
     assert all(gone(rank) for rank in ranks)
 

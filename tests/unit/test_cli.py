@@ -55,8 +55,8 @@ def test_code_that_main_returns_is_kept(result):
         (
             OSError(errno.EIO, "Input/output error", "runs/x"),
             1,
-            "error: runs/x: Input/output error; the disk or the way to it is failing: see the system's log, or set "
-            "run.dir to another disk.\n",
+            "error: runs/x: Input/output error; the disk or the connection to it is failing: see the system's log, or "
+            "set run.dir to another disk.\n",
         ),
         (
             OSError(errno.ELOOP, "Too many levels of symbolic links", "runs/x"),

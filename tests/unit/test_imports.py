@@ -82,6 +82,10 @@ LIBRARIES = {
     "tqdm": {"evaluate/harness.py", "io/console.py"},
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "datasets"}
+SLOW = HEAVY | {"tensorboard", "lm_eval", "scipy"}
+COMMANDS = [
+    file for folder in ("pipelines", f"{PACKAGE}/commands") for file in sorted((REPOSITORY / folder).glob("*.py"))
+]
 LONGEST_FILE, LONGEST_PIPELINE = 400, 100
 MOST_FILES_OF_A_FOLDER = 20
 DECLARATIVE = {"moh_megatron/config/schema.py"}
@@ -207,9 +211,9 @@ def imported_at_once(file: Path, seen: set[Path]) -> Iterator[str]:
                     yield from imported_at_once(module, seen)
 
 
-@pytest.mark.parametrize("script", sorted((REPOSITORY / "pipelines").glob("*.py")), ids=name_of)
-def test_a_script_reads_its_arguments_before_anything_slow_is_loaded(script):
-    assert {library(each) for each in imported_at_once(script, set())}.isdisjoint(HEAVY)
+@pytest.mark.parametrize("file", COMMANDS, ids=name_of)
+def test_a_command_reads_its_arguments_before_anything_slow_is_loaded(file):
+    assert {library(each) for each in imported_at_once(file, set())}.isdisjoint(SLOW)
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

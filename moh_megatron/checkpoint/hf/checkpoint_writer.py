@@ -26,7 +26,7 @@ def write_checkpoint(
     config: Config,
     dtypes: Mapping[str, torch.dtype],
     chunks: Iterable[tuple[str, Tensor]],
-    tokenizer: SavesFiles,
+    extras: SavesFiles,
 ) -> None:
     """Fill an empty ``folder`` with a checkpoint of step 0, sharded for ``parallel.tensor``.
 
@@ -34,11 +34,11 @@ def write_checkpoint(
         dtypes: dtype of each tensor, under Megatron-core's names.
         chunks: (name, rows) of full tensors, in the table's order. The rows of one may come in several chunks, and
             each chunk is used only until the next one is asked for.
-        tokenizer: writes the folder of that name.
+        extras: writes the folder of the tokenizer.
     """
     files = _write_weights(folder, config, dtypes, chunks)
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    tokenizer.save(folder / TOKENIZER)
+    extras.save(folder / TOKENIZER)
     files |= {name: hash_file(folder / name, flush=True) for name in relative_files(folder) if name not in files}
     topology = Topology(config.parallel.tensor, 1, config.parallel.zero_stage, config.train.precision)
     write_manifest(folder, Manifest(0, 0, topology, "", package_versions(), files))

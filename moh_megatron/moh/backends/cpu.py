@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.backends.ragged_function import KernelInputs
 from moh_megatron.moh.precision import at_least_fp32
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -117,7 +117,7 @@ class CpuKernel:
         assert library is not None
         self._library = library
 
-    def forward(self, lists: Lists) -> tuple[Tensor, Tensor]:
+    def forward(self, lists: KernelInputs) -> tuple[Tensor, Tensor]:
         q, ragged = lists.q * lists.scale, lists.ragged
         out, log_sums = torch.empty_like(q), q.new_empty(q.shape[0])
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
@@ -130,15 +130,15 @@ class CpuKernel:
             )
         return out, log_sums
 
-    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
-        assert extra is not None
+    def backward(self, lists: KernelInputs, d_out: Tensor, out: Tensor, saved: Tensor | None) -> tuple[Tensor, ...]:
+        assert saved is not None
         q, ragged, delta = lists.q * lists.scale, lists.ragged, (d_out * out).sum(-1)
         d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, lists.k, lists.v))
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             span = slice(ragged.bounds[index], ragged.bounds[index + 1])
             self._library.moh_ragged_backward(
                 *_pointers(d_out[span], q[span], key, value, ragged.first_key[span], ragged.last_key[span]),
-                *_pointers(extra[span], delta[span]),
+                *_pointers(saved[span], delta[span]),
                 span.stop - span.start,
                 q.shape[1],
                 *_pointers(d_q[span], d_k[index], d_v[index]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh_megatron.moh.backends.ragged import Block
-from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.backends.ragged_function import KernelInputs
 from moh_megatron.moh.precision import at_least_fp32
 
 # The fastest block sizes measured: with several query heads in a KV group, and with one.
@@ -22,7 +22,7 @@ _BLOCK_MERGED, _BLOCK_SINGLE = 256, 128
 class _Blocks:
     """Computes the scores of one block at a time, in buffers that all blocks share."""
 
-    def __init__(self, lists: Lists) -> None:
+    def __init__(self, lists: KernelInputs) -> None:
         keys = lists.k.shape[1]
         self._ragged = lists.ragged
         self.size = _BLOCK_MERGED if lists.ragged.width > 1 else _BLOCK_SINGLE
@@ -57,14 +57,14 @@ class GatheredKernel:
 
     precision = staticmethod(at_least_fp32)
 
-    def forward(self, lists: Lists) -> tuple[Tensor, None]:
+    def forward(self, lists: KernelInputs) -> tuple[Tensor, None]:
         blocks, out, q = _Blocks(lists), torch.empty_like(lists.q), lists.q * lists.scale
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):
             for block in lists.ragged.blocks(index, blocks.size):
                 torch.mm(blocks.probabilities(q, key, block), value[block.keys], out=out[block.rows])
         return out, None
 
-    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
+    def backward(self, lists: KernelInputs, d_out: Tensor, out: Tensor, saved: Tensor | None) -> tuple[Tensor, ...]:
         blocks, q = _Blocks(lists), lists.q * lists.scale
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(lists.k), torch.zeros_like(lists.v)
         for index, (key, value) in enumerate(zip(lists.k, lists.v, strict=True)):

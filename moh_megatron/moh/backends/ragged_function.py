@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from moh_megatron.moh.backends.ragged import RaggedQueries, ragged_queries
 
 
-class Lists(NamedTuple):
+class KernelInputs(NamedTuple):
     """What a kernel reads: the active queries, and the keys and values of each list."""
 
     q: Tensor
@@ -35,11 +35,11 @@ class Kernel(Protocol):
         """The type its tensors must have, given that of the inputs."""
         ...
 
-    def forward(self, lists: Lists) -> tuple[Tensor, Tensor | None]:
+    def forward(self, lists: KernelInputs) -> tuple[Tensor, Tensor | None]:
         """The output [M, H] of the active queries, and one more tensor that the backward pass needs, or None."""
         ...
 
-    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
+    def backward(self, lists: KernelInputs, d_out: Tensor, out: Tensor, saved: Tensor | None) -> tuple[Tensor, ...]:
         """Gradients of q [M, H], k and v [B * G, S, H], from ``forward``'s output and its gradient."""
         ...
 
@@ -49,13 +49,13 @@ def _gather(x: Tensor, ragged: RaggedQueries, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, ragged.flat).to(dtype)
 
 
-def _keys_by_list(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_lists(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[S, B, G, H] -> [B * G, S, H], contiguous."""
     return x.permute(1, 2, 0, 3).to(dtype).contiguous().flatten(0, 1)
 
 
-def _keys_of_lists(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``_keys_by_list``, in the precision of ``like`` [S, B, G, H]."""
+def _from_lists(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``_to_lists``, in the precision of ``like`` [S, B, G, H]."""
     return x.view(like.shape[1], like.shape[2], like.shape[0], -1).permute(2, 0, 1, 3).to(like.dtype)
 
 
@@ -66,8 +66,8 @@ def _scatter(values: Tensor, ragged: RaggedQueries, like: Tensor) -> Tensor:
     return full_tensor
 
 
-def _lists(q: Tensor, k: Tensor, v: Tensor, ragged: RaggedQueries, scale: float, dtype: torch.dtype) -> Lists:
-    return Lists(_gather(q, ragged, dtype), _keys_by_list(k, dtype), _keys_by_list(v, dtype), ragged, scale)
+def _lists(q: Tensor, k: Tensor, v: Tensor, ragged: RaggedQueries, scale: float, dtype: torch.dtype) -> KernelInputs:
+    return KernelInputs(_gather(q, ragged, dtype), _to_lists(k, dtype), _to_lists(v, dtype), ragged, scale)
 
 
 class _RaggedAttention(torch.autograd.Function):
@@ -83,19 +83,19 @@ class _RaggedAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> Tensor:
         ctx.ragged, ctx.scale, ctx.kernel = ragged_queries(active, k.shape[2], cu_seqlens), scale, kernel
-        out, extra = kernel.forward(_lists(q, k, v, ctx.ragged, scale, kernel.precision(q.dtype)))
-        ctx.save_for_backward(q, k, v, out, extra)
+        out, saved = kernel.forward(_lists(q, k, v, ctx.ragged, scale, kernel.precision(q.dtype)))
+        ctx.save_for_backward(q, k, v, out, saved)
         return _scatter(out, ctx.ragged, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, extra = ctx.saved_tensors
+        q, k, v, out, saved = ctx.saved_tensors
         # The queries are gathered again: keeping them would double their memory and save little time.
         lists = _lists(q, k, v, ctx.ragged, ctx.scale, ctx.kernel.precision(q.dtype))
         d_out = _gather(gradients[0], ctx.ragged, lists.q.dtype)
-        d_q, d_k, d_v = ctx.kernel.backward(lists, d_out, out, extra)
-        return _scatter(d_q, ctx.ragged, q), _keys_of_lists(d_k, k), _keys_of_lists(d_v, v), None, None, None, None
+        d_q, d_k, d_v = ctx.kernel.backward(lists, d_out, out, saved)
+        return _scatter(d_q, ctx.ragged, q), _from_lists(d_k, k), _from_lists(d_v, v), None, None, None, None
 
 
 def ragged_attention(

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moh_megatron.moh.backends.ragged_function import Lists
+from moh_megatron.moh.backends.ragged_function import KernelInputs
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _NEGATIVE = tl.constexpr(-1.0e30)
@@ -158,7 +158,7 @@ class TritonKernel:
         """The type of the inputs: tensor cores multiply bf16."""
         return inputs
 
-    def forward(self, lists: Lists) -> tuple[Tensor, Tensor]:
+    def forward(self, lists: KernelInputs) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(lists.q)
         log_sums = torch.empty(lists.q.shape[0], dtype=torch.float32, device=out.device)
         if out.numel():
@@ -167,19 +167,19 @@ class TritonKernel:
             )
         return out, log_sums
 
-    def backward(self, lists: Lists, d_out: Tensor, out: Tensor, extra: Tensor | None) -> tuple[Tensor, ...]:
-        assert extra is not None
+    def backward(self, lists: KernelInputs, d_out: Tensor, out: Tensor, saved: Tensor | None) -> tuple[Tensor, ...]:
+        assert saved is not None
         delta = (d_out.float() * out.float()).sum(-1)
         d_q = torch.empty(lists.q.shape, dtype=torch.float32, device=out.device)
         d_k, d_v = (torch.zeros(lists.k.shape, dtype=torch.float32, device=out.device) for _ in range(2))
         if out.numel():
-            inputs = (d_out, lists.q, lists.k, lists.v, *_bounds(lists), extra, delta)
+            inputs = (d_out, lists.q, lists.k, lists.v, *_bounds(lists), saved, delta)
             _backward_queries[_grid_of_rows(lists)](*inputs, d_q, lists.scale, **_sizes(lists))
             _backward_keys[_grid_of_keys(lists)](*inputs, d_k, d_v, lists.scale, **_sizes(lists))
         return d_q, d_k, d_v
 
 
-def _bounds(lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
+def _bounds(lists: KernelInputs) -> tuple[Tensor, Tensor, Tensor]:
     ragged = lists.ragged
     return (
         torch.tensor(ragged.bounds, dtype=torch.int32, device=lists.q.device),
@@ -188,16 +188,16 @@ def _bounds(lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _sizes(lists: Lists) -> dict[str, int]:
+def _sizes(lists: KernelInputs) -> dict[str, int]:
     size = lists.q.shape[1]
     return {"S": lists.k.shape[1], "H": size, "WIDE": max(16, triton.next_power_of_2(size))}
 
 
-def _grid_of_rows(lists: Lists) -> Any:
+def _grid_of_rows(lists: KernelInputs) -> Any:
     bounds = lists.ragged.bounds
     longest = max(end - begin for begin, end in itertools.pairwise(bounds))
     return lambda settings: (triton.cdiv(longest, settings["ROWS"]), len(bounds) - 1)
 
 
-def _grid_of_keys(lists: Lists) -> Any:
+def _grid_of_keys(lists: KernelInputs) -> Any:
     return lambda settings: (triton.cdiv(lists.k.shape[1], settings["KEYS"]), lists.k.shape[0])

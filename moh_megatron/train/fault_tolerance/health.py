@@ -1,7 +1,7 @@
 """Detects, reports and limits bad steps: a loss or gradient that is not finite, and loss spikes.
 
-The engine skips a step whose gradient is not finite, on all ranks alike. A step is therefore skipped in one way only:
-the loss of its last micro-batch becomes NaN before the backward pass.
+The engine skips a step whose gradient is not finite, on all ranks alike. To skip a spike, the last micro-batch's loss
+is made NaN, so that the engine's check for non-finite gradients skips it.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ class Watchdog:
     def _leave_together(self, heartbeats: Heartbeats) -> None:
         size, pause = self._world.size, self._interval / 4
         try:
-            heartbeats.count("through", 1)
-            while heartbeats.count("through", 0) < size:
+            heartbeats.count("finished", 1)
+            while heartbeats.count("finished", 0) < size:
                 time.sleep(pause)
             self._finished.set()
             self._wake.set()
@@ -278,7 +278,7 @@ class Watchdog:
         # Not through logging: the main thread may hang while it holds a handler's lock.
         if f"rank {rank} " in report.message:
             stack = "".join(traceback.format_stack(self._frame()))
-            print(printable(f"rank {rank} stands here:\n{stack}"), file=sys.stderr)
+            print(printable(f"stack of rank {rank}'s main thread:\n{stack}"), file=sys.stderr)
         print(printable(f"error: rank {rank} ends, because {report.message}"), file=sys.stderr, flush=True)
         self._record(report)
         self._publish_exit("")
@@ -311,7 +311,7 @@ class Watchdog:
         ]
         if silent:
             names = ", ".join(_name(rank, found[rank]) for rank in silent)
-            return FailureReport(f"{names} is missing: no sign of life for {limit:.0f} s.", silent)
+            return FailureReport(f"{names} is missing: no heartbeat for {limit:.0f} s.", silent)
         absent = [rank for rank in watched if rank not in found]
         if absent and now - self._since > self._start_timeout:
             return FailureReport(
@@ -368,5 +368,7 @@ def _hanging(heartbeats: dict[int, Heartbeat]) -> FailureReport:
         positions.setdefault(f"{heartbeat.position} after step {heartbeat.step}", []).append(rank)
     fewest_first = sorted(positions.items(), key=lambda item: len(item[1]))
     return FailureReport(
-        "nothing moves: " + "; ".join(f"rank {_list(ranks)} in {position}" for position, ranks in fewest_first), []
+        "no rank makes progress: "
+        + "; ".join(f"rank {_list(ranks)} in {position}" for position, ranks in fewest_first),
+        [],
     )

@@ -145,7 +145,7 @@ def test_full_disk_is_reported_and_leaves_older_checkpoints(saver, root, tiny, m
     ("number", "what", "remedy"),
     [
         (errno.EFBIG, "File too large", "ulimit -f"),
-        (errno.EIO, "Input/output error", "The disk or the way to it is failing"),
+        (errno.EIO, "Input/output error", "The disk or the connection to it is failing"),
         (errno.ESTALE, "Stale file handle", "The file server lost or replaced it"),
         (errno.ENOTDIR, "Not a directory", "It was deleted, moved or replaced"),
     ],

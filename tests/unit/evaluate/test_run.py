@@ -72,7 +72,7 @@ def test_the_result_of_a_task_is_written_before_the_next_task_runs(evaluated: An
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluated([(scored("a"), [question("a", 1.0)]), RuntimeError("out of memory")])
     done, waiting = results(tmp_path)["suite"]["tasks"]
-    assert (done["value"], waiting["not_run"]) == (1.0, "its turn has not come")
+    assert (done["value"], waiting["not_run"]) == (1.0, "not run yet")
     assert len((tmp_path / "questions.jsonl").read_text().splitlines()) == 1
 
 

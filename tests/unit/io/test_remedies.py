@@ -24,8 +24,8 @@ from moh_megatron.io.remedies import remedy, write_fault
         (errno.EACCES, "change its permissions or use another path", "change its permissions or name another folder"),
         (
             errno.EIO,
-            "the disk or the way to it is failing: see the system's log, or set run.dir to another disk",
-            "the disk or the way to it is failing: see the system's log, or name another disk",
+            "the disk or the connection to it is failing: see the system's log, or set run.dir to another disk",
+            "the disk or the connection to it is failing: see the system's log, or name another disk",
         ),
         (errno.EMFILE, "raise the limit on open files (ulimit -n)", "raise the limit on open files (ulimit -n)"),
         (errno.EINVAL, None, None),
@@ -45,6 +45,6 @@ def test_write_fault_of_an_unknown_error_names_another_folder(tmp_path):
     error = OSError(errno.EINVAL, "Invalid argument")
     assert str(write_fault(tmp_path, error, "data.dir")) == (
         f"{tmp_path}: could not be written ([Errno 22] Invalid argument). Set data.dir to another folder. "
-        "Then run the same command again. What stood there before is untouched."
+        "Then run the same command again. Existing files are unchanged."
     )
     assert "Name another folder. Then" in str(write_fault(tmp_path, error))

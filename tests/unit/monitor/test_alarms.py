@@ -40,7 +40,7 @@ def test_dead_heads_are_named_once_and_again_when_others_die():
     (message,) = alarms.check(two)
     assert message.startswith("dead heads: layer 0 head 5, layer 1 head 4, layer 1 head 5")
     (message,) = alarms.check(inputs())
-    assert message.startswith("over: dead heads")
+    assert message.startswith("resolved: dead heads")
     assert alarms.check(inputs()) == []
 
 
@@ -64,14 +64,14 @@ def test_a_rate_drop_raises_an_alarm_that_ends_when_the_rate_recovers():
     (message,) = found
     assert message.startswith("MFU drop: 50 tokens a second in the last 5 intervals, usually 100; more than 30% less")
     found = [message for _ in range(5) for message in alarms.check(inputs())]
-    assert [message.split(":")[0] for message in found] == ["over"]
+    assert [message.split(":")[0] for message in found] == ["resolved"]
 
 
 def test_a_rate_near_the_threshold_raises_one_alarm_that_lasts_until_half_of_the_drop_is_made_up_for():
     alarms = Alarms(MonitorConfig(alarm_mfu_drop=0.3))
     rates = [100.0] * 20 + [65.0] * 5 + [75.0, 75.0, 75.0, 65.0, 65.0, 65.0] * 10 + [90.0] * 5
     messages = [message.split(",")[0] for rate in rates for message in alarms.check(inputs(tokens_per_second=rate))]
-    assert [message.split(":")[0] for message in messages] == ["MFU drop", "over"]
+    assert [message.split(":")[0] for message in messages] == ["MFU drop", "resolved"]
 
 
 def test_a_run_without_an_accelerator_has_alarms_about_time_by_key_only():
@@ -88,7 +88,7 @@ def test_a_rank_near_the_threshold_raises_one_alarm():
     alarms = Alarms(MonitorConfig(alarm_slow_rank=1.5))
     ratios = [1.6] * 5 + [1.4, 1.4, 1.4, 1.6, 1.6, 1.6] * 5 + [1.0] * 5
     messages = [message for ratio in ratios for message in alarms.check(inputs(busy=[1.0, ratio, 1.0]))]
-    assert [message.split(":")[0] for message in messages] == ["slowest rank", "over"]
+    assert [message.split(":")[0] for message in messages] == ["slowest rank", "resolved"]
 
 
 def test_a_lasting_rate_drop_does_not_become_the_usual_rate():
@@ -96,7 +96,7 @@ def test_a_lasting_rate_drop_does_not_become_the_usual_rate():
     rates = [100.0] * 20 + [50.0] * 200
     assert len([message for rate in rates for message in alarms.check(inputs(tokens_per_second=rate))]) == 1
     found = [message for _ in range(5) for message in alarms.check(inputs())]
-    assert [message.split(":")[0] for message in found] == ["over"]
+    assert [message.split(":")[0] for message in found] == ["resolved"]
 
 
 def test_an_interval_without_figures_leaves_an_alarm_as_it_was():
@@ -107,7 +107,7 @@ def test_an_interval_without_figures_leaves_an_alarm_as_it_was():
     assert alarms.check(AlarmInputs(100.0)) == [], "as after skipped steps"
     assert alarms.check(bad) == []
     ended = alarms.check(inputs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.0))
-    assert [message.split(":")[0] for message in ended] == ["over"] * 3
+    assert [message.split(":")[0] for message in ended] == ["resolved"] * 3
 
 
 def test_one_slow_interval_raises_no_alarm():

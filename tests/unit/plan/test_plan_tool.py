@@ -132,10 +132,7 @@ def test_wrong_arguments_are_refused(llama: str, arguments: list[str], complaint
 def test_impossible_number_of_ranks_is_refused(llama: str, ranks: str) -> None:
     done = call(llama, f"--world-size={ranks}")
     assert done.returncode == 2
-    assert (
-        f"argument --world-size: The number of processes must be a whole number of at least 1. Got {ranks}\n"
-        in done.stderr
-    )
+    assert f"argument --world-size: must be a whole number of at least 1. Got {ranks}\n" in done.stderr
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "0", "-80", "lots"])

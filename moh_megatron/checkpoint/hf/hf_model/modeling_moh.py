@@ -80,7 +80,7 @@ class MoHRouter(nn.Module):
         order = shared + [head for head in range(config.num_attention_heads) if head not in shared]
         self.order = order
         self.inverse_order = sorted(range(len(order)), key=order.__getitem__)
-        self.learned = config.moh_router == "learned"
+        self.learned = {"learned": True, "query_norm": False}[config.moh_router]
         self.normalized = config.moh_gating == "normalized"
         self.n_shared = len(shared)
         self.n_routed = config.num_attention_heads - self.n_shared

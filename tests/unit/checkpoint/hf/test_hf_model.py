@@ -332,3 +332,10 @@ def test_fp16_model_keeps_router_weights_in_fp32(tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MoHConfig(**SETTINGS | settings)
+
+
+def test_a_router_that_is_not_known_does_not_pass_for_another():
+    config = MoHConfig(**SETTINGS)
+    config.moh_router = "other"
+    with pytest.raises(KeyError, match="other"):
+        MoHRouter(config, 0)
