@@ -110,7 +110,7 @@ def _record(line: int, record: Any, template: Template, data: DataConfig) -> Ite
     try:
         yield from document_chunks(text, data.max_document_bytes, data.normalization)
     except UnicodeEncodeError:  # JSON can express half of a surrogate pair, UTF-8 cannot
-        yield Reject(line, f"{template.described} holds a lone surrogate, which is no character; mend the record")
+        yield Reject(line, f"{template.described} holds a lone surrogate, which is no character; fix the record")
 
 
 def _table_events(source: Input, segment: Segment, data: DataConfig, advance: Advance) -> Iterator[Event]:
@@ -125,7 +125,7 @@ def _table_events(source: Input, segment: Segment, data: DataConfig, advance: Ad
     for line, row in enumerate(rows, start=1):
         if isinstance(row, tables.BadRow):
             value = f"value 0x{row.error.object[row.error.start]:02x} at byte {row.error.start + 1}"
-            yield Reject(line, f"field {row.field!r} is not UTF-8 ({value}); mend the record")
+            yield Reject(line, f"field {row.field!r} is not UTF-8 ({value}); fix the record")
         else:
             yield from _record(line, row, template, data)
     if not line and segment.is_complete:

@@ -87,7 +87,7 @@ def test_only_the_row_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     column = pyarrow.array(rows, pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=100)
     found = read_events(str(tmp_path / "a.parquet"))
-    assert found[300] == Reject(301, "field 'text' is not UTF-8 (value 0xff at byte 3); mend the record")
+    assert found[300] == Reject(301, "field 'text' is not UTF-8 (value 0xff at byte 3); fix the record")
     assert found[:300] + found[301:] == [Chunk(text, text.encode(), True) for text in TEXTS[:300] + TEXTS[301:]]
 
 
