@@ -44,7 +44,7 @@ def test_missing_configuration_is_refused() -> None:
 
 def test_training_without_prepared_data_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    refused(command("pretrain.py", SMOKE, "--nproc-per-node", 2, f"run.dir={run}"), "prepare_data.py")
+    refused(command("pretrain.py", SMOKE, "--nproc-per-node", 2, f"run.dir={run}"), "Run moh-prepare CONFIG first")
     assert [path.name for path in run.iterdir()] == ["exit.json"]
 
 

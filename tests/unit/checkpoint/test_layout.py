@@ -113,7 +113,7 @@ def test_folder_without_checkpoints_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"absent: no such folder\. Expected a checkpoint, a folder of checkpoints, or"):
         resolve_checkpoint(tmp_path / "absent")
     (tmp_path / "config.json").touch()
-    with pytest.raises(UserError, match=r"Got a Hugging Face folder; make one of it: .*convert\.py hf-to-megatron"):
+    with pytest.raises(UserError, match=r"Got a Hugging Face folder; make one of it: moh-convert hf-to-megatron"):
         resolve_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: a file\. Expected a checkpoint"):
         resolve_checkpoint(tmp_path / "config.json")
