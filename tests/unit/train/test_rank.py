@@ -13,6 +13,8 @@ from moh_megatron.train.fault_tolerance.signals import StopRequest
 from moh_megatron.train.fault_tolerance.world import World
 from moh_megatron.train.rank import run_rank
 
+LOADING = "loading Megatron-core and DeepSpeed\n"
+
 
 class Exited(BaseException):
     """Raised in place of os._exit."""
@@ -62,12 +64,12 @@ def test_outcome_of_training_is_written_and_returned(end, code, reason, capsys):
 
 def test_user_error_ends_with_code_2(end, capfd):
     assert end(UserError("not so")) == (2, {"code": 2, "reason": "not so", "step": 2})
-    assert capfd.readouterr().err == "error: not so\n"
+    assert capfd.readouterr().err == f"{LOADING}error: not so\n"
 
 
 def test_fault_ends_with_code_1(end, capfd):
     assert end(Fault("disk full")) == (1, {"code": 1, "reason": "disk full", "step": 2})
-    assert capfd.readouterr().err == "error: disk full\n"
+    assert capfd.readouterr().err == f"{LOADING}error: disk full\n"
 
 
 def test_bug_shows_a_traceback(end, capfd):
@@ -88,7 +90,7 @@ LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connec
 def test_lost_peer_is_reported_without_a_traceback(end, capfd):
     reason = "rank 0 lost contact with another rank, whose message says why."
     assert end(LOST) == (1, {"code": 1, "reason": reason, "step": 2})
-    assert capfd.readouterr().err == f"error: {reason}\n"
+    assert capfd.readouterr().err == f"{LOADING}error: {reason}\n"
 
 
 def test_lost_peer_is_left_to_our_launcher_to_report(end, monkeypatch):

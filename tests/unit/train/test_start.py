@@ -14,7 +14,7 @@ from moh_megatron.io.console import chatter_hidden, set_level
 from moh_megatron.train.fault_tolerance.signals import stopping_message
 
 
-@pytest.mark.parametrize("start", [pretrain.run_as_launcher, continue_tune.launch_node])
+@pytest.mark.parametrize("start", [pretrain.run_as_launcher, continue_tune.run_as_launcher])
 @pytest.mark.parametrize(("ranks", "words"), [(1, "1 process"), (2, "2 processes")])
 def test_the_start_is_announced_before_the_launcher_is_imported(tiny, monkeypatch, caplog, start, ranks, words):
     caplog.set_level(logging.INFO, "moh_megatron")
