@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.instance import Instance
@@ -33,8 +33,7 @@ _STRIDE = 16
 def language_model(loaded: LoadedModel, batch_size: int) -> LM:
     """``loaded`` behind lm-eval's interface of models."""
     if loaded.kind == "folder":
-        make: Any = FolderLM  # Its decorators hide its arguments from type checkers.
-        return make(
+        return FolderLM(
             pretrained=loaded.model,
             tokenizer=open_tokenizer(loaded.tokenizer_dir, loaded.trust_remote_code),
             batch_size=batch_size,
@@ -68,7 +67,10 @@ def _answer_length(context: int, options: Mapping[str, Any]) -> int:
     return asked if asked < context else max(1, context // 2)
 
 
-class FolderLM(HFLM):
+_HFLM: Any = HFLM  # Its decorators hide its methods and arguments from type checkers.
+
+
+class FolderLM(_HFLM):
     """An exported folder's model in lm-eval's class for Transformers, with the limits of ``CheckpointLM``."""
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> list[Any]:
@@ -77,7 +79,7 @@ class FolderLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         fitting = []
         for request in requests:
-            context, options = request.args
+            context, options = cast("tuple[str, dict[str, Any]]", request.args)
             options = {**options, "max_gen_toks": _answer_length(self.max_length, options)}
             fitting.append(replace(request, arguments=(context, options)))
         return super().generate_until(fitting, disable_tqdm)

@@ -48,7 +48,8 @@ def check_enough_text(
         return
     data, least = config.data, config.train.sequence_length + 1
     needed = SPLITS if data.validation_fraction else ("train",)
-    documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    documents: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    tokens = documents.copy()
     for document in _documents(inputs, parts, data, _LONG * least):
         if document is None:
             return
