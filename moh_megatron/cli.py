@@ -66,11 +66,23 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"moh-megatron {installed}")
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of CONFIG, overrides and --dry-run besides the options of ``command_parser``."""
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add --trust-remote-code to a command that opens Hugging Face folders."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code in an exported folder whose classes neither Transformers nor this project has",
+    )
+
+
+def config_parser(description: str, also: str = "") -> argparse.ArgumentParser:
+    """Return a parser of CONFIG, overrides and --dry-run besides the options of ``command_parser``.
+
+    ``also`` says what else CONFIG may be.
+    """
     parser = command_parser(description)
     parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, or the name of an example that comes along, such as smoke"
+        "config", metavar="CONFIG", help=f"YAML file, or the name of an example that comes along, such as smoke{also}"
     )
     parser.add_argument(
         "overrides",
@@ -83,14 +95,16 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_config(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+    load: Callable[[str, Sequence[str]], Config] = load_config,
 ) -> tuple[argparse.Namespace, Config]:
-    """Parse the arguments of a ``config_parser``, by default ``sys.argv``, and load the configuration they name.
+    """Parse the arguments of a ``config_parser``, by default ``sys.argv``, and ``load`` the configuration they name.
 
     With --dry-run it prints the resolved configuration and raises SystemExit(0). Raises UserError.
     """
     namespace = parser.parse_intermixed_args(arguments)
-    config = load_config(namespace.config, namespace.overrides)
+    config = load(namespace.config, namespace.overrides)
     refuse_checkpoint(config.run.dir)
     if namespace.dry_run:
         print_result(dump_config(config).removesuffix("\n"))

@@ -1,13 +1,16 @@
 #!/usr/bin/env python
 """Checks the configuration and data of a training job, and prints its run folder; the job scripts call it first.
 
-.venv/bin/python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data] [--snapshot NAME]
+.venv/bin/python slurm/check.py CONFIG.yaml [section.key=value ...] --world-size N [N ...] [--no-data | --report]
+                                [--snapshot NAME]
 
-With --snapshot it records configuration, code and environment of this start in <run.dir>/slurm/NAME.
+With --report it warns of data and of a run folder that it would refuse otherwise, for a dry run. With --snapshot it
+records configuration, code and environment of this start in <run.dir>/slurm/NAME.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -26,6 +29,8 @@ from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.json_file import write_json
 from moh_megatron.io.printable import printable
+
+logger = logging.getLogger("moh_megatron.slurm.check")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _RECORDED = re.compile(
@@ -59,6 +64,10 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-
 _SHORTEST_SECRET = 8
 """A shorter value of a secret variable is not searched for in texts: it may be an ordinary word."""
 
+REFUSED_LATER = (
+    "Without --dry-run this is refused, unless MOH_NO_DATA_HERE=1 says that the nodes have what is missing here; what "
+    "depends on it was not checked."
+)
 WRITABLE = "run.dir must be a folder that can be written."
 
 
@@ -89,6 +98,18 @@ def check_folder(run_dir: Path) -> None:
             return
     except OSError as error:
         raise UserError(f"{run_dir}: {error.strerror}. {WRITABLE}") from None
+
+
+def check_files(config: Config, world_size: int, run_dir: Path | None) -> None:
+    """Raise UserError if the run cannot start with the data and the run folder that are on this machine.
+
+    Where ``run_dir`` is given, it must be a folder that can be written.
+    """
+    from moh_megatron.train.preflight import preflight
+
+    if run_dir is not None:
+        check_folder(run_dir)
+    check_resume(config, world_size, preflight(config, world_size).hash)
 
 
 def _git(*arguments: str) -> str | None:
@@ -158,23 +179,24 @@ def main() -> None:
     parser = config_parser("Check the configuration and data of a training job, and print its run folder.")
     parser.add_argument("--world-size", type=int, required=True, nargs="+", metavar="N", help="numbers of ranks")
     parser.add_argument("--no-data", action="store_true", help="the prepared data is not on this machine")
+    parser.add_argument("--report", action="store_true", help="warn of data and of a run folder that would be refused")
     parser.add_argument("--snapshot", metavar="NAME", help="record this start in <run.dir>/slurm/NAME")
     arguments, config = parse_config(parser)
-    from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
-    from moh_megatron.train.preflight import preflight
+    from moh_megatron.train.preflight import check_settings
 
     for ranks in arguments.world_size:
-        data_parallel_size(config, ranks)
-        gradient_accumulation_steps(config, ranks)
+        check_settings(config, ranks)
     run_dir = Path(config.run.dir).absolute()
     if (shown := printable(str(run_dir))) != str(run_dir) or "\n" in shown:
         # The job scripts read it as one line, and show it.
         raise UserError(f"run.dir must be a path without control characters. Got {shown}; name another folder.")
     if not arguments.no_data:
-        if arguments.snapshot is None:
-            check_folder(run_dir)
-        ranks = arguments.world_size[-1]
-        check_resume(config, ranks, preflight(config, ranks).hash)
+        try:
+            check_files(config, arguments.world_size[-1], run_dir if arguments.snapshot is None else None)
+        except UserError as error:
+            if not arguments.report:
+                raise
+            logger.warning(f"{error} {REFUSED_LATER}")
     if arguments.snapshot is not None:
         try:
             snapshot(config, run_dir / "slurm" / arguments.snapshot)

@@ -361,9 +361,14 @@ one_process_job() { # PIPELINE ARGUMENT...
 submit_one_process() { # PIPELINE ARGUMENT...
     local check_flags=()
     prepare_environment
-    if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then check_flags=(--no-data); fi
+    if [ -n "${MOH_NO_DATA_HERE:-}" ]; then
+        check_flags=(--no-data)
+    elif [ -n "$dry_run" ]; then
+        check_flags=(--report)
+    fi
     if "$python" -c '' 2>/dev/null; then
         "$python" "$repository/slurm/check_process.py" "${check_flags[@]}" "$@" || exit
+        [ -z "${MOH_NO_DATA_HERE:-}" ] || say "not checked here, as MOH_NO_DATA_HERE is set: whether the inputs are there"
     else
         say "warning: $python does not run here; the arguments are checked when the job starts"
     fi

@@ -336,8 +336,13 @@ submit_training() { # PIPELINE [FLAGS]: as train_job
     checks=(--world-size "${sizes[@]}")
     if "$python" -c '' 2>/dev/null; then
         [ ${#next[@]} = 0 ] || check "${next[@]}" "${checks[@]}" --no-data >/dev/null || exit
-        if [ -n "$dry_run" ] || [ -n "${MOH_NO_DATA_HERE:-}" ]; then checks+=(--no-data); fi
+        if [ -n "${MOH_NO_DATA_HERE:-}" ]; then
+            checks+=(--no-data)
+        elif [ -n "$dry_run" ]; then
+            checks+=(--report)
+        fi
         run_dir=$(check "${arguments[@]}" "${checks[@]}") || exit
+        [ -z "${MOH_NO_DATA_HERE:-}" ] || say "not checked here, as MOH_NO_DATA_HERE is set: the data, and the run folder"
     else
         say "warning: $python does not run here; the configuration is checked when the job starts, and no plan is made"
         plan=

@@ -9,6 +9,11 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moh_megatron.cli import CommandParser, exit_code
+from moh_megatron.config.paths import require_folder
+from moh_megatron.io.errors import UserError
+from moh_megatron.io.json_file import read_json
+
 TAGS = {
     "scalars": ("loss/lm", "loss/z", "time/forward", "throughput/tflops_executed", "routing_entropy/layer_03"),
     "images": ("routing_load/layers_by_heads",),
@@ -22,10 +27,17 @@ TOKENS = 1_000_000
 
 
 def failures(run: Path) -> list[str]:
-    """The requirements that the run folder does not meet, each as a message."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    ending = json.loads((run / "exit.json").read_text(encoding="utf-8"))
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The requirements that the run folder does not meet, each as a message.
+
+    Raises UserError if the folder holds no finished run.
+    """
+    require_folder(run, "the folder of a finished smoke run, such as runs/smoke")
+    summary = read_json(run / "summary.json", "the summary of a finished run")
+    ending = read_json(run / "exit.json", "the end of a run")
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: no such file. Expected the steps of a finished run; train it first.")
+    steps = [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     bound = summary["unigram_entropy"] - MARGIN_NATS
     requirements = {
         f"val_loss {summary['val_loss']:.3f} must be below unigram_entropy - {MARGIN_NATS} = {bound:.3f}": (
@@ -50,7 +62,9 @@ def failures(run: Path) -> list[str]:
 
 
 def main() -> int:
-    messages = failures(Path(sys.argv[1]))
+    parser = CommandParser(description="Check the results of a finished smoke run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/smoke")
+    messages = failures(parser.parse_args().run)
     for message in messages:
         print(f"error: {message}", file=sys.stderr)
     print("smoke run: " + ("some requirements are not met" if messages else "all requirements are met"))
@@ -58,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moh_megatron.cli import CommandParser, exit_code
+from moh_megatron.cli import CommandParser, exit_code, new_file
 from moh_megatron.data.dataset_manifest import SPLITS, load_manifest
 from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths, problems, sample, unverified
 from moh_megatron.io.console import print_result
@@ -73,7 +73,7 @@ def main() -> int:
         subparser.set_defaults(command=command)
         subparser.add_argument("dataset", type=Path, metavar="DATASET")
         if command is histogram:
-            subparser.add_argument("picture", type=Path, metavar="OUT.png")
+            subparser.add_argument("picture", type=new_file, metavar="OUT.png")
         elif command is samples:
             subparser.add_argument("--split", choices=SPLITS, default="train")
             subparser.add_argument(

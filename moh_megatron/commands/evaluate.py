@@ -14,7 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from moh_megatron.cli import command_parser, exit_code
+from moh_megatron.cli import add_trust_option, command_parser, exit_code
+from moh_megatron.evaluate.early_checks import check_evaluation
 from moh_megatron.io.console import is_quiet
 
 
@@ -36,11 +37,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model's folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto, the default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
+    add_trust_option(parser)
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    check_evaluation(arguments)
     if is_quiet():
         # The libraries read these when they are imported.
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

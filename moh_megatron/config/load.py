@@ -12,7 +12,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -27,6 +29,9 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.io.small_file import read_small_file
 
 COMMAND_LINE = "command line"
+_EXPONENTS = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+"""The powers of ten that people write behind a number."""
+_NUMBER_WITH_UNIT = re.compile(r"([-+]?[0-9]+(?:[_, ][0-9]{3})*(?:\.[0-9]+)?) ?([kmgbt]?)", re.IGNORECASE)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -192,7 +197,7 @@ class _Draft:
         location = f"{self._origin(section, key)}: {section}.{key}" + "".join(f"[{part}]" for part in index)
         if detail["type"] == "missing":
             return f"{location}: missing; it has no default."
-        return f"{location}: {_expected(detail)}. Got {_shown(detail['input'])}."
+        return f"{location}: {_expected(detail)}. Got {_shown(detail['input'])}{_written_as_number(detail)}."
 
     def _nearest_section(self, name: str) -> str:
         if owners := [section for section, keys in self.keys.items() if name in keys]:
@@ -246,6 +251,18 @@ def _expected(detail: Any) -> str:
             return f"must be at most {context['le']:g}"
         case _:
             return "is not acceptable"
+
+
+def _written_as_number(detail: Any) -> str:
+    """The form in which YAML reads a text as the number that it means, such as 5e5 for 500k; empty for other texts."""
+    if not detail["type"].startswith(("int_", "float_")) or not isinstance(detail["input"], str):
+        return ""
+    match = _NUMBER_WITH_UNIT.fullmatch(detail["input"])
+    if match is None or detail["input"].isdigit():  # Digits alone are in quotes, as the message shows.
+        return ""
+    digits, unit = match.groups()
+    number = Decimal(re.sub("[_, ]", "", digits)).scaleb(_EXPONENTS[unit.lower()]).normalize()
+    return f"; write {str(number).replace('E+', 'e')}"
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,9 @@ from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import resolved
 
+EXPORT = "hf"
+"""The name of the exported folder in a run folder."""
+
 
 def data_dir(config: Config) -> Path:
     """The folder of the prepared dataset and its tokenizer."""
@@ -17,11 +20,6 @@ def data_dir(config: Config) -> Path:
 def checkpoint_dir(config: Config) -> Path:
     """The folder of the run's checkpoints, each a folder of its own."""
     return Path(config.run.dir) / "checkpoints"
-
-
-def hf_dir(config: Config) -> Path:
-    """The exported Hugging Face folder."""
-    return Path(config.run.dir) / "hf"
 
 
 def refuse_checkpoint(run_dir: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,13 @@ from moh_megatron.data.index_cache import IndexCache, build_once
 from moh_megatron.data.prepared_data import PreparedData, Source
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.errors import Fault
+
+_OPEN_EPOCHS = 2
+"""The number of epochs of a source that are open at once: a batch may end one epoch and begin the next."""
+_CACHED_EPOCHS = 8
+"""The number of epochs up to which all ranks read the same index caches, made before the first step."""
+_SMALL_INDEX = 64 * 1024**2
+"""Bytes of an epoch's index up to which each rank makes it in its own memory, where a source is read more often."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,16 @@ def build_train_dataset(config: Config, data: PreparedData, tokenizer: Tokenizer
     """
     data.check_fits(config)
     samples = config.train.steps * config.train.global_batch_size
-    epochs = [_Epochs(config, source, "train", tokenizer) for source in data.sources]
-    if len(epochs) == 1:
-        (source,) = epochs
-        build_once([*source.caches(samples)])
-        return Sequences(source.sample, samples, source.documents, source.name)
+    if len(data.sources) == 1:
+        only = _Epochs(config, data.sources[0], "train", tokenizer, samples)
+        build_once(only.caches())
+        return Sequences(only.sample, samples, only.documents, only.name)
     draws = IndexCache(data_dir(config) / "cache" / blend.draws_name(config), partial(blend.save_draws, config))
     counts = blend.draw(config).counts
-    caches = [cache for source, count in zip(epochs, counts, strict=True) for cache in source.caches(count)]
-    build_once([draws, *caches])
+    epochs = [
+        _Epochs(config, source, "train", tokenizer, count) for source, count in zip(data.sources, counts, strict=True)
+    ]
+    build_once([draws, *(cache for source in epochs for cache in source.caches())])
     sources, indices = blend.load_draws(draws.folder)
 
     def sample(index: int) -> Tensor:
@@ -112,8 +122,8 @@ def build_validation_datasets(config: Config, data: PreparedData, tokenizer: Tok
     for source in data.sources:
         if not source.manifest.validation.documents:
             continue
-        epochs = _Epochs(config, source, "validation", tokenizer)
-        build_once([*epochs.caches(1)])
+        epochs = _Epochs(config, source, "validation", tokenizer, samples=1)
+        build_once(epochs.caches())
         length = epochs.length if config.train.eval_samples is None else min(config.train.eval_samples, epochs.length)
         datasets[source.name] = Sequences(epochs.sample, length, epochs.documents, epochs.name)
     return datasets
@@ -138,13 +148,18 @@ class _Tokens(GPTDataset):
 
 
 class _Epochs:
-    """The sequences of one split of one source, epoch after epoch.
+    """The sequences of one split of one source, epoch after epoch, as many as ``samples`` samples need.
+
+    The order of an epoch is an index. Where the epochs are few or large, all ranks read the same index caches. Where
+    they are many and small, each rank makes an epoch's index in memory when it gets there, so that no rank waits for
+    another in the middle of a training, and neither files nor open files grow with the epochs. Both give the same
+    order.
 
     The files are memory-mapped. If one disappears or changes its size, the next sample raises a Fault; otherwise the
     process would end by a bus error, or the run could not be resumed.
     """
 
-    def __init__(self, config: Config, source: Source, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, source: Source, split: str, tokenizer: Tokenizer, samples: int) -> None:
         self._identity = source.manifest.split(split).files[0].sha256
         self._prefix = source.folder.resolve() / split
         self._sizes = {file: file.stat().st_size for file in map(self._prefix.with_suffix, (".bin", ".idx"))}
@@ -153,6 +168,9 @@ class _Epochs:
         self._folder = source.folder.resolve() / "cache" / f"{split}-{self._sequence_length}-{self._seed}"
         self.length = (source.manifest.split(split).tokens - 1) // self._sequence_length
         """The number of sequences in an epoch."""
+        self._epochs = -(-samples // self.length)
+        index_bytes = 12 * self.length + 4 * source.manifest.split(split).documents
+        self._in_memory = self._epochs > _CACHED_EPOCHS and index_bytes <= _SMALL_INDEX
         self._opened: dict[int, _Tokens] = {}
 
     @property
@@ -160,9 +178,9 @@ class _Epochs:
         """The common path of the files, without suffix."""
         return str(self._prefix)
 
-    def caches(self, samples: int) -> list[IndexCache]:
-        """The index caches that ``samples`` samples need."""
-        epochs = range(-(-samples // self.length))
+    def caches(self) -> list[IndexCache]:
+        """The index caches that must be built before the first sample."""
+        epochs = range(0 if self._in_memory else self._epochs)
         return [IndexCache(self._cache_folder(epoch), partial(self._open, epoch)) for epoch in epochs]
 
     def sample(self, index: int) -> Tensor:
@@ -179,8 +197,14 @@ class _Epochs:
     def _epoch(self, epoch: int) -> _Tokens:
         self._check_files()
         if epoch not in self._opened:
-            self._opened[epoch] = self._open(epoch, self._cache_folder(epoch))
+            while len(self._opened) >= _OPEN_EPOCHS:
+                del self._opened[next(iter(self._opened))]
+            self._opened[epoch] = self._open(epoch, None if self._in_memory else self._cache_folder(epoch))
         return self._opened[epoch]
+
+    @cached_property
+    def _stored(self) -> IndexedDataset:
+        return IndexedDataset(str(self._prefix), multimodal=False, mmap=True)
 
     def _check_files(self) -> None:
         for file, size in self._sizes.items():
@@ -199,22 +223,37 @@ class _Epochs:
     def _cache_folder(self, epoch: int) -> Path:
         return self._folder / f"epoch-{epoch}"
 
-    def _open(self, epoch: int, cache: Path) -> _Tokens:
-        with warnings.catch_warnings():
-            # Padding may share its id with the end of documents, since our sequences are never padded.
-            warnings.filterwarnings("ignore", message="The pad token id in the tokenizer collides")
+    def _open(self, epoch: int, cache: Path | None) -> _Tokens:
+        """The sequences of ``epoch``, with its index in the folder ``cache`` or, where that is None, in memory."""
+        with _without_expected_warnings():
             config = GPTDatasetConfig(
                 random_seed=(self._seed + epoch * 1_000_003) % 2**32,
                 sequence_length=self._sequence_length,
                 blend=([str(self._prefix)], None),
                 split="1",
-                path_to_cache=str(cache),
+                path_to_cache=None if cache is None else str(cache),
                 tokenizer=self._tokenizer,  # pyright: ignore[reportArgumentType]
                 reset_position_ids=False,
                 reset_attention_mask=False,
                 eod_mask_loss=False,
                 create_attention_mask=False,
             )
-            stored = IndexedDataset(str(self._prefix), multimodal=False, mmap=True)
-            documents = np.arange(len(stored), dtype=np.int32)
-            return _Tokens(stored, self._identity, documents, None, Split.train, config)
+            # Without a folder, Megatron-core writes the index beside the data, except for what it calls mock data.
+            config.mock = cache is None
+            documents = np.arange(len(self._stored), dtype=np.int32)
+            return _Tokens(self._stored, self._identity, documents, None, Split.train, config)
+
+
+@contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Hide two warnings of Megatron-core: of padding that shares its id with the end of documents, since our sequences
+    are never padded, and of an index that is kept in memory."""
+    logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The pad token id in the tokenizer collides")
+            yield
+    finally:
+        logger.setLevel(level)

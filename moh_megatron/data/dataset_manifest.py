@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,25 +111,12 @@ class Manifest:
                 f"model.vocab_size must be at least {self.tokenizer.entries}, the entries of the tokenizer. "
                 f"Got {config.model.vocab_size}."
             )
-        documents = self.train.documents + self.validation.documents
-        needed = {"train": "Lower", "validation": "Raise"}
-        if not self.settings["validation_fraction"]:
-            del needed["validation"]
-        for name, remedy in needed.items():
-            if not self.split(name).documents:
-                raise UserError(
-                    f"No document was assigned to the {name} split: the text has {documents} and "
-                    f"data.validation_fraction is {self.settings['validation_fraction']}. {remedy} "
-                    "data.validation_fraction, choose a smaller data.text_unit, or give more text."
-                )
-        least = config.train.sequence_length + 1
-        for name in needed:
-            if self.split(name).tokens < least:
-                remedy = "raise data.validation_fraction, " if name == "validation" else ""
-                raise UserError(
-                    f"The {name} text has {self.split(name).tokens} tokens, fewer than one sequence: at least {least} "
-                    f"(train.sequence_length + 1) are needed. Give more text, {remedy}or lower train.sequence_length."
-                )
+        check_sizes(
+            {name: self.split(name).documents for name in SPLITS},
+            {name: self.split(name).tokens for name in SPLITS},
+            self.settings["validation_fraction"],
+            config.train.sequence_length,
+        )
 
     def summary(self) -> str:
         """A few lines of text about the dataset."""
@@ -155,6 +143,36 @@ class Manifest:
     def to_json(self) -> bytes:
         """The content of manifest.json."""
         return TypeAdapter(Manifest).dump_json(self, indent=2, by_alias=True) + b"\n"
+
+
+def check_sizes(
+    documents: Mapping[str, int],
+    tokens: Mapping[str, int],
+    validation_fraction: float,
+    sequence_length: int,
+    at_most: bool = False,
+) -> None:
+    """Raise UserError where a split that is needed has no document, or fewer tokens than a sequence.
+
+    With ``at_most`` the numbers of ``tokens`` are upper bounds.
+    """
+    needed = {"train": "Lower", "validation": "Raise"} if validation_fraction else {"train": "Lower"}
+    for name, remedy in needed.items():
+        if not documents[name]:
+            raise UserError(
+                f"No document was assigned to the {name} split: the text has {sum(documents.values())} and "
+                f"data.validation_fraction is {validation_fraction}. {remedy} "
+                "data.validation_fraction, choose a smaller data.text_unit, or give more text."
+            )
+    least = sequence_length + 1
+    for name in needed:
+        if tokens[name] < least:
+            remedy = "raise data.validation_fraction, " if name == "validation" else ""
+            raise UserError(
+                f"The {name} text has {'at most ' if at_most else ''}{tokens[name]} tokens, fewer than one sequence: "
+                f"at least {least} (train.sequence_length + 1) are needed. Give more text, {remedy}or lower "
+                "train.sequence_length."
+            )
 
 
 def file_sha256(path: Path) -> str:

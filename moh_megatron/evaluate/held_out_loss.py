@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from moh_megatron.config.schema import Config
 from moh_megatron.config.source_weights import mean_by_shares
 from moh_megatron.data.batches import validation_batches
 from moh_megatron.data.dataset import Sequences, build_validation_datasets
-from moh_megatron.data.prepared_data import load_prepared
-from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
+from moh_megatron.data.prepared_data import PreparedData, load_prepared
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.evaluate.loaded_model import LoadedModel
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
@@ -41,20 +42,35 @@ def validation_loss(loaded: LoadedModel, config: Config) -> dict[str, Any]:
     Raises UserError where the data cannot be read or another tokenizer encoded them.
     """
     init_single_process(config.run.seed)
-    data = load_prepared(config)
-    tokenizer = data.tokenizer()
-    own = load_tokenizer(loaded.tokenizer_dir)
-    if own.sha256 != tokenizer.sha256:
-        raise UserError(
-            f"{loaded.path}: its tokenizer must be the one that encoded {data.sources[0].folder} "
-            f"({tokenizer.sha256[:12]}). Got {own.sha256[:12]}; prepare the data with the model's tokenizer."
-        )
+    data, tokenizer = _matching_data(config, loaded.tokenizer_dir)
     eos_token_id = tokenizer.eos_token_id if config.data.document_mask else None
     datasets = build_validation_datasets(config, data, tokenizer)
     losses = {name: _source_loss(loaded, dataset, config, name, eos_token_id) for name, dataset in datasets.items()}
     step = config.train.steps if loaded.step is None else loaded.step
     loss = mean_by_shares(config, step, {name: measured.loss for name, measured in losses.items()})
     return {"loss": loss, "sources": {name: asdict(measured) for name, measured in losses.items()}}
+
+
+def check_validation_data(config: Config, tokenizer_dir: Path) -> None:
+    """Raise UserError where ``validation_loss`` would, for a model whose tokenizer is in ``tokenizer_dir``.
+
+    The check takes no model, so that it comes before one is loaded.
+    """
+    data, _ = _matching_data(config, tokenizer_dir)
+    data.check_fits(config)
+
+
+def _matching_data(config: Config, tokenizer_dir: Path) -> tuple[PreparedData, Tokenizer]:
+    """The prepared data and their tokenizer, which must be the one in ``tokenizer_dir``."""
+    data = load_prepared(config)
+    tokenizer = data.tokenizer()
+    own = load_tokenizer(tokenizer_dir)
+    if own.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{tokenizer_dir}: the model's tokenizer must be the one that encoded {data.sources[0].folder} "
+            f"({tokenizer.sha256[:12]}). Got {own.sha256[:12]}; prepare the data with the model's tokenizer."
+        )
+    return data, tokenizer
 
 
 def _source_loss(

@@ -44,6 +44,8 @@ class LoadedModel:
     context: int
     """The longest sequence, in tokens, that it was made for."""
     device: torch.device
+    trust_remote_code: bool = False
+    """Whether code in an exported folder may run."""
 
     def described(self) -> dict[str, str | int | None]:
         """What results.json says about the model."""
@@ -64,14 +66,21 @@ def find_model(path: Path) -> Path:
     return path if is_exported(path) else layout.resolve_checkpoint(path)
 
 
-def load_model(path: Path, device: torch.device, dtype: str | None = "fp32") -> LoadedModel:
+def tokenizer_folder(path: Path) -> Path:
+    """The folder with the tokenizer of the model that ``find_model`` found."""
+    return path if is_exported(path) else layout.tokenizer_folder(path)
+
+
+def load_model(
+    path: Path, device: torch.device, dtype: str | None = "fp32", trust_remote_code: bool = False
+) -> LoadedModel:
     """Load the model that ``find_model`` found.
 
     It computes in ``dtype``; where that is None, an exported folder in the precision of its weights and a checkpoint in
-    fp32. Raises UserError where it does not load.
+    fp32. Code in an exported folder runs only with ``trust_remote_code``. Raises UserError where it does not load.
     """
     if is_exported(path):
-        return _load_exported(path, device, DTYPES[dtype] if dtype is not None else None)
+        return _load_exported(path, device, DTYPES[dtype] if dtype is not None else None, trust_remote_code)
     return _load_checkpoint(path, device, DTYPES[dtype or "fp32"])
 
 
@@ -89,7 +98,7 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
         step=manifest.step,
         tokens=manifest.tokens,
         config=config,
-        tokenizer_dir=layout.tokenizer_folder(path),
+        tokenizer_dir=tokenizer_folder(path),
         model=model,
         logits=lambda tokens: logits(model, tokens.to(device)),
         losses=losses,
@@ -98,9 +107,9 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> Lo
     )
 
 
-def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
+def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool) -> LoadedModel:
     check_exported_tokenizer(path)
-    model = open_causal_lm(path, dtype).to(device)
+    model = open_causal_lm(path, dtype, trust_remote_code).to(device)
     marker = read_json_if_any(path / MARKER, MARKER_CONTENT)
 
     @torch.inference_mode()
@@ -123,12 +132,13 @@ def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) 
         step=marker.get("step"),
         tokens=marker.get("tokens"),
         config=None,
-        tokenizer_dir=path,
+        tokenizer_dir=tokenizer_folder(path),
         model=model,
         logits=exported_logits,
         losses=losses,
         context=_context(path),
         device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -13,8 +13,8 @@ import torch
 
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.evaluate.held_out_loss import validation_loss
-from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_model, training_config
+from moh_megatron.evaluate.held_out_loss import check_validation_data, validation_loss
+from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_model, tokenizer_folder, training_config
 from moh_megatron.evaluate.paired_test import compare_scores, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, read_earlier_results, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite
@@ -35,12 +35,14 @@ def evaluate(arguments: Namespace) -> None:
     """
     path = find_model(arguments.model)
     config = _training_config(arguments, path)
-    _check(arguments)
     suite, manager = checked_suite(arguments.suite) if arguments.suite is not None else (None, None)
     other_scores = read_questions(arguments.against) if arguments.against is not None else None
     folder = arguments.out or default_folder(path)
     check_writable(folder)
-    loaded = load_model(path, _device(arguments.device), arguments.dtype)
+    device = _device(arguments.device)
+    if config is not None:
+        check_validation_data(config, tokenizer_folder(path))
+    loaded = load_model(path, device, arguments.dtype, arguments.trust_remote_code)
     results: dict[str, Any] = {"model": loaded.described(), "dtype": arguments.dtype, "software": _software()}
     data = {"config": arguments.config and str(arguments.config), "overrides": arguments.overrides}
     planned = {
@@ -93,27 +95,15 @@ def default_folder(path: Path) -> Path:
 
 def _training_config(arguments: Namespace, path: Path) -> Config | None:
     given: Path | None = arguments.config
-    if not arguments.no_validation:
-        return load_config(given, arguments.overrides) if given else training_config(path, arguments.overrides)
-    if arguments.overrides or given:
-        raise UserError("--no-validation leaves nothing for a configuration to say. Got one, or overrides; drop them.")
-    if arguments.suite is None:
-        raise UserError("--no-validation without --suite leaves nothing to measure. Drop the one or name the other.")
-    return None
-
-
-def _check(arguments: Namespace) -> None:
-    if arguments.suite is None and arguments.against is not None:
-        raise UserError("--against compares answers to tasks, and needs --suite.")
-    for name in ("limit", "batch_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
+    if arguments.no_validation:
+        return None
+    return load_config(given, arguments.overrides) if given else training_config(path, arguments.overrides)
 
 
 def checked_suite(path: Path) -> tuple[Suite, Any]:
     """The suite and lm-eval's TaskManager. Raises UserError where that does not know a task of the suite."""
     suite = load_suite(path)
+    suite.check_installed()
     try:
         from moh_megatron.evaluate.harness import find_tasks
     except ModuleNotFoundError as error:
@@ -140,7 +130,8 @@ def _run_tasks(
     loaded: LoadedModel, suite: Suite, manager: Any, limit: int | None, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """For each task its entry in results.json and its questions."""
-    from moh_megatron.evaluate.harness import language_model, run_task
+    from moh_megatron.evaluate.harness import run_task
+    from moh_megatron.evaluate.lm_eval_models import language_model
 
     model = language_model(loaded, batch_size)
     for task in suite.tasks:

@@ -63,6 +63,14 @@ class Suite:
     """The command that installs it."""
     published: tuple[Published, ...] = ()
 
+    def check_installed(self) -> None:
+        """Raise UserError where lm-eval or the data of a task is not installed. Nothing is imported for it."""
+        for name in ("lm_eval", "accelerate"):
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"--suite needs {name}. Run: pip install '.[eval]'")
+        for task in self.tasks:
+            self.data_folder(task)
+
     def data_folder(self, task: Task) -> Path | None:
         """The folder of a task's data; None for data that lm-eval downloads.
 

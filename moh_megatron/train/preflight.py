@@ -40,8 +40,8 @@ def check_suite(config: Config) -> None:
         raise UserError(f"evaluate.suite: {last.removeprefix('error: ')}")
 
 
-def preflight(config: Config, world_size: int) -> PreparedData:
-    """The prepared data; raises UserError unless this configuration can train on it with ``world_size`` ranks."""
+def check_settings(config: Config, world_size: int) -> None:
+    """Raise UserError unless ``world_size`` ranks can train by this configuration, whatever its data are."""
     data_parallel_size(config, world_size)
     gradient_accumulation_steps(config, world_size)
     if config.deepspeed:
@@ -50,7 +50,16 @@ def preflight(config: Config, world_size: int) -> PreparedData:
 
         check_deepspeed_section(config, world_size)
     if config.evaluate.suite is not None:
-        load_suite(Path(config.evaluate.suite))
+        suite = load_suite(Path(config.evaluate.suite))
+        try:
+            suite.check_installed()
+        except UserError as error:
+            raise UserError(f"evaluate.suite: {error}") from None
+
+
+def preflight(config: Config, world_size: int) -> PreparedData:
+    """The prepared data; raises UserError unless this configuration can train on it with ``world_size`` ranks."""
+    check_settings(config, world_size)
     data = load_prepared(config)
     data.check_fits(config)
     data.tokenizer()

@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("process_groups")
         ({"num_key_value_heads": 8}, True),
         ({"tie_word_embeddings": True}, False),
         (LLAMA3 | {"tie_word_embeddings": True}, True),
-        (LLAMA3 | {"head_dim": 32}, False),
+        (LLAMA3 | {"head_dim": 32, "hidden_act": "swish"}, False),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, True),
         ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144}, True),
     ],
-    ids=["llama_2", "tied", "llama_3_2", "head_dim", "linear", "9_heads"],
+    ids=["llama_2", "tied", "llama_3_2", "head_dim_and_swish", "linear", "9_heads"],
 )
 @pytest.mark.parametrize("tensor", [1, 2, 3])
 def test_imported_model_computes_the_logits_of_transformers(settings, transformers_4, tensor, tmp_path, capsys):

@@ -1,19 +1,27 @@
-"""No conversion runs code of a folder, whatever its file is named and whatever refers to it."""
+"""No command runs code of a folder unasked, whatever its file is named and whatever refers to it."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from support.convert import llama_folder, run_convert
 from transformers import AutoModelForCausalLM
 
+from moh_megatron.checkpoint.hf import transformers_io
 from moh_megatron.checkpoint.hf.hf_config import AUTO_MAP, CODE
 from moh_megatron.checkpoint.hf.hf_model import configuration_moh
+from moh_megatron.commands import generate
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
+from moh_megatron.evaluate.lm_eval_models import language_model
+from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.io.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -101,3 +109,59 @@ def test_conversions_run_no_changed_code_of_an_export(exported, tmp_path, capsys
     # Loading the changed folder with trust does run its code, so the test would have noticed.
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert ran.exists()
+
+
+def run_generate(*arguments: object) -> int:
+    """Run moh-generate; returns its exit code."""
+    settings = ("generate.max_new_tokens=2", "generate.prompts=[words]")
+    with patch.object(sys, "argv", ["moh-generate", *map(str, arguments), *settings]):
+        return generate.run()
+
+
+@pytest.mark.parametrize("source", ["dense", "exported"])
+def test_evaluation_and_generation_run_no_changed_code_of_a_known_model(source, request, tmp_path, capsys):
+    ran = tmp_path / "ran"
+    folder = tampered(tmp_path / "hf", request.getfixturevalue(source), ran)
+    assert run_generate(folder) == 0
+    assert "words" in capsys.readouterr().out
+    model = language_model(load_model(folder, torch.device("cpu")), 1)
+    assert type(model).__name__ == "FolderLM"
+    assert not ran.exists()
+
+
+@pytest.fixture
+def foreign(exported, tmp_path) -> tuple[Path, Path]:
+    """A folder of an architecture that nobody knows, and the file that its code creates when it runs."""
+    ran, folder = tmp_path / "ran", tmp_path / "foreign"
+    tampered(folder, exported, ran, own=())
+    for name in (*CODE, "config.json"):
+        file = folder / name
+        file.write_text(file.read_text().replace("moh_llama", "own_llama"))
+    (folder / "moh_megatron.json").unlink()
+    shutil.copyfile(exported / "tokenizer_config.json", folder / "tokenizer_config.json")
+    return folder, ran
+
+
+def test_code_of_an_unknown_model_runs_only_when_it_is_trusted(foreign, capsys):
+    folder, ran = foreign
+    assert run_generate("smoke", f"generate.load={folder}") == 2
+    message = capsys.readouterr().err
+    assert f"{folder}: must hold a model and a tokenizer that Transformers or this project knows" in message
+    assert "modeling_moh.MoHForCausalLM" in message
+    assert "--trust-remote-code" in message
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        load_model(folder, torch.device("cpu"))
+    assert run_generate(folder) == 2
+    assert f"moh-generate CONFIG generate.load={folder}" in capsys.readouterr().err
+    assert not ran.exists()
+    assert run_generate("smoke", f"generate.load={folder}", "--trust-remote-code") == 0
+    assert ran.exists()
+
+
+def test_code_of_an_unknown_tokenizer_is_refused_by_name(exported, tmp_path):
+    ran = tmp_path / "ran"
+    folder = tampered(tmp_path / "hf", exported, ran)
+    change_json(folder / "tokenizer_config.json", tokenizer_class="Own")
+    with pytest.raises(UserError, match=r"classes of its own: .*tokenization_own\.Own.*--trust-remote-code"):
+        transformers_io.open_tokenizer(folder)
+    assert not ran.exists()

@@ -65,7 +65,7 @@ LIBRARIES = {
         "checkpoint/weights.py",
     },
     "tensorboard": {"monitor/run_folder.py", "monitor/tensorboard.py"},
-    "lm_eval": {"evaluate/harness.py"},
+    "lm_eval": {"evaluate/harness.py", "evaluate/lm_eval_models.py"},
     "prometheus_client": {"monitor/prometheus.py"},
     "scipy": {"evaluate/paired_test.py"},
     "triton": {"moh/backends/triton_kernel.py"},

@@ -37,15 +37,15 @@ class HFConfigReader:
         """Whether this is a Mixture-of-Head model that this project exported."""
         self.form: str | None = read_json_if_any(folder / MARKER, MARKER_CONTENT).get("form")
         """The --format of an export, or None for a folder of others and for exports that do not record it."""
-        for name, supported in (
-            ("hidden_act", "silu"),
+        for name, *supported in (
+            ("hidden_act", "silu", "swish"),  # two names of one function
             ("attention_bias", False),
             ("mlp_bias", False),
             ("quantization_config", None),
             ("partial_rotary_factor", 1),
         ):
-            if (got := self.content.get(name, supported)) != supported:
-                raise UserError(f"{self.path}: {name} must be {supported!r}; no other is supported. Got {got!r}.")
+            if (got := self.content.get(name, supported[0])) not in supported:
+                raise UserError(f"{self.path}: {name} must be {supported[0]!r}; no other is supported. Got {got!r}.")
 
     def _number(self, name: str, kind: type, default: Any = _REQUIRED, source: dict[str, Any] | None = None) -> Any:
         """The number ``name`` of ``source``, by default the whole file."""

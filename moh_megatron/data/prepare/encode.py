@@ -170,8 +170,8 @@ def _batches(job: EncodeJob, parts: Iterable[Part]) -> Iterator[Batch]:
                     digest.update(event.utf8)
                     text_bytes += len(event.utf8)
                     characters += len(event.text)
-                    dropped = _dropped(characters, job.data, event.last)
-                    if not dropped and event.text:
+                    left_out = dropped(characters, job.data, event.last)
+                    if not left_out and event.text:
                         if batch.size and batch.size + len(event.utf8) > BATCH:
                             batch.read, read = read, 0
                             yield batch
@@ -183,7 +183,7 @@ def _batches(job: EncodeJob, parts: Iterable[Part]) -> Iterator[Batch]:
                         batch.size += len(event.utf8)
                     if not event.last:
                         continue
-                    batch.steps.append(DocumentEnd(text_bytes, digest.digest(), dropped))
+                    batch.steps.append(DocumentEnd(text_bytes, digest.digest(), left_out))
                 digest, text_bytes, characters, chunks = hashlib.sha256(), 0, 0, 0
                 if len(batch.steps) >= BATCH // 16:  # very many short or rejected documents
                     batch.read, read = read, 0
@@ -193,7 +193,7 @@ def _batches(job: EncodeJob, parts: Iterable[Part]) -> Iterator[Batch]:
         yield batch
 
 
-def _dropped(characters: int, data: DataConfig, last: bool) -> int:
+def dropped(characters: int, data: DataConfig, last: bool) -> int:
     """LONG, SHORT, or 0 for a document that is kept."""
     if data.drop_longer is not None and characters > data.drop_longer:
         return LONG

@@ -23,7 +23,11 @@ def lengths(folder: Path, split: str) -> dict[str, int]:
 
 
 def draw_lengths(folder: Path, picture: Path) -> None:
-    """Draw histograms of the tokens a document, on logarithmic axes, into the file ``picture``."""
+    """Draw histograms of the tokens a document, on logarithmic axes, into the file ``picture``.
+
+    Raises UserError if ``folder`` is no prepared dataset.
+    """
+    load_manifest(folder)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")

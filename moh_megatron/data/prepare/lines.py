@@ -11,6 +11,10 @@ from typing import IO
 
 from moh_megatron.io.errors import UserError
 
+_WINDOW = 128 * 1024**2
+"""The largest window of a zstd file that is read: the decompressor keeps that much of the text in memory."""
+_ZSTD_FRAME, _SKIPPABLE_FRAMES = 0xFD2FB528, range(0x184D2A50, 0x184D2A60)
+
 Advance = Callable[[int], object]
 """Called with the number of bytes on disk that were read since the last call."""
 
@@ -89,10 +93,40 @@ def opened(path: str, start: int = 0) -> Iterator[Lines]:
         raise UserError(f"{path}: not a valid gzip file ({error}). {again}") from None
     except OSError as error:
         if error.errno is None and path.endswith(".zst"):  # raised by pyarrow, not by the system
+            if "too much memory" in str(error):
+                raise UserError(_too_wide(path)) from None
             truncated = "Truncated" in str(error)
             finding = "the zstd stream is truncated" if truncated else f"not a valid zstd file ({error})"
             raise UserError(f"{path}: {finding}. {again}") from None
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk and the permissions.") from None
+
+
+def _too_wide(path: str) -> str:
+    """What to do with a zstd file that is sound, but needs a larger window than is read."""
+    window = _zstd_window(path)
+    found = f"a window of {window / 1024**2:,.0f} MiB" if window > _WINDOW else "a larger one"
+    plain = path.removesuffix(".zst")
+    return (
+        f"{path}: the window of a zstd file must be of at most {_WINDOW // 1024**2} MiB. Got {found}, as zstd --long "
+        f"makes it. Compress it again: zstd -d --long=31 {path} -o {plain} && zstd --rm -f {plain}, or give {plain} as "
+        "it is."
+    )
+
+
+def _zstd_window(path: str) -> int:
+    """The window of the first frame of data, in bytes; 0 where there is none (RFC 8878, sections 3.1.1 and 3.1.2)."""
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8 and int.from_bytes(head[:4], "little") in _SKIPPABLE_FRAMES:
+            file.seek(int.from_bytes(head[4:], "little"), 1)
+        head += file.read(10)
+    if len(head) < 6 or int.from_bytes(head[:4], "little") != _ZSTD_FRAME:
+        return 0
+    descriptor = head[4]
+    if descriptor & 0x20:  # A single segment: the window is the content, whose size follows the dictionary's id.
+        start, size = 5 + (0, 1, 2, 4)[descriptor & 3], (1, 2, 4, 8)[descriptor >> 6]
+        return int.from_bytes(head[start : start + size], "little")
+    base = 1 << (10 + (head[5] >> 3))
+    return base + base // 8 * (head[5] & 7)
 
 
 def _decompressed(path: str, raw: IO[bytes]) -> IO[bytes]:

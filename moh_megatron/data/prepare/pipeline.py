@@ -30,6 +30,7 @@ from moh_megatron.data.dataset_manifest import (
     file_sha256,
     load_manifest,
 )
+from moh_megatron.data.prepare.enough_text import check_enough_text
 from moh_megatron.data.prepare.indexed_writer import token_dtype
 from moh_megatron.data.prepare.inputs import find_inputs
 from moh_megatron.data.prepare.make_tokenizer import given_tokenizer, train_on_inputs
@@ -59,14 +60,18 @@ def prepare(config: Config) -> Manifest:
     Raises UserError for input, settings and sizes that the user can change, Fault if the disk fails.
     """
     folder = data_dir(config)
-    job = PrepareJob(config, find_inputs(config.data.inputs), given_tokenizer(config))
+    given = given_tokenizer(config)
+    job = PrepareJob(config, find_inputs(config.data.inputs), given)
     if (ready := _existing(folder, job)) is not None:
         _check_rejects(folder, ready, config.data.max_reject_fraction)
         ready.check_fits(config)
         logger.info(f"{folder}: {ALREADY}")
         return ready
     with _disk_faults(folder), job:
+        check_enough_text(config, job.inputs, job.plan, given)
         tokenizer = job.tokenizer()
+        if given is None:
+            check_enough_text(config, job.inputs, job.plan, tokenizer)
         job.make_parts(tokenizer, 1, 1)
         with atomic_folder(folder, "data.dir") as partial:
             manifest = _merge(config, job, tokenizer, partial)

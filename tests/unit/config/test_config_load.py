@@ -52,6 +52,30 @@ def test_values_are_converted_to_their_types():
 
 
 @pytest.mark.parametrize(
+    ("key", "text", "form"),
+    [
+        ("train.total_tokens", "500k", "5e5"),
+        ("train.total_tokens", "1M", "1e6"),
+        ("train.total_tokens", "2.5B", "2.5e9"),
+        ("train.total_tokens", "1.5 T", "1.5e12"),
+        ("train.total_tokens", "1_000_000", "1e6"),
+        ("train.total_tokens", "131,072", "131072"),
+        ("train.eval_samples", "2K", "2e3"),
+        ("optimizer.weight_decay", "1k", "1e3"),
+    ],
+)
+def test_refused_number_is_shown_in_the_form_that_works(key, text, form):
+    assert complaint("small.yaml", f"{key}={text}").endswith(f'Got the text "{text}"; write {form}.')
+    section, name = key.split(".")
+    assert getattr(getattr(load_config("small.yaml", [f"{key}={form}"]), section), name) == float(form)
+
+
+@pytest.mark.parametrize("text", ["many", "1 2", "1,00", "1x", "k", "12:30"])
+def test_refused_text_that_is_no_number_gets_no_advice(text):
+    assert "write" not in complaint("small.yaml", f"train.total_tokens={text}")
+
+
+@pytest.mark.parametrize(
     ("override", "section", "key", "value"),
     [
         ("train.total_tokens=2e11", "train", "total_tokens", 200_000_000_000),

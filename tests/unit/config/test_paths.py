@@ -1,13 +1,12 @@
 from pathlib import Path
 
-from moh_megatron.config.paths import checkpoint_dir, data_dir, hf_dir
+from moh_megatron.config.paths import checkpoint_dir, data_dir
 
 
 def test_paths_are_below_the_run_folder(configure):
     config = configure()
     assert data_dir(config) == Path("runs/x/data")
     assert checkpoint_dir(config) == Path("runs/x/checkpoints")
-    assert hf_dir(config) == Path("runs/x/hf")
 
 
 def test_data_folder_may_be_outside_the_run_folder(configure):

@@ -1,5 +1,6 @@
 """Tests of the sequences that training and validation read, and of their batches."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.corpora import write_jsonl
 from torch import distributed
 
 from moh_megatron.config.schema import Config
+from moh_megatron.data import dataset as dataset_module
 from moh_megatron.data.batches import train_batches, validation_batches
 from moh_megatron.data.dataset import Sequences, build_train_dataset, build_validation_datasets
 from moh_megatron.data.dataset_manifest import load_dataset_tokenizer
@@ -101,6 +104,55 @@ def test_order_depends_on_the_seed_alone(make_config: MakeConfig, corpus: Path, 
     assert samples(build(make_config([corpus], seed=2))[0]) != train
     first_five = samples(build(make_config([corpus], train={"eval_samples": 5}))[1])
     assert first_five == validation[:5]
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("small_index", [None, 0], ids=["small", "large"])
+def test_descriptors_stay_flat_and_caches_few_over_500_epochs_of_two_documents(
+    make_config: MakeConfig, tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch, small_index: int | None
+) -> None:
+    if small_index is not None:  # As for a dataset whose indices do not fit in memory.
+        monkeypatch.setattr(dataset_module, "_SMALL_INDEX", small_index)
+    corpus = write_jsonl(tmp_path / "two.jsonl", ["the quick brown fox jumps over a lazy dog " * 2, "seven wizards"])
+    data = {"validation_fraction": 0.0}
+    config = make_config([corpus], data=data, vocab_size=320, train={"sequence_length": 16, "total_tokens": 64 * 260})
+    prepare(config)
+    prepared = load_prepared(config)
+    train = build_train_dataset(config, prepared, prepared.tokenizer())
+    epoch = (prepared.sources[0].manifest.train.tokens - 1) // 16
+    assert len(train) >= 500 * epoch
+    assert len(train[0]) == len(train[epoch]) == 17  # Two epochs are open.
+    before = open_descriptors()
+    samples_of_500 = [train[index].tolist() for index in range(500 * epoch)]
+    assert open_descriptors() <= before
+    orders = {str(samples_of_500[start : start + epoch]) for start in range(0, len(samples_of_500), epoch)}
+    assert len(orders) > 1, "each epoch has its own order"
+    caches = list((tmp_path / "dataset" / "cache").glob("*/epoch-*"))
+    assert len(caches) == (0 if small_index is None else -(-len(train) // epoch))
+    # The two kinds of index give the same order, however often one goes back.
+    monkeypatch.setattr(dataset_module, "_SMALL_INDEX", 64 * 1024**2)
+    other = build_train_dataset(config, prepared, prepared.tokenizer())
+    for index in (0, 499 * epoch, 7 * epoch - 1, 7 * epoch, 123, 321, 122):
+        assert train[index].tolist() == other[index].tolist() == samples_of_500[index]
+        assert other.documents(index) == train.documents(index)
+
+
+def test_many_small_epochs_are_the_same_on_ranks_that_build_no_cache(
+    make_config: MakeConfig, corpus: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "_CACHED_EPOCHS", 0)
+    expected = samples(build(make_config([corpus]))[0])
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "get_rank", lambda *group: 1)
+    try:
+        data = load_prepared(make_config([corpus]))
+        assert samples(build_train_dataset(make_config([corpus]), data, data.tokenizer())) == expected
+    finally:
+        monkeypatch.undo()
+        distributed.destroy_process_group()
 
 
 def test_incomplete_index_cache_is_built_again(make_config: MakeConfig, corpus: Path, build: Build) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from moh_megatron.config.schema import Config
-from moh_megatron.evaluate.generate import model_to_load, text_generator
+from moh_megatron.config.load import dump_config
+from moh_megatron.config.schema import Config, RunConfig
+from moh_megatron.evaluate.generate import config_of_folder, model_to_load, text_generator
 from moh_megatron.evaluate.loaded_model import load_model
 from moh_megatron.io.errors import UserError
 
@@ -34,6 +36,38 @@ def test_generate_load_comes_before_the_export_of_the_run_and_that_before_its_ch
     (run / "hf" / "config.json").write_text("{}")
     assert model_to_load(with_generate(config, run)) == run / "hf"
     assert model_to_load(with_generate(config, run, load=str(run / "checkpoints"))) == newest
+
+
+def test_a_folder_with_a_model_stands_for_its_configuration(
+    config: Config, checkpoint: Path, exported: Path, tmp_path: Path, fake_checkpoint: Any
+) -> None:
+    own = config_of_folder(checkpoint, ["generate.temperature=0", "run.seed=7"])
+    assert (own.generate.load, own.generate.temperature, own.run.seed) == (str(checkpoint), 0.0, 7)
+    assert own.model == config.model
+    # An exported folder that lies outside its run has config.json alone.
+    assert not (exported.parent / "config.yaml").exists()
+    of_export = config_of_folder(exported, ["generate.prompts=[the quick]"])
+    assert (of_export.generate.load, of_export.generate.prompts) == (str(exported), ("the quick",))
+    assert of_export.model.num_attention_heads == config.model.num_attention_heads
+    assert of_export.generate.temperature == config.generate.temperature
+    # A run folder gives its export, else its newest checkpoint, wherever it was moved.
+    run = tmp_path / "moved"
+    newest = fake_checkpoint(run / "checkpoints" / "step_00000002", config, step=2)
+    assert config_of_folder(run, []).generate.load == str(newest)
+    shutil.copytree(exported, run / "hf")
+    (run / "config.yaml").write_text(dump_config(dataclasses.replace(config, run=RunConfig(dir="elsewhere", seed=9))))
+    of_run = config_of_folder(run, [])
+    assert (of_run.generate.load, of_run.run.seed) == (str(run / "hf"), 9)
+    assert config_of_folder(run / "hf", []).run.seed == 9
+    assert model_to_load(of_run) == run / "hf"
+
+
+def test_a_folder_without_a_model_or_with_two_is_refused(config: Config, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        config_of_folder(tmp_path / "empty", [])
+    with pytest.raises(UserError, match=r"generate\.load must be left out where CONFIG is a folder with a model"):
+        config_of_folder(exported, ["generate.load=other"])
 
 
 @pytest.mark.parametrize("prompt", ["the quick", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import lm_eval
 import lm_eval.api.task
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
-from moh_megatron.evaluate import harness
+from moh_megatron.evaluate import harness, lm_eval_models
+from moh_megatron.evaluate.loaded_model import load_model
 from moh_megatron.evaluate.suite import Suite, Task
 from moh_megatron.io.errors import UserError
 
@@ -124,8 +127,8 @@ class Letters:
 
 
 def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int = 8) -> Any:
-    monkeypatch.setattr(harness, "open_tokenizer", lambda folder: Letters(bos))
-    monkeypatch.setattr(harness, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=25))
+    monkeypatch.setattr(lm_eval_models, "open_tokenizer", lambda folder: Letters(bos))
+    monkeypatch.setattr(lm_eval_models, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=25))
     table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
     loaded: Any = SimpleNamespace(
         path=Path("checkpoint"),
@@ -135,7 +138,7 @@ def checkpoint_lm(monkeypatch: pytest.MonkeyPatch, bos: int | None, context: int
         device=torch.device("cpu"),
         logits=lambda tokens: table[tokens],
     )
-    return harness.CheckpointLM(loaded, 2), table.log_softmax(-1)
+    return lm_eval_models.CheckpointLM(loaded, 2), table.log_softmax(-1)
 
 
 @pytest.mark.parametrize(("bos", "prefix"), [(None, 25), (24, 24)])
@@ -153,6 +156,38 @@ def test_likelihoods_of_a_checkpoint_are_those_of_its_logits(
     (total,) = model.loglikelihood_rolling([SimpleNamespace(args=("abc",))], disable_tqdm=True)
     begun = [prefix, *model.tok_encode("abc")]
     assert total == pytest.approx(sum(float(table[a, b]) for a, b in pairwise(begun)), rel=1e-6)
+
+
+@pytest.mark.parametrize("continuation", ["bcdefghi", "abcdefghi", "xyz" * 9])
+def test_of_a_continuation_longer_than_the_context_the_last_tokens_are_scored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, continuation: str
+) -> None:
+    model, table = checkpoint_lm(monkeypatch, None)
+    requests = [SimpleNamespace(args=args) for args in (("a", continuation), ("ab", "c"))]
+    long, short = model.loglikelihood(requests, disable_tqdm=True)
+    tokens = model.tok_encode("a" + continuation)[-9:]
+    assert long[0] == pytest.approx(sum(float(table[a, b]) for a, b in pairwise(tokens)), rel=1e-5)
+    assert short[0] == pytest.approx(float(table[1, 2]), rel=1e-6)
+    said = "1 of 2 continuations are longer than the model's context of 8 tokens: of each, the last 8 tokens are scored"
+    assert (said in caplog.text) == (len(continuation) > 8)
+
+
+def test_an_export_scores_and_generates_like_its_checkpoint_beyond_the_context(
+    checkpoint: Path, exported: Path, letters: str
+) -> None:
+    models = []
+    for folder in (checkpoint, exported):
+        loaded = replace(load_model(folder, torch.device("cpu")), context=16)
+        models.append(lm_eval_models.language_model(loaded, 2))
+    texts = [("the quick", letters), ("the quick", letters + letters), (letters, "brown fox")]
+    requests: Any = [Instance("loglikelihood", {}, text, index) for index, text in enumerate(texts)]
+    of_checkpoint, of_export = (model.loglikelihood(requests) for model in models)
+    assert [value for value, _ in of_export] == pytest.approx([value for value, _ in of_checkpoint], rel=1e-4)
+    assert [greedy for _, greedy in of_export] == [greedy for _, greedy in of_checkpoint]
+    options = {"until": ["\n"], "max_gen_toks": 256, "do_sample": False}
+    asked: Any = [Instance("generate_until", {}, (letters, options), 0)]
+    (first,), (second,) = (model.generate_until(asked) for model in models)
+    assert first.strip() == second.strip() != ""
 
 
 def test_bos_is_not_added_to_a_text_that_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +213,7 @@ def test_prompt_and_answer_fit_into_the_context(
         lengths.append((len(tokens), max_new_tokens))
         return [1] * max_new_tokens
 
-    monkeypatch.setattr(harness, "generate_tokens", generate_tokens)
+    monkeypatch.setattr(lm_eval_models, "generate_tokens", generate_tokens)
     assert generate(model, "a" * 20, {}) == "b" * longest
     assert lengths[0][0] == prompt
     with pytest.raises(UserError, match="generates greedily only"):

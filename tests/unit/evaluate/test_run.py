@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moh_megatron.evaluate import harness, held_out_loss, paired_test, run
+from moh_megatron.evaluate import harness, held_out_loss, lm_eval_models, paired_test, run
 from moh_megatron.evaluate.harness import Question, Score
 from moh_megatron.evaluate.held_out_loss import SourceLoss
 from moh_megatron.evaluate.suite import Suite, Task
@@ -52,13 +52,15 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(run, "load_model", lambda *unused: loaded)
         monkeypatch.setattr(run, "checked_suite", lambda path: (replace(SUITE, name=str(path)), None))
         monkeypatch.setattr(run, "read_questions", lambda path: other)
-        monkeypatch.setattr(harness, "language_model", lambda *unused: None)
+        monkeypatch.setattr(lm_eval_models, "language_model", lambda *unused: None)
         monkeypatch.setattr(harness, "run_task", lambda *unused: next_outcome(remaining))
         monkeypatch.setattr(run, "training_config", lambda path, overrides: overrides)
         monkeypatch.setattr(run, "validation_loss", lambda *unused: {"loss": None, "sources": {}})
         against = None if other is None else Path("other")
         arguments = {"model": tmp_path, "overrides": [], "config": None, "no_validation": True, "suite": Path("s")}
+        monkeypatch.setattr(run, "check_validation_data", lambda *unused: None)
         arguments |= {"limit": None, "batch_size": 1, "against": against, "out": out, "device": "cpu"}
+        arguments |= {"trust_remote_code": False}
         run.evaluate(Namespace(**{**arguments, "dtype": "fp32", **changed}))
 
     return evaluate

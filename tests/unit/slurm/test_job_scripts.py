@@ -84,6 +84,33 @@ def test_dry_run_shows_the_commands_and_the_plan():
     assert "It fits 80.00 GiB" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "missing"),
+    [
+        ("pretrain_moh.sh", ["configs/pretrain/llm_s_moh75.yaml", "data.dir=nowhere"], "No prepared data at nowhere"),
+        ("evaluate.sh", ["nope"], "MODEL: nope is not there"),
+        ("prepare_data.sh", ["configs/smoke.yaml", "tokenizer.path=nope", "data.inputs=[nope.jsonl]"], "nope"),
+    ],
+)
+def test_a_dry_run_warns_of_what_the_real_call_refuses(script, arguments, missing):
+    done = typed(script, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {missing}" in done.stderr or (missing == "nope" and "nope" in done.stderr)
+    assert "Without --dry-run this is refused" in done.stderr
+    assert "sbatch: sbatch" in done.stdout
+    elsewhere = typed(script, "--dry-run", *arguments, MOH_NO_DATA_HERE="1")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "not checked here, as MOH_NO_DATA_HERE is set" in elsewhere.stderr
+    assert "nope" not in elsewhere.stderr
+
+
+def test_a_dry_run_refuses_settings_that_depend_on_no_data():
+    suite = ["evaluate.suite=none.yaml", "evaluate.interval=5", "checkpoint.interval=5"]
+    done = typed("pretrain_moh.sh", "--dry-run", "configs/pretrain/llm_s_moh75.yaml", *suite)
+    assert done.returncode == 2
+    assert "none.yaml: no such file" in done.stderr
+
+
 def test_suite_is_accepted_by_its_name():
     command = [sys.executable, "slurm/check_process.py", "pipelines/evaluate.py", "configs", "--suite", "offline"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

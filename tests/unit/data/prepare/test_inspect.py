@@ -142,6 +142,11 @@ def test_commands_print_results_and_return_their_exit_codes(folder: Path, tmp_pa
     assert run("diff", folder, folder) == (0, "no difference\n")
     (folder / "rejects.jsonl").unlink()
     assert run("verify", folder)[0] == 2
-    code, message = run("verify", tmp_path)
+    for arguments in (("verify", tmp_path), ("histogram", tmp_path / "missing", tmp_path / "out.png")):
+        code, message = run(*arguments)
+        assert code == 2
+        assert "No prepared data at" in message
+        assert "Traceback" not in message
+    code, message = run("histogram", folder, tmp_path / "missing" / "out.png")
     assert code == 2
-    assert "No prepared data at" in message
+    assert "must be a file to write, in a folder that is there" in message

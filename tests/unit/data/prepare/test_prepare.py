@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from moh_megatron.config.schema import Config
 from moh_megatron.data.dataset_manifest import load_dataset_tokenizer, load_manifest
-from moh_megatron.data.prepare import tables, workers
-from moh_megatron.data.prepare.inputs import find_inputs
+from moh_megatron.data.prepare import enough_text, tables, workers
+from moh_megatron.data.prepare.inputs import find_inputs, plan_parts
 from moh_megatron.data.prepare.merge import held_out
 from moh_megatron.data.prepare.pipeline import prepare
+from moh_megatron.data.prepare.read_documents import read_segment
 from moh_megatron.data.prepare.working_folder import PrepareJob
 from moh_megatron.io.errors import Fault, UserError
 
@@ -121,7 +123,7 @@ def test_given_tokenizer_is_copied_into_the_dataset(make_config: MakeConfig, cor
     [
         ({"data": {"validation_fraction": 1e-9}}, "No document was assigned to the validation split.*Raise"),
         ({"data": {"validation_fraction": 0.9999}}, "No document was assigned to the train split.*Lower"),
-        ({"train": {"sequence_length": 100000}}, r"train text has \d+ tokens, .*at least 100001"),
+        ({"train": {"sequence_length": 100000}}, r"validation text has at most \d+ tokens, .*at least 100001"),
         ({"vocab_size": 60000}, r"model\.vocab_size is 60000, more than"),
     ],
 )
@@ -131,6 +133,62 @@ def test_corpus_that_does_not_fit_the_model_is_refused_and_leaves_no_files(
     with pytest.raises(UserError, match=message):
         prepare(make_config([corpus], **sections))
     assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+
+
+def refuse_call(*unused: object) -> None:
+    pytest.fail("this comes after the check of the sizes")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"validation_fraction": 1e-9}}, "No document was assigned to the validation split: the text has 40"),
+        ({"data": {"validation_fraction": 0.9999}}, "No document was assigned to the train split: the text has 40"),
+        ({"train": {"sequence_length": 10**7}}, r"The train text has at most \d+ tokens, .*at least 10000001"),
+    ],
+)
+def test_text_that_is_certainly_too_little_is_refused_before_a_tokenizer_is_trained(
+    make_config: MakeConfig, corpus: Path, monkeypatch: pytest.MonkeyPatch, sections: dict, message: str
+) -> None:
+    monkeypatch.setattr(PrepareJob, "tokenizer", refuse_call)
+    with pytest.raises(UserError, match=message):
+        prepare(make_config([corpus], **sections))
+
+
+def test_too_little_validation_text_is_refused_before_anything_is_encoded(
+    make_config: MakeConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = prepare(make_config([corpus]))
+    tokens = manifest.validation.tokens
+    monkeypatch.setattr(PrepareJob, "make_parts", refuse_call)
+    for given in (None, str(tmp_path / "dataset" / "tokenizer")):
+        config = make_config(
+            [corpus],
+            data={"dir": str(tmp_path / "other")},
+            train={"sequence_length": tokens},
+            tokenizer={"path": given},
+        )
+        with pytest.raises(UserError, match=rf"The validation text has {tokens} tokens, .*: at least {tokens + 1} "):
+            prepare(config)
+    monkeypatch.undo()
+    assert prepare(replace(config, train=replace(config.train, sequence_length=tokens - 1))).validation.tokens == tokens
+
+
+def test_reading_for_the_check_of_the_sizes_ends_when_there_is_enough(
+    make_config: MakeConfig, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+
+    def counted(*arguments: Any) -> Any:
+        for event in read_segment(*arguments):
+            read.append(event)
+            yield event
+
+    monkeypatch.setattr(enough_text, "read_segment", counted)
+    config = make_config([corpus])
+    inputs = find_inputs(config.data.inputs)
+    enough_text.check_enough_text(config, inputs, plan_parts(inputs, "file"), None)
+    assert 2 <= len(read) < 40
 
 
 def test_full_disk_keeps_the_earlier_dataset(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:

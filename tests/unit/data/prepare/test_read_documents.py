@@ -163,6 +163,34 @@ def test_error_names_the_broken_zstd_file(tmp_path: Path) -> None:
         read(path)
 
 
+def zstd_frame(content: bytes, window_descriptor: int) -> bytes:
+    """A zstd frame of one uncompressed block (RFC 8878), with any window."""
+    block_header = (1 | len(content) << 3).to_bytes(3, "little")
+    return bytes.fromhex("28b52ffd") + bytes([0, window_descriptor]) + block_header + content
+
+
+def test_zstd_file_with_a_large_window_is_refused_with_window_and_remedy(tmp_path: Path) -> None:
+    # The descriptor holds the exponent above 10 in its upper five bits, and eighths of it in the lower three.
+    path = write_file(tmp_path / "a.txt", b"") and tmp_path / "b.txt.zst"
+    path.write_bytes(zstd_frame(b"some text", 17 << 3))
+    assert read(path) == ["some text"], "128 MiB, the most of zstd without --long"
+    skippable = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"notes"
+    for start in (b"", skippable):
+        for descriptor, mib in ((21 << 3, "2,048"), (18 << 3 | 4, "384"), (17 << 3 | 1, "144")):
+            path.write_bytes(start + zstd_frame(b"some text", descriptor))
+            with pytest.raises(
+                UserError, match=rf"b\.txt\.zst: the window .* at most 128 MiB\. Got a window of {mib} MiB"
+            ):
+                read(path)
+    with pytest.raises(
+        UserError, match=r"zstd -d --long=31 .*b\.txt\.zst -o .*b\.txt && zstd --rm -f .*b\.txt, or give"
+    ):
+        read(path)
+    path.write_bytes(zstd_frame(b"some text\n", 0) + zstd_frame(b"some text", 21 << 3))
+    with pytest.raises(UserError, match=r"at most 128 MiB\. Got a larger one"):
+        read(path)
+
+
 def test_error_names_missing_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
     for pattern, message in {
