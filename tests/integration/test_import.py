@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 def test_imported_model_computes_the_logits_of_transformers(settings, transformers_4, tensor, tmp_path, capsys):
     hf_dir, save_dir = llama_folder(tmp_path / "hf", transformers_4=transformers_4, **settings), tmp_path / "native"
     model = LlamaForCausalLM.from_pretrained(hf_dir).eval()
+    capsys.readouterr()  # Loading it, Transformers may import DeepSpeed, which writes to standard output.
     arguments = ("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", save_dir, f"parallel.tensor={tensor}")
     if model.config.num_key_value_heads % tensor:
         assert run_convert(*arguments) == 2

@@ -36,9 +36,13 @@ from moh_megatron.io.small_file import check_small_files
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress bars of Transformers and two of its warnings: that Python cannot import a folder's name, and
-    that one setting of generation has no effect beside another."""
-    names = ("transformers.dynamic_module_utils", "transformers.generation.configuration_utils")
+    """Hide the progress bars of Transformers and three of its warnings: that Python cannot import a folder's name, that
+    one setting of generation has no effect beside another, and that a general class opens a configuration."""
+    names = (
+        "transformers.dynamic_module_utils",
+        "transformers.generation.configuration_utils",
+        "transformers.configuration_utils",
+    )
     loggers, had_bars = [logging.getLogger(name) for name in names], is_progress_bar_enabled()
     levels = [logger.level for logger in loggers]
     for logger in loggers:
