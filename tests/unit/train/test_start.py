@@ -58,8 +58,10 @@ with console_logging():
 def test_a_rank_answers_the_first_signal_at_once_unless_our_launcher_does(launcher):
     environment = {name: value for name, value in os.environ.items() if name != "MOH_LAUNCHER_PID"}
     environment |= {} if launcher is None else {"MOH_LAUNCHER_PID": launcher}
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", RANK], env=environment, text=True, **streams) as rank:
+    command, pipe = [sys.executable, "-c", RANK], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as rank:
+        assert rank.stdout
+        assert rank.stderr
         assert rank.stdout.readline() == "ready\n"
         rank.send_signal(signal.SIGUSR1)
         answer = rank.stderr.readline() if launcher is None else ""
