@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,14 +53,11 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
             # Unlike AutoTokenizer, this class runs no code that the files name.
             opened = PreTrainedTokenizerFast.from_pretrained(folder)
         _check_vocabulary(tokenizer, opened, vocab_size)
-        for special in (False, True):
-            got, expected = _encode_probe(tokenizer.folder, opened, special), _expected(tokenizer, special)
-            if got != expected:
-                raise UserError(
-                    f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: "
-                    f"{expected} for {_PROBE!r}{_WITH[special]}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP} "
-                    "changes it."
-                )
+        for got, expected, text in _differences(tokenizer, opened):
+            raise UserError(
+                f"{tokenizer.folder}: Transformers must read the tokenizer as {tokenizer.file.name} alone says: "
+                f"{expected} for {text}. Got {got}: {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP} changes it."
+            )
     _check_special_tokens(tokenizer)
 
 
@@ -75,13 +73,19 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None
     with quiet(), as_user_error(tokenizer.folder, "a tokenizer"):
         opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     _check_vocabulary(tokenizer, opened, vocab_size)
+    for got, expected, text in _differences(tokenizer, opened):
+        raise Fault(
+            f"{folder}: transformers reads {TOKENIZER_JSON} differently from how it was trained: {got}, not "
+            f"{expected}, for {text}."
+        )
+
+
+def _differences(tokenizer: Tokenizer, opened: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int], str]]:
+    """The ids that ``opened`` gives for the probe, those expected, and the probe's description, where they differ."""
     for special in (False, True):
         got, expected = _encode_probe(tokenizer.folder, opened, special), _expected(tokenizer, special)
         if got != expected:
-            raise Fault(
-                f"{folder}: transformers reads {TOKENIZER_JSON} differently from how it was trained: {got}, not "
-                f"{expected}, for {_PROBE!r}{_WITH[special]}."
-            )
+            yield got, expected, f"{_PROBE!r}{_WITH[special]}"
 
 
 def _check_special_tokens(tokenizer: Tokenizer) -> None:
