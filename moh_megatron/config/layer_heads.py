@@ -21,6 +21,9 @@ class LayerHeads:
     """The heads that every token uses, ascending."""
     active: int
     """The number of heads a token uses, shared ones included, when the activation schedule has ended."""
+    groups: int = 1
+    """Routing groups: a token uses equally many heads of each of these groups of consecutive heads, of which equally
+    many are shared."""
 
     @cached_property
     def routed(self) -> tuple[int, ...]:
@@ -29,7 +32,7 @@ class LayerHeads:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The heads in a router's order: shared ones first."""
+        """The heads in a router's order: shared ones first, each kind group by group."""
         return (*self.shared, *self.routed)
 
     @property
@@ -42,11 +45,14 @@ class LayerHeads:
         return replace(self, active=len(self.shared) + self.top_k_at(step, schedule_steps))
 
     def top_k_at(self, step: int, schedule_steps: int) -> int:
-        """The number of routed heads a token uses after ``step`` steps: all at first, ``top_k`` at the end."""
+        """The number of routed heads a token uses after ``step`` steps: all at first, ``top_k`` at the end.
+
+        It falls by one head in each routing group at a time.
+        """
         if step >= schedule_steps:
             return self.top_k
-        surplus = len(self.routed) - self.top_k
-        return len(self.routed) - surplus * step // schedule_steps
+        surplus = (len(self.routed) - self.top_k) // self.groups
+        return len(self.routed) - self.groups * (surplus * step // schedule_steps)
 
 
 def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
@@ -61,8 +67,9 @@ def layer_heads(model: ModelConfig, moh: MoHConfig) -> tuple[LayerHeads, ...]:
     assert moh.shared_heads is not None
     assert moh.active_heads is not None
     active = active_counts(moh.active_heads, heads, layers)
+    groups = routing_groups(model, moh)
     return tuple(
-        LayerHeads(heads, shared, count)
+        LayerHeads(heads, shared, count, groups)
         for shared, count in zip(_shared(model, moh, moh.shared_heads), active, strict=True)
     )
 
@@ -73,6 +80,11 @@ def heads_after(model: ModelConfig, moh: MoHConfig, step: int | None) -> tuple[L
     if step is None or not moh.enabled:
         return layers
     return tuple(heads.at(step, moh.activation_schedule_steps) for heads in layers)
+
+
+def routing_groups(model: ModelConfig, moh: MoHConfig) -> int:
+    """The number of routing groups in each layer: the KV groups, or one."""
+    return model.query_groups if moh.enabled and moh.routing_groups == "kv" else 1
 
 
 def active_counts(active: int | Sequence[int] | str, heads: int, layers: int) -> Sequence[int]:

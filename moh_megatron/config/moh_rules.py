@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from moh_megatron.config.layer_heads import active_counts, percentage_of
+from moh_megatron.config.layer_heads import active_counts, percentage_of, routing_groups
 from moh_megatron.config.schema import Config, MoHConfig
 from moh_megatron.config.violation import Violation, nearest_multiples
 
@@ -14,7 +14,7 @@ def moh_violations(config: Config) -> list[Violation]:
     """Every rule that the section moh breaks; none for a dense model."""
     if not config.moh.enabled:
         return []
-    return [*(list(_shape(config)) or _counts(config)), *_settings(config)]
+    return [*(list(_shape(config)) or list(_counts(config)) or _groups(config)), *_settings(config)]
 
 
 def _shape(config: Config) -> Iterator[Violation]:
@@ -94,7 +94,7 @@ def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
             f"moh.shared_placement: {moh.shared_placement} needs moh.shared_heads to be a number. Got a list for each "
             "layer, which says itself where the shared heads are; leave moh.shared_placement out.",
         )
-    elif moh.shared_placement == "spread" and shared[0] % groups:
+    elif moh.shared_placement == "spread" and moh.routing_groups != "kv" and shared[0] % groups:
         yield Violation(
             "moh.shared_heads",
             f"moh.shared_heads must be a multiple of the KV groups ({groups}) with moh.shared_placement: spread. "
@@ -102,8 +102,81 @@ def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
         )
 
 
+def _groups(config: Config) -> Iterator[Violation]:
+    """The rule that with routing_groups: kv every KV group has equally many shared and equally many active heads."""
+    moh, heads, groups = config.moh, config.model.num_attention_heads, routing_groups(config.model, config.moh)
+    if moh.routing_groups != "kv":
+        return
+    if groups == heads:
+        divisors = [number for number in range(1, heads) if heads % number == 0]
+        yield Violation(
+            "moh.routing_groups",
+            f"moh.routing_groups: kv needs several query heads in each KV group: model.num_query_groups must be a "
+            f"divisor of model.num_attention_heads ({heads}) below it{_listed(divisors[-1:])}. Got {groups} groups of one "
+            f"head; or leave moh.routing_groups at 1.",
+        )
+        return
+    assert moh.shared_heads is not None
+    assert moh.active_heads is not None
+    if isinstance(moh.shared_heads, tuple):
+        counts = list(map(len, moh.shared_heads))
+        for index, layer in enumerate(moh.shared_heads):
+            held = [sum(head * groups // heads == group for head in layer) for group in range(groups)]
+            if len(set(held)) > 1:
+                yield Violation(
+                    "moh.shared_heads",
+                    f"moh.shared_heads[{index}] must have equally many heads in each of the {groups} KV groups of "
+                    f"{heads // groups} heads with moh.routing_groups: kv. Got {', '.join(map(str, held))} of them in "
+                    f"{list(layer)}.",
+                )
+    else:
+        counts = [moh.shared_heads] * config.model.num_layers
+        if moh.shared_placement == "first" and moh.shared_heads:
+            yield Violation(
+                "moh.shared_placement",
+                "moh.shared_placement must be spread or calibrated with moh.routing_groups: kv, which shares equally "
+                "many heads in each KV group. Got first.",
+            )
+        yield from _divided("moh.shared_heads", moh.shared_heads, groups, 0, heads - groups)
+    per_layer = isinstance(moh.active_heads, tuple)
+    active = active_counts(moh.active_heads, heads, config.model.num_layers)
+    for index, count in enumerate(active if per_layer else active[:1]):
+        least = counts[index] // groups * groups + groups
+        yield from _divided(f"moh.active_heads{f'[{index}]' if per_layer else ''}", count, groups, least, heads)
+
+
+def _divided(name: str, value: int, groups: int, least: int, most: int) -> Iterator[Violation]:
+    """The rule that ``value`` is a multiple of ``groups`` from ``least`` to ``most``, which are multiples."""
+    if value % groups == 0 and least <= value <= most:
+        return
+    below = value // groups * groups
+    nearest = sorted({min(max(candidate, least), most) for candidate in (below, below + groups)})
+    yield Violation(
+        name.partition("[")[0],
+        f"{name} must be a multiple of the KV groups ({groups}) from {least} to {most} with moh.routing_groups: kv. "
+        f"Got {value}{_listed(nearest)}.",
+    )
+
+
+def _listed(nearest: Sequence[int]) -> str:
+    return f"; nearest: {' or '.join(map(str, nearest))}"
+
+
 def _settings(config: Config) -> Iterator[Violation]:
     moh, steps = config.moh, config.train.steps
+    if moh.gate_softmax == "group" and (moh.routing_groups != "kv" or moh.router != "learned"):
+        yield Violation(
+            "moh.gate_softmax",
+            f"moh.gate_softmax: group needs moh.routing_groups: kv and moh.router: learned. Got {moh.routing_groups} "
+            f"and {moh.router}.",
+        )
+    groups = config.model.query_groups
+    if moh.backend == "slots" and routing_groups(config.model, moh) != groups:
+        yield Violation(
+            "moh.backend",
+            f"moh.backend: slots needs equally many active heads in every KV group, by moh.routing_groups: kv. "
+            f"Got {moh.routing_groups} with {groups} KV groups.",
+        )
     if moh.router == "query_norm":
         for key, is_set in (("z_loss_coefficient", moh.z_loss_coefficient > 0), ("freeze_router", moh.freeze_router)):
             if is_set:

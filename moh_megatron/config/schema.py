@@ -136,6 +136,14 @@ class MoHConfig:
     calibration_sequences: PositiveInt = 4
     """The number of training sequences that shared_placement: calibrated measures on. It takes one pass over them for
     every head *(ours)*."""
+    routing_groups: Literal[1, "kv"] = 1
+    """Where heads compete. 1: a token chooses among all heads of a layer, as in the paper. kv: it chooses the same number
+    of heads in each KV group; attention kernels for grouped-query attention then compute the chosen heads alone, and
+    every rank does the same work *(ours; arXiv 2606.20945)*."""
+    gate_softmax: Literal["layer", "group"] = "layer"
+    """The heads that the learned router's gates share their weight among, with routing_groups: kv. layer: all chosen
+    heads of the layer, as without groups. group: those of one KV group; with one routed head a group its gate is then
+    constant, and the task does not train the router *(ours)*."""
     router: Literal["learned", "query_norm"] = "learned"
     """learned: eq. 5-6. query_norm: no parameters, by the norm of each head's query (for continue-tuning)."""
     gating: Literal["normalized", "paper"] = "normalized"
@@ -160,11 +168,12 @@ class MoHConfig:
     """The standard deviation of the routers' initial weights *(ours)*; null means model.init_method_std."""
     freeze_router: Bool = False
     """Whether the weights of the learned router stay as they are *(ours)*."""
-    backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto"
-    """How attention is computed. dense computes every head and zeroes the inactive ones. gathered (PyTorch, any
-    device), cpu (C++, one thread) and triton (CUDA) skip inactive heads. auto uses the fastest one measured for a
-    layer's share of active heads, the length and the device; on a GPU, and with several threads (one rank on a machine
-    of several cores), that is dense, because the others were not measured there."""
+    backend: Literal["auto", "dense", "slots", "gathered", "cpu", "triton"] = "auto"
+    """How attention is computed. dense computes every head and zeroes the inactive ones. slots, with routing_groups:
+    kv, gives the chosen heads alone to PyTorch's own attention, on any device. gathered (PyTorch, any device), cpu (C++,
+    one thread) and triton (CUDA) skip inactive heads, too. auto uses the fastest one measured for a layer's share of
+    active heads, the length and the device; on a GPU, and with several threads (one rank on a machine of several
+    cores), that is slots with routing_groups: kv, else dense, because the others were not measured there."""
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
     """How KV groups are placed on tensor-parallel ranks. interleaved gives each rank its share of the shared heads;
     contiguous keeps the order of the heads."""

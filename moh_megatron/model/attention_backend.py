@@ -8,7 +8,7 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.layer_heads import heads_after
+from moh_megatron.config.layer_heads import heads_after, routing_groups
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
@@ -29,7 +29,13 @@ def attention_backends(config: Config, device: torch.device, step: int | None = 
     length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
     return [
         [
-            choose_backend(length=length, share=load * tensor / heads.count, dtype=dtype, device=device)
+            choose_backend(
+                length=length,
+                share=load * tensor / heads.count,
+                dtype=dtype,
+                device=device,
+                even=heads.groups == layout.groups,
+            )
             for load in layout.expected_load(heads.shared, heads.active, tensor)
         ]
         for heads in heads_after(model, moh, step)
@@ -45,7 +51,11 @@ def attention_backend(config: Config, device: torch.device) -> str:
         return config.moh.fixed_backend
     backends = sorted({backend for layer in attention_backends(config, device) for backend in layer})
     named = " or ".join(backends) + (", by the heads of a layer and rank" if len(backends) > 1 else "")
-    return f"{named}, dense where documents are short" if config.data.document_mask and named != "dense" else named
+    skips_always = routing_groups(config.model, config.moh) == config.model.query_groups
+    otherwise = "slots" if skips_always else "dense"
+    return (
+        f"{named}, {otherwise} where documents are short" if config.data.document_mask and named != otherwise else named
+    )
 
 
 def check_backend(config: Config, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids
 from moh_megatron.model.tensors import DTYPES, model_tensors
 from moh_megatron.moh.router import Router
+from moh_megatron.moh.routing import in_groups
 from moh_megatron.parallel import groups
 
 _PRECISION_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,9 +65,9 @@ def routing_margin(model: torch.nn.Module, tokens: Tensor) -> float:
 
     def record(router: torch.nn.Module, inputs: tuple[Tensor, Tensor], output: object) -> None:
         assert isinstance(router, Router)
-        scores, chosen = router.selection_scores(*inputs), router.top_k
-        if scores is not None and chosen < scores.shape[-1]:
-            ordered = scores.sort(-1, descending=True).values
+        scores, groups = router.selection_scores(*inputs), router.heads.groups
+        if scores is not None and router.top_k < scores.shape[-1]:
+            ordered, chosen = in_groups(scores, groups).sort(-1, descending=True).values, router.top_k // groups
             margins.append(float((ordered[..., chosen - 1] - ordered[..., chosen]).min()))
 
     hooks = [layer.router.register_forward_hook(record) for layer in moh_layers(model)]

@@ -6,7 +6,7 @@ Legend: S sequence, B batch, D hidden size, N query heads (n on this rank), G KV
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never, cast
 
 import torch
@@ -21,9 +21,10 @@ from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.backends.slots import Slots
 from moh_megatron.moh.packed_documents import attend_packed
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
-from moh_megatron.moh.sparse import sparse_attention
+from moh_megatron.moh.sparse import backend_for, sparse_attention
 from moh_megatron.moh.statistics import HeadStatistics
 
 
@@ -33,6 +34,10 @@ def attend_every_head(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *, cu_seq
     A skipped head has gate 0 but an output, so its gate gets a gradient (the straight-through gradient of eq. 9-10).
     """
     return causal_attention(q, k, v, cu_seqlens=cu_seqlens)
+
+
+attend_slots = functools.partial(attend_packed, causal_attention)
+"""Attention of the queries [S, B, G * k, H] that ``Slots`` has gathered."""
 
 
 class MoHSelfAttention(SelfAttention):
@@ -69,6 +74,9 @@ class MoHSelfAttention(SelfAttention):
         local_heads = layout.local_heads(self.tp_group.rank(), self.tp_group.size())
         self.register_buffer("local_heads", torch.tensor(local_heads), persistent=False)
         self.statistics = HeadStatistics(layer_heads.count)
+        self.backend = moh.fixed_backend or "auto"
+        self.even = layer_heads.groups == layout.groups
+        """Whether every token uses the same number of heads in every KV group."""
         attention = functools.partial(sparse_attention, backend=moh.backend)
         if moh.straight_through == "all":
             attention = attend_every_head
@@ -116,9 +124,30 @@ class MoHSelfAttention(SelfAttention):
             q_SBnH = apply_rotary_pos_emb(q_SBnH, q_freqs, config=self.config, cp_group=self.pg_collection.cp)
             k_SBgH = apply_rotary_pos_emb(k_SBgH, k_freqs, config=self.config, cp_group=self.pg_collection.cp)
 
-        if self.checkpoint_core_attention and self.training:
-            out_SBnH = tensor_parallel.checkpoint(self.attend, False, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+        if self._uses_slots(q_SBnH, cu_seqlens):
+            groups = k_SBgH.shape[2]
+            slots = Slots(active_SBn, groups, self.router.active_heads // self.router.heads.groups)
+            out_SBsH = self._attend(attend_slots, cu_seqlens, slots.take(q_SBnH), k_SBgH, v_SBgH)
+            gated = slots.put(_times(out_SBsH, slots.take(gates_SBn)))
         else:
-            out_SBnH = self.attend(cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
-        gated = out_SBnH * gates_SBn.unsqueeze(-1).to(out_SBnH.dtype)
+            out_SBnH = self._attend(self.attend, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)
+            gated = _times(out_SBnH, gates_SBn)
         return self.linear_proj(gated.flatten(-2))
+
+    def _attend(self, attend: Callable[..., Tensor], cu_seqlens: Tensor | None, *inputs: Tensor) -> Tensor:
+        """``attend`` of the inputs, which are all that selective recomputation keeps."""
+        if self.checkpoint_core_attention and self.training:
+            return tensor_parallel.checkpoint(attend, False, cu_seqlens, *inputs)
+        return attend(cu_seqlens, *inputs)
+
+    def _uses_slots(self, q_SBnH: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Whether the backend is ``slots``: asked for, or meant by ``auto``."""
+        if self.backend != "auto" or not self.even:
+            return self.backend == "slots"
+        share = self.router.active_heads / self.router.heads.count
+        return backend_for(q_SBnH, share, even=True, cu_seqlens=cu_seqlens) == "slots"
+
+
+def _times(out: Tensor, gates: Tensor) -> Tensor:
+    """[S, B, n, H] times [S, B, n]."""
+    return out * gates.unsqueeze(-1).to(out.dtype)

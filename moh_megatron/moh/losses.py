@@ -10,21 +10,24 @@ from torch import Tensor
 BalanceForm = Literal["scaled", "paper"]
 
 
-def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm) -> Tensor:
-    """Load balance over the routed heads (paper, eq. 7): sum_i P_i f_i.
+def balance_loss(probability: Tensor, load: Tensor, form: BalanceForm, groups: int = 1) -> Tensor:
+    """Load balance over the routed heads (paper, eq. 7): sum_i P_i f_i; with routing groups, the mean over them.
 
     ``probability`` P [n_routed] is the mean routing probability, ``load`` f [n_routed] the fraction of tokens that
-    chose each head. The gradient flows through P only. ``scaled`` multiplies by n_routed, as the official code does.
-    Raises ValueError for another ``form``.
+    chose each head, both within the head's group, group by group. The gradient flows through P only. ``scaled``
+    multiplies by the routed heads of a group, as the official code does. Raises ValueError for another ``form``.
     """
     if form not in get_args(BalanceForm):
         raise ValueError(f"balance must be one of {', '.join(get_args(BalanceForm))}. Got {form!r}.")
-    loss = (probability * load.detach()).sum()
-    return loss * probability.numel() if form == "scaled" else loss
+    loss = (probability * load.detach()).sum() / groups
+    return loss * (probability.numel() // groups) if form == "scaled" else loss
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits [..., E])^2; keeps a router's logits small (arXiv 2202.08906, eq. 5)."""
+    """Mean over tokens of logsumexp(logits [..., E])^2; keeps a router's logits small (arXiv 2202.08906, eq. 5).
+
+    With logits [..., groups, E / groups] it is the mean over tokens and groups.
+    """
     return logits.logsumexp(-1).square().mean()
 
 

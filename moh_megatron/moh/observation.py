@@ -16,12 +16,13 @@ from torch import Tensor
 from moh_megatron.moh.attention import MoHSelfAttention
 from moh_megatron.moh.losses import z_loss
 from moh_megatron.moh.router import LearnedRouter, Router
+from moh_megatron.moh.routing import in_groups
 
 OBSERVED = ("z_loss", "entropy", "alpha_shared", "alpha_routed")
 """The measurements of one layer, means over tokens; NaN where a router lacks the quantity.
 
 entropy is that of the routed heads' probabilities over the entropy of uniform ones: 1 if all are equal, 0 if one head
-has all probability. alpha is scaled as in the gates, see moh.gating.
+has all probability; with routing groups, the mean over them. alpha is scaled as in the gates, see moh.gating.
 """
 
 
@@ -59,7 +60,7 @@ def observe(router: Router, x: Tensor, q: Tensor) -> Tensor:
     absent = x.new_full((), math.nan, dtype=torch.float64)
     z = entropy = shared = routed = absent
     if logits.routed is not None:
-        values = logits.routed
+        values = in_groups(logits.routed, router.heads.groups)
         if isinstance(router, LearnedRouter):
             z = z_loss(values).double()
         if values.shape[-1] > 1:

@@ -21,6 +21,7 @@ from moh_megatron.moh.routing import (
     Logits,
     Routing,
     choose_by_norm,
+    in_groups,
     norm_scores,
     query_norms,
     router_logits,
@@ -53,16 +54,25 @@ class Router(nn.Module, abc.ABC):
         self.top_k = self.heads.top_k_at(step, self.moh.activation_schedule_steps)
 
     @property
+    def active_heads(self) -> int:
+        """The number of heads a token uses now, shared ones included."""
+        return len(self.heads.shared) + self.top_k
+
+    @property
     def bias(self) -> Tensor | None:
         """[E] fp32, added to the routed heads' scores for selection only; None with a balance loss."""
         return None if self.bias_steps is None else self.bias_steps.float() * self.moh.bias_update_rate
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:
-        """Move each bias one step against its head's load; ``counts`` [N] are the tokens of each logical head."""
+        """Move each bias one step against its head's load, compared with the mean of its routing group.
+
+        ``counts`` [N] are the tokens of each logical head.
+        """
         if self.bias_steps is not None:
-            load = counts[list(self.heads.routed)]
-            self.bias_steps += (load.sum() - load * load.numel()).sign().to(torch.int64)
+            load = in_groups(counts[list(self.heads.routed)], self.heads.groups)
+            excess = load.sum(-1, keepdim=True) - load * load.shape[-1]
+            self.bias_steps += excess.flatten().sign().to(torch.int64)
 
     @abc.abstractmethod
     def logits(self, x: Tensor, q: Tensor) -> Logits:
@@ -130,7 +140,14 @@ class LearnedRouter(Router):
         """x [S, B, D], or [S / TP, B, D] under sequence parallelism -> gates and active [S, B, N] on every rank."""
         moh, logits = self.moh, self._logits(x)
         gates, active, balance = weigh_heads(
-            logits, top_k=self.top_k, gating=moh.gating, balance=moh.balance_loss, bias=self.bias, mean=self._mean
+            logits,
+            top_k=self.top_k,
+            gating=moh.gating,
+            balance=moh.balance_loss,
+            bias=self.bias,
+            mean=self._mean,
+            groups=self.heads.groups,
+            gate_softmax=moh.gate_softmax,
         )
         gates = attach_loss(gates, balance, self.loss_scale * self.moh.balance_weight)
         if moh.z_loss_coefficient and logits.routed is not None:
@@ -143,7 +160,7 @@ class LearnedRouter(Router):
         return Routing(gates.index_select(-1, self.logical_order), active.index_select(-1, self.logical_order), balance)
 
     def _z_loss(self, logits: Tensor) -> Tensor:
-        loss = z_loss(logits)
+        loss = z_loss(in_groups(logits, self.heads.groups))
         return mean_over_ranks(loss, self.group) if self.sequence_parallel else loss
 
 
@@ -166,12 +183,15 @@ class QueryNormRouter(Router):
 
     def logits(self, x: Tensor, q: Tensor) -> Logits:
         """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have logits."""
-        return Logits(None, norm_scores(self._norms(q)[..., list(self.heads.routed)]), None)
+        norms = in_groups(self._norms(q)[..., list(self.heads.routed)], self.heads.groups)
+        return Logits(None, norm_scores(norms).flatten(-2), None)
 
     def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; q [S, B, n, H], before RoPE."""
         norms = self._norms(q)[..., list(self.heads.routed)]
-        return norms if self.bias is None else norm_scores(norms) + self.bias
+        if self.bias is None:
+            return norms
+        return norm_scores(in_groups(norms, self.heads.groups)).flatten(-2) + self.bias
 
     def forward(self, x: Tensor, q: Tensor) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
@@ -181,6 +201,7 @@ class QueryNormRouter(Router):
             top_k=self.top_k,
             balance=self.moh.balance_loss,
             bias=self.bias,
+            groups=self.heads.groups,
         )
         gates = attach_loss(gates, balance, self.loss_scale * self.moh.balance_weight)
         return Routing(sum_gradient(gates, self.group), active, balance)

@@ -1,6 +1,8 @@
 """Routing as pure functions: which heads a token uses and how its outputs are weighted. Needs no process group.
 
-Legend: D hidden size, N query heads, E routed heads, H head size; ``...`` any leading shape (tokens).
+Legend: D hidden size, N query heads, E routed heads, G routing groups, H head size; ``...`` any leading shape (tokens).
+With G > 1 a token chooses top_k / G of the E / G routed heads in each group of N / G consecutive heads (ours; the paper
+has one group). Scores of routed heads are listed group by group.
 All arithmetic is fp32 for every precision of the inputs (float64 for float64). Ties go to the lower head index on every
 device.
 Source: arXiv 2410.11842, eq. 5-7 and 9-10; where the official code differs, an argument selects the form.
@@ -19,6 +21,7 @@ from moh_megatron.moh.losses import BalanceForm, balance_loss
 from moh_megatron.moh.precision import at_least_fp32
 
 Gating = Literal["normalized", "paper"]
+GateSoftmax = Literal["layer", "group"]
 
 _LARGEST_NORM = 1e18
 """The square of this norm, and the deviation of such norms, are finite in fp32."""
@@ -49,9 +52,24 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 
-def _check_top_k(top_k: int, routed: int) -> None:
+def in_groups(values: Tensor, groups: int) -> Tensor:
+    """[..., E] -> [..., G, E / G]."""
+    return values.unflatten(-1, (groups, -1))
+
+
+def _check_top_k(top_k: int, routed: int, groups: int) -> None:
     if not isinstance(top_k, int) or not 1 <= top_k <= routed:
         raise ValueError(f"top_k must be from 1 to the number of routed heads ({routed}). Got {top_k}.")
+    if top_k % groups:
+        raise ValueError(f"top_k must be a multiple of routing_groups ({groups}). Got {top_k}.")
+
+
+def _check_groups(groups: int, **counts: int) -> None:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"routing_groups must be a whole number above 0. Got {groups!r}.")
+    for name, count in counts.items():
+        if count % groups:
+            raise ValueError(f"routing_groups ({groups}) must divide the number of {name}. Got {count}.")
 
 
 def _check_form(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -88,6 +106,8 @@ def learned_routing(
     top_k: int,
     gating: Gating = "normalized",
     balance: BalanceForm = "scaled",
+    routing_groups: int = 1,
+    gate_softmax: GateSoftmax = "layer",
 ) -> Routing:
     """The two-stage router (eq. 5-6): chooses heads, and weights shared against routed heads.
 
@@ -96,14 +116,19 @@ def learned_routing(
         w_shared: [n_shared, D]; None with ``w_alpha`` given means one shared head, weighted by alpha alone.
         w_routed: [E, D]; None means shared heads only, with gates n_shared * softmax and balance loss 0.
         w_alpha: [2, D], row 0 shared, row 1 routed; None means there is no shared head, or no routed one.
-        top_k: routed heads a token uses.
+        top_k: routed heads a token uses, in all groups together.
         gating: ``normalized`` is the official code (every active gate 1 at uniform logits); ``paper`` is eq. 5-6.
         balance: the form of the balance loss, see ``losses.balance_loss``.
+        routing_groups: G. With G = 1 the result lists shared heads first; with more it lists each group's shared heads
+            before its routed ones. Rows of ``w_shared`` and ``w_routed`` follow group by group.
+        gate_softmax: with G > 1, the heads that share one softmax of gates, see ``weigh_heads``.
 
     Raises:
-        ValueError: top_k is out of range, weights do not match each other or x, or scores are not finite.
+        ValueError: top_k is out of range, weights do not match each other or x, the heads do not divide evenly over the
+            groups, or scores are not finite.
     """
     _check_form("gating", gating, get_args(Gating))
+    _check_form("gate_softmax", gate_softmax, get_args(GateSoftmax))
     _check_form("balance", balance, get_args(BalanceForm))
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point numbers [..., D]. Got {x.dtype} {list(x.shape)}.")
@@ -116,7 +141,24 @@ def learned_routing(
     for values in logits:
         if values is not None:
             _check_finite("x and the weights", values)
-    return weigh_heads(logits, top_k=top_k, gating=gating, balance=balance)
+    single = int(logits.shared is None and logits.routed is not None and logits.alpha is not None)
+    shared = single if logits.shared is None else logits.shared.shape[-1]
+    _check_groups(
+        routing_groups, **{"shared heads": shared, "routed heads": 0 if w_routed is None else w_routed.shape[0]}
+    )
+    routing = weigh_heads(
+        logits, top_k=top_k, gating=gating, balance=balance, groups=routing_groups, gate_softmax=gate_softmax
+    )
+    if routing_groups == 1:
+        return routing
+    gates, active = (_group_by_group(values, shared, routing_groups) for values in (routing.gates, routing.active))
+    return Routing(gates, active, routing.balance_loss)
+
+
+def _group_by_group(values: Tensor, shared: int, groups: int) -> Tensor:
+    """[..., N], shared heads first -> [..., N], each group's shared heads and then its routed ones."""
+    parts = [in_groups(part, groups) for part in values.split([shared, values.shape[-1] - shared], -1) if part.numel()]
+    return torch.cat(parts, -1).flatten(-2)
 
 
 def weigh_heads(
@@ -127,38 +169,53 @@ def weigh_heads(
     balance: BalanceForm,
     bias: Tensor | None = None,
     mean: Callable[[Tensor], Tensor] = token_mean,
+    groups: int = 1,
+    gate_softmax: GateSoftmax = "layer",
 ) -> Routing:
-    """``learned_routing`` from logits, for training: does not check that they are finite.
+    """``learned_routing`` from logits, for training: does not check that they are finite. Shared heads come first.
 
     ``bias`` [E] is added to the routed logits for the selection of heads only. ``mean`` averages [..., E] over tokens;
-    under sequence parallelism it averages over ranks as well.
+    under sequence parallelism it averages over ranks as well. Heads are chosen, and the balance loss is computed, with
+    the softmax of each group. Gates of shared and of routed heads come from the softmax over those of the layer, or,
+    with ``gate_softmax`` group, over those of each group.
     """
     if logits.routed is None:
         if logits.shared is None:
             raise ValueError("w_shared and w_routed cannot both be None: there would be no head at all.")
-        gates = logits.shared.shape[-1] * logits.shared.softmax(-1)
+        gates = _scaled_softmax(logits.shared, logits.shared.shape[-1], groups if gate_softmax == "group" else 1)
         return Routing(gates, torch.ones_like(gates, dtype=torch.bool), gates.new_zeros(()))
     if logits.alpha is None and logits.shared is not None:
         raise ValueError("w_alpha must be given where w_shared and w_routed are. Got None.")
-    _check_top_k(top_k, logits.routed.shape[-1])
+    _check_top_k(top_k, logits.routed.shape[-1], groups)
 
-    probability = logits.routed.softmax(-1)
-    chosen = top_k_mask(logits.routed if bias is None else logits.routed + bias, top_k)
+    gate_groups = groups if gate_softmax == "group" else 1
+    probability = in_groups(logits.routed, groups).softmax(-1).flatten(-2)
+    chosen = choose(logits.routed if bias is None else logits.routed + bias, top_k, groups)
     if gating == "normalized":
-        gates = top_k * logits.routed.masked_fill(~chosen, -torch.inf).softmax(-1)
+        gates = _scaled_softmax(logits.routed.masked_fill(~chosen, -torch.inf), top_k, gate_groups)
     else:
-        gates = probability * chosen
+        gates = (probability if gate_groups == groups else logits.routed.softmax(-1)) * chosen
     active = chosen
     if logits.alpha is not None:
         alpha = logits.alpha.softmax(-1)
         alpha = 2 * alpha if gating == "normalized" else alpha
         shared = torch.ones_like(alpha[..., :1])
         if logits.shared is not None:
-            scale = logits.shared.shape[-1] if gating == "normalized" else 1
-            shared = scale * logits.shared.softmax(-1)
+            scale = logits.shared.shape[-1] if gating == "normalized" else gate_groups
+            shared = _scaled_softmax(logits.shared, scale, gate_groups)
         gates = torch.cat([alpha[..., :1] * shared, alpha[..., 1:] * gates], -1)
         active = torch.cat([torch.ones_like(shared, dtype=torch.bool), chosen], -1)
-    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
+    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance, groups))
+
+
+def choose(scores: Tensor, top_k: int, groups: int) -> Tensor:
+    """Scores [..., E] -> bool [..., E], true at the top_k / G largest of each group."""
+    return top_k_mask(in_groups(scores, groups), top_k // groups).flatten(-2)
+
+
+def _scaled_softmax(logits: Tensor, scale: int, groups: int) -> Tensor:
+    """The softmax over each of ``groups`` parts of the last dimension, times ``scale`` / ``groups``."""
+    return scale // groups * in_groups(logits, groups).softmax(-1).flatten(-2)
 
 
 def routed_heads(heads: int, shared_heads: int | Sequence[int] | Tensor) -> list[int]:
@@ -179,7 +236,10 @@ def query_norms(q: Tensor) -> Tensor:
 
 
 def norm_scores(norms: Tensor) -> Tensor:
-    """Norms [..., E] of the routed heads over their unbiased deviation; 0 if the deviation is nearly 0 or E is 1."""
+    """Norms [..., E] of routed heads over their unbiased deviation; 0 if the deviation is nearly 0 or E is 1.
+
+    With routing groups the norms are [..., G, E / G]: each group has a deviation of its own.
+    """
     deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
     flat = deviation <= _SMALLEST_DEVIATION
     return norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)
@@ -193,28 +253,35 @@ def choose_by_norm(
     balance: BalanceForm,
     bias: Tensor | None = None,
     mean: Callable[[Tensor], Tensor] = token_mean,
+    groups: int = 1,
 ) -> Routing:
     """``query_norm_routing`` from the norms [..., N] of all heads, for training: does not check that they are finite.
 
-    ``bias`` [E] is added to the scores (``norm_scores``) for the selection of heads only.
+    ``bias`` [E] is added to the scores (``norm_scores``) for the selection of heads only. ``shared_heads`` as a count
+    are the first ones of all heads, whatever ``groups``.
     """
     routed = routed_heads(norms.shape[-1], shared_heads)
-    _check_top_k(top_k, len(routed))
+    _check_top_k(top_k, len(routed), groups)
     index = torch.tensor(routed, device=norms.device)
     routed_norms = norms.index_select(-1, index)
-    scores = norm_scores(routed_norms)
-    probability = scores.softmax(-1)
+    scores = norm_scores(in_groups(routed_norms, groups))
+    probability, scores = scores.softmax(-1).flatten(-2), scores.flatten(-2)
     # Without a bias the norms themselves are ranked: dividing them could round two of them to the same score.
-    chosen = top_k_mask(routed_norms if bias is None else scores + bias, top_k)
+    chosen = choose(routed_norms if bias is None else scores + bias, top_k, groups)
     # The gate is exactly 0 or 1 forward, and its gradient that of the score (straight-through, eq. 9-10).
     quantised = chosen.to(probability.dtype) + (probability - probability.detach())
     gates = torch.ones_like(norms).index_copy(-1, index, quantised)
     active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, index, chosen)
-    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance))
+    return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance, groups))
 
 
 def query_norm_routing(
-    q: Tensor, *, shared_heads: int | Sequence[int] | Tensor, top_k: int, balance: BalanceForm = "scaled"
+    q: Tensor,
+    *,
+    shared_heads: int | Sequence[int] | Tensor,
+    top_k: int,
+    balance: BalanceForm = "scaled",
+    routing_groups: int = 1,
 ) -> Routing:
     """Routing by the norm of each head's query, for continue-tuning (paper, section 3.3 and eq. 9-10).
 
@@ -224,12 +291,30 @@ def query_norm_routing(
     straight-through gradient. With the outputs of all heads every gate gets this gradient; with those of the active
     heads (zero elsewhere, as ``sparse_attention`` returns them) a skipped head's gate gets none.
 
+    With ``routing_groups`` G > 1, heads, ranks, deviation and softmax are those of each group; ``shared_heads`` as a
+    count n are the first n / G heads of each group, as a list as many in each. ``top_k`` counts all groups' heads.
+
     Raises:
-        ValueError: top_k or shared_heads is out of range, or queries are not finite.
+        ValueError: top_k or shared_heads is out of range, the heads do not divide evenly over the groups, or queries
+            are not finite.
     """
     _check_form("balance", balance, get_args(BalanceForm))
     if q.dim() < 2 or not q.is_floating_point():
         raise ValueError(f"q must be floating-point numbers [..., N, H]. Got {q.dtype} {list(q.shape)}.")
     _check_finite("q", q)
     norms = query_norms(q)
-    return choose_by_norm(norms, shared_heads=shared_heads, top_k=top_k, balance=balance)
+    shared_heads = _shared_in_groups(q.shape[-2], shared_heads, routing_groups)
+    return choose_by_norm(norms, shared_heads=shared_heads, top_k=top_k, balance=balance, groups=routing_groups)
+
+
+def _shared_in_groups(heads: int, shared_heads: int | Sequence[int] | Tensor, groups: int) -> list[int]:
+    """The shared heads as a list; a count means the first heads of each group."""
+    routed = routed_heads(heads, shared_heads)
+    _check_groups(groups, heads=heads, **{"shared heads": heads - len(routed)})
+    width = heads // groups
+    if isinstance(shared_heads, int):
+        return [head for head in range(heads) if head % width < shared_heads // groups]
+    shared = sorted(set(range(heads)) - set(routed))
+    if len({sum(head // width == group for head in shared) for group in range(groups)}) > 1:
+        raise ValueError(f"shared_heads must be as many in each of the {groups} routing groups. Got {shared}.")
+    return shared

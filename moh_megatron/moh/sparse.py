@@ -15,6 +15,7 @@ from moh_megatron.moh.backends.cpu import CpuKernel, kernel_library, serves
 from moh_megatron.moh.backends.dense import masked_attention
 from moh_megatron.moh.backends.gathered import GatheredKernel
 from moh_megatron.moh.backends.ragged_function import Kernel, ragged_attention
+from moh_megatron.moh.backends.slots import slot_attention, slots_in_each_group
 
 
 def _triton_kernel() -> Kernel:
@@ -28,7 +29,7 @@ _KERNELS: dict[Backend, Callable[[], Kernel]] = {
     "cpu": CpuKernel,
     "triton": _triton_kernel,
 }
-_BACKENDS = ("dense", *_KERNELS)
+_BACKENDS = ("dense", "slots", *_KERNELS)
 
 
 def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -90,6 +91,14 @@ def _mean_document_length(cu_seqlens: Tensor) -> int:
     return round(float(lengths.square().sum() / lengths.sum().clamp_min(1)))
 
 
+def backend_for(q: Tensor, share: float, *, even: bool, cu_seqlens: Tensor | None) -> Backend:
+    """The backend that ``auto`` means for queries [S, B, N, H]; arguments as in ``choose_backend``."""
+    # On a GPU the choice does not depend on the length, and measuring it would wait for the device.
+    measured = cu_seqlens is not None and q.device.type == "cpu"
+    length = _mean_document_length(cu_seqlens) if measured else q.shape[0]  # type: ignore[arg-type]
+    return choose_backend(length=length, share=share, dtype=q.dtype, device=q.device, even=even)
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -98,7 +107,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: Literal["auto", "dense", "gathered", "cpu", "triton"] = "auto",
+    backend: Literal["auto", "dense", "slots", "gathered", "cpu", "triton"] = "auto",
 ) -> Tensor:
     """Causal softmax attention, computed only where ``active``, by the backend that is asked for or fastest.
 
@@ -108,9 +117,10 @@ def sparse_attention(
         active: bool [S, B, N], the heads each token uses.
         scale: factor of the scores; None means 1 / sqrt(H).
         cu_seqlens: int32 [documents + 1], requires B = 1: attention stays inside each packed document.
-        backend: ``dense`` computes every head and zeroes the inactive ones; ``gathered`` (PyTorch, any device), ``cpu``
-            (C++, one thread; replaced by ``gathered`` where it cannot be compiled) and ``triton`` (CUDA) skip inactive
-            pairs; ``auto`` uses the fastest one measured for the shape.
+        backend: ``dense`` computes every head and zeroes the inactive ones; ``slots`` (any device) gives the active
+            heads alone to the kernel of ``dense``, where every token has the same number of them in every KV group;
+            ``gathered`` (PyTorch, any device), ``cpu`` (C++, one thread; replaced by ``gathered`` where it cannot be
+            compiled) and ``triton`` (CUDA) skip inactive pairs; ``auto`` uses the fastest one measured for the shape.
 
     Returns:
         [S, B, N, H], zero where inactive. Gradients of q, k and v are exact; a skipped head has none.
@@ -119,13 +129,24 @@ def sparse_attention(
         ValueError: shapes or types do not agree, or the backend cannot compute with these tensors.
     """
     _check(q, k, v, active, cu_seqlens)
+    slots = None
     if backend == "auto":
         # Counting would synchronise a GPU, for which the choice does not depend on the share.
-        share = int(active.count_nonzero()) / max(active.numel(), 1) if q.device.type == "cpu" else 1.0
-        length = q.shape[0] if cu_seqlens is None else _mean_document_length(cu_seqlens)
-        backend = choose_backend(length=length, share=share, dtype=q.dtype, device=q.device)
+        share = 1.0
+        if q.device.type == "cpu":
+            share = int(active.count_nonzero()) / max(active.numel(), 1)
+            slots = slots_in_each_group(active, k.shape[2])
+        backend = backend_for(q, share, even=slots is not None, cu_seqlens=cu_seqlens)
     else:
         _require(backend, q)
+    if backend == "slots":
+        slots = slots_in_each_group(active, k.shape[2]) if slots is None else slots
+        if slots is None:
+            raise ValueError(
+                f"backend 'slots' needs the same number of active heads in each of the {k.shape[2]} KV groups of every "
+                f"token. Got numbers that differ; use 'auto' or 'gathered'."
+            )
+        return slot_attention(q, k, v, active, slots=slots, scale=scale, cu_seqlens=cu_seqlens)
     if backend == "cpu" and kernel_library() is None:
         backend = "gathered"  # kernel_library has warned once
     if backend == "dense":

@@ -61,7 +61,9 @@ def head_figures(
     for heads, k, shares in zip(layers, top_k, load.tolist(), strict=True):
         routed = [shares[head] for head in heads.routed]
         relative.append([share * len(routed) / k for share in routed])
-        entropy.append(_evenness(routed))
+        width = len(routed) // heads.groups
+        in_groups = [routed[group * width : (group + 1) * width] for group in range(heads.groups)]
+        entropy.append(math.fsum(map(_evenness, in_groups)) / heads.groups)
         work = [sum(shares[head] for head in local) for local in ranks]
         imbalance.append(max(work) * len(work) / sum(work) if sum(work) else 1.0)
     return HeadFigures(load, relative, [heads.routed for heads in layers], entropy, imbalance)
@@ -82,7 +84,7 @@ def balance_excess(balance: float, layers: Sequence[LayerHeads], top_k: Sequence
     """
     even, collapsed = 0.0, 0.0
     for heads, k in zip(layers, top_k, strict=True):
-        routed = len(heads.routed)
+        routed, k = len(heads.routed) // heads.groups, k // heads.groups
         if routed:
             even += k if form == "scaled" else k / routed
             collapsed += routed if form == "scaled" else 1.0

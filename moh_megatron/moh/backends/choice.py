@@ -37,7 +37,7 @@ import torch
 
 from moh_megatron.moh.backends import cpu
 
-Backend = Literal["dense", "gathered", "cpu", "triton"]
+Backend = Literal["dense", "slots", "gathered", "cpu", "triton"]
 
 _PAYS: dict[Backend, tuple[tuple[int, float], ...]] = {
     "cpu": ((256, 0.6), (512, 0.9)),
@@ -50,10 +50,16 @@ def _pays(backend: Backend, length: int, share: float) -> bool:
     return any(length >= shortest and share <= largest for shortest, largest in _PAYS[backend])
 
 
-def choose_backend(*, length: int, share: float, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The fastest backend for documents of ``length`` of which ``share`` of the (token, head) pairs are active."""
+def choose_backend(
+    *, length: int, share: float, dtype: torch.dtype, device: torch.device, even: bool = False
+) -> Backend:
+    """The fastest backend for documents of ``length`` of which ``share`` of the (token, head) pairs are active.
+
+    ``even``: every token has the same number of active heads in every KV group.
+    """
+    without_lists: Backend = "slots" if even and share < 1 else "dense"
     if device.type != "cpu" or torch.get_num_threads() > 1:
-        return "dense"
+        return without_lists
     if _pays("cpu", length, share) and cpu.available(dtype, device):
         return "cpu"
-    return "gathered" if _pays("gathered", length, share) else "dense"
+    return "gathered" if without_lists == "dense" and _pays("gathered", length, share) else without_lists
