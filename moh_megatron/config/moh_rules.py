@@ -112,8 +112,8 @@ def _groups(config: Config) -> Iterator[Violation]:
         yield Violation(
             "moh.routing_groups",
             f"moh.routing_groups: kv needs several query heads in each KV group: model.num_query_groups must be a "
-            f"divisor of model.num_attention_heads ({heads}) below it{_listed(divisors[-1:])}. Got {groups} groups of one "
-            f"head; or leave moh.routing_groups at 1.",
+            f"divisor of model.num_attention_heads ({heads}) below it{_listed(divisors[-1:])}. Got {groups} groups of "
+            f"one head; or leave moh.routing_groups at 1.",
         )
         return
     assert moh.shared_heads is not None

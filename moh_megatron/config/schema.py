@@ -137,9 +137,9 @@ class MoHConfig:
     """The number of training sequences that shared_placement: calibrated measures on. It takes one pass over them for
     every head *(ours)*."""
     routing_groups: Literal[1, "kv"] = 1
-    """Where heads compete. 1: a token chooses among all heads of a layer, as in the paper. kv: it chooses the same number
-    of heads in each KV group; attention kernels for grouped-query attention then compute the chosen heads alone, and
-    every rank does the same work *(ours; arXiv 2606.20945)*."""
+    """Where heads compete. 1: a token chooses among all heads of a layer, as in the paper. kv: it chooses equally many
+    heads in each KV group; attention kernels for grouped-query attention then compute the chosen heads alone, and every
+    rank does the same work *(ours; arXiv 2606.20945)*."""
     gate_softmax: Literal["layer", "group"] = "layer"
     """The heads that the learned router's gates share their weight among, with routing_groups: kv. layer: all chosen
     heads of the layer, as without groups. group: those of one KV group; with one routed head a group its gate is then
@@ -170,8 +170,8 @@ class MoHConfig:
     """Whether the weights of the learned router stay as they are *(ours)*."""
     backend: Literal["auto", "dense", "slots", "gathered", "cpu", "triton"] = "auto"
     """How attention is computed. dense computes every head and zeroes the inactive ones. slots, with routing_groups:
-    kv, gives the chosen heads alone to PyTorch's own attention, on any device. gathered (PyTorch, any device), cpu (C++,
-    one thread) and triton (CUDA) skip inactive heads, too. auto uses the fastest one measured for a layer's share of
+    kv, gives the chosen heads alone to PyTorch's own attention, on any device. gathered (PyTorch, any device), cpu
+    (C++, one thread) and triton (CUDA) skip inactive heads, too. auto uses the fastest one measured for a layer's share of
     active heads, the length and the device; on a GPU, and with several threads (one rank on a machine of several
     cores), that is slots with routing_groups: kv, else dense, because the others were not measured there."""
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
