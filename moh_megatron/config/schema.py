@@ -171,9 +171,9 @@ class MoHConfig:
     backend: Literal["auto", "dense", "slots", "gathered", "cpu", "triton"] = "auto"
     """How attention is computed. dense computes every head and zeroes the inactive ones. slots, with routing_groups:
     kv, gives the chosen heads alone to PyTorch's own attention, on any device. gathered (PyTorch, any device), cpu
-    (C++, one thread) and triton (CUDA) skip inactive heads, too. auto uses the fastest one measured for a layer's share of
-    active heads, the length and the device; on a GPU, and with several threads (one rank on a machine of several
-    cores), that is slots with routing_groups: kv, else dense, because the others were not measured there."""
+    (C++, one thread) and triton (CUDA) skip inactive heads, too. auto uses the fastest one measured for a layer's
+    share of active heads, the length and the device; on a GPU, and with several threads (one rank on a machine of
+    several cores), that is slots with routing_groups: kv, else dense, because the others were not measured there."""
     head_layout: Literal["interleaved", "contiguous"] = "interleaved"
     """How KV groups are placed on tensor-parallel ranks. interleaved gives each rank its share of the shared heads;
     contiguous keeps the order of the heads."""

@@ -72,6 +72,13 @@ def test_four_micro_batches_have_the_gradient_of_one(results: Results) -> None:
         assert difference(four["gradients"][name], gradient) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("grouped")])
+def test_every_token_uses_the_same_number_of_heads_in_each_group(results: Results, case: str) -> None:
+    for number, active in enumerate(results[0][case, "tp1"]["active"]):
+        counts = active.unflatten(-1, (4, 4)).sum(-1)
+        assert (counts == (2 if case == "grouped_lists" and number == 0 else 3)).all()
+
+
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
 def test_replicated_gradients_agree_on_all_ranks(results: Results, layout: str) -> None:
     for case in CASES:
@@ -88,9 +95,12 @@ def test_replicated_gradients_agree_on_all_ranks(results: Results, layout: str) 
         ("selective_recompute", "learned"),
         ("documents_full_recompute", "documents"),
         ("documents_dense_recompute", "documents_dense"),
+        ("grouped_selective_recompute", "grouped"),
+        ("grouped_full_recompute", "grouped"),
+        ("grouped_slots", "grouped"),
     ],
 )
-def test_recomputation_changes_nothing(results: Results, case: str, reference: str) -> None:
+def test_recomputation_and_the_name_of_the_backend_change_nothing(results: Results, case: str, reference: str) -> None:
     plain, recomputed = results[0][reference, "tp1"], results[0][case, "tp1"]
     assert torch.equal(plain["loss"], recomputed["loss"])
     for name, gradient in plain["gradients"].items():
@@ -104,6 +114,10 @@ def test_recomputation_changes_nothing(results: Results, case: str, reference: s
         ("cpu", "learned"),
         ("cpu_query_norm", "query_norm"),
         ("documents_cpu", "documents"),
+        ("grouped", "grouped_dense"),
+        ("grouped_cpu", "grouped_dense"),
+        ("grouped_query_norm", "grouped_query_norm_dense"),
+        ("grouped_documents", "grouped_documents_dense"),
     ],
 )
 def test_backends_agree_with_dense(results: Results, case: str, reference: str) -> None:

@@ -38,6 +38,20 @@ CASES = [
     "documents_query_norm",
     "documents_cpu",
     "documents_full_recompute",
+    "grouped",
+    "grouped_dense",
+    "grouped_cpu",
+    "grouped_slots",
+    "grouped_softmax",
+    "grouped_lists",
+    "grouped_bias",
+    "grouped_query_norm",
+    "grouped_query_norm_dense",
+    "grouped_straight_through_all",
+    "grouped_selective_recompute",
+    "grouped_full_recompute",
+    "grouped_documents",
+    "grouped_documents_dense",
 ]
 """The cases of workers/layouts.py."""
 DOUBLE = [
@@ -55,6 +69,14 @@ DOUBLE = [
     "documents",
     "documents_query_norm",
     "full_recompute",
+    "grouped",
+    "grouped_softmax",
+    "grouped_lists",
+    "grouped_bias",
+    "grouped_query_norm",
+    "grouped_straight_through_all",
+    "grouped_documents",
+    "grouped_full_recompute",
 ]
 """The cases that also run in float64, which distinguishes a wrong formula from rounding."""
 

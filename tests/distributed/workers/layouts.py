@@ -15,6 +15,14 @@ from moh_megatron.model.build import moh_layers
 from moh_megatron.moh.balancing import update_biases
 from moh_megatron.parallel import groups
 
+
+def grouped(moh: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A case of four heads in each of four KV groups, of which a token uses a shared one and two others."""
+    heads = {"shared_heads": 4, "shared_placement": "spread", "active_heads": 12, "routing_groups": "kv"}
+    return {"model": {"num_attention_heads": 16}, "moh": heads | (moh or {}), **sections}
+
+
+_LISTS = {"shared_heads": [[1, 4, 11, 14], []], "shared_placement": "first", "active_heads": [8, 12]}
 CASES = {
     "dense": {"moh": {"enabled": False}},
     "learned": {},
@@ -50,6 +58,20 @@ CASES = {
     "documents_query_norm": {"data": {"document_mask": True}, "moh": {"router": "query_norm"}},
     "documents_cpu": {"data": {"document_mask": True}, "moh": {"backend": "cpu"}, "train": {"recompute": "selective"}},
     "documents_full_recompute": {"data": {"document_mask": True}, "train": {"recompute": "full"}},
+    "grouped": grouped(),
+    "grouped_dense": grouped({"backend": "dense"}),
+    "grouped_cpu": grouped({"backend": "cpu"}),
+    "grouped_slots": grouped({"backend": "slots"}),
+    "grouped_softmax": grouped({"gate_softmax": "group", "gating": "paper", "z_loss_coefficient": 0.1}),
+    "grouped_lists": grouped(_LISTS),
+    "grouped_bias": grouped({"balancing": "bias", "bias_update_rate": 0.05}),
+    "grouped_query_norm": grouped({"router": "query_norm"}),
+    "grouped_query_norm_dense": grouped({"router": "query_norm", "backend": "dense"}),
+    "grouped_straight_through_all": grouped({"router": "query_norm", "straight_through": "all"}),
+    "grouped_selective_recompute": grouped(train={"recompute": "selective"}),
+    "grouped_full_recompute": grouped(train={"recompute": "full"}),
+    "grouped_documents": grouped(data={"document_mask": True}),
+    "grouped_documents_dense": grouped({"backend": "dense"}, data={"document_mask": True}),
 }
 ACCUMULATION: dict[str, Any] = {"accumulation": {}, "task_accumulation": {"balance_coefficient": 0.0}}
 """One step of four sequences, in one micro-batch and in four."""

@@ -12,6 +12,7 @@ from moh_megatron.config.load import config_from_mapping
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import build_model, moh_layers, position_ids, token_losses
 from moh_megatron.model.packing import document_ends, document_positions
+from moh_megatron.moh.routing import in_groups
 from moh_megatron.parallel import groups
 from moh_megatron.parallel.gradients import gather_last_dimension
 
@@ -73,7 +74,8 @@ def _margin(router: Any, x: torch.Tensor, q: torch.Tensor) -> float:
     scores = router.selection_scores(x, q)
     if scores is None or router.top_k == scores.shape[-1]:
         return 1.0
-    ordered, k = scores.sort(dim=-1, descending=True).values, router.top_k
+    ordered = in_groups(scores, router.heads.groups).sort(dim=-1, descending=True).values
+    k = router.top_k // router.heads.groups
     return float((ordered[..., k - 1] - ordered[..., k]).min())
 
 
