@@ -141,7 +141,7 @@ def _groups(config: Config) -> Iterator[Violation]:
     per_layer = isinstance(moh.active_heads, tuple)
     active = active_counts(moh.active_heads, heads, config.model.num_layers)
     for index, count in enumerate(active if per_layer else active[:1]):
-        least = counts[index] // groups * groups + groups
+        least = min(counts[index] // groups * groups + groups, heads)
         yield from _divided(f"moh.active_heads{f'[{index}]' if per_layer else ''}", count, groups, least, heads)
 
 

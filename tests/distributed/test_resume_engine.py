@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 FP32 = [(tensor, stage, "fp32") for tensor in (1, 2) for stage in (0, 1, 2, 3)]
 OTHER_SETTINGS = [
     *(f"offload_zero{stage}{precision}" for precision in ("", "_bf16") for stage in (1, 2, 3)),
-    *("bias", "sequence", "sequence_zero3_bf16"),
+    *("bias", "sequence", "sequence_zero3_bf16", "grouped", "grouped_zero3_bf16"),
 ]
 BF16 = [(tensor, stage, "bf16") for tensor in (1, 2) for stage in (1, 2, 3)]
 
@@ -36,23 +36,24 @@ def test_other_settings_resume_bit_for_bit(results: list[dict[str, Any]], case: 
 
 
 @pytest.mark.parametrize(
-    ("precision", "loss_tolerance", "norm_tolerance"), [("fp32", 1e-5, 1e-4), ("bf16", 1e-2, 2e-2)]
+    ("case", "loss_tolerance", "norm_tolerance"),
+    [("fp32", 1e-5, 1e-4), ("bf16", 1e-2, 2e-2), ("fp32_grouped", 1e-5, 1e-4)],
 )
 def test_other_topologies_resume_up_to_rounding(
-    results: list[dict[str, Any]], precision: str, loss_tolerance: float, norm_tolerance: float
+    results: list[dict[str, Any]], case: str, loss_tolerance: float, norm_tolerance: float
 ) -> None:
     """TP 2 DP 1 -> TP 1 DP 2 and back through every ZeRO stage; each starts from the checkpoint of the one before."""
-    curves = results[0]["chain"][precision]
+    curves = results[0]["chain"][case]
     assert len(curves["continued"]) == len(curves["changing"]) == 12
     for (loss, norm), (expected_loss, expected_norm) in zip(curves["changing"], curves["continued"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=loss_tolerance)
         assert norm == pytest.approx(expected_norm, rel=norm_tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resharding_changes_no_bit(results: list[dict[str, Any]], precision: str) -> None:
+@pytest.mark.parametrize("case", ["fp32", "bf16", "fp32_grouped"])
+def test_resharding_changes_no_bit(results: list[dict[str, Any]], case: str) -> None:
     """Compare weights, Adam's moments, and the fp32 master weights of bf16 ones."""
-    assert [rank["chain"][precision]["changed"] for rank in results] == [[], []]
+    assert [rank["chain"][case]["changed"] for rank in results] == [[], []]
 
 
 @pytest.mark.parametrize("way", ["sequence", "offload", "recompute", "deepspeed"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from support.layouts import GROUPED
+
 STEPS = 6
 STAGES = (0, 1, 2, 3)
 
@@ -36,15 +38,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "full_recompute": {"train": {"recompute": "full"}},
     "selective_recompute": {"train": {"recompute": "selective"}},
     "tied": {"model": {"tie_word_embeddings": True}},
+    "grouped": GROUPED,
 }
-REFERENCES = ("adam", "sgd", "tied")
+REFERENCES = ("adam", "sgd", "tied", "grouped")
 """Variants with a plain loop, which the other variants are compared with, too."""
 _IN_ALL_LAYOUTS = ("adam", "sgd", "bf16")
 # Variants that hardly depend on the layout run in three: data parallelism, tensor parallelism, and both.
 _IN_SOME_LAYOUTS = {
-    "dp2": ("sgd_bf16", "offload", "offload_bf16", "tied"),
-    "tp2_sp": ("sgd_bf16", "full_recompute", "selective_recompute", "tied"),
-    "dp2_tp2": ("sgd_bf16", "offload", "full_recompute", "tied"),
+    "dp2": ("sgd_bf16", "offload", "offload_bf16", "tied", "grouped"),
+    "tp2_sp": ("sgd_bf16", "full_recompute", "selective_recompute", "tied", "grouped"),
+    "dp2_tp2": ("sgd_bf16", "offload", "full_recompute", "tied", "grouped"),
 }
 _HIGHEST_STAGE_ONLY = {"full_recompute", "selective_recompute", "tied"}
 """Variants that only stage 3, which acts in the forward pass, may change."""

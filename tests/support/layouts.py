@@ -10,6 +10,11 @@ from torch import Tensor
 from moh_megatron.checkpoint.mapping import merge_shards
 
 TOLERANCE = 1e-5
+GROUPED: dict[str, dict[str, Any]] = {
+    "model": {"num_attention_heads": 16},
+    "moh": {"shared_heads": 4, "shared_placement": "spread", "active_heads": 12, "routing_groups": "kv"},
+}
+"""Changes of the tiny configuration: in each of four KV groups of four heads, one is shared and two of three chosen."""
 CASES = [
     "dense",
     "learned",

@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
-from support.layouts import DOUBLE
+from support.layouts import DOUBLE, GROUPED
 
 from moh_megatron.config.schema import Config
 from moh_megatron.model.build import moh_layers
@@ -17,9 +17,8 @@ from moh_megatron.parallel import groups
 
 
 def grouped(moh: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A case of four heads in each of four KV groups, of which a token uses a shared one and two others."""
-    heads = {"shared_heads": 4, "shared_placement": "spread", "active_heads": 12, "routing_groups": "kv"}
-    return {"model": {"num_attention_heads": 16}, "moh": heads | (moh or {}), **sections}
+    """A case with heads chosen in KV groups, and the given changes."""
+    return {**GROUPED, "moh": GROUPED["moh"] | (moh or {}), **sections}
 
 
 _LISTS = {"shared_heads": [[1, 4, 11, 14], []], "shared_placement": "first", "active_heads": [8, 12]}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoints import config_of, differing, save, start_engine, train
+from support.layouts import GROUPED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moh_megatron.checkpoint import save as save_module
@@ -36,11 +37,15 @@ SAME_WITH: dict[str, Config] = {
     "bias": config_of(1, 1, moh={"balancing": "bias", "bias_update_rate": 0.05}),
     "sequence": config_of(2, 1, parallel={"sequence": True}),
     "sequence_zero3_bf16": config_of(2, 3, "bf16", parallel={"sequence": True}),
+    "grouped": config_of(2, 1, **GROUPED),
+    "grouped_zero3_bf16": config_of(2, 3, "bf16", **GROUPED),
 }
 CHAINS = {
     "fp32": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)],
     "bf16": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 1), (2, 2)],
+    "fp32_grouped": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)],
 }
+"""Tensor-parallel sizes and ZeRO stages; with _grouped, heads are chosen in KV groups."""
 
 
 def same_topology(root: Path) -> dict[Any, Any]:
@@ -55,23 +60,23 @@ def same_topology(root: Path) -> dict[Any, Any]:
     return curves
 
 
-def chain(root: Path, precision: str) -> dict[str, list[Any]]:
+def chain(root: Path, case: str) -> dict[str, list[Any]]:
     """Take two steps at each layout of ``CHAINS``, passing the checkpoint on, and as many steps at one layout.
 
     "changed" names the tensors that change when a checkpoint is loaded and saved again at another layout.
     """
-    layouts = CHAINS[precision]
-    config = config_of(*layouts[0], precision)
+    layouts, precision, sections = CHAINS[case], case.removesuffix("_grouped"), GROUPED if "grouped" in case else {}
+    config = config_of(*layouts[0], precision, **sections)
     continued = train(start_engine(config), config, 0, 2 * len(layouts))
     changing, changed, folder = [], [], None
     for index, layout in enumerate(layouts):
-        config = config_of(*layout, precision)
+        config = config_of(*layout, precision, **sections)
         engine = start_engine(config, folder)
         if folder is not None:
-            again = save(engine, config, root / f"again_{precision}_{index}", 2 * index)
+            again = save(engine, config, root / f"again_{case}_{index}", 2 * index)
             changed += [f"{layout}: {name}" for name in differing(folder, again)]
         changing += train(engine, config, 2 * index, 2 * index + 2)
-        folder = save(engine, config, root / f"chain_{precision}", 2 * index + 2)
+        folder = save(engine, config, root / f"chain_{case}", 2 * index + 2)
     return {"continued": continued, "changing": changing, "changed": changed}
 
 
@@ -166,7 +171,7 @@ if __name__ == "__main__":
     result = Path(sys.argv[1])
     results = {
         "same": same_topology(result.parent),
-        "chain": {precision: chain(result.parent, precision) for precision in CHAINS},
+        "chain": {case: chain(result.parent, case) for case in CHAINS},
         "ways": other_ways(result.parent),
         "imported": imported(result.parent),
         "fault": one_rank_fails(result.parent),

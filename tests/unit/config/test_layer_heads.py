@@ -124,3 +124,77 @@ def test_schedule_decreases_evenly_from_all_heads_to_the_target(count, data):
         # The numbers are as even as integers allow.
         ideal = [len(layer.routed) - (len(layer.routed) - layer.top_k) * step / steps for step in range(steps)]
         assert all(abs(got - want) < 1 for got, want in zip(course, ideal, strict=False))
+
+
+GROUPED = {
+    "model.num_query_groups": 2,
+    "moh.routing_groups": "kv",
+    "moh.shared_placement": "spread",
+    "moh.shared_heads": 2,
+    "moh.active_heads": 6,
+}
+
+
+def test_routing_groups_are_the_kv_groups(configure):
+    assert heads(configure(GROUPED)) == (LayerHeads(8, (0, 4), 6, groups=2),) * 2
+    lists = {**GROUPED, "moh.shared_placement": "first", "moh.shared_heads": [[1, 6], []], "moh.active_heads": [4, 2]}
+    assert heads(configure(lists)) == (LayerHeads(8, (1, 6), 4, groups=2), LayerHeads(8, (), 2, groups=2))
+    assert heads(configure({**GROUPED, "moh.active_heads": "50%", "moh.backend": "slots"}))[0].active == 4
+    # One KV group: the choice among all its heads is the choice among all heads, and slots can compute it.
+    one_group = {"model.num_query_groups": 1, "moh.backend": "slots"}
+    assert heads(configure(one_group))[0].groups == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.num_query_groups": None},
+         "moh.routing_groups: kv needs several query heads in each KV group: model.num_query_groups must be a divisor "
+         "of model.num_attention_heads (8) below it; nearest: 4. Got 8 groups of one head; or leave "
+         "moh.routing_groups at 1."),
+        ({"moh.shared_heads": 3},
+         "moh.shared_heads must be a multiple of the KV groups (2) from 0 to 6 with moh.routing_groups: kv. Got 3; "
+         "nearest: 2 or 4."),
+        ({"moh.active_heads": 5},
+         "moh.active_heads must be a multiple of the KV groups (2) from 4 to 8 with moh.routing_groups: kv. Got 5; "
+         "nearest: 4 or 6."),
+        ({"moh.active_heads": 3},
+         "moh.active_heads must be a multiple of the KV groups (2) from 4 to 8 with moh.routing_groups: kv. Got 3; "
+         "nearest: 4."),
+        ({"moh.active_heads": [6, 7]},
+         "moh.active_heads[1] must be a multiple of the KV groups (2) from 4 to 8 with moh.routing_groups: kv. Got 7; "
+         "nearest: 6 or 8."),
+        ({"moh.shared_heads": 8, "moh.active_heads": 8},
+         "moh.shared_heads must be a multiple of the KV groups (2) from 0 to 6 with moh.routing_groups: kv. Got 8; "
+         "nearest: 6."),
+        ({"moh.shared_placement": "first"},
+         "moh.shared_placement must be spread or calibrated with moh.routing_groups: kv, which shares equally many "
+         "heads in each KV group. Got first."),
+        ({"moh.shared_placement": "first", "moh.shared_heads": [[0, 4], [0, 1]]},
+         "moh.shared_heads[1] must have equally many heads in each of the 2 KV groups of 4 heads with "
+         "moh.routing_groups: kv. Got 2, 0 of them in [0, 1]."),
+        ({"moh.routing_groups": 1, "moh.backend": "slots"},
+         "moh.backend: slots needs equally many active heads in every KV group, by moh.routing_groups: kv. Got 1 with "
+         "2 KV groups."),
+        ({"moh.routing_groups": 1, "moh.gate_softmax": "group"},
+         "moh.gate_softmax: group needs moh.routing_groups: kv and moh.router: learned. Got 1 and learned."),
+        ({"moh.router": "query_norm", "moh.gate_softmax": "group"},
+         "moh.gate_softmax: group needs moh.routing_groups: kv and moh.router: learned. Got kv and query_norm."),
+    ],
+)  # fmt: skip
+def test_heads_that_do_not_divide_over_the_groups_are_reported(configure, changes, message):
+    with pytest.raises(UserError) as caught:
+        configure({**GROUPED, **changes})
+    assert str(caught.value).removeprefix("test: ") == message
+
+
+@given(st.integers(1, 4), st.integers(2, 8), st.data())
+def test_schedule_takes_one_head_of_each_group_at_a_time(groups, width, data):
+    shared = data.draw(st.integers(0, width - 1))
+    active = data.draw(st.integers(shared + 1, width))
+    steps = data.draw(st.integers(1, 50))
+    places = tuple(group * width + slot for group in range(groups) for slot in range(shared))
+    layer = LayerHeads(groups * width, places, groups * active, groups)
+    one_group = LayerHeads(width, tuple(range(shared)), active)
+    for step in range(steps + 3):
+        assert layer.top_k_at(step, steps) == groups * one_group.top_k_at(step, steps)

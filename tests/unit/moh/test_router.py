@@ -186,3 +186,63 @@ def test_straight_through_gradient_of_all_heads_equals_autograd() -> None:
     sparse = sparse_attention(q, k, v, routing.active, backend="gathered") * routing.gates.unsqueeze(-1)
     assert_close(sparse, full)
     assert not torch.allclose(torch.autograd.grad((sparse * probe).sum(), q)[0], expected)
+
+
+GROUPED = LayerHeads(HEADS, (1, 6), 6, groups=2)
+"""One shared head and two of three routed ones in each of two groups of four."""
+
+
+def test_learned_router_chooses_in_each_group() -> None:
+    router, (x, q) = make(GROUPED), inputs()
+    routing = router(x, q)
+    pure = learned_routing(x, router.w_shared, router.w_routed, router.w_alpha, top_k=4, routing_groups=2)
+    first_shared = [1, 0, 2, 3, 6, 4, 5, 7]  # the pure function's shared heads are the first of each group
+    assert torch.equal(routing.gates[..., first_shared], pure.gates)
+    assert torch.equal(routing.active[..., first_shared], pure.active)
+    assert torch.equal(routing.balance_loss, pure.balance_loss)
+
+
+def test_query_norm_router_chooses_in_each_group() -> None:
+    router, (x, q) = make(GROUPED, router="query_norm"), inputs()
+    order = HeadLayout(HEADS, 4).head_order
+    routing = router(x, q[..., list(order), :])
+    pure = query_norm_routing(q, shared_heads=[1, 6], top_k=4, routing_groups=2)
+    assert all(torch.equal(a, b) for a, b in zip(routing, pure, strict=True))
+
+
+def test_biases_move_towards_the_mean_of_their_group() -> None:
+    router = make(GROUPED, balancing="bias")
+    # The first group's routed heads 0, 2, 3 have a mean of 4, the second's 4, 5, 7 of 6.
+    router.update_bias(torch.tensor([3.0, 99, 4, 5, 5, 6, 99, 7]))
+    assert router.bias_steps.tolist() == [1, 0, -1, 1, 0, -1]
+
+
+@pytest.mark.parametrize("kind", ["learned", "query_norm"])
+def test_bias_of_a_group_changes_the_selection_in_this_group_only(kind: str) -> None:
+    router, (x, q) = make(GROUPED, router=kind, balancing="bias", bias_update_rate=0.5), inputs()
+    before = router(x, q).active
+    router.bias_steps.copy_(torch.tensor([0, 0, 0, 40, 0, -40]))
+    after = router(x, q).active
+    assert torch.equal(before[..., :4], after[..., :4])
+    assert after[..., 4].all()
+    assert not after[..., 7].any()
+
+
+def test_activation_schedule_of_groups_keeps_them_even() -> None:
+    router, (x, q) = make(LayerHeads(HEADS, (0, 4), 4, groups=2), activation_schedule_steps=6), inputs()
+    counts = []
+    for step in (0, 3, 6):
+        router.follow_schedule(step)
+        active = router(x, q).active.unflatten(-1, (2, 4)).sum(-1)
+        assert len(active.unique()) == 1
+        counts.append(int(active.max()))
+    assert counts == [4, 3, 2]
+    assert router.active_heads == 4
+
+
+def test_z_loss_of_groups_is_their_mean() -> None:
+    router, (x, q) = make(GROUPED, z_loss_coefficient=0.2, balance_coefficient=0.0), inputs()
+    router(x, q).gates.sum().mul(0).backward()
+    logits = F.linear(x, router.w_routed).unflatten(-1, (2, 3))
+    expected = 0.5 * 0.2 * logits.logsumexp(-1).square().mean()
+    assert_close(router.w_routed.grad, torch.autograd.grad(expected, router.w_routed)[0])
