@@ -87,6 +87,11 @@ def routing_groups(model: ModelConfig, moh: MoHConfig) -> int:
     return model.query_groups if moh.enabled and moh.routing_groups == "kv" else 1
 
 
+def even_in_kv_groups(model: ModelConfig, moh: MoHConfig) -> bool:
+    """Whether every token uses the same number of heads in every KV group, as the backend ``slots`` needs."""
+    return moh.enabled and routing_groups(model, moh) == model.query_groups
+
+
 def active_counts(active: int | Sequence[int] | str, heads: int, layers: int) -> Sequence[int]:
     """``moh.active_heads`` as a number for each layer."""
     if isinstance(active, str):

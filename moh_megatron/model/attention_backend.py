@@ -8,7 +8,7 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.layer_heads import heads_after, routing_groups
+from moh_megatron.config.layer_heads import even_in_kv_groups, heads_after
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
@@ -16,8 +16,10 @@ from moh_megatron.moh.backends.choice import choose_backend
 from moh_megatron.moh.sparse import refusal
 
 
-def attention_backends(config: Config, device: torch.device, step: int | None = None) -> list[list[str]]:
-    """The backend of each layer on each tensor-parallel rank, for one document as long as a sequence.
+def attention_backends(
+    config: Config, device: torch.device, step: int | None = None, *, length: int | None = None
+) -> list[list[str]]:
+    """The backend of each layer on each tensor-parallel rank, for documents of ``length``; None: as long as a sequence.
 
     ``auto`` is resolved for the shares of active heads expected after ``step`` steps of the activation schedule; None
     means when the schedule has ended.
@@ -26,7 +28,8 @@ def attention_backends(config: Config, device: torch.device, step: int | None = 
     if moh.fixed_backend is not None:
         return [[moh.fixed_backend] * tensor] * model.num_layers
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
-    length, dtype = config.train.sequence_length, DTYPES[config.train.precision]
+    length, dtype = length or config.train.sequence_length, DTYPES[config.train.precision]
+    even = even_in_kv_groups(model, moh)
     return [
         [
             choose_backend(
@@ -34,7 +37,7 @@ def attention_backends(config: Config, device: torch.device, step: int | None = 
                 share=load * tensor / heads.count,
                 dtype=dtype,
                 device=device,
-                even=heads.groups == layout.groups,
+                even=even,
             )
             for load in layout.expected_load(heads.shared, heads.active, tensor)
         ]
@@ -49,13 +52,14 @@ def attention_backend(config: Config, device: torch.device) -> str:
     """
     if config.moh.fixed_backend is not None:
         return config.moh.fixed_backend
-    backends = sorted({backend for layer in attention_backends(config, device) for backend in layer})
-    named = " or ".join(backends) + (", by the heads of a layer and rank" if len(backends) > 1 else "")
-    skips_always = routing_groups(config.model, config.moh) == config.model.query_groups
-    otherwise = "slots" if skips_always else "dense"
-    return (
-        f"{named}, {otherwise} where documents are short" if config.data.document_mask and named != otherwise else named
-    )
+    named = _names(attention_backends(config, device))
+    short = _names(attention_backends(config, device, length=1)) if config.data.document_mask else named
+    return named if short == named else f"{named}, {short} where documents are short"
+
+
+def _names(backends: list[list[str]]) -> str:
+    distinct = sorted({backend for layer in backends for backend in layer})
+    return " or ".join(distinct) + (", by the heads of a layer and rank" if len(distinct) > 1 else "")
 
 
 def check_backend(config: Config, device: torch.device) -> None:

@@ -127,7 +127,8 @@ class MoHSelfAttention(SelfAttention):
         if self._uses_slots(q_SBnH, cu_seqlens):
             groups = k_SBgH.shape[2]
             slots = Slots(active_SBn, groups, self.router.active_heads // self.router.heads.groups)
-            out_SBsH = self._attend(attend_slots, cu_seqlens, slots.take(q_SBnH), k_SBgH, v_SBgH)
+            # As a view, the values would keep the fused projection in memory, the queries of all heads included.
+            out_SBsH = self._attend(attend_slots, cu_seqlens, slots.take(q_SBnH), k_SBgH, v_SBgH.contiguous())
             gated = slots.put(_times(out_SBsH, slots.take(gates_SBn)))
         else:
             out_SBnH = self._attend(self.attend, cu_seqlens, q_SBnH, k_SBgH, v_SBgH, active_SBn)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.layer_heads import LayerHeads, heads_after
+from moh_megatron.config.layer_heads import LayerHeads, even_in_kv_groups, heads_after
 from moh_megatron.config.parameter_count import router_weight_rows
 from moh_megatron.config.schema import Config
 
@@ -83,12 +83,13 @@ def computed_heads(config: Config, backends: Backends, step: int | None = None) 
     """For each layer, the number of heads whose attention is computed per token, over all tensor-parallel ranks.
 
     With data.document_mask the backend ``auto`` masks the heads of short documents. The lengths of documents are not
-    known here, so no head counts as skipped then.
+    known here, so no head counts as skipped then. With equally many active heads in every KV group there is nothing to
+    mask: ``slots`` skips inactive heads at every length.
     """
     model, moh, tensor = config.model, config.moh, config.parallel.tensor
     if isinstance(backends, str):
         backends = [[backends] * tensor] * model.num_layers
-    unknown = config.data.document_mask and moh.fixed_backend is None
+    unknown = config.data.document_mask and moh.fixed_backend is None and not even_in_kv_groups(model, moh)
     layout = HeadLayout(model.num_attention_heads, model.query_groups, moh.head_layout)
 
     def computed(heads: LayerHeads, layer_backends: Sequence[str]) -> float:

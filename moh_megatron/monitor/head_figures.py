@@ -28,7 +28,10 @@ class HeadFigures:
     routed: list[tuple[int, ...]]
     """For each layer, the routed heads."""
     load_entropy: list[float]
-    """For each layer, entropy of the load over the routed heads, over that of an even load; NaN without a choice."""
+    """For each layer, entropy of the load over the routed heads, over that of an even load; NaN without a choice. With
+    routing groups, the mean over them."""
+    groups: int
+    """The routing groups of consecutive heads: a token uses equally many heads in each."""
     rank_imbalance: list[float]
     """For each layer, the heads of the busiest tensor-parallel rank over the mean."""
 
@@ -66,7 +69,7 @@ def head_figures(
         entropy.append(math.fsum(map(_evenness, in_groups)) / heads.groups)
         work = [sum(shares[head] for head in local) for local in ranks]
         imbalance.append(max(work) * len(work) / sum(work) if sum(work) else 1.0)
-    return HeadFigures(load, relative, [heads.routed for heads in layers], entropy, imbalance)
+    return HeadFigures(load, relative, [heads.routed for heads in layers], entropy, layers[0].groups, imbalance)
 
 
 def _evenness(loads: Sequence[float]) -> float:
@@ -92,9 +95,15 @@ def balance_excess(balance: float, layers: Sequence[LayerHeads], top_k: Sequence
     return (balance - even) / (collapsed - even) if collapsed > even else 0.0
 
 
-def heat_map(load: Tensor) -> np.ndarray:
-    """uint8 [height, width, 1]: a row of squares per layer, the first one on top; white is no token, black is all."""
+def heat_map(load: Tensor, groups: int = 1) -> np.ndarray:
+    """uint8 [height, width, 1]: a row of squares per layer, the first one on top; white is no token, black is all.
+
+    Thick lines separate ``groups`` of consecutive heads.
+    """
     shade = (255 * (1 - load.double().clamp(0, 1).numpy())).round().astype(np.uint8)
     cells = np.kron(shade, np.ones((_CELL, _CELL), dtype=np.uint8))
     cells[::_CELL, :] = cells[:, ::_CELL] = 128
+    width = cells.shape[1] // groups
+    for line in range(width, groups * width, width):
+        cells[:, line - 1 : line + 2] = 128
     return cells[..., None]

@@ -119,7 +119,7 @@ class MetricsLogger:
 
     def head_maps(self, figures: HeadFigures, step: int) -> None:
         """Log the loads as an image, one row per layer, and the distribution of the routed heads' relative loads."""
-        self._writer.image("routing_load/layers_by_heads", heat_map(figures.load), step)
+        self._writer.image("routing_load/layers_by_heads", heat_map(figures.load, figures.groups), step)
         relative = [load for layer in figures.relative for load in layer]
         if relative:
             self._writer.histogram("routing_load/over_fair_load", relative, step)

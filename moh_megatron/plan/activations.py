@@ -71,7 +71,10 @@ class _Count:
     def _attention(self, heads: LayerHeads) -> int:
         model, train, tensor = self.config.model, self.config.train, self.config.parallel.tensor
         size, own, groups = model.head_dim, heads.count // tensor, model.query_groups // tensor
+        angles = 4 * self.element * size * train.sequence_length
         output = self.element * own * size
+        if self.backend == "slots":
+            return self.tokens * (self._slots(heads) + output) + angles
         # The fused projection, the rotated queries and keys, and the input of linear_proj.
         kept = self.element * size * (2 * own + 3 * groups) + output
         if self.config.moh.enabled:
@@ -82,8 +85,15 @@ class _Count:
                 kept += int(active * (_FP32 * size + 3 * _INT64))
             else:
                 kept += _FP32 * own + (output if self.config.moh.enabled else 0)
-        angles = 4 * self.element * size * train.sequence_length
         return self.tokens * kept + angles
+
+    def _slots(self, heads: LayerHeads) -> int:
+        """Bytes of a token without the input of linear_proj: only the heads in slots have queries and outputs."""
+        model, tensor = self.config.model, self.config.parallel.tensor
+        slots, groups = heads.active // tensor, model.query_groups // tensor
+        # Queries, rotated keys, values, outputs; gates and indices of the slots.
+        kept = self.element * model.head_dim * (2 * slots + 2 * groups) + (self.element + _INT64) * slots
+        return kept if self.config.train.recompute == "selective" else kept + _FP32 * slots
 
     def _routing(self) -> int:
         """Every rank routes over all heads, in fp32."""

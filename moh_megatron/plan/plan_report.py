@@ -92,9 +92,11 @@ def _heads(config: Config, plan: Plan) -> str:
     ]
     title = f"heads, {config.moh.head_layout}" if config.moh.enabled else "heads"
     table = _table([title, "active", "a token on each rank", "max / mean"], rows)
+    layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups)
     if max(balance.imbalance for balance in plan.head_balance) > LARGEST_IMBALANCE:
-        layout = HeadLayout(config.model.num_attention_heads, config.model.query_groups)
         table += "\n" + textwrap.fill(f"warning: uneven; {layout.remedy}", 120)
+    if all(balance.routing_groups > 1 for balance in plan.head_balance):
+        table += f"\n{layout.evenness}"
     return table
 
 

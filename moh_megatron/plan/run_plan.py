@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from moh_megatron.config.head_layout import HeadLayout
-from moh_megatron.config.layer_heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, even_in_kv_groups, layer_heads
 from moh_megatron.config.parameter_count import ParameterCount, parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.config.validate import data_parallel_size, gradient_accumulation_steps
@@ -29,6 +29,8 @@ class HeadBalance:
     """The heads each rank computes for a token."""
     imbalance: float
     """The busiest rank's load over the mean."""
+    routing_groups: int
+    """The groups of heads in each of which a token uses equally many: the KV groups, or one, all heads."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 
 def backend_on_gpus(config: Config) -> str:
-    """The attention backend on GPUs, where ``auto`` is dense; see ``model.attention_backend``."""
-    return config.moh.fixed_backend or "dense"
+    """The attention backend on GPUs, where ``auto`` is slots or dense; see ``moh.backends.choice``."""
+    skips = any(heads.active < heads.count for heads in layer_heads(config.model, config.moh))
+    automatic = "slots" if skips and even_in_kv_groups(config.model, config.moh) else "dense"
+    return config.moh.fixed_backend or automatic
 
 
 def _head_balance(config: Config) -> list[HeadBalance]:
@@ -94,6 +98,7 @@ def _head_balance(config: Config) -> list[HeadBalance]:
             heads=heads.count,
             load=tuple(layout.expected_load(heads.shared, heads.active, tensor)),
             imbalance=layout.imbalance(heads.shared, heads.active, tensor),
+            routing_groups=heads.groups,
         )
         for heads, numbers in found.items()
     ]

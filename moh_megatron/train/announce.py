@@ -48,6 +48,8 @@ def _announce_heads(config: Config, *, warns: bool) -> None:
         numbers = [number for number, _ in layers]
         paragraphs.append(f"heads, {moh.head_layout}, {_layer_range(numbers, model.num_layers)}: {_counts(heads)}")
         paragraphs.append(textwrap.indent(layout.report(heads.shared, heads.active, tensor), "  "))
+        if heads.groups > 1:
+            paragraphs.append(f"  {layout.evenness}")
         largest = max(largest, layout.imbalance(heads.shared, heads.active, tensor))
     logger.info("\n".join(paragraphs))
     if warns and largest > LARGEST_IMBALANCE:

@@ -7,8 +7,9 @@ import torch
 
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MonitorConfig
+from moh_megatron.moh.losses import balance_loss
 from moh_megatron.monitor.alarms import AlarmInputs, Alarms
-from moh_megatron.monitor.head_figures import balance_excess, head_figures
+from moh_megatron.monitor.head_figures import balance_excess, head_figures, heat_map
 
 LAYERS = [LayerHeads(6, (0, 1), 4)] * 2
 TOP_K = [2, 2]
@@ -146,3 +147,39 @@ def test_balance_excess_is_0_for_an_even_and_1_for_a_collapsed_load(form, even, 
     assert balance_excess(even, LAYERS, TOP_K, form) == 0.0
     assert balance_excess(collapsed, LAYERS, TOP_K, form) == 1.0
     assert balance_excess(1.0, [LayerHeads(4, (0, 1), 4)], [2], form) == 0.0
+
+
+GROUPED = LayerHeads(8, (0, 4), 6, groups=2)
+"""Two groups of four heads with one shared head and two of three routed ones each."""
+
+
+@pytest.mark.parametrize("form", ["scaled", "paper"])
+def test_balance_excess_in_groups_is_0_for_an_even_and_1_for_a_collapsed_load(form):
+    def loss(probability, load):
+        return float(balance_loss(torch.tensor(probability), torch.tensor(load), form, 2))
+
+    even = loss([1 / 3] * 6, [2 / 3] * 6)
+    collapsed = loss([1.0, 0.0, 0.0] * 2, [1.0, 1.0, 0.0] * 2)
+    half = loss([1 / 3] * 3 + [1.0, 0.0, 0.0], [2 / 3] * 3 + [1.0, 1.0, 0.0])
+    assert [balance_excess(value, [GROUPED], [4], form) for value in (even, half, collapsed)] == pytest.approx(
+        [0.0, 0.5, 1.0], abs=1e-6
+    )
+
+
+def test_figures_of_heads_are_those_of_their_groups():
+    load = [1.0, 0.7, 0.7, 0.6, 1.0, 1.0, 0.96, 0.04]
+    found = head_figures(torch.tensor([load]), [GROUPED], [4], [(0, 1, 2, 3), (4, 5, 6, 7)])
+    shares = [[0.35, 0.35, 0.3], [0.5, 0.48, 0.02]]
+    evenness = [-sum(share * math.log(share) for share in group) / math.log(3) for group in shares]
+    assert found.load_entropy == pytest.approx([sum(evenness) / 2], rel=1e-6)
+    assert found.relative[0] == pytest.approx([1.05, 1.05, 0.9, 1.5, 1.44, 0.06], rel=1e-5)
+    assert found.rank_imbalance == pytest.approx([1.0], rel=1e-6), "each group has three heads of a token"
+    (message,) = Alarms(MonitorConfig()).check(inputs(heads=found))
+    assert message.startswith("dead heads: layer 0 head 7 with less than 0.1 of the fair load")
+
+
+def test_a_head_map_separates_groups():
+    picture = heat_map(torch.ones(1, 8), 2)[..., 0]
+    assert (picture[6, 47:50] == 128).all()
+    assert (picture[6, [46, 50]] == 0).all()
+    assert int((heat_map(torch.ones(1, 8))[6] == 128).sum()) == 8

@@ -13,7 +13,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.model import core_attention
 from moh_megatron.model.attention_backend import attention_backends
 from moh_megatron.model.build import build_model, moh_layers, token_losses
-from moh_megatron.moh import sparse
+from moh_megatron.moh import attention, sparse
 from moh_megatron.moh.balancing import follow_schedule
 from moh_megatron.monitor.flops import FlopsPerToken, computed_heads, flops_per_token, skips_heads
 
@@ -122,7 +122,57 @@ def test_each_layer_counts_its_own_heads(tiny: Tiny) -> None:
 
 
 def test_which_backends_skip_heads() -> None:
-    assert [skips_heads(name) for name in ("dense", "cpu", "gathered")] == [False, True, True]
+    assert [skips_heads(name) for name in ("dense", "cpu", "gathered", "slots")] == [False, True, True, True]
+
+
+IN_GROUPS = {"model.num_query_groups": 2, "moh.routing_groups": "kv", "moh.shared_placement": "spread"}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"moh.backend": "slots"}, {"moh.activation_schedule_steps": 4}], ids=str)
+def test_heads_chosen_in_kv_groups_are_skipped_at_every_length(
+    tiny: Tiny, documents: bool, changes: dict[str, Any]
+) -> None:
+    """Short documents, too, are computed by slots, on every device."""
+    config = tiny({**IN_GROUPS, "data.document_mask": documents, **changes})
+    backends = attention_backends(config, torch.device("cuda"))
+    assert backends == [["slots"]] * 2
+    assert computed_heads(config, backends) == [4, 4]
+    assert computed_heads(tiny({**IN_GROUPS, "data.document_mask": True, "moh.backend": "dense"}), "dense") == [8, 8]
+    rank_heads = tiny({**IN_GROUPS, "parallel.tensor": 2, "moh.active_heads": 6, "data.document_mask": documents})
+    assert computed_heads(rank_heads, [["slots", "dense"], ["slots", "slots"]]) == [3 + 4, 6]
+
+
+def test_computed_heads_are_the_slots_of_a_running_model(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def slots(ends: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        computed.append(q.shape[2])
+        return attend_slots(ends, q, k, v)
+
+    attend_slots = attention.attend_slots
+    monkeypatch.setattr(attention, "attend_slots", slots)
+    config = tiny({**IN_GROUPS, "moh.backend": "slots", "moh.active_heads": [4, 6], "moh.activation_schedule_steps": 2})
+    model = build_model(config).eval()
+    found = []
+    for step in (0, 1, 2):
+        computed.clear()
+        follow_schedule(moh_layers(model), step)
+        token_losses(model, torch.randint(0, 96, (1, 17)))
+        found.append(list(computed))
+        assert computed_heads(config, attention_backends(config, torch.device("cpu"), step), step) == computed
+    assert found == [[8, 8], [6, 8], [4, 6]]
+
+
+def test_operations_of_slots_equal_those_of_torch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny({**IN_GROUPS, "moh.backend": "slots"})
+    model, tokens = build_model(config).train(), torch.randint(0, 96, (2, 17))
+    monkeypatch.setattr(attention, "attend_slots", lambda ends, q, k, v: attention_of_products(q, k, v))
+    with FlopCounterMode(display=False) as counter:
+        token_losses(model, tokens).mean().backward()
+    recomputed = 2 * 4 * 2 * 4 * 16
+    executed = flops_per_token(config, "slots", causal=False).executed.total
+    assert counter.get_total_flops() == pytest.approx(2 * 16 * (executed - recomputed), rel=0.01)
 
 
 def test_computed_heads_are_those_a_running_model_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,12 @@ from moh_megatron.plan.activations import Activations, activations
 
 Tiny = Callable[..., Config]
 WITHIN = 0.08
+IN_GROUPS: dict[str, Any] = {
+    "model.num_query_groups": 2,
+    "moh.routing_groups": "kv",
+    "moh.shared_placement": "spread",
+    "moh.backend": "slots",
+}
 SHAPE: dict[str, Any] = {
     "model.hidden_size": 128,
     "model.ffn_hidden_size": 320,
@@ -66,6 +72,11 @@ def saved_bytes(config: Config) -> int:
         {"moh.backend": "gathered"},
         {"train.recompute": "selective"},
         {"train.recompute": "full"},
+        IN_GROUPS,
+        IN_GROUPS | {"moh.router": "query_norm"},
+        IN_GROUPS | {"moh.active_heads": 6},
+        IN_GROUPS | {"train.recompute": "selective"},
+        IN_GROUPS | {"train.recompute": "full"},
     ],
     ids=str,
 )
@@ -83,6 +94,20 @@ def test_layer_estimate_is_close_to_what_autograd_saves(tiny: Tiny, precision: s
 def test_total_estimate_is_close_to_what_autograd_saves(tiny: Tiny) -> None:
     config = tiny({**SHAPE, "moh.backend": "dense"})
     assert activations(config, "dense").total == pytest.approx(saved_bytes(config), rel=WITHIN)
+
+
+def test_slots_keep_less_the_fewer_heads_are_active(tiny: Tiny) -> None:
+    """Of the measured bytes, not of the estimate: queries and outputs of heads outside the slots are not kept."""
+    shape = SHAPE | IN_GROUPS | {"model.num_layers": 1}
+    dense, *slots = (
+        saved_bytes(tiny(shape | changes))
+        for changes in ({"moh.backend": "dense"}, {"moh.active_heads": 6}, {"moh.active_heads": 4})
+    )
+    head = 4 * 16 * 2 * 256  # one head's queries, or outputs, of 512 tokens in fp32
+    # Queries before and after RoPE, outputs before and after the mask; keys before RoPE.
+    of_dense_alone = 4 * 8 + 2
+    assert dense - slots[0] == pytest.approx((of_dense_alone - 2 * 6) * head, rel=0.05)
+    assert slots[0] - slots[1] == pytest.approx(2 * 2 * head, rel=0.2)
 
 
 def parts(tiny: Tiny, **changes: Any) -> Activations:

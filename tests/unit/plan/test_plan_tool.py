@@ -107,6 +107,26 @@ def test_report_warns_of_uneven_heads(llama: str) -> None:
     assert "moh.shared_placement=spread" in done.stdout
     even = call(llama, "--world-size", "8", "parallel.tensor=8", "moh.shared_placement=spread")
     assert "warning" not in even.stdout
+    assert "even at every" not in even.stdout
+
+
+def test_plan_of_heads_chosen_in_kv_groups_is_even_and_smaller(llama: str) -> None:
+    sizes = ("--world-size", "8", "parallel.tensor=8", "moh.shared_placement=spread")
+    grouped = (*sizes, "moh.routing_groups=kv")
+    done = call(llama, *grouped)
+    assert "executed, attention slots" in done.stdout
+    assert (
+        "even at every tensor-parallel size: a token uses equally many heads in each of the 8 KV groups" in done.stdout
+    )
+    ours, control = as_json(llama, *grouped), as_json(llama, *sizes)
+    (balance,) = ours["head_balance"]
+    assert (balance["load"], balance["imbalance"], balance["routing_groups"]) == ([3.0] * 8, 1.0, 8)
+    assert control["head_balance"][0]["routing_groups"] == 1
+    assert ours["flops"]["executed"]["total"] < control["flops"]["executed"]["total"]
+    assert ours["activations"]["layers"] < control["activations"]["layers"]
+    assert ours["communication"] == control["communication"]
+    every_head = as_json(llama, *grouped, "moh.active_heads=32")
+    assert every_head["backend"] == control["backend"] == "dense"
 
 
 @pytest.mark.parametrize(
