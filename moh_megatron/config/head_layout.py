@@ -109,7 +109,7 @@ class HeadLayout:
     @property
     def evenness(self) -> str:
         """What routing in KV groups promises of the ranks' loads, whatever the routers choose."""
-        return f"even at every tensor-parallel size: a token uses equally many heads in each of the {self.groups} KV groups"
+        return f"even at every tensor-parallel size: equally many active heads in each of {self.groups} KV groups"
 
     def report(self, shared_heads: int | Sequence[int], active_heads: int, in_use: int | None = None) -> str:
         """A line for each tensor-parallel size up to 8 that divides the KV groups: load of each rank and imbalance.

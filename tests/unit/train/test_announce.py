@@ -19,9 +19,7 @@ def test_heads_chosen_in_kv_groups_are_announced_as_even(tiny, caplog, tensor):
     assert head == "heads, interleaved, every layer: 4 of 8 active, 2 of them shared"
     assert load.startswith(f"  TP {tensor}: ")
     assert load.endswith("max / mean 1.00")
-    assert promise == (
-        "  even at every tensor-parallel size: a token uses equally many heads in each of the 2 KV groups"
-    )
+    assert promise == ("  even at every tensor-parallel size: equally many active heads in each of 2 KV groups")
 
 
 def test_heads_chosen_anywhere_are_not_announced_as_even(tiny, caplog):
