@@ -16,7 +16,14 @@ from moh_megatron.config.paths import EXPORT
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.early_checks import check_model_folder
-from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, is_exported, load_model, training_config
+from moh_megatron.evaluate.loaded_model import (
+    LoadedModel,
+    find_model,
+    is_exported,
+    load_model,
+    require_same_choice,
+    training_config,
+)
 from moh_megatron.io.errors import UserError
 from moh_megatron.model.generation import generate_tokens
 
@@ -24,11 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 def model_to_load(config: Config) -> Path:
-    """generate.load, else the run's exported folder, else the run's newest checkpoint. Raises UserError."""
+    """generate.load, else the run's exported folder, else the run's newest checkpoint.
+
+    Raises UserError where there is none, and where ``config`` no longer describes the run's model.
+    """
     check_model_folder(config)
     if config.generate.load is not None:
         return find_model(Path(config.generate.load))
-    return _model_of_run(Path(config.run.dir))
+    model = _model_of_run(Path(config.run.dir))
+    require_same_choice(model, config)
+    return model
 
 
 def _model_of_run(run_dir: Path) -> Path:

@@ -15,7 +15,7 @@ from moh_megatron.checkpoint.hf.hf_reader import MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.transformers_io import open_causal_lm
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.errors import UserError
+from moh_megatron.io.errors import UserError, refuse_differences
 from moh_megatron.io.json_file import read_json, read_json_if_any
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
@@ -149,12 +149,39 @@ def _context(path: Path) -> int:
 def training_config(path: Path, overrides: list[str]) -> Config:
     """The configuration that the model in ``path`` was trained with, for the data that it names.
 
-    A checkpoint holds its own; an exported folder may lie in its run folder. Raises UserError where there is none.
+    A checkpoint holds its own; an exported folder may lie in its run folder. Raises UserError where there is none, and
+    where overrides ask for another choice of heads.
     """
-    for file in (path / layout.CONFIG, path.parent / layout.CONFIG):
-        if file.is_file():
-            return load_config(file, overrides)
+    if (file := _config_file(path)) is not None:
+        config = load_config(file, overrides)
+        require_same_choice(path, config)
+        return config
     raise UserError(
         f"{path}: no training configuration lies in or beside it, so its validation data are unknown. Name the "
         "configuration with --config, or leave the validation loss out with --no-validation."
     )
+
+
+def require_same_choice(path: Path, config: Config) -> None:
+    """Raise UserError where ``config`` lets tokens choose among other heads than the model in ``path`` was trained to.
+
+    A model without a training configuration, and a dense one, can be compared with nothing.
+    """
+    if (file := _config_file(path)) is None:
+        return
+    trained = load_config(file)
+    if not (trained.moh.enabled and config.moh.enabled):
+        return
+    saved, current = (
+        {"moh.routing_groups": origin.moh.routing_groups, "moh.gate_softmax": origin.moh.gate_softmax}
+        for origin in (trained, config)
+    )
+    remedy = (
+        "A model computes with the routing of its training: leave these values as they are, or train another model."
+    )
+    refuse_differences(f"{path} was made with other values", saved, current, remedy)
+
+
+def _config_file(path: Path) -> Path | None:
+    """The configuration of the training of the model in ``path``: in it, or beside an exported folder."""
+    return next((file for file in (path / layout.CONFIG, path.parent / layout.CONFIG) if file.is_file()), None)

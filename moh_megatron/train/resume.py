@@ -78,11 +78,15 @@ _SAME_WEIGHTS = (
     "moh.router",
     "moh.shared_heads",
     "moh.shared_placement",
+    "moh.routing_groups",
+    "moh.gate_softmax",
     "moh.head_layout",
 )
 """Keys in which another run's weights must agree."""
 
-_ROUTER_KEYS = ("moh.router", "moh.shared_heads", "moh.shared_placement")
+_CHOICE_KEYS = ("moh.routing_groups", "moh.gate_softmax")
+"""Keys that decide among which heads a token chooses and the gates share their weight."""
+ROUTER_KEYS = ("moh.router", "moh.shared_heads", "moh.shared_placement", *_CHOICE_KEYS)
 """Keys without effect on a dense model; the head layout has one."""
 _POSITIONS = ("model.rotary_base", "model.rope_scaling")
 
@@ -110,6 +114,7 @@ def _architecture(config: Config) -> dict[str, Any]:
         "model.kv_channels": None if default else model.head_dim,
         "model.vocab_size": model.tokens,
         "model.norm_epsilon": float(str(np.float32(model.norm_epsilon))),
+        "moh.routing_groups": config.moh.routing_groups if model.query_groups > 1 else 1,
     }
 
 
@@ -207,13 +212,18 @@ def require_same_weights(checkpoint: Path, config: Config, apart_from: Collectio
     """
     written_by = read_config(checkpoint)
     if not written_by.moh.enabled and not config.moh.enabled:
-        apart_from = {*apart_from, *_ROUTER_KEYS}
+        apart_from = {*apart_from, *ROUTER_KEYS}
     saved, current = (
         {key: value for key, value in _architecture(origin).items() if key not in apart_from}
         for origin in (written_by, config)
     )
-    remedy = "train.init_from needs weights of the same architecture."
-    refuse_differences(f"{checkpoint} was made with other values", saved, current, remedy)
+    remedy = ["train.init_from needs weights of the same architecture."]
+    if any(saved.get(key) != current.get(key) for key in _CHOICE_KEYS):
+        remedy.append(
+            "Routers choose otherwise with other routing groups or gates: set the values of the checkpoint, or start "
+            "from the dense model it was made of."
+        )
+    refuse_differences(f"{checkpoint} was made with other values", saved, current, *remedy)
     saved, current = _values(written_by, _POSITIONS), _values(config, _POSITIONS)
     for key in _POSITIONS:
         if saved[key] != current[key]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moh_megatron.config.head_layout import HeadLayout
+from moh_megatron.config.layer_heads import routing_groups
 from moh_megatron.config.schema import Config
 from moh_megatron.io.console import progress_bar
 from moh_megatron.io.errors import UserError
@@ -41,9 +43,19 @@ class Calibration:
             for rises in self.removal
         )
 
-    def shared(self, count: int) -> tuple[tuple[int, ...], ...]:
-        """The first ``count`` heads of each layer's ranking, in rising order of their numbers."""
-        return tuple(tuple(sorted(heads[:count])) for heads in self.ranking)
+    def shared(self, count: int, groups: int = 1) -> tuple[tuple[int, ...], ...]:
+        """The first ``count`` heads of each layer's ranking, in rising order of their numbers.
+
+        With ``groups`` they are the first ``count`` / ``groups`` of each of so many groups of consecutive heads.
+        """
+        return tuple(_first_of_groups(heads, count // groups, groups) for heads in self.ranking)
+
+
+def _first_of_groups(ranking: Sequence[int], count: int, groups: int) -> tuple[int, ...]:
+    """The first ``count`` heads of each group in ``ranking``, in rising order."""
+    width = len(ranking) // groups
+    members = ([head for head in ranking if head // width == group] for group in range(groups))
+    return tuple(sorted(itertools.chain.from_iterable(heads[:count] for heads in members)))
 
 
 @torch.inference_mode()
@@ -132,6 +144,8 @@ def _finite(number: Any) -> float:
 def with_calibrated_heads(config: Config, calibration: Calibration) -> Config:
     """``config`` with moh.shared_placement: calibrated replaced by the heads that the calibration ranks first.
 
+    With moh.routing_groups: kv they are those ranked first in each KV group, equally many of each.
+
     Raises:
         UserError: the calibration is of a model with other layers or heads.
     """
@@ -143,5 +157,5 @@ def with_calibrated_heads(config: Config, calibration: Calibration) -> Config:
             f"Got {shape[0]} of {', '.join(map(str, sorted(shape[1])))}. Delete its file to measure again."
         )
     assert isinstance(moh.shared_heads, int), "checked with the configuration"
-    shared = calibration.shared(moh.shared_heads)
+    shared = calibration.shared(moh.shared_heads, routing_groups(model, moh))
     return dataclasses.replace(config, moh=dataclasses.replace(moh, shared_heads=shared, shared_placement="first"))

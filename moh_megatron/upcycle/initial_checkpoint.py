@@ -31,7 +31,7 @@ from moh_megatron.io.errors import Fault, UserError, refuse_differences
 from moh_megatron.io.folders import refuse_unless_new
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
-from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
+from moh_megatron.train.resume import ROUTER_KEYS, check_same_tokenizer, require_same_weights
 from moh_megatron.train.teacher import find_teacher
 from moh_megatron.upcycle import provenance
 from moh_megatron.upcycle.calibrate import (
@@ -51,7 +51,6 @@ MAX_KL_DIVERGENCE = 1e-8
 """The largest KL divergence, in nats a token, between a dense model and its MoH model with all heads active."""
 _CHECKED_TOKENS = 256
 _MAY_DIFFER = ("model.vocab_size", "model.vocab_padding", "moh.enabled")
-_ROUTING = ("moh.router", "moh.shared_heads", "moh.shared_placement")
 
 
 def initial_checkpoint_folder(config: Config) -> Path:
@@ -150,7 +149,7 @@ def _needs_no_change(source_config: Config, config: Config) -> bool:
 
 def check_source(source: Path, source_config: Config, config: Config) -> None:
     """Raise UserError where no model of ``config`` can be made of the checkpoint ``source``."""
-    may_differ = _MAY_DIFFER if source_config.moh.enabled else _MAY_DIFFER + _ROUTING
+    may_differ = _MAY_DIFFER if source_config.moh.enabled else _MAY_DIFFER + ROUTER_KEYS
     require_same_weights(source, config, apart_from=may_differ)
     if source_config.moh.enabled and not config.moh.enabled:
         raise UserError(f"{source}: must be a dense model, because moh.enabled is false. Got a MoH model.")

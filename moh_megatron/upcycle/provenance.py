@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE, WEIGHTS, DATA = "train.init_from", "weights", "data"
 _FILE = "asked.json"
+_ROUTING = ("router", "gating", "shared_heads", "shared_placement", "routing_groups", "gate_softmax")
+_ADDED_LATER: dict[str, Any] = {"moh.routing_groups": 1, "moh.gate_softmax": "layer"}
+"""What older records, which lack these values, mean."""
 
 
 def exists(folder: Path) -> bool:
@@ -35,7 +38,7 @@ def require_same(folder: Path, config: Config, data: str | None = None) -> None:
 
     ``data`` is the hash of the prepared data; it matters to measured heads alone.
     """
-    recorded, current = _recorded(folder), _values(config)
+    recorded, current = _ADDED_LATER | _recorded(folder), _values(config)
     if _same_path(recorded.get(SOURCE), config.train.init_from):
         recorded[SOURCE] = current[SOURCE]
     if data is not None:
@@ -92,7 +95,7 @@ def _values(config: Config) -> dict[str, Any]:
         "moh.enabled": moh.enabled,
     }
     if moh.enabled:
-        values |= {f"moh.{key}": getattr(moh, key) for key in ("router", "gating", "shared_heads", "shared_placement")}
+        values |= {f"moh.{key}": getattr(moh, key) for key in _ROUTING}
     if is_measured(config):
         values |= measured_with(config)
     return json.loads(json.dumps(values))

@@ -39,6 +39,12 @@ def tiny_mapping() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def grouped() -> dict[str, Any]:
+    """Changes of ``tiny``: two of four heads in each of two KV groups, the first of them shared; not to be changed."""
+    return {"model.num_query_groups": 2, "moh.routing_groups": "kv", "moh.shared_placement": "spread"}
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Callable[[dict[str, Any] | None], Config]:
     """tiny({"parallel.tensor": 2, ...}): a small valid configuration with some values replaced."""
 

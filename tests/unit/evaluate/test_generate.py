@@ -15,7 +15,7 @@ import torch
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config, RunConfig
 from moh_megatron.evaluate.generate import config_of_folder, model_to_load, text_generator
-from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.evaluate.loaded_model import load_model, training_config
 from moh_megatron.io.errors import UserError
 
 
@@ -68,6 +68,33 @@ def test_a_folder_without_a_model_or_with_two_is_refused(config: Config, exporte
         config_of_folder(tmp_path / "empty", [])
     with pytest.raises(UserError, match=r"generate\.load must be left out where CONFIG is a folder with a model"):
         config_of_folder(exported, ["generate.load=other"])
+
+
+def test_a_model_is_not_asked_to_choose_among_other_heads_than_in_its_training(
+    config: Config, tmp_path: Path, fake_checkpoint: Any
+) -> None:
+    def choosing(groups: Any) -> Config:
+        moh = dataclasses.replace(config.moh, routing_groups=groups, shared_heads=8, active_heads=16)
+        return with_generate(dataclasses.replace(config, moh=dataclasses.replace(moh, shared_placement="spread")), run)
+
+    run = tmp_path / "run"
+    newest = fake_checkpoint(run / "checkpoints" / "step_00000002", choosing("kv"))
+    assert model_to_load(choosing("kv")) == newest
+    difference = (
+        rf"^{newest} was made with other values:\n  moh\.routing_groups: expected kv, got 1\nA model computes with the "
+        "routing of its training: leave these values as they are, or train another model"
+    )
+    for ask in (
+        lambda: model_to_load(choosing(1)),
+        lambda: config_of_folder(newest, ["moh.routing_groups=1"]),
+        lambda: training_config(newest, ["moh.routing_groups=1"]),  # moh-evaluate
+    ):
+        with pytest.raises(UserError, match=difference):
+            ask()
+    # Another configuration may name the model for its prompts.
+    load = dataclasses.replace(choosing(1).generate, load=str(newest))
+    assert model_to_load(dataclasses.replace(choosing(1), generate=load)) == newest
+    assert config_of_folder(newest, []).moh.routing_groups == "kv"
 
 
 @pytest.mark.parametrize("prompt", ["the quick", ""])

@@ -3,13 +3,16 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 
+from moh_megatron.checkpoint.manifest import read_manifest, write_manifest
 from moh_megatron.config.validate import gradient_accumulation_steps
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.io.errors import Fault, UserError
+from moh_megatron.io.hashing import hash_file
 from moh_megatron.train.resume import check_same_run, check_same_tokenizer, newest_good, weights_to_start_from
 
 DATA = "d" * 64
@@ -229,6 +232,52 @@ def test_resume_accepts_changes_that_touch_neither_model_nor_data(config, checkp
 # --- weights_to_start_from -----------------------------------------------------------------------------------------
 
 
+CHOICES = {"moh.routing_groups": ("kv", 1), "moh.gate_softmax": ("group", "layer")}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["grouped first", "grouped then"])
+@pytest.mark.parametrize("key", CHOICES)
+def test_weights_that_choose_among_other_heads_are_refused_and_both_forms_named(
+    config, checkpoint, grouped, key, reverse
+):
+    saved, current = reversed(CHOICES[key]) if reverse else CHOICES[key]
+    folder = checkpoint(5, {**grouped, key: saved})
+    difference = f"  {key}: expected {saved}, got {current}"
+    with pytest.raises(UserError) as resumed:
+        check_same_run(folder, config({**grouped, key: current}), 1, DATA)
+    assert str(resumed.value).splitlines()[1:] == [difference, "Use the same, or another run.dir."]
+    with pytest.raises(UserError) as started:
+        weights_to_start_from(config({**grouped, key: current, "train.init_from": str(folder)}))
+    assert str(started.value).splitlines()[1:] == [
+        difference,
+        "train.init_from needs weights of the same architecture.",
+        "Routers choose otherwise with other routing groups or gates: set the values of the checkpoint, or start from "
+        "the dense model it was made of.",
+    ]
+
+
+def test_a_checkpoint_from_before_there_were_routing_groups_chooses_among_all_heads(config, checkpoint, grouped):
+    everywhere = {**grouped, "moh.routing_groups": 1}
+    folder = checkpoint(5, everywhere)
+    file = folder / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not re.match(r" +(routing_groups|gate_softmax):", line)))
+    assert len(file.read_text().splitlines()) == len(lines) - 2
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, files={**manifest.files, file.name: hash_file(file)}))
+    assert check_same_run(folder, config(everywhere), 1, DATA).step == 5
+    assert weights_to_start_from(config({**everywhere, "train.init_from": str(folder)})) == folder
+    with pytest.raises(UserError, match=r"moh\.routing_groups: expected 1, got kv"):
+        check_same_run(folder, config(grouped), 1, DATA)
+
+
+def test_a_single_kv_group_is_all_heads(config, checkpoint, grouped):
+    one = {**grouped, "model.num_query_groups": 1}
+    folder = checkpoint(5, one)
+    everywhere = config({**one, "moh.routing_groups": 1, "train.init_from": str(folder)})
+    assert weights_to_start_from(everywhere) == folder
+
+
 def test_no_initial_weights_without_init_from(config):
     assert weights_to_start_from(config()) is None
 
@@ -271,6 +320,7 @@ def test_init_from_ignores_router_settings_of_dense_models(config, checkpoint):
     dense = {"moh.enabled": False}
     folder = checkpoint(5, dense)
     routing = {"moh.router": "query_norm", "moh.shared_heads": 3, "moh.shared_placement": "calibrated"}
+    routing |= {"moh.routing_groups": "kv", "moh.gate_softmax": "group"}
     made = config({**dense, **routing, "train.init_from": str(folder)})
     assert weights_to_start_from(made) == folder
     with pytest.raises(UserError, match=r"moh\.head_layout: expected interleaved, got contiguous"):

@@ -83,6 +83,19 @@ def test_calibrated_placement_becomes_a_list_of_heads(tiny):
         with_calibrated_heads(tiny({"moh.shared_placement": "calibrated", "model.num_layers": 3}), CALIBRATION)
 
 
+def test_heads_with_the_largest_rise_of_each_group_are_shared(tiny, grouped):
+    assert CALIBRATION.shared(4, groups=4) == ((1, 2, 4, 7), (0, 2, 4, 7))
+    assert CALIBRATION.shared(4, groups=2) == ((1, 2, 4, 7), (0, 2, 4, 7))
+    assert CALIBRATION.shared(2, groups=2) == ((1, 7), (0, 7))
+    # The two heads of layer 0 that matter most are in one group.
+    ranked = Calibration(64, 3.0, ((0.9, 0.1, 0.8, 0.7, 0.0, 0.2, -0.1, 0.1), (0.0,) * 6 + (0.1, 0.2)))
+    assert ranked.shared(2) == ((0, 2), (6, 7))
+    assert ranked.shared(2, groups=2) == ((0, 5), (0, 7))
+    config = tiny({**grouped, "moh.shared_placement": "calibrated"})
+    layers = layer_heads(config.model, with_calibrated_heads(config, ranked).moh)
+    assert [(heads.shared, heads.groups) for heads in layers] == [((0, 5), 2), ((0, 7), 2)]
+
+
 def test_calibrated_placement_with_a_list_of_heads_is_refused(tiny):
     with pytest.raises(UserError, match=r"calibrated needs moh\.shared_heads to be a number"):
         tiny({"moh.shared_placement": "calibrated", "moh.shared_heads": [[0, 1], [2, 3]]})

@@ -5,86 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from support.messages import NONE_IS
+from support.upcycling import FakeData, FakeTokenizer, write_source
 
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
-from moh_megatron.checkpoint.hf.hf_extras import TOKEN_IDS, HFExtras, read_extras
-from moh_megatron.checkpoint.mapping import rules
+from moh_megatron.checkpoint.hf.hf_extras import read_extras
 from moh_megatron.config.paths import checkpoint_dir
-from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.upcycle import initial_checkpoint
 from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, prepare, resolve
 from moh_megatron.upcycle.loss_and_kl import without_moh
 
 pytestmark = pytest.mark.usefixtures("one_rank", "data")
-
-
-class FakeTokenizer:
-    sha256, eos_token_id = "t" * 64, 1
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-
-
-class FakeData:
-    hash, settings = "d" * 64, SimpleNamespace(fits=True)
-
-    def tokenizer(self) -> FakeTokenizer:
-        return FakeTokenizer()
-
-    def check_fits(self, config: Config) -> None:
-        if not self.settings.fits:
-            raise UserError("model.vocab_size must be at least 99")
-
-
-@pytest.fixture
-def data(monkeypatch) -> SimpleNamespace:
-    """Replaces the reading of prepared data; returns settings of it."""
-    rows = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(initial_checkpoint, "load_prepared", lambda config: FakeData())
-    monkeypatch.setattr(initial_checkpoint, "build_train_dataset", lambda config, data, tokenizer: rows)
-    monkeypatch.setattr(FakeData, "settings", SimpleNamespace(fits=True))
-    return FakeData.settings
-
-
-@pytest.fixture
-def make(tiny, tmp_path) -> Callable[..., Config]:
-    """make({...}): the configuration of a tuning that starts from the checkpoint tmp_path/source."""
-
-    def make(changes: dict[str, Any] | None = None) -> Config:
-        paths = {"run.dir": str(tmp_path / "run"), "train.init_from": str(tmp_path / "source")}
-        return tiny({**paths, "moh.router": "query_norm", "model.init_method_std": 0.2, **(changes or {})})
-
-    return make
-
-
-def write_source(config: Config, seed: int = 4) -> Path:
-    """Write random weights of ``config`` as the checkpoint train.init_from."""
-    assert config.train.init_from is not None
-    folder, generator = Path(config.train.init_from), torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    table = rules(config)
-    dtypes = {rule.megatron: torch.float32 for rule in table}
-    weights = ((rule.megatron, 0.2 * torch.randn(rule.shape, generator=generator)) for rule in table)
-    ids = {TOKEN_IDS: b'{"bos_token_id": 5, "eos_token_id": [1, 7]}'}
-    write_checkpoint(folder, config, dtypes, weights, HFExtras(None, ids))
-    return folder
-
-
-@pytest.fixture
-def logged(caplog) -> pytest.LogCaptureFixture:
-    """caplog, from INFO on."""
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def warnings_in(logged: pytest.LogCaptureFixture) -> list[str]:

@@ -31,6 +31,26 @@ def test_active_gates_are_one_and_tokens_use_different_heads(tiny, shared, preci
     assert not routing.active[:, shared:].all(0).any()
 
 
+@pytest.mark.parametrize("gate_softmax", ["layer", "group"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_active_gates_are_one_in_kv_groups(tiny, grouped, gate_softmax, shared):
+    changes = {**grouped, "moh.shared_heads": shared, "moh.active_heads": 6, "moh.gate_softmax": gate_softmax}
+    router = weights(tiny(changes))
+    x = 30 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    routing = learned_routing(
+        x,
+        router.get("shared.weight"),
+        router["routed.weight"],
+        router.get("alpha.weight"),
+        top_k=6 - shared,
+        routing_groups=2,
+        gate_softmax=gate_softmax,
+    )
+    torch.testing.assert_close(routing.gates, routing.active.float(), rtol=0, atol=2e-7)
+    assert (routing.active.unflatten(-1, (2, 4)).sum(-1) == 3).all()
+    assert len(routing.active.unique(dim=0)) > 4
+
+
 def test_the_same_seed_gives_the_same_routers(tiny):
     first, again = (dict(initial_routers(tiny())) for _ in range(2))
     other = dict(initial_routers(tiny({"run.seed": 5})))
