@@ -3,7 +3,8 @@
 
 .venv/bin/python tools/upcycle_report.py CONFIG.yaml --out DIR [--choices first spread calibrated] [--documents 100]
 
-CONFIG is of a MoH model and names the dense checkpoint in train.init_from. The tool writes DIR/report.md, report.json
+CONFIG is of a MoH model and names the dense checkpoint in train.init_from. Heads are chosen among all of a layer
+(global) and, where the numbers divide evenly, in each KV group (grouped). The tool writes DIR/report.md, report.json
 and report.png (which needs matplotlib), and DIR/calibration.json for calibrated heads, unless it exists.
 """
 
@@ -14,6 +15,7 @@ import dataclasses
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.io.console import print_result
@@ -27,6 +29,13 @@ def choice(text: str) -> str:
         hint = ": section.key=value stands before --choices" if "=" in text else ""
         raise argparse.ArgumentTypeError(f"must be {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}. Got {text}{hint}")
     return text
+
+
+def share(text: str) -> int:
+    """A share of the heads in whole per cent."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 100):
+        raise argparse.ArgumentTypeError(f"must be a whole number of per cent from 1 to 100. Got {text}")
+    return int(text)
 
 
 def folder(text: str) -> Path:
@@ -47,6 +56,13 @@ def main() -> None:
         help="choices of shared heads: first, spread, calibrated, or list, which are the heads that the configuration "
         "lists; default: the first three, spread only where it can be",
     )
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        type=share,
+        metavar="PERCENT",
+        help="shares of active heads; default: 100 90 75 50 and the configured one",
+    )
     parser.add_argument("--documents", type=at_least(2), default=100, metavar="N", help="validation documents, at most")
     arguments, config = parse_config(parser)
     from moh_megatron.checkpoint import layout
@@ -60,10 +76,11 @@ def main() -> None:
     from moh_megatron.upcycle.initial_checkpoint import check_source, read_or_measure_calibration
     from moh_megatron.upcycle.untuned_report import (
         PLACEMENTS,
-        SHARES,
         as_mapping,
         as_markdown,
         compare_choices,
+        compared_shares,
+        omissions,
         plan_comparison,
         possible_choices,
     )
@@ -73,9 +90,8 @@ def main() -> None:
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib for its picture. Got none; pip install matplotlib.")
     choices = arguments.choices or (possible_choices(config) if config.moh.shared_heads == 0 else PLACEMENTS)
-    plan = plan_comparison(config, arguments.choices or possible_choices(config))
-    pairs = ((choice, share) for choice in choices for share in SHARES)
-    left_out = [f"{choice} at {share} %" for choice, share in pairs if f"{choice} {share}" not in plan]
+    shares = arguments.shares or (compared_shares(config) if config.moh.enabled else ())
+    plan = plan_comparison(config, arguments.choices or possible_choices(config), shares)
     documents = held_out_documents(config, arguments.documents)
     source = layout.resolve_checkpoint(config.train.init_from)
     source_config = layout.read_config(source)
@@ -100,8 +116,7 @@ def main() -> None:
     loss, rows = compare_choices(plan, dense, documents, calibration)
     write_json(arguments.out / "report.json", {"documents": len(documents), **as_mapping(loss, rows)})
     text = f"{source}, {len(documents)} documents; ± is the standard error over them.\n\n{as_markdown(loss, rows)}\n"
-    if left_out:
-        text += f"\nLeft out, because so many shared heads leave no such choice: {', '.join(left_out)}.\n"
+    text += "".join(f"\n{sentence}\n" for sentence in omissions(config, plan, choices, shares))
     (arguments.out / "report.md").write_text(text, encoding="utf-8")
     print_result(text)
     _draw(arguments.out / "report.png", dataclasses.asdict(loss)["value"], rows)
@@ -115,14 +130,16 @@ def _draw(picture: Path, dense: float, rows: list) -> None:  # type: ignore[type
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.axhline(dense, color="black", linestyle="--", label="dense")
-    for choice in dict.fromkeys(row.choice for row in rows):
-        chosen = [row for row in rows if row.choice == choice]
+    for scope, choice in dict.fromkeys((row.scope, row.choice) for row in rows):
+        chosen = [row for row in rows if (row.scope, row.choice) == (scope, choice)]
+        style: dict[str, Any] = {"marker": "o", "label": choice}
+        if scope == "grouped":
+            style = {"marker": "s", "linestyle": ":", "label": f"{choice}, in KV groups"}
         left.errorbar(
             [row.share for row in chosen],
             [row.loss.value for row in chosen],
             [row.loss.error for row in chosen],
-            marker="o",
-            label=choice,
+            **style,
         )
         # At 100 % the KL divergence is zero, which a logarithmic axis cannot show.
         below_all = [row for row in chosen if row.share < 100]
@@ -130,8 +147,7 @@ def _draw(picture: Path, dense: float, rows: list) -> None:  # type: ignore[type
             [row.share for row in below_all],
             [row.divergence.value for row in below_all],
             [row.divergence.error for row in below_all],
-            marker="o",
-            label=choice,
+            **style,
         )
     left.set(xlabel="active heads, %", ylabel="loss, nats a token")
     right.set(xlabel="active heads, %", ylabel="KL from the dense model, nats a token", yscale="log")

@@ -73,9 +73,11 @@ def upcycled_model(config: Config, dense: nn.Module) -> nn.Module:
 
 
 def set_active_heads(model: nn.Module, active: int) -> None:
-    """Let every layer of ``model`` use ``active`` heads, the shared ones included."""
+    """Let every layer of ``model`` use ``active`` heads, shared ones included, equally many in each routing group."""
     for layer in moh_layers(model):
-        layer.router.top_k = active - len(layer.router.heads.shared)
+        heads = layer.router.heads
+        assert active % heads.groups == 0, "budgets that do not divide evenly are left out of the plan"
+        layer.router.top_k = active - len(heads.shared)
 
 
 @dataclass(frozen=True)

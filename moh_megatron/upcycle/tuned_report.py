@@ -57,9 +57,12 @@ class TunedRun:
 
     @property
     def heads(self) -> str:
-        """The numbers of active, all and shared heads in the first layer, such as "6 of 8, 2 shared"."""
+        """The numbers of active, all and shared heads in the first layer: "6 of 8, 2 shared", "..., in 2 KV groups"."""
         first = layer_heads(self.config.model, self.config.moh)[0]
-        return f"{first.active} of {first.count}" + (f", {len(first.shared)} shared" if first.shared else "")
+        shared = f", {len(first.shared)} shared" if first.shared else ""
+        return f"{first.active} of {first.count}{shared}" + (
+            f", in {first.groups} KV groups" if first.groups > 1 else ""
+        )
 
     @property
     def validation_losses(self) -> list[tuple[int, float]]:

@@ -1,17 +1,22 @@
-"""Reports what upcycling costs before any tuning: loss and KL against the dense model, by active and shared heads."""
+"""Reports what upcycling costs before any tuning: loss and KL against the dense model, by active and shared heads.
+
+Heads are chosen among all of a layer, and in each KV group where these have equally many shared and active heads.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.layer_heads import active_counts, layer_heads, routing_groups
 from moh_megatron.config.load import config_from_mapping, mapping_of
+from moh_megatron.config.moh_rules import moh_violations
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.upcycle.calibrate import Calibration, with_calibrated_heads
@@ -22,12 +27,16 @@ SHARES = (100, 90, 75, 50)
 Choice = Literal["first", "spread", "calibrated", "list"]
 PLACEMENTS: tuple[Choice, ...] = ("first", "spread", "calibrated")
 """Choices where moh.shared_heads is a number: the values of moh.shared_placement."""
+Scope = Literal["global", "grouped"]
+SCOPES: tuple[Scope, ...] = ("global", "grouped")
+"""Where a token chooses: among all heads of a layer, or equally many in each KV group; see moh.routing_groups."""
 
 
 @dataclass(frozen=True)
 class Row:
     """The result of one choice of shared heads at one share of active heads."""
 
+    scope: str
     choice: str
     share: int
     active: int
@@ -58,11 +67,21 @@ def shared_heads(config: Config, share: int, choice: Choice) -> int | None:
     return (active - 1) // groups * groups or (None if choice == "spread" else active - 1)
 
 
-def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
-    """``config`` with ``share`` per cent of active heads and with shared heads by ``choice``.
+def compared_shares(config: Config) -> list[int]:
+    """``SHARES``, and the configured share of active heads where it is the same in every layer, in falling order."""
+    assert config.moh.active_heads is not None, "checked with the configuration"
+    heads = config.model.num_attention_heads
+    configured = set(active_counts(config.moh.active_heads, heads, config.model.num_layers))
+    known = {active_heads(config, share) for share in SHARES}
+    more = [round(100 * count / heads) for count in configured - known] if len(configured) == 1 else []
+    return sorted({*SHARES, *more}, reverse=True)
+
+
+def with_choice(config: Config, choice: Choice, share: int, scope: Scope = "global") -> Config | None:
+    """``config`` with ``share`` per cent of active heads, chosen in ``scope``, and with shared heads by ``choice``.
 
     The choice ``list`` keeps the configured heads; calibrated heads are still to be measured. None where so few active
-    heads leave no such choice.
+    heads leave no such choice, or where active and shared heads do not divide evenly over the KV groups of ``grouped``.
 
     Raises:
         UserError: ``config`` allows no such choice.
@@ -74,13 +93,16 @@ def with_choice(config: Config, choice: Choice, share: int) -> Config | None:
         )
     if (count := shared_heads(config, share, choice)) is None:
         return None
-    moh: dict[str, object] = {"enabled": True, "active_heads": active_heads(config, share), "backend": "auto"}
-    moh["activation_schedule_steps"] = 0
+    grouped = scope == "grouped"
+    moh: dict[str, Any] = {"enabled": True, "active_heads": active_heads(config, share), "backend": "auto"}
+    moh |= {"activation_schedule_steps": 0, "routing_groups": "kv" if grouped else 1}
+    moh |= {"gate_softmax": config.moh.gate_softmax if grouped else "layer"}
     if choice != "list":
         moh |= {"shared_heads": count, "shared_placement": choice}
-    changed = mapping_of(config)
-    changed["moh"] |= moh
-    return config_from_mapping(changed, f"--choices {choice}, at {share} %")
+    changed = dataclasses.replace(config, moh=dataclasses.replace(config.moh, **moh))
+    if grouped and (routing_groups(changed.model, changed.moh) == 1 or moh_violations(changed)):
+        return None
+    return config_from_mapping(mapping_of(changed), f"--choices {choice}, at {share} %")
 
 
 def possible_choices(config: Config) -> list[Choice]:
@@ -96,15 +118,39 @@ def possible_choices(config: Config) -> list[Choice]:
 
 
 def plan_comparison(config: Config, choices: Sequence[Choice], shares: Sequence[int] = SHARES) -> dict[str, Config]:
-    """The configurations to compare, by "choice share"; impossible ones are left out. Nothing is measured yet.
+    """The configurations to compare, by "scope choice share"; impossible ones are left out. Nothing is measured yet.
 
     Raises:
         UserError: ``config`` is of a dense model; or see ``with_choice``.
     """
     if not config.moh.enabled:
         raise UserError("moh.enabled must be true: what is compared are MoH models made of a dense one. Got false.")
-    variants = {f"{choice} {share}": with_choice(config, choice, share) for choice in choices for share in shares}
+    variants = {
+        f"{scope} {choice} {share}": with_choice(config, choice, share, scope)
+        for scope, choice, share in itertools.product(SCOPES, choices, shares)
+    }
     return {name: variant for name, variant in variants.items() if variant is not None}
+
+
+def omissions(
+    config: Config, plan: Mapping[str, Config], choices: Sequence[Choice], shares: Sequence[int]
+) -> list[str]:
+    """A sentence for each scope of which ``plan`` lacks some of the ``choices`` at some of the ``shares``.
+
+    Where no choice can be grouped, because a KV group has a single head or all, none is missed.
+    """
+    groups, sentences = config.model.query_groups, []
+    reasons = {"global": "Left out, because so many shared heads leave no such choice"}
+    if 1 < groups < config.model.num_attention_heads:
+        reasons["grouped"] = f"Not grouped, because {groups} KV groups need equally many shared and active heads each"
+    for scope, reason in reasons.items():
+        missing = []
+        for choice in choices:
+            if left_out := [str(share) for share in shares if f"{scope} {choice} {share}" not in plan]:
+                missing.append(f"{choice} at {', '.join(left_out)} %")
+        if missing:
+            sentences.append(f"{reason}: {'; '.join(missing)}.")
+    return sentences
 
 
 def compare_choices(
@@ -124,7 +170,7 @@ def compare_choices(
     variants = {}
     for name, config in configs.items():
         # The number of active heads is set for each pass, so variants with the same shared heads use one model.
-        key = tuple(heads.shared for heads in layer_heads(config.model, config.moh))
+        key = tuple((heads.shared, heads.groups) for heads in layer_heads(config.model, config.moh))
         if key not in models:
             models[key] = upcycled_model(config, dense)
             gc.collect()
@@ -132,11 +178,12 @@ def compare_choices(
     dense_losses, values = measure_loss_and_kl(dense, variants, documents)
     rows = []
     for name, measured in values.items():
-        choice, share = name.split()
+        scope, choice, share = name.split()
         heads = layer_heads(configs[name].model, configs[name].moh)[0]
         rise = mean([loss - dense_loss for loss, dense_loss in zip(measured.losses, dense_losses, strict=True)])
         rows.append(
             Row(
+                scope,
                 choice,
                 int(share),
                 heads.active,
@@ -152,12 +199,12 @@ def compare_choices(
 def as_markdown(dense: Mean, rows: Sequence[Row]) -> str:
     """A Markdown table; ± is the standard error over documents."""
     lines = [
-        "| shared heads | active | shared | loss | above dense | KL from dense |",
-        "|---|---|---|---|---|---|",
-        f"| dense | | | {dense} | | |",
+        "| choice | shared heads | active | shared | loss | above dense | KL from dense |",
+        "|---|---|---|---|---|---|---|",
+        f"| dense | | | | {dense} | | |",
     ]
     lines += [
-        f"| {row.choice} | {row.active} ({row.share} %) | {row.shared} | {row.loss} | {row.rise} "
+        f"| {row.scope} | {row.choice} | {row.active} ({row.share} %) | {row.shared} | {row.loss} | {row.rise} "
         f"| {row.divergence.value:.3g} ± {row.divergence.error:.2g} |"
         for row in rows
     ]

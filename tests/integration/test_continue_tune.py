@@ -117,7 +117,7 @@ def test_report_compares_the_choices_of_shared_heads(dense: Run, tuned: tuple[Ru
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [(row["choice"], row["share"]) for row in rows] == [
+    assert [(row["choice"], row["share"]) for row in rows if row["scope"] == "global"] == [
         (choice, share)
         for choice in ("first", "spread", "calibrated")
         for share in (100, 90, 75, 50)
@@ -126,8 +126,10 @@ def test_report_compares_the_choices_of_shared_heads(dense: Run, tuned: tuple[Ru
     assert all((row["divergence"]["value"] < 1e-8) == (row["share"] == 100) for row in rows)
     assert (tmp_path / "report.png").stat().st_size > 1000
     text = (tmp_path / "report.md").read_text()
-    assert "| first | 4 (50 %) | 3 |" in text
+    assert "| global | first | 4 (50 %) | 3 |" in text
+    assert "| grouped | calibrated | 8 (100 %) | 4 |" in text
     assert "no such choice: spread at 50 %." in text
+    assert "Not grouped, because 4 KV groups need equally many shared and active heads each: first at" in text
 
 
 @pytest.mark.slow
@@ -172,6 +174,7 @@ def test_model_that_cannot_be_tuned_is_refused_without_a_folder(
     [
         (("--choices", "first", "moh.shared_heads=4"), "section.key=value stands before --choices"),
         (("--out", "taken"), "must be a folder to write into. Got a file: taken"),
+        (("--shares", "75", "101"), "must be a whole number of per cent from 1 to 100. Got 101"),
         (("--documents", "1"), "must be a whole number of at least 2. Got 1"),
     ],
 )

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from moh_megatron.model.single import logits
 from moh_megatron.model.tensors import model_tensors
-from moh_megatron.upcycle.loss_and_kl import mean, measure_loss_and_kl, recovered_share, upcycled_model
+from moh_megatron.upcycle.loss_and_kl import (
+    mean,
+    measure_loss_and_kl,
+    recovered_share,
+    set_active_heads,
+    upcycled_model,
+)
 
 
 @pytest.mark.parametrize("router", ["learned", "query_norm"])
@@ -20,6 +26,20 @@ def test_kl_is_zero_with_all_heads_active(tiny, dense, documents, router, balanc
     _, values = measure_loss_and_kl(dense, {"all": (model, 8), "half": (model, 4)}, documents)
     assert max(values["all"].divergences) < 1e-8
     assert min(values["half"].divergences) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"moh.gate_softmax": "group"}, {"moh.router": "query_norm"}, {"moh.backend": "slots"}], ids=str
+)
+def test_kl_is_zero_with_all_heads_of_each_kv_group_active(tiny, grouped_dense, grouped, documents, changes):
+    model = upcycled_model(tiny({**grouped, **changes}), grouped_dense)
+    variants = {"all": (model, 8), "most": (model, 6), "half": (model, 4)}
+    _, values = measure_loss_and_kl(grouped_dense, variants, documents)
+    assert max(values["all"].divergences) < 1e-8
+    assert min(values["most"].divergences) > 1e-3
+    assert sum(values["half"].divergences) > sum(values["most"].divergences)
+    with pytest.raises(AssertionError):
+        set_active_heads(model, 5)
 
 
 def test_losses_and_divergences_equal_those_of_single_documents(tiny, dense, documents):

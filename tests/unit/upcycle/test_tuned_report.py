@@ -77,6 +77,10 @@ def test_a_control_that_is_not_dense_is_refused(run, prepared):
         tuned_report.tuning_table(run("control"), [])
 
 
+def test_heads_chosen_in_kv_groups_are_named(run, grouped):
+    assert run("tuned", grouped).heads == "4 of 8, 2 shared, in 2 KV groups"
+
+
 def test_data_that_was_prepared_anew_is_refused(run, prepared):
     prepared.hash = "e" * 64
     with pytest.raises(UserError, match=r"control: was trained on the dataset dddd\w+\. Got eeee\w+ in .*data: "):
