@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -59,6 +60,9 @@ class Plan:
 
 def make_plan(config: Config, world_size: int) -> Plan:
     """The plan of a run on ``world_size`` ranks. Raises UserError if they do not fit the configuration."""
+    if config.moh.routing_groups == "kv" and config.moh.shared_placement == "calibrated":
+        # Which heads of a group are shared changes no number.
+        config = dataclasses.replace(config, moh=dataclasses.replace(config.moh, shared_placement="spread"))
     backend = backend_on_gpus(config)
     return Plan(
         world_size=world_size,

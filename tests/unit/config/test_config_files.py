@@ -1,12 +1,13 @@
 """Tests of the YAML files that ship with the project."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moh_megatron.config import core_yaml
+from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.load import config_from_mapping, dump_config, load_config
 from moh_megatron.config.validate import gradient_accumulation_steps
 
@@ -14,6 +15,8 @@ _CONFIGS = Path(__file__).parents[3] / "configs"
 _FILES = sorted(file for file in _CONFIGS.rglob("*.yaml") if file.parent.name != "eval")
 _PRETRAIN = _CONFIGS / "pretrain"
 _TUNE = _CONFIGS / "continue_tune"
+_SMOKE_IN_GROUPS = ["moh.routing_groups=kv", "moh.shared_placement=spread", "model.num_query_groups=2"]
+"""The documented overrides by which the smoke run chooses heads within KV groups."""
 
 
 @pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(_CONFIGS)))
@@ -44,6 +47,12 @@ def test_smoke_run_has_the_documented_size():
     assert train.steps * train.tokens_per_step >= 1_000_000
     assert config.parallel.tensor == 2
     assert gradient_accumulation_steps(config, 2) == 2
+    grouped = load_config(_CONFIGS / "smoke.yaml", _SMOKE_IN_GROUPS)
+    assert {(heads.groups, heads.shared, heads.active) for heads in layer_heads(grouped.model, grouped.moh)} == {
+        (2, (0, 4), 4)
+    }
+    load_config(_CONFIGS / "smoke.yaml", ["moh.routing_groups=kv", "moh.shared_heads=0"])
+    assert f"make smoke ARGS='{' '.join(_SMOKE_IN_GROUPS)}'" in (_CONFIGS.parent / "docs/moh.md").read_text()
     replicas = load_config(_CONFIGS / "smoke.yaml", ["parallel.tensor=1"])
     assert gradient_accumulation_steps(replicas, 2) == 1
 
@@ -73,12 +82,34 @@ def test_pretraining_files_follow_the_paper(size, rates, warmup, share):
         assert gradient_accumulation_steps(config, world) * config.train.micro_batch_size * world == 2048
 
 
+@pytest.mark.parametrize(("size", "heads", "groups"), [("s", 12, 3), ("b", 16, 4)], ids=["LLM-S", "LLM-B"])
+def test_grouped_query_files_differ_from_the_papers_in_heads_only(size, heads, groups):
+    for share in ("dense", "moh75", "moh50"):
+        ours, papers = (load_config(_PRETRAIN / f"llm_{size}_{kind}{share}.yaml") for kind in ("gqa_", ""))
+        assert ours.run.dir == f"runs/llm_{size}_gqa_{share}"
+        assert replace(ours.model, num_query_groups=None) == papers.model
+        assert (ours.model.num_attention_heads, ours.model.query_groups) == (heads, groups)
+        assert heads // groups == 4
+        assert (ours.parallel, ours.data, ours.train, ours.optimizer) == (
+            papers.parallel,
+            papers.data,
+            papers.train,
+            papers.optimizer,
+        )
+        moh = {"routing_groups": 1, "shared_placement": "first", "shared_heads": papers.moh.shared_heads}
+        assert replace(ours.moh, **moh) == papers.moh
+        for heads_of_layer in layer_heads(ours.model, ours.moh) if ours.moh.enabled else ():
+            assert heads_of_layer.groups == groups
+            assert heads_of_layer.shared == tuple(range(0, heads, 4)), "the first head of each group"
+
+
 @pytest.mark.parametrize(
     ("stage", "tokens", "steps", "rates"),
     [
         ("stage1", 300_000_000_000, 17_882, (6e-5, 6e-6)),
         ("stage2_dense", 100_000_000_000, 5_961, (2e-5, 1e-6)),
         ("stage2_moh75", 100_000_000_000, 5_961, (2e-5, 1e-6)),
+        ("stage2_moh75_grouped", 100_000_000_000, 5_961, (2e-5, 1e-6)),
     ],
 )
 def test_continue_tuning_files_follow_the_paper(stage, tokens, steps, rates):
@@ -94,10 +125,13 @@ def test_continue_tuning_files_follow_the_paper(stage, tokens, steps, rates):
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (*rates, 50)
     assert (optimizer.weight_decay, optimizer.gradient_clipping) == (0.1, 1.0)
     assert config.parallel.tensor == (2 if stage == "stage1" else 1)
-    assert (moh.enabled, moh.balance_coefficient) == (stage == "stage2_moh75", 0.01)
+    assert (moh.enabled, moh.balance_coefficient) == (stage.startswith("stage2_moh75"), 0.01)
     if moh.enabled:
-        assert (moh.shared_heads, moh.active_heads, moh.shared_placement) == (16, 24, "first")
-        assert (moh.router, moh.balancing, moh.straight_through) == ("query_norm", "loss", "all")
+        grouped = stage.endswith("grouped")
+        assert (moh.shared_heads, moh.active_heads) == (16, 24)
+        assert (moh.router, moh.balancing) == ("query_norm", "loss")
+        form = (moh.shared_placement, moh.routing_groups, moh.straight_through)
+        assert form == (("calibrated", "kv", "chosen") if grouped else ("first", 1, "all"))
     assert moh.activation_schedule_steps == 0
     assert config.distillation.teacher is None
 
@@ -113,6 +147,7 @@ def test_stage_2_starts_from_the_results_of_stage_1():
 
 _CONTROLS = {
     "llama3_8b_stage2_moh75": "llama3_8b_stage2_dense",
+    "llama3_8b_stage2_moh75_grouped": "llama3_8b_stage2_dense",
     "smollm2_135m_moh7": "smollm2_135m_dense",
     "smollm2_135m_moh5": "smollm2_135m_dense",
     "smollm2_135m_moh5_distilled": "smollm2_135m_dense",

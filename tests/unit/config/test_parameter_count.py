@@ -19,6 +19,13 @@ _PRETRAIN = Path(__file__).parents[3] / "configs/pretrain"
         ("llm_b_dense", 880_879_104, 0),
         ("llm_b_moh75", 880_879_104, 663_552),
         ("llm_b_moh50", 880_879_104, 663_552),
+        # Without 9 of 12, and 12 of 16, key and value heads.
+        ("llm_s_gqa_dense", 185_617_152 - 12 * 2 * 768 * 9 * 64, 0),
+        ("llm_s_gqa_moh75", 175_000_320, 129_024),
+        ("llm_s_gqa_moh50", 175_000_320, 129_024),
+        ("llm_b_gqa_dense", 880_879_104 - 24 * 2 * 1536 * 12 * 96, 0),
+        ("llm_b_gqa_moh75", 795_944_448, 663_552),
+        ("llm_b_gqa_moh50", 795_944_448, 663_552),
     ],
 )
 def test_shipped_models_have_the_papers_parameters(name, dense, router):

@@ -123,6 +123,8 @@ def test_plan_of_heads_chosen_in_kv_groups_is_even_and_smaller(llama: str) -> No
     assert ours["flops"]["executed"]["total"] < control["flops"]["executed"]["total"]
     assert ours["activations"]["layers"] < control["activations"]["layers"]
     assert ours["communication"] == control["communication"]
+    calibrated = as_json(llama, *grouped, "moh.shared_placement=calibrated")
+    assert calibrated == ours, "which heads of a group are shared changes no number"
     every_head = as_json(llama, *grouped, "moh.active_heads=32")
     assert every_head["backend"] == control["backend"] == "dense"
 
