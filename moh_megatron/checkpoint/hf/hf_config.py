@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
 from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
-from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.layer_heads import layer_heads, routing_groups
 from moh_megatron.config.schema import Config, ModelConfig
 from moh_megatron.io.errors import UserError
 
@@ -45,10 +45,13 @@ def hf_config(config: Config, dtype: torch.dtype, token_ids: SpecialTokenIds) ->
         "dtype": dtype,
     }
     if moh.enabled:
+        groups = routing_groups(model, moh)
         fields |= {
             **_heads(config),
+            "moh_routing_groups": groups,
             "moh_router": moh.router,
             "moh_gating": moh.gating,
+            "moh_gate_softmax": moh.gate_softmax if groups > 1 else "layer",
             "moh_balance_loss": moh.balance_loss,
             "moh_balance_coefficient": moh.balance_weight,
             "moh_bias_update_rate": moh.bias_update_rate if moh.balancing == "bias" else None,

@@ -96,9 +96,9 @@ class HFConfigReader:
             "tie_word_embeddings": tied,
             "init_method_std": self._number("initializer_range", float, 0.02),
         }
-        return {"model": model, "moh": self._moh() if self.is_moh else {"enabled": False}}
+        return {"model": model, "moh": self._moh(query_groups) if self.is_moh else {"enabled": False}}
 
-    def _moh(self) -> dict[str, Any]:
+    def _moh(self, query_groups: int) -> dict[str, Any]:
         rate = self.content.get("moh_bias_update_rate")
         keys = {
             "shared_heads": "moh_shared_heads",
@@ -111,7 +111,20 @@ class HFConfigReader:
         if missing := [hf_name for hf_name in keys.values() if hf_name not in self.content]:
             raise UserError(f"{self.path}: {', '.join(missing)} missing. Every export of this project states them.")
         balancing = {"balancing": "loss"} if rate is None else {"balancing": "bias", "bias_update_rate": rate}
-        return {"enabled": True, **{name: self.content[hf_name] for name, hf_name in keys.items()}, **balancing}
+        stated = {name: self.content[hf_name] for name, hf_name in keys.items()}
+        return {"enabled": True, **stated, **balancing, **self._routing_groups(query_groups)}
+
+    def _routing_groups(self, query_groups: int) -> dict[str, Any]:
+        """The keys routing_groups and gate_softmax, which exports of earlier versions do not state."""
+        groups, softmax = self.content.get("moh_routing_groups", 1), self.content.get("moh_gate_softmax", "layer")
+        if type(groups) is not int or groups not in (1, query_groups):
+            raise UserError(
+                f"{self.path}: moh_routing_groups must be 1 or num_key_value_heads ({query_groups}). Got {groups!r}."
+            )
+        if groups > 1:
+            return {"routing_groups": "kv", "gate_softmax": softmax}
+        # The one group is the layer.
+        return {"routing_groups": 1, "gate_softmax": "layer" if softmax == "group" else softmax}
 
     def _rope(self) -> tuple[float, dict[str, Any] | None]:
         """Return RoPE's base, and the value of model.rope_scaling."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from moh_megatron.checkpoint.hf.streaming import row_ranges
 from moh_megatron.checkpoint.hf.weight_readers import HFSource, all_chunks
 from moh_megatron.checkpoint.layout import read_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
-from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.layer_heads import layer_heads, routing_groups
 from moh_megatron.config.load import completed_config
 from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
@@ -80,6 +80,8 @@ def _build_config(
 
     def defaults(stated: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         _refuse_ignored(reader, stated.get("moh", {}))
+        if reader.is_moh:
+            _refuse_other_groups(reader, sections, stated.get("moh", {}).get("routing_groups"))
         tensor = stated.get("parallel", {}).get("tensor", 1)
         padding = -model["vocab_size"] % tensor if isinstance(tensor, int) and tensor > 0 else 0
         padded = {"vocab_size": model["vocab_size"] + padding, "vocab_padding": padding}
@@ -112,6 +114,18 @@ def _refuse_ignored(reader: HFConfigReader, stated: Collection[str]) -> None:
         )
 
 
+def _refuse_other_groups(reader: HFConfigReader, sections: Mapping[str, Mapping[str, Any]], stated: Any) -> None:
+    """Refuse another moh.routing_groups than config.json's before the rules refuse the heads, which differ with it."""
+    expected, query_groups = sections["moh"]["routing_groups"], sections["model"]["num_query_groups"]
+    if stated in (1, "kv") and stated != expected and query_groups != 1:
+        _refuse(reader, [f"  moh.routing_groups: {expected} in {reader.path.name}, {stated} in the configuration"])
+
+
+def _refuse(reader: HFConfigReader, differences: Sequence[str]) -> NoReturn:
+    remedy = "Leave these keys out: they are taken from there."
+    raise UserError("\n".join([f"{reader.path} and the configuration disagree:", *differences, remedy]))
+
+
 def _refuse_differences(reader: HFConfigReader, expected_config: Config, config: Config) -> None:
     expected, current = (_comparable(compared, reader.is_moh) for compared in (expected_config, config))
     different = [key for key, value in expected.items() if key in current and current[key] != value]
@@ -122,8 +136,7 @@ def _refuse_differences(reader: HFConfigReader, expected_config: Config, config:
         for key in explicit or different
     ]
     if differences:
-        remedy = "Leave these keys out: they are taken from there."
-        raise UserError("\n".join([f"{reader.path} and the configuration disagree:", *differences, remedy]))
+        _refuse(reader, differences)
 
 
 def _comparable(config: Config, with_moh: bool) -> dict[str, Any]:
@@ -140,6 +153,9 @@ def _comparable(config: Config, with_moh: bool) -> dict[str, Any]:
     if with_moh and moh.enabled:
         layers = layer_heads(model, moh)
         values |= {f"moh.{name}": getattr(moh, name) for name in ("router", "gating", "balancing")}
+        grouped = routing_groups(model, moh) > 1
+        values["moh.routing_groups"] = "kv" if grouped else 1
+        values["moh.gate_softmax"] = moh.gate_softmax if grouped else "layer"
         values["moh.shared_heads"] = _one_if_equal([layer.shared for layer in layers])
         values["moh.active_heads"] = _one_if_equal([layer.active for layer in layers])
     return values

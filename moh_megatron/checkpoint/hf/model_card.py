@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from moh_megatron.config.layer_heads import active_share, layer_heads
+from moh_megatron.config.layer_heads import active_share, layer_heads, routing_groups
 from moh_megatron.config.schema import Config
 
 _CARD = """\
@@ -46,6 +46,13 @@ This folder states no licence for its weights: whoever trained them chooses it, 
 data and of any weights they started from allow. {code_licence}
 """
 
+_IN_GROUPS = " They are equally many in each group of heads that share keys and values."
+_SLOTS = "Every attention implementation of transformers computes the active heads alone."
+_MOSTLY_EVERY_HEAD = (
+    "On one thread of a CPU a long prompt is computed for the active heads alone; elsewhere every head is computed and "
+    "multiplied by its gate."
+)
+
 
 def _rows(config: Config, dtype: str) -> list[tuple[str, object]]:
     model, moh = config.model, config.moh
@@ -66,14 +73,18 @@ def _rows(config: Config, dtype: str) -> list[tuple[str, object]]:
         ("precision of these weights", dtype),
     ]
     if moh.enabled:
+        grouped = routing_groups(model, moh) > 1
         rows += [
             ("shared heads", _shared(config)),
             ("active heads, shared ones included", moh.active_heads),
+            ("routing groups", "the key/value groups" if grouped else "1, the whole layer"),
             ("router", moh.router),
             ("balancing", _balancing(config)),
         ]
         if moh.router == "learned":
             rows.append(("gating", moh.gating))
+        if moh.router == "learned" and grouped:
+            rows.append(("gate softmax", f"over each {moh.gate_softmax}"))
     return rows
 
 
@@ -101,17 +112,17 @@ def model_card(config: Config, *, dtype: str, step: int, tokens: int) -> str:
     moh, heads = config.moh, config.model.num_attention_heads
     if moh.enabled:
         active, layers = active_share(config.model, moh), layer_heads(config.model, moh)
+        groups = routing_groups(config.model, moh)
         shared = sum(len(layer.shared) for layer in layers) / len(layers)
         uniform = len({(len(layer.shared), layer.active) for layer in layers}) == 1
         summary = (
             f"A LLaMA-like language model with Mixture-of-Head attention (arXiv 2410.11842): each token uses "
             f"{active * heads:g} of {heads} attention heads ({active:.0%}), {shared:g} of them shared by "
-            f"all tokens{'' if uniform else ', on average over layers'}."
+            f"all tokens{'' if uniform else ', on average over layers'}.{_IN_GROUPS if groups > 1 else ''}"
         )
         code = (
             "`trust_remote_code=True` runs `configuration_moh.py` and `modeling_moh.py` of this folder; they need only "
-            "torch and transformers 5. On one thread of a CPU a long prompt is computed for the active heads alone; "
-            "elsewhere every head is computed and multiplied by its gate."
+            f"torch and transformers 5. {_SLOTS if groups == config.model.query_groups else _MOSTLY_EVERY_HEAD}"
         )
     else:
         summary = "A LLaMA-like language model with dense attention."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
-from moh_megatron.config.layer_heads import layer_heads
+from moh_megatron.config.layer_heads import layer_heads, routing_groups
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 
@@ -106,12 +106,14 @@ def skywork_config(config: Config, dtype: torch.dtype, token_ids: SpecialTokenId
         layer.shared == tuple(range(expected["shared_heads"])) and layer.active == expected["active_heads"]
         for layer in layer_heads(model, moh)
     )
-    if not (moh.enabled and moh.router == "query_norm" and moh.balancing == "loss" and same_heads):
+    whole_layer = routing_groups(model, moh) == 1
+    if not (moh.enabled and moh.router == "query_norm" and moh.balancing == "loss" and whole_layer and same_heads):
         raise UserError(
-            f"--format official needs moh.router query_norm without biases, the first {expected['shared_heads']} heads "
-            f"shared and {expected['active_heads']} active in every layer: all else is hard-coded there. "
-            f"Got moh.enabled {moh.enabled}, moh.router {moh.router}, moh.balancing {moh.balancing}, moh.shared_heads "
-            f"{moh.shared_heads}, moh.active_heads {moh.active_heads}; use --format moh."
+            f"--format official needs moh.router query_norm without biases, moh.routing_groups 1, the first "
+            f"{expected['shared_heads']} heads shared and {expected['active_heads']} active in every layer: all else "
+            f"is hard-coded there. Got moh.enabled {moh.enabled}, moh.router {moh.router}, moh.balancing "
+            f"{moh.balancing}, moh.routing_groups {moh.routing_groups}, moh.shared_heads {moh.shared_heads}, "
+            f"moh.active_heads {moh.active_heads}; use --format moh."
         )
     if model.head_dim * heads != model.hidden_size:
         raise UserError(

@@ -1,7 +1,8 @@
 """Defines a LLaMA with Mixture-of-Head attention (arXiv 2410.11842). Needs torch and transformers alone.
 
-Legend: S sequence, B batch, D hidden size, N query heads, E routed heads, H head size.
-A router orders shared heads first, then routed ones; it returns gates in the order of the projections.
+Legend: S sequence, B batch, D hidden size, N query heads, E routed heads, H head size, G KV groups, k slots in a group.
+A router orders shared heads first, then routed ones, each kind in rising order, so group by group; it returns gates in
+the order of the projections.
 """
 
 import torch
@@ -26,6 +27,48 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
     """True at the ``top_k`` largest of the last dimension; ties go to the lower index (topk promises no order)."""
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+
+
+def in_groups(values: Tensor, groups: int) -> Tensor:
+    """[..., heads] -> [..., groups, heads / groups]."""
+    return values.unflatten(-1, (groups, values.shape[-1] // groups))
+
+
+def softmax_in_groups(logits: Tensor, groups: int) -> Tensor:
+    """The softmax over each of ``groups`` parts of the last dimension."""
+    return in_groups(logits, groups).softmax(-1).flatten(-2)
+
+
+class Slots:
+    """The k slots of each KV group, which hold the heads that a token uses, in rising order.
+
+    The heads of a group read the same keys and values, so their queries in k slots are k ordinary query heads for every
+    attention kernel. A head whose gate has vanished may give its slot to another, whose gate is 0 as well.
+
+    Args:
+        gates: [B, S, N], above 0 for at most k heads of each group.
+        groups: G.
+        slots: k.
+    """
+
+    def __init__(self, gates: Tensor, groups: int, slots: int):
+        self.shape, self.heads = gates.shape, groups * slots
+        width = gates.shape[-1] // groups
+        used = in_groups((gates > 0).to(torch.uint8), groups)
+        head = used.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
+        first_head = torch.arange(0, gates.numel(), width, device=gates.device).view(*head.shape[:-1], 1)
+        self.index = (first_head + head).flatten()
+        """[B * S * G * k] the flat index in [B, S, N] of each slot's head."""
+
+    def take(self, values: Tensor) -> Tensor:
+        """[B, S, N, ...] -> [B, S, G * k, ...]."""
+        rows = values.flatten(0, 2).index_select(0, self.index)
+        return rows.view(*self.shape[:2], self.heads, *values.shape[3:])
+
+    def put(self, values: Tensor) -> Tensor:
+        """[B, S, G * k, ...] -> [B, S, N, ...], zero where no slot is."""
+        rows = values.new_zeros(self.shape.numel(), *values.shape[3:])
+        return rows.index_copy(0, self.index, values.flatten(0, 2)).view(*self.shape, *values.shape[3:])
 
 
 def attend_active(query: Tensor, key: Tensor, value: Tensor, active: Tensor, scaling: float) -> Tensor:
@@ -85,6 +128,8 @@ class MoHRouter(nn.Module):
         self.n_shared = len(shared)
         self.n_routed = config.num_attention_heads - self.n_shared
         self.top_k = active - self.n_shared
+        self.groups = config.moh_routing_groups
+        self.gate_groups = self.groups if config.moh_gate_softmax == "group" else 1
         self.bias_rate = config.moh_bias_update_rate
         if self.bias_rate is not None and self.n_routed:
             self.register_buffer("bias_steps", torch.zeros(self.n_routed, dtype=torch.int64))
@@ -106,35 +151,38 @@ class MoHRouter(nn.Module):
             return gates if self.inverse_order == list(range(len(self.order))) else gates[..., self.inverse_order]
 
     def chosen_heads(self, scores: Tensor) -> Tensor:
-        """Scores [B, S, E] -> bool [B, S, E], True at the ``top_k`` routed heads of each token."""
+        """Scores [B, S, E] -> bool [B, S, E], True at the ``top_k`` routed heads of each token, evenly over groups."""
         if self.bias_rate is not None:
             scores = scores + self.bias_steps.float() * self.bias_rate
-        return top_k_mask(scores, self.top_k)
+        return top_k_mask(in_groups(scores, self.groups), self.top_k // self.groups).flatten(-2)
 
     def query_norm_gates(self, queries: Tensor) -> Tensor:
         """Queries [B, S, N, H] -> gates: 1 for shared heads and the ``top_k`` routed heads of largest norm, else 0."""
         norms = torch.linalg.vector_norm(queries, dim=-1)[..., self.order]
         scores = norms[..., self.n_shared :]
         if self.bias_rate is not None:
-            deviation = scores.std(-1, keepdim=True) if self.n_routed > 1 else torch.zeros_like(scores)
+            scores = in_groups(scores, self.groups)
+            deviation = scores.std(-1, keepdim=True) if scores.shape[-1] > 1 else torch.zeros_like(scores)
             scores = scores.masked_fill(deviation <= 0, 0.0) / deviation.masked_fill(deviation <= 0, 1.0)
+            scores = scores.flatten(-2)
         return torch.cat([torch.ones_like(norms[..., : self.n_shared]), self.chosen_heads(scores).float()], dim=-1)
 
     def learned_gates(self, x: Tensor) -> Tensor:
         """Attention input [B, S, D] -> gates by eq. 5-6, or normalised, with active gates of 1 at uniform logits."""
         shared = x.new_ones(*x.shape[:-1], self.n_shared)
         if self.shared is not None:
-            shared = F.linear(x, self.shared.weight.float()).softmax(-1)
+            shared = softmax_in_groups(F.linear(x, self.shared.weight.float()), self.gate_groups)
             if self.normalized or self.routed is None:
-                shared = shared * self.n_shared
+                shared = shared * (self.n_shared // self.gate_groups)
         if self.routed is None:
             return shared
         logits = F.linear(x, self.routed.weight.float())
         chosen = self.chosen_heads(logits)
         if self.normalized:
-            routed = self.top_k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+            chosen_logits = logits.masked_fill(~chosen, -torch.inf)
+            routed = self.top_k // self.gate_groups * softmax_in_groups(chosen_logits, self.gate_groups)
         else:
-            routed = logits.softmax(-1) * chosen
+            routed = softmax_in_groups(logits, self.gate_groups) * chosen
         if self.alpha is None:
             return routed
         alpha = F.linear(x, self.alpha.weight.float()).softmax(-1)
@@ -143,15 +191,27 @@ class MoHRouter(nn.Module):
         return torch.cat([alpha[..., :1] * shared, alpha[..., 1:] * routed], dim=-1)
 
 
+def gated(out: Tensor, gates: Tensor) -> Tensor:
+    """[B, S, n, H] times [B, S, n]."""
+    return out * gates.unsqueeze(-1).to(out.dtype)
+
+
 class MoHAttention(LlamaAttention):
     """LLaMA's attention with each head's output multiplied by its gate.
 
-    A prompt is computed for the active heads alone where that is faster; otherwise every head is computed.
+    With equally many active heads in each KV group (``moh_routing_groups`` of as many groups, or a single KV group) the
+    active heads alone are computed, in slots, by every attention implementation. Otherwise a prompt is computed for the
+    active heads alone where that is faster, and else every head is computed.
     """
 
     def __init__(self, config: MoHConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.router = MoHRouter(config, layer_idx)
+        groups, active = config.num_key_value_heads, config.heads_of(layer_idx)[1]
+        self.in_slots = config.moh_routing_groups == groups and active < config.num_attention_heads
+        if self.in_slots:
+            # The attention implementations read here how many of their query heads share a KV group.
+            self.num_key_value_groups = active // groups
 
     def forward(
         self,
@@ -161,7 +221,11 @@ class MoHAttention(LlamaAttention):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """As LlamaAttention: [B, S, D] -> ([B, S, D], attention weights or None)."""
+        """As LlamaAttention: [B, S, D] -> ([B, S, D], attention weights or None).
+
+        The weights are [B, N, S, keys], or in slots [B, G * k, S, keys]: those of the k heads that each token uses of
+        each KV group, in rising order of the heads.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BSNH = self.q_proj(hidden_states).view(heads)
         gates_BSN = self.router(hidden_states, q_BSNH)
@@ -172,26 +236,40 @@ class MoHAttention(LlamaAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = self.config._attn_implementation or "eager"
-        active_BSN = gates_BSN > 0
-        weights = None
-        causal = attention_mask is None and kwargs.get("is_causal") is not False
-        if implementation == "sdpa" and causal and self.skipping_is_faster(query, key, active_BSN):
-            out_BSNH = attend_active(query, key, value, active_BSN, self.scaling)
+        if self.in_slots:
+            slots = Slots(gates_BSN, key.shape[1], self.num_key_value_groups)
+            chosen_query = slots.take(query.transpose(1, 2)).transpose(1, 2)
+            out_BSnH, weights = self.attend(chosen_query, key, value, attention_mask, **kwargs)
+            gated_BSNH = slots.put(gated(out_BSnH, slots.take(gates_BSN)))
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            out_BSNH, weights = attend(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
-            )
-        out_BSNH = out_BSNH * gates_BSN.unsqueeze(-1).to(out_BSNH.dtype)
-        return self.o_proj(out_BSNH.flatten(2)), weights
+            active_BSN = gates_BSN > 0
+            causal = attention_mask is None and kwargs.get("is_causal") is not False
+            if self.implementation == "sdpa" and causal and self.skipping_is_faster(query, key, active_BSN):
+                out_BSNH, weights = attend_active(query, key, value, active_BSN, self.scaling), None
+            else:
+                out_BSNH, weights = self.attend(query, key, value, attention_mask, **kwargs)
+            gated_BSNH = gated(out_BSNH, gates_BSN)
+        return self.o_proj(gated_BSNH.flatten(2)), weights
+
+    @property
+    def implementation(self) -> str:
+        return self.config._attn_implementation or "eager"
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of n query heads, ``num_key_value_groups`` for each of the keys', by the chosen implementation.
+
+        Args:
+            query: [B, n, S, H].
+            key, value: [B, G, keys, H].
+
+        Returns:
+            [B, S, n, H], attention weights [B, n, S, keys] or None.
+        """
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def skipping_is_faster(self, query: Tensor, key: Tensor, active: Tensor) -> bool:
         """Whether ``query`` [B, N, S, H] is a whole prompt, with keys [B, groups, S, H] of no earlier tokens, that
