@@ -99,9 +99,16 @@ def tokenizer_dir(tmp_path_factory) -> Path:
         {"shared_heads": 2, "active_heads": 4, "gating": "paper", "balance_loss": "paper"},
         {"shared_heads": 1, "active_heads": 4, "balancing": "bias", "bias_update_rate": 0.02},
         {"shared_heads": [[7, 2], [0, 5, 3]], "active_heads": [3, 6], "router": "query_norm"},
+        {
+            "shared_heads": [[7, 1, 2, 4], []],
+            "active_heads": [8, 4],
+            "routing_groups": "kv",
+            "gate_softmax": "group",
+            "balancing": "bias",
+        },
         {"enabled": False},
     ],
-    ids=["learned", "bias", "lists", "dense"],
+    ids=["learned", "bias", "lists", "grouped", "dense"],
 )
 def test_exports_of_this_project_round_trip(tiny, tokenizer_dir, tmp_path, moh):
     config = tiny({"model.vocab_size": 280} | {f"moh.{key}": value for key, value in moh.items()})
