@@ -149,6 +149,8 @@ _CONTROLS = {
     "llama3_8b_stage2_moh75": "llama3_8b_stage2_dense",
     "llama3_8b_stage2_moh75_grouped": "llama3_8b_stage2_dense",
     "smollm2_135m_moh7": "smollm2_135m_dense",
+    "smollm2_135m_moh6": "smollm2_135m_dense",
+    "smollm2_135m_moh6_grouped": "smollm2_135m_dense",
     "smollm2_135m_moh5": "smollm2_135m_dense",
     "smollm2_135m_moh5_distilled": "smollm2_135m_dense",
 }
@@ -175,7 +177,9 @@ def test_every_moh_file_has_a_dense_control():
 
 
 @pytest.mark.parametrize(
-    ("name", "active"), [("dense", None), ("moh7", 7), ("moh5", 5), ("moh5_distilled", 5)], ids=lambda value: str(value)
+    ("name", "active"),
+    [("dense", None), ("moh7", 7), ("moh6", 6), ("moh6_grouped", 6), ("moh5", 5), ("moh5_distilled", 5)],
+    ids=lambda value: str(value),
 )
 def test_smollm2_files_have_the_documented_values(name, active):
     config = load_config(_TUNE / f"smollm2_135m_{name}.yaml")
@@ -186,6 +190,16 @@ def test_smollm2_files_have_the_documented_values(name, active):
     assert (config.optimizer.learning_rate, config.optimizer.min_learning_rate) == (1e-4, 1e-5)
     assert moh.enabled == (active is not None)
     if moh.enabled:
-        assert (moh.active_heads, moh.shared_heads, moh.shared_placement) == (active, 3, "first")
+        placement = "spread" if active == 6 else "first"
+        assert (moh.active_heads, moh.shared_heads, moh.shared_placement) == (active, 3, placement)
+        assert moh.routing_groups == ("kv" if name.endswith("grouped") else 1)
         assert (moh.router, moh.straight_through) == ("query_norm", "chosen")
     assert config.distillation.teacher == ("runs/smollm2/dense" if name.endswith("distilled") else None)
+
+
+def test_the_grouped_smollm2_file_shares_the_heads_of_its_twin():
+    grouped, twin = (load_config(_TUNE / f"smollm2_135m_{name}.yaml") for name in ("moh6_grouped", "moh6"))
+    assert replace(grouped.moh, routing_groups=1) == twin.moh
+    (heads,) = set(layer_heads(grouped.model, grouped.moh))
+    assert (heads.shared, heads.active, heads.groups) == ((0, 3, 6), 6, 3)
+    assert heads.shared == layer_heads(twin.model, twin.moh)[0].shared
