@@ -183,15 +183,15 @@ class QueryNormRouter(Router):
 
     def logits(self, x: Tensor, q: Tensor) -> Logits:
         """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have logits."""
-        norms = in_groups(self._norms(q)[..., list(self.heads.routed)], self.heads.groups)
-        return Logits(None, norm_scores(norms).flatten(-2), None)
+        norms = self._norms(q)[..., list(self.heads.routed)]
+        return Logits(None, norm_scores(norms, self.heads.groups), None)
 
     def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; q [S, B, n, H], before RoPE."""
         norms = self._norms(q)[..., list(self.heads.routed)]
         if self.bias is None:
             return norms
-        return norm_scores(in_groups(norms, self.heads.groups)).flatten(-2) + self.bias
+        return norm_scores(norms, self.heads.groups) + self.bias
 
     def forward(self, x: Tensor, q: Tensor) -> Routing:
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""

@@ -235,14 +235,18 @@ def query_norms(q: Tensor) -> Tensor:
     return torch.linalg.vector_norm(q.to(at_least_fp32(q.dtype)), dim=-1).clamp(max=_LARGEST_NORM)
 
 
-def norm_scores(norms: Tensor) -> Tensor:
+def norm_scores(norms: Tensor, groups: int = 1) -> Tensor:
     """Norms [..., E] of routed heads over their unbiased deviation; 0 if the deviation is nearly 0 or E is 1.
 
-    With routing groups the norms are [..., G, E / G]: each group has a deviation of its own.
+    With routing groups each has a deviation of its own, and the scores are of distances to its mean. The softmax is the
+    same. Without the mean, two heads of a group, whose scores never change, would get rounding errors as gradient.
     """
+    norms = in_groups(norms, groups)
+    if groups > 1:
+        norms = norms - norms.mean(-1, keepdim=True)
     deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
     flat = deviation <= _SMALLEST_DEVIATION
-    return norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)
+    return (norms.masked_fill(flat, 0.0) / deviation.masked_fill(flat, 1.0)).flatten(-2)
 
 
 def choose_by_norm(
@@ -264,8 +268,8 @@ def choose_by_norm(
     _check_top_k(top_k, len(routed), groups)
     index = torch.tensor(routed, device=norms.device)
     routed_norms = norms.index_select(-1, index)
-    scores = norm_scores(in_groups(routed_norms, groups))
-    probability, scores = scores.softmax(-1).flatten(-2), scores.flatten(-2)
+    scores = norm_scores(routed_norms, groups)
+    probability = in_groups(scores, groups).softmax(-1).flatten(-2)
     # Without a bias the norms themselves are ranked: dividing them could round two of them to the same score.
     chosen = choose(routed_norms if bias is None else scores + bias, top_k, groups)
     # The gate is exactly 0 or 1 forward, and its gradient that of the score (straight-through, eq. 9-10).

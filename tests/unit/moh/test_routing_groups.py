@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 from moh_megatron.moh import balance_loss, learned_routing, query_norm_routing, sparse_attention, z_loss
 from moh_megatron.moh.backends.choice import choose_backend
 from moh_megatron.moh.backends.slots import Slots, slots_in_each_group
+from moh_megatron.moh.routing import choose_by_norm, norm_scores
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -143,8 +145,10 @@ def test_query_norm_routing_is_that_of_each_group(
     routing = query_norm_routing(q, shared_heads=shared * groups, top_k=chosen * groups, routing_groups=groups)
     alone = [query_norm_routing(part, shared_heads=shared, top_k=chosen) for part in q.split(width, 1)]
     assert torch.equal(routing.active, torch.cat([part.active for part in alone], -1))
-    assert_equal(routing.gates, torch.cat([part.gates for part in alone], -1), [q], dtype)
-    assert_equal(routing.balance_loss, torch.stack([part.balance_loss for part in alone]).mean(), [q], dtype)
+    if groups > 1:  # In fp32 two heads alone have rounding errors as gradient, see the last test.
+        alone = [query_norm_routing(part.double(), shared_heads=shared, top_k=chosen) for part in q.split(width, 1)]
+    assert_equal(routing.gates, torch.cat([part.gates for part in alone], -1).to(dtype), [q], dtype)
+    assert_equal(routing.balance_loss, torch.stack([part.balance_loss for part in alone]).mean().to(dtype), [q], dtype)
 
 
 def test_query_norm_routing_accepts_lists_that_are_even() -> None:
@@ -279,3 +283,15 @@ def test_auto_takes_slots_where_lists_are_not_faster(monkeypatch: pytest.MonkeyP
     assert choose(64, share=1.0) == choose(64, even=False) == "dense"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert choose(4096) == "slots"
+
+
+def test_norms_of_two_heads_in_a_group_have_no_gradient_of_rounding_errors() -> None:
+    """Their scores are a constant apart, however near the norms are, so that nothing is there to be learned."""
+    apart = torch.logspace(-5, 0, 64)
+    norms = (20 + torch.stack([torch.zeros(64), apart], -1)).repeat(1, 3).requires_grad_()
+    routing = choose_by_norm(norms, shared_heads=(), top_k=3, balance="scaled", groups=3)
+    probe = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((routing.gates * probe).sum(), [norms])
+    assert (gradient.abs().amax(-1) * apart).max() < 1e-6
+    probability = norm_scores(norms, 3).unflatten(-1, (3, 2)).softmax(-1)
+    assert_close(probability[..., 1], torch.full((64, 3), math.exp(0.5**0.5) / (2 * math.cosh(0.5**0.5))))
