@@ -4,7 +4,8 @@
 .venv/bin/python tools/bench_prefill.py --threads 1
 
 It times the forward pass of one attention layer of the exported code in fp32. The printed numbers are the ratio of the
-sparse path's time to the dense one's, median and range over turns.
+sparse path's time to the dense one's, median and range over turns: for heads chosen in the whole layer, then for heads
+chosen within KV groups, which are computed in slots.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from timing import circumstances, markdown, median_and_range, ratios, take_turns
 
-from moh_megatron.checkpoint.hf.hf_model.modeling_moh import attend_active
+from moh_megatron.checkpoint.hf.hf_model.modeling_moh import Slots, attend_active, gated
 
 SHAPES = ((12, 12, 64), (32, 8, 64), (9, 3, 64))
 LENGTHS = (256, 512, 1024, 2048)
 SHARES = (0.5, 0.75, 0.9)
+GROUPED_SHAPE = (32, 8, 64)
+SLOTS = (2, 3)
 
 
 def times(heads: int, groups: int, size: int, length: int, share: float, turns: int) -> str:
@@ -37,6 +40,30 @@ def times(heads: int, groups: int, size: int, length: int, share: float, turns: 
 
     measured = take_turns({"sparse": sparse, "dense": dense}, turns)
     return median_and_range(ratios(measured, "sparse", "dense"))
+
+
+def slot_times(heads: int, groups: int, size: int, length: int, slots: int, turns: int) -> str:
+    """Time in slots over dense time, for one sequence whose tokens choose ``slots`` heads of each group at random."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, length, heads, size, generator=generator).transpose(1, 2)
+    key, value = (torch.randn(1, groups, length, size, generator=generator) for _ in range(2))
+    rank = torch.rand(1, length, groups, heads // groups, generator=generator).argsort(-1)
+    gates = (rank < slots).float().flatten(2)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+
+    def dense() -> None:
+        gated(attend(query), gates)
+
+    def in_slots() -> None:
+        held = Slots(gates, groups, slots)
+        out = attend(held.take(query.transpose(1, 2)).transpose(1, 2))
+        held.put(gated(out, held.take(gates)))
+
+    measured = take_turns({"slots": in_slots, "dense": dense}, turns)
+    return median_and_range(ratios(measured, "slots", "dense"))
 
 
 def main() -> None:
@@ -57,7 +84,17 @@ def main() -> None:
             for heads, groups, size in [shape]
             for length in LENGTHS
         ]
+        heads, groups, size = GROUPED_SHAPE
+        in_slots = [
+            (
+                f"{heads} / {groups} x {size}",
+                length,
+                *(slot_times(*GROUPED_SHAPE, length, slots, arguments.turns) for slots in SLOTS),
+            )
+            for length in LENGTHS
+        ]
     print(markdown(["heads / groups x size", "length", *(f"{share:.0%}" for share in SHARES)], rows))
+    print(markdown(["in slots", "length", *(f"{slots} of {heads // groups}" for slots in SLOTS)], in_slots))
 
 
 if __name__ == "__main__":

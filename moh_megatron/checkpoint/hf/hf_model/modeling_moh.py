@@ -207,7 +207,7 @@ class MoHAttention(LlamaAttention):
     def __init__(self, config: MoHConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.router = MoHRouter(config, layer_idx)
-        groups, active = config.num_key_value_heads, config.heads_of(layer_idx)[1]
+        groups, active = config.num_attention_heads // self.num_key_value_groups, config.heads_of(layer_idx)[1]
         self.in_slots = config.moh_routing_groups == groups and active < config.num_attention_heads
         if self.in_slots:
             # The attention implementations read here how many of their query heads share a KV group.

@@ -67,7 +67,8 @@ def test_exported_grouped_model_computes_the_logits_of_the_training_model(tiny, 
     weights = random_weights(config)
 
     def exported() -> Any:
-        model: Any = MoHForCausalLM(hf_config(config, torch.float32, SpecialTokenIds()))
+        settings: Any = hf_config(config, torch.float32, SpecialTokenIds())
+        model: Any = MoHForCausalLM(settings)
         model.load_state_dict(to_hf(weights, config))
         assert all(layer.self_attn.in_slots for layer in model.model.layers)
         return model.eval()

@@ -35,8 +35,9 @@ SETTINGS: dict[str, Any] = {
     "moh_active_heads": [4, 6, 8],
     "moh_routing_groups": GROUPS,
 }
-LEARNED, QUERY_NORM = {"moh_router": "learned"}, {"moh_router": "query_norm"}
-ROUTERS = {
+LEARNED: dict[str, Any] = {"moh_router": "learned"}
+QUERY_NORM: dict[str, Any] = {"moh_router": "query_norm"}
+ROUTERS: dict[str, dict[str, Any]] = {
     "normalized": LEARNED,
     "normalized_group": LEARNED | {"moh_gate_softmax": "group"},
     "paper": LEARNED | {"moh_gating": "paper"},
@@ -153,13 +154,13 @@ def test_slots_equal_every_head_masked(shape, active, size, implementation, batc
     mask = torch.full((1, 1, length, length), -torch.inf, dtype=torch.float64).triu(1)
     mask = torch.zeros_like(mask) if bidirectional else mask
 
-    def output_and_gradients(model: Any, mask: Tensor | None) -> list[Tensor]:
+    def output_and_gradients(model: Any, mask: Tensor | None) -> list[Any]:
         layer, leaf = model.model.layers[0].self_attn, x.clone().requires_grad_()
         layer.router = copy.deepcopy(router)
         out, _ = layer(leaf, positions, mask)
         out.square().sum().backward()
         assert layer.in_slots == (model is not twin and active < width)
-        gates = layer.router.gates
+        gates: Any = layer.router.gates
         return [
             out,
             leaf.grad,
