@@ -2,7 +2,9 @@
 """Measures sparse attention against dense causal SDPA with the same mask, and against itself with every head active.
 
 .venv/bin/python tools/bench_attention.py [--lengths 512 1024 2048] [--turns 7] [--threads 1] [--plot bench.png]
+.venv/bin/python tools/bench_attention.py --routing-groups kv [--backends slots cpu] [--shares 0.5 0.75] ...
 
+With --routing-groups kv every token uses the same number of heads in each KV group, as the backend slots needs.
 Within one process all candidates of a shape take turns (A B A B ...), so that a slower machine slows all of them. The
 printed numbers are the median and the range of the ratio within each turn. Peak memory is the increase of resident
 memory during one pass, measured once in a separate process.
@@ -11,14 +13,12 @@ memory during one pass, measured once in a separate process.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timing import circumstances, markdown, median_and_range, ratios, take_turns
+from timing import circumstances, markdown, median_and_range, peak_megabytes, ratios, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +34,8 @@ class Shape(NamedTuple):
     groups: int
     size: int
     length: int
+    routing_groups: int = 1
+    """The groups of consecutive heads in each of which a token uses equally many."""
 
 
 class Row(NamedTuple):
@@ -53,26 +55,36 @@ _HEADS_AT = {"MHA": {4096: 4, 8192: 4}, "GQA": {2048: 16, 4096: 4, 8192: 4}}
 """The number of heads for long sequences, smaller to save time; all heads of a KV group cost the same."""
 
 
-def shapes(length: int) -> list[Shape]:
-    """Multi-head attention of 12 heads of size 64, and grouped-query attention of 32 heads of size 128 in 8 groups."""
+def shapes(length: int, *, in_groups: bool = False) -> list[Shape]:
+    """Multi-head attention of 12 heads of size 64, and grouped-query attention of 32 heads of size 128 in 8 groups.
+
+    With ``in_groups``, where heads are chosen within KV groups: grouped-query attention of 16 heads of size 64 in 4
+    groups, and of 32 heads of size 128 in 8 groups, at every length.
+    """
+    if in_groups:
+        return [Shape("GQA", 16, 4, 64, length, 4), Shape("GQA", 32, 8, 128, length, 8)]
     multi, grouped = _HEADS_AT["MHA"].get(length, 12), _HEADS_AT["GQA"].get(length, 32)
     return [Shape("MHA", multi, multi, 64, length), Shape("GQA", grouped, grouped // 4, 128, length)]
 
 
 def inputs(shape: Shape, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Leaf tensors q, k and v, the active heads with a quarter of all heads shared, and a gradient of the output."""
+    """Leaf tensors q, k and v, the active heads with a quarter of all heads shared, and a gradient of the output.
+
+    A token uses ``share`` of the heads of each routing group, the first quarter of which is shared.
+    """
     generator = torch.Generator().manual_seed(0)
     length, heads, size = shape.length, shape.heads, shape.size
     q, k, v = (
         torch.randn(length, 1, n, size, generator=generator).requires_grad_()
         for n in (heads, shape.groups, shape.groups)
     )
-    shared = heads // 4
-    active = torch.ones(length, 1, heads, dtype=torch.bool)
-    scores = torch.rand(length, 1, heads - shared, generator=generator)
+    width = heads // shape.routing_groups
+    shared = width // 4
+    active = torch.ones(length, 1, shape.routing_groups, width, dtype=torch.bool)
+    scores = torch.rand(length, 1, shape.routing_groups, width - shared, generator=generator)
     rank = scores.argsort(-1, descending=True).argsort(-1)
-    active[..., shared:] = rank < round(heads * share) - shared
-    return q, k, v, active, torch.randn(length, 1, heads, size, generator=generator)
+    active[..., shared:] = rank < round(width * share) - shared
+    return q, k, v, active.flatten(2), torch.randn(length, 1, heads, size, generator=generator)
 
 
 def candidate(backend: str, shape: Shape, share: float, backward: bool) -> Callable[[], None]:
@@ -93,30 +105,6 @@ def candidate(backend: str, shape: Shape, share: float, backward: bool) -> Calla
     return run
 
 
-def _resident_peak() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def _peak(arguments: tuple[str, Shape, float, bool]) -> float:
-    torch.set_num_threads(1)
-    run = candidate(*arguments)
-    # Writing 5 resets VmHWM, the peak of the start-up, to the current resident size (Linux).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_peak()
-    run()
-    return (_resident_peak() - before) / 1024
-
-
-def peak_megabytes(backend: str, shape: Shape, share: float, backward: bool) -> float:
-    """The increase of the peak resident memory during one pass in a fresh process, in MiB."""
-    # Processes are forked from a server that has imported torch but computed nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moh_megatron.moh"])
-    with context.Pool(1) as pool:
-        return pool.map(_peak, [(backend, shape, share, backward)])[0]
-
-
 def measure(shape: Shape, shares: list[float], backends: list[str], backward: bool, turns: int) -> list[Row]:
     """Measure all backends at all shares of one shape in turns, and with every head active in any case."""
     runs = {"sdpa": candidate("sdpa", shape, 1.0, backward)}
@@ -124,7 +112,7 @@ def measure(shape: Shape, shares: list[float], backends: list[str], backward: bo
     for backend, share in dict.fromkeys([*cases, *((backend, 1.0) for backend in backends)]):
         runs[f"{backend} {share}"] = candidate(backend, shape, share, backward)
     taken = take_turns(runs, turns)
-    dense_peak = peak_megabytes("sdpa", shape, 1.0, backward)
+    dense_peak = peak_megabytes(candidate, "sdpa", shape, 1.0, backward)
     return [
         Row(
             shape,
@@ -133,7 +121,7 @@ def measure(shape: Shape, shares: list[float], backends: list[str], backward: bo
             backward,
             ratios(taken, f"{backend} {share}", "sdpa"),
             ratios(taken, f"{backend} {share}", f"{backend} 1.0"),
-            peak_megabytes(backend, shape, share, backward),
+            peak_megabytes(candidate, backend, shape, share, backward),
             dense_peak,
         )
         for backend, share in cases
@@ -170,10 +158,11 @@ def plot(rows: list[Row], path: str) -> None:
     colours = {share: f"C{index}" for index, share in enumerate(dict.fromkeys(row.share for row in rows))}
     styles = dict(zip(dict.fromkeys(row.backend for row in rows), ("-", "--", ":", "-."), strict=False))
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, kind in zip(axes, ("MHA", "GQA"), strict=True):
+    kinds = dict.fromkeys((row.shape.name, row.shape.size) for row in rows)
+    for axis, kind in zip(axes, kinds, strict=True):
         series: dict[tuple[str, float], list[tuple[int, float]]] = {}
         for row in rows:
-            if row.shape.name == kind and row.backward:
+            if (row.shape.name, row.shape.size) == kind and row.backward:
                 point = (row.shape.length, statistics.median(row.over_dense))
                 series.setdefault((row.backend, row.share), []).append(point)
         for (backend, share), points in series.items():
@@ -182,7 +171,7 @@ def plot(rows: list[Row], path: str) -> None:
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set(title=kind, xlabel="sequence length", ylim=(0, None))
+        axis.set(title=f"{kind[0]}, heads of size {kind[1]}", xlabel="sequence length", ylim=(0, None))
     axes[0].set_ylabel("time / dense SDPA, forward + backward")
     axes[1].legend(fontsize=7, ncols=2, loc="lower right")
     figure.tight_layout()
@@ -193,18 +182,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure sparse attention against dense causal SDPA.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75, 1.0])
-    parser.add_argument("--backends", nargs="+", default=["cpu", "gathered", "auto"])
+    parser.add_argument("--routing-groups", choices=["1", "kv"], default="1", help="as moh.routing_groups")
+    parser.add_argument("--backends", nargs="+", help="cpu gathered auto; with --routing-groups kv: slots cpu auto")
     parser.add_argument("--turns", type=int, default=7, help="number of turns of each candidate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", metavar="FILE.png")
     arguments = parser.parse_args()
+    in_groups = arguments.routing_groups == "kv"
+    backends = arguments.backends or (["slots", "cpu", "auto"] if in_groups else ["cpu", "gathered", "auto"])
+    if "slots" in backends and not in_groups:
+        parser.error("--backends slots needs --routing-groups kv: every KV group must have as many active heads.")
+    if in_groups and any(4 * share not in (1, 2, 3, 4) for share in arguments.shares):
+        parser.error(f"--shares must be of 0.25 0.5 0.75 1.0 with --routing-groups kv. Got {arguments.shares}.")
     torch.set_num_threads(arguments.threads)
     cases = [
-        (shape, backward) for length in arguments.lengths for shape in shapes(length) for backward in (False, True)
+        (shape, backward)
+        for length in arguments.lengths
+        for shape in shapes(length, in_groups=in_groups)
+        for backward in (False, True)
     ]
     rows: list[Row] = []
     for shape, backward in tqdm(cases, desc="bench", unit="case"):
-        rows += measure(shape, arguments.shares, arguments.backends, backward, arguments.turns)
+        rows += measure(shape, arguments.shares, backends, backward, arguments.turns)
     print(circumstances())
     print(table(rows))
     if arguments.plot:

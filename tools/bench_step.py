@@ -7,7 +7,8 @@
 
 `attention`: what skipping heads saves in the transformer stack (no embedding, no head) and in the whole model. Both
 models are the project's own, with the same fused attention; they take turns in one process. The table shows the
-measured ratio beside the one that counts of floating-point operations predict (`monitor/flops.py`, executed).
+measured ratio beside the one that counts of floating-point operations predict (`monitor/flops.py`, executed), and the
+rise of resident memory in one forward + backward pass of the stack, measured once in a process of its own.
 
 `engine`: see `bench_engine.py`. `--monitor`: see `bench_monitor.py`.
 """
@@ -24,7 +25,7 @@ import bench_engine
 import bench_monitor
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from timing import Turn, circumstances, markdown, median_and_range, ratios, take_turns
+from timing import Turn, circumstances, markdown, median_and_range, peak_megabytes, ratios, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,6 +53,12 @@ def stack_pass(model: GPTModel, length: int, hidden: int) -> Callable[[], None]:
     return run
 
 
+def lone_stack_pass(config: Config) -> Callable[[], None]:
+    """``stack_pass`` of a new model in a new process."""
+    init_single_process(seed=0)
+    return stack_pass(build_model(config).train(), config.train.sequence_length, config.model.hidden_size)
+
+
 def full_model_pass(model: GPTModel, length: int, vocabulary: int) -> Callable[[], None]:
     """Forward + backward from tokens to the loss, one sequence."""
     tokens = torch.randint(0, vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0))
@@ -63,9 +70,10 @@ def full_model_pass(model: GPTModel, length: int, vocabulary: int) -> Callable[[
     return run
 
 
-def twins(path: str, length: int, layers: int) -> dict[str, Config]:
-    """The configuration cut to ``layers``, and its dense twin."""
+def twins(path: str, length: int, layers: int, backend: str = "auto") -> dict[str, Config]:
+    """The configuration cut to ``layers``, with ``moh.backend`` as given, and its dense twin."""
     cut = [f"train.sequence_length={length}", f"model.num_layers={layers}", "train.precision=fp32"]
+    cut.append(f"moh.backend={backend}")
     config = load_config(path, cut)
     return {"moh": config, "dense": replace(config, moh=replace(config.moh, enabled=False))}
 
@@ -80,9 +88,9 @@ def with_all_layers(stack: list[Turn], whole: list[Turn], depth: float) -> list[
     return [{name: ends + depth * seconds for name, seconds in turn.items()} for turn in stack]
 
 
-def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -> list[list[object]]:
+def measure(path: str, length: int, layers: int, backend: str, turns: int, whole_turns: int) -> list[list[object]]:
     """Rows of the table for one length: the stack, the model as measured, and the model with all its layers."""
-    configs, all_layers = twins(path, length, layers), load_config(path).model.num_layers
+    configs, all_layers = twins(path, length, layers, backend), load_config(path).model.num_layers
     backend = attention_backend(configs["moh"], torch.device("cpu"))
     # The executed operations of the dense twin, too: its attention computes the scores again, as MoH attention does.
     flops = {
@@ -96,13 +104,20 @@ def measure(path: str, length: int, layers: int, turns: int, whole_turns: int) -
         {name: full_model_pass(model, length, size.vocab_size) for name, model in models.items()}, whole_turns
     )
 
-    def row(part: str, timed: list[Turn], operations: Callable[[Flops], float]) -> list[object]:
+    peaks = {name: peak_megabytes(lone_stack_pass, config) for name, config in configs.items()}
+
+    def row(part: str, timed: list[Turn], operations: Callable[[Flops], float], memory: str = "") -> list[object]:
         measured, predicted = ratios(timed, "moh", "dense"), operations(flops["moh"]) / operations(flops["dense"])
         realised = (1 - statistics.median(measured)) / (1 - predicted)
-        return [length, part, backend, median_and_range(measured, 3), f"{predicted:.3f}", f"{realised:.0%}"]
+        return [length, part, backend, median_and_range(measured, 3), f"{predicted:.3f}", f"{realised:.0%}", memory]
 
     return [
-        row(f"stack, {layers} layers", stack, lambda counts: counts.layers),
+        row(
+            f"stack, {layers} layers",
+            stack,
+            lambda counts: counts.layers,
+            f"{peaks['moh']:.0f} ({peaks['dense']:.0f})",
+        ),
         row(f"whole, {layers} layers", whole, lambda counts: counts.total),
         row(
             f"whole, {all_layers} layers, extrapolated",
@@ -117,9 +132,12 @@ def attention(arguments: argparse.Namespace) -> None:
     init_single_process(seed=0)
     rows = []
     for length in tqdm(arguments.lengths, desc="bench", unit="length"):
-        rows += measure(arguments.config, length, arguments.layers, arguments.turns, arguments.whole_turns)
+        rows += measure(
+            arguments.config, length, arguments.layers, arguments.backend, arguments.turns, arguments.whole_turns
+        )
     print(circumstances())
-    print(markdown(["S", "part", "backend", "time over dense (range)", "predicted", "of the predicted saving"], rows))
+    head = ["S", "part", "backend", "time over dense (range)", "predicted", "of the predicted saving", "MiB (dense's)"]
+    print(markdown(head, rows))
 
 
 def main() -> None:
@@ -134,6 +152,7 @@ def main() -> None:
     mode.add_argument("--config", default="configs/pretrain/llm_s_moh50.yaml")
     mode.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     mode.add_argument("--layers", type=int, default=2)
+    mode.add_argument("--backend", default="auto", help="moh.backend, as slots for heads chosen within KV groups")
     mode.add_argument("--turns", type=int, default=7, help="of the stack")
     mode.add_argument("--whole-turns", type=int, default=3, help="of the whole model")
     mode.set_defaults(measure=attention)

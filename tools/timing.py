@@ -1,10 +1,14 @@
-"""Measures candidates in interleaved turns, for the bench scripts beside this file."""
+"""Measures time in interleaved turns, and memory in processes of their own, for the bench scripts beside this file."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +32,35 @@ def _seconds(run: Callable[[], None], clock: Callable[[], float]) -> float:
     start = clock()
     run()
     return clock() - start
+
+
+def _resident_peak() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _peak(make: Callable[..., Callable[[], None]], *arguments: Any) -> float:
+    torch.set_num_threads(1)
+    run = make(*arguments)
+    # Writing 5 resets VmHWM, the peak of the start-up, to the current resident size (Linux).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_peak()
+    run()
+    return (_resident_peak() - before) / 1024
+
+
+def peak_megabytes(make: Callable[..., Callable[[], None]], *arguments: Any) -> float:
+    """The increase of the peak resident memory during one pass in a fresh process on one thread, in MiB.
+
+    ``make(*arguments)`` returns the pass; it is a function of a module, for the other process to find.
+    """
+    # A fixed threshold makes malloc return what is freed to the system at once; by default it learns to keep more.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    # Processes are forked from a server that has imported torch but computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "moh_megatron.moh"])
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (make, *arguments))
 
 
 def ratios(turns: Iterable[Turn], name: str, over: str) -> list[float]:

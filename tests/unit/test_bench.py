@@ -42,6 +42,54 @@ def test_ratios_compare_candidates_within_a_turn(bench_step: ModuleType) -> None
     assert bench_step.median_and_range([0.5, 0.75, 0.6]) == "0.60 (0.50-0.75)"
 
 
+@pytest.mark.usefixtures("bench_step")
+@pytest.mark.parametrize(("share", "active_in_group"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_choices_in_kv_groups_are_even_and_share_the_first_head(share: float, active_in_group: int) -> None:
+    import bench_attention  # pyright: ignore[reportMissingImports]
+
+    shapes = bench_attention.shapes(64, in_groups=True)
+    assert [(shape.heads, shape.groups, shape.size) for shape in shapes] == [(16, 4, 64), (32, 8, 128)]
+    for shape in shapes:
+        *_, active, _ = bench_attention.inputs(shape, share)
+        in_groups = active.unflatten(-1, (shape.groups, 4))
+        assert (in_groups.sum(-1) == active_in_group).all()
+        assert in_groups[..., 0].all()
+        assert in_groups.any(0).all() == (share > 0.25)
+        for backend in ("sdpa", "slots", "cpu"):
+            bench_attention.candidate(backend, shape, share, True)()
+
+
+@pytest.mark.usefixtures("bench_step")
+def test_choices_among_all_heads_share_a_quarter_of_them() -> None:
+    import bench_attention  # pyright: ignore[reportMissingImports]
+
+    for shape in bench_attention.shapes(64):
+        *_, active, _ = bench_attention.inputs(shape, 0.5)
+        assert (active.sum(-1) == shape.heads // 2).all()
+        assert active[..., : shape.heads // 4].all()
+        assert len(active.unflatten(-1, (4, -1)).sum(-1).unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--backends", "slots"], "--backends slots needs --routing-groups kv"),
+        (["--routing-groups", "kv", "--shares", "0.6"], "--shares must be of 0.25 0.5 0.75 1.0"),
+    ],
+)
+@pytest.mark.usefixtures("bench_step")
+def test_bench_refuses_choices_that_are_not_even(
+    words: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_attention  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr("sys.argv", ["bench_attention.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        bench_attention.main()
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("bench_step", "one_rank")
 def test_the_engine_is_timed_in_steps_of_the_training_loop(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
