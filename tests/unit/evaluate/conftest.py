@@ -35,11 +35,13 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> Config:
+def config(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Config:
+    """The configuration of the model; a test may change it by indirect parametrisation."""
     # Every interleaving is its own inverse, which would hide a mistake; a rotation is not.
     monkeypatch.setattr(head_layout, "_interleaved", lambda groups: (*range(1, groups), 0))
     size = {"model.num_attention_heads": 16, "model.num_query_groups": 8, "model.hidden_size": 64}
-    return tiny({**size, "model.vocab_size": 320, "moh.shared_heads": 4, "moh.active_heads": 9})
+    heads = {"moh.shared_heads": 4, "moh.active_heads": 9}
+    return tiny({**size, "model.vocab_size": 320, **heads, **getattr(request, "param", {})})
 
 
 @pytest.fixture

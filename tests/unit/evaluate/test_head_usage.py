@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.tokenizer import load_tokenizer
 from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage
 from moh_megatron.evaluate.loaded_model import LoadedModel, load_model
@@ -32,7 +33,20 @@ def usage_of(loaded: LoadedModel, letters: str) -> HeadUsage:
     return measure_head_usage(loaded, letters * 4, LENGTH, SEQUENCES)
 
 
-def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(loaded: LoadedModel, letters: str) -> None:
+GROUPED = {
+    "model.num_query_groups": 4,
+    "moh.routing_groups": "kv",
+    "moh.shared_placement": "spread",
+    "moh.active_heads": 8,
+}
+"""Two of the four heads in each KV group, the first of them shared."""
+BOTH_CHOICES = pytest.mark.parametrize("config", [{}, GROUPED], ids=["global", "grouped"], indirect=True)
+
+
+@BOTH_CHOICES
+def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(
+    config: Config, loaded: LoadedModel, letters: str
+) -> None:
     usage = usage_of(loaded, letters)
     ids = load_tokenizer(loaded.tokenizer_dir).encode(letters * 4)[: LENGTH * SEQUENCES]
     layers = moh_layers(loaded.model)
@@ -46,13 +60,17 @@ def test_loads_are_counted_masks_and_each_output_belongs_to_its_head(loaded: Loa
     assert usage.tokens == LENGTH * SEQUENCES
     assert torch.equal(usage.load, counts / usage.tokens)
     assert len(usage.load.unique()) > 3
+    if config.moh.routing_groups == "kv":
+        assert_close(usage.load.unflatten(-1, (4, 4)).sum(-1), torch.full((2, 4), 2.0, dtype=torch.float64))
+        assert (usage.load[:, ::4] == 1).all()
     for layer in range(2):
         own = usage.similarity[layer].diagonal()[counts[layer] > 0]
         assert_close(own, torch.ones_like(own), rtol=0, atol=1e-6)  # less where it is the output of another head
 
 
+@BOTH_CHOICES
 def test_a_checkpoint_and_its_export_have_the_same_head_usage(
-    loaded: LoadedModel, exported: Path, letters: str
+    config: Config, loaded: LoadedModel, exported: Path, letters: str
 ) -> None:
     ours = usage_of(loaded, letters)
     theirs = usage_of(load_model(exported, torch.device("cpu")), letters)
