@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
@@ -100,8 +101,30 @@ def chatter_hidden() -> AbstractContextManager[object]:
     return nullcontext() if is_verbose() else redirect_stdout(io.StringIO())
 
 
-def progress_bar(description: str, total: int, unit: str, hidden: bool = False, **options: Any) -> tqdm:
+def progress_bar(description: str, total: int | None, unit: str, hidden: bool = False, **options: Any) -> tqdm:
     """A progress bar on standard error, above which log records are written; none under --quiet or where ``hidden``."""
     return tqdm(
         total=total, desc=printable(description), unit=unit, dynamic_ncols=True, disable=hidden or is_quiet(), **options
     )
+
+
+@contextmanager
+def elapsed_bar(description: str, interval: float = 1.0) -> Iterator[None]:
+    """A progress bar for work that reports nothing until it ends: how long it runs, anew every ``interval`` seconds."""
+    with progress_bar(description, None, "", bar_format="{desc}: {elapsed} so far") as bar:
+        finished = threading.Event()
+
+        def refresh() -> None:
+            while not finished.wait(interval):
+                bar.refresh()
+
+        thread = threading.Thread(target=refresh, name=description, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if thread.ident is not None:
+                thread.join()
+            bar.bar_format = "{desc}: {elapsed}"
