@@ -32,7 +32,8 @@ from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.printable import printable
-from moh_megatron.train.fault_tolerance.world import TOKEN_VARIABLE, World
+from moh_megatron.train.fault_tolerance import run_store
+from moh_megatron.train.fault_tolerance.world import World
 
 logger = logging.getLogger("moh_megatron.slurm.preflight")
 """Below the logger of the package, whose records ``exit_code`` shows."""
@@ -106,7 +107,7 @@ class Preflight:
     def _connect(self, host: bool) -> Store:
         timeout = timedelta(seconds=MEETING_SECONDS)
         store = TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
-        return PrefixStore(f"preflight_{os.environ.get(TOKEN_VARIABLE, '')}", store)
+        return run_store.with_token("preflight", store)
 
     def meet(self, problems: list[str]) -> bool:
         """Wait for all ranks, collect the nodes' problems, compare clocks; return whether to continue."""
