@@ -68,9 +68,7 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
             # As DeepSpeed does it: a bound device lets NCCL split later groups from the first one.
             device_id=groups.device(world.local_rank) if torch.cuda.is_available() and world.size > 1 else None,
         )
-    deepspeed.init_distributed(
-        dist_backend=groups.backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+    deepspeed.init_distributed(dist_backend=groups.backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def _configure_logger() -> None:
