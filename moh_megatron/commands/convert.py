@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides
-from moh_megatron.io.console import print_result
+from moh_megatron.io.console import print_result, slow_imports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,13 +64,14 @@ class Result:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
-    from moh_megatron.checkpoint import layout
+    with slow_imports():
+        from moh_megatron.checkpoint import layout
 
-    # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
-    with ThreadPoolExecutor(1) as other:
-        other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
-        checkpoint = layout.resolve_checkpoint(arguments.load_dir)
-    from moh_megatron.checkpoint.hf import convert, hf_export
+        # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
+        with ThreadPoolExecutor(1) as other:
+            other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
+            checkpoint = layout.resolve_checkpoint(arguments.load_dir)
+        from moh_megatron.checkpoint.hf import convert, hf_export
     from moh_megatron.config.load import dump_config
     from moh_megatron.monitor.records import merge_summary, read_summary
 
@@ -94,7 +95,8 @@ def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> Result:
-    from moh_megatron.checkpoint.hf import hf_import
+    with slow_imports():
+        from moh_megatron.checkpoint.hf import hf_import
 
     hf_import.hf_to_megatron(
         arguments.hf_dir,
@@ -110,7 +112,8 @@ def hf_to_megatron(arguments: argparse.Namespace) -> Result:
 
 
 def official_to_hf(arguments: argparse.Namespace) -> Result:
-    from moh_megatron.checkpoint.hf import convert
+    with slow_imports():
+        from moh_megatron.checkpoint.hf import convert
 
     difference = convert.official_to_hf(
         arguments.load_dir,

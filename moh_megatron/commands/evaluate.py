@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moh_megatron.cli import add_trust_option, command_parser, exit_code
 from moh_megatron.evaluate.early_checks import check_evaluation
-from moh_megatron.io.console import is_quiet
+from moh_megatron.io.console import is_quiet, slow_imports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +47,8 @@ def main() -> None:
     if is_quiet():
         # The libraries read these when they are imported.
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    from moh_megatron.evaluate.run import evaluate
+    with slow_imports():
+        from moh_megatron.evaluate.run import evaluate
 
     evaluate(arguments)
 

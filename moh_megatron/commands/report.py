@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moh_megatron.cli import command_parser, exit_code
-from moh_megatron.io.console import print_result
+from moh_megatron.io.console import print_result, slow_imports
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
 
@@ -21,8 +21,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from moh_megatron.monitor.run_folder import open_run
-    from moh_megatron.run_report import page
+    with slow_imports("loading TensorBoard"):
+        from moh_megatron.monitor.run_folder import open_run
+        from moh_megatron.run_report import page
 
     runs = [open_run(path) for path in arguments.runs]
     names = [run.name for run in runs]

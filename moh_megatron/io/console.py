@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -64,9 +65,28 @@ def set_level(level: int) -> None:
     _LOGGER.setLevel(level)
 
 
-def announce_start(processes: int) -> None:
-    """Say that a command starts its processes, before anything slow is imported."""
-    _LOGGER.info(f"starting {processes} {'process' if processes == 1 else 'processes'}: loading PyTorch")
+@contextmanager
+def slow_imports(words: str = "loading PyTorch") -> Iterator[None]:
+    """Log ``words`` before the slow imports of the block, during which Ctrl-C ends the process at once and quietly.
+
+    A KeyboardInterrupt would wait for the library that is being loaded, or end in a traceback or an error of its own.
+    """
+    _LOGGER.info(words)
+    replaced = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if replaced:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def starting(processes: int) -> str:
+    """What a command says that starts ``processes``, before anything slow is imported."""
+    return f"starting {processes} {'process' if processes == 1 else 'processes'}: loading PyTorch"
 
 
 def speak_for_rank(rank: int) -> None:
