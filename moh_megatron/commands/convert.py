@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides
+from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides, path_argument
 from moh_megatron.io.console import print_result, slow_imports
 
 
@@ -23,19 +23,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser("Convert models between Megatron-core and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     to_hf = commands.add_parser("megatron-to-hf", help="export a checkpoint as a folder for AutoModelForCausalLM")
-    to_hf.add_argument("--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, or a folder of them")
+    to_hf.add_argument(
+        "--load-dir", type=path_argument, required=True, metavar="CKPT", help="a checkpoint, or a folder of them"
+    )
     to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
-    to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
+    to_hf.add_argument("--summary", type=path_argument, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
     to_hf.add_argument("--dry-run", action="store_true", help="print what would be exported, and stop")
     official = commands.add_parser("official-to-hf", help="convert SkyworkAI's published form of a MoH-LLaMA")
-    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="its folder")
+    official.add_argument(
+        "--load-dir", "--official-dir", type=path_argument, required=True, metavar="DIR", help="its folder"
+    )
     from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
-    from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
-    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what config.json does not say")
+    from_hf.add_argument("--save-dir", type=path_argument, required=True, metavar="CKPT", help="the checkpoint to make")
+    from_hf.add_argument("--config", type=path_argument, metavar="YAML", help="what config.json does not say")
     from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
     for command in (to_hf, official, from_hf):
         add_common_options(command)
-        command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+        command.add_argument(
+            "--hf-dir", type=path_argument, required=True, metavar="DIR", help="the Hugging Face folder"
+        )
         command.add_argument("--verify", action="store_true", help="load both sides, and print how much they differ")
         command.add_argument("--json", action="store_true", help="print the result as JSON, for another program")
     for command in (to_hf, official):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import command_parser, exit_code
+from moh_megatron.cli import command_parser, exit_code, path_argument
 from moh_megatron.io.console import print_result, slow_imports
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
@@ -14,8 +13,10 @@ from moh_megatron.io.folders import check_writable
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser("Write one self-contained HTML page about runs.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run folder")
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="default: report.html in the first run folder"
+    )
     return parser.parse_args()
 
 
