@@ -50,6 +50,14 @@ WHITE_SPACE = (
 )
 
 
+class NotEquivalentError(ValueError):
+    """No tokenizer.json gives the ids of a model; ``remedy`` is a sentence that says what helps besides another one."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 def to_tokenizer_json(model: bytes) -> Tokenizer:
     """The tokenizer of a serialised model. Raises ValueError with the reason if no tokenizer is equivalent."""
     proto = _parse(model)
@@ -87,7 +95,8 @@ def to_tokenizer_json(model: bytes) -> Tokenizer:
 def from_model(model: bytes) -> tuple[Tokenizer, Any]:
     """The tokenizer of a model, compared with it on probe texts, and the model's processor.
 
-    Raises ValueError with the reason if the ids differ, or if a text gives the id of a control piece.
+    Raises ValueError with the reason if a text gives the id of a control piece, and NotEquivalentError with the
+    shortest text whose ids differ.
     """
     try:
         processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)  # pyright: ignore[reportCallIssue]
@@ -96,14 +105,35 @@ def from_model(model: bytes) -> tuple[Tokenizer, Any]:
     with panics_as_value_errors():
         tokenizer = to_tokenizer_json(model)
         tokenizer.encode_special_tokens = True
-        for text in _probes(_parse(model)):
+        proto = _parse(model)
+        different = []
+        for text in _probes(proto):
             ids, expected = tokenizer.encode(text, add_special_tokens=False).ids, processor.encode(text)
             if ids != expected and not _is_tie(tokenizer, ids, expected):
-                raise ValueError(f"{text!r} gives {ids}, and {expected} in SentencePiece")
-            if control := [token_id for token_id in ids if processor.is_control(token_id)]:
+                different.append((text, ids, expected))
+            elif control := [token_id for token_id in ids if processor.is_control(token_id)]:
                 name = processor.id_to_piece(control[0])
                 raise ValueError(f"{text!r} gives {ids}, where {control[0]} is the control piece {name!r}")
+    if different:
+        text, ids, expected = min(different, key=lambda difference: len(difference[0]))
+        raise NotEquivalentError(f"{text!r} gives {ids}, and {expected} in SentencePiece", _remedy(proto))
     return tokenizer, processor
+
+
+def _remedy(proto: Any) -> str:
+    """What helps where the ids of a model with user symbols differ; nothing is known for others."""
+    symbols = [entry.piece for entry in proto.pieces if entry.type == USER_DEFINED]
+    if not symbols:
+        return ""
+    of_space = [symbol for symbol in symbols if not symbol.replace(SPACE, " ").strip()]
+    if of_space:
+        return f"Or train it again without the user symbols of white space: {of_space}."
+    if proto.trainer_spec.model_type == BPE_MODEL and proto.normalizer_spec.add_dummy_prefix:
+        return (
+            f"Or train it again: with its user symbols {symbols[:9]} a BPE must put no space before a text "
+            "(SentencePiece's add_dummy_prefix=false)."
+        )
+    return ""
 
 
 def _is_tie(tokenizer: Tokenizer, ids: list[int], expected: list[int]) -> bool:

@@ -206,13 +206,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _converted(file: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
     """The content of the tokenizer.json of a .model, and its end-of-sentence piece, if it has one."""
     # Only a .model needs the sentencepiece library.
-    from moh_megatron.data.tokenizer.sentencepiece_json import from_model
+    from moh_megatron.data.tokenizer.sentencepiece_json import NotEquivalentError, from_model
 
     content = read_small_file(file)
     try:
         converted, model = from_model(content)
     except ValueError as error:
-        raise UserError(f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json.") from None
+        remedy = f" {error.remedy}" if isinstance(error, NotEquivalentError) and error.remedy else ""
+        raise UserError(
+            f"{file}: no tokenizer.json gives the same results ({error}). Name another tokenizer, or the "
+            f"tokenizer.json that a model was trained with.{remedy}"
+        ) from None
     around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
     for name, default in (("bos", model.bos_id()), ("eos", model.eos_id())):
         stated = _token_id(converted, settings, f"{name}_token", file)

@@ -183,9 +183,61 @@ def test_symbols_of_white_space_that_are_normalised_are_refused(
     algorithm: str, symbol: str, lines: list[str], tmp_path: Path
 ) -> None:
     model = train(lines, model_type=algorithm, user_defined_symbols=[symbol])
-    message = r"no tokenizer\.json gives the same results \('.*' gives \[.*\], and \[.*\] in SentencePiece\)"
+    message = (
+        r"no tokenizer\.json gives the same results \('.*' gives \[.*\], and \[.*\] in SentencePiece\)\. Name "
+        r"another .* Or train it again without the user symbols of white space"
+    )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "model", model)
+
+
+def test_bpe_symbols_behind_a_space_before_the_text_are_refused_with_both_ids_and_the_remedy(
+    lines: list[str], tmp_path: Path
+) -> None:
+    options = {**LLAMA, "model_type": "bpe", "user_defined_symbols": ["<|user|>"]}
+    message = (
+        r"tokenizer\.model: no tokenizer\.json gives the same results \('<\|user\|>' gives \[3\], and \[\d+, 3\] in "
+        r"SentencePiece\)\. .* with its user symbols \['<\|user\|>'\] .* \(SentencePiece's add_dummy_prefix=false\)\."
+    )
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "refused", train(lines, **options))
+    tokenizer, reference = load(tmp_path / "remedy", train(lines, **options, add_dummy_prefix=False))
+    assert tokenizer.encode("<|user|>") == reference.encode("<|user|>") == [3]
+
+
+def test_symbols_that_merges_would_give_are_entries_of_their_own(lines: list[str], tmp_path: Path) -> None:
+    """\" the\" is written \u0120the by a byte-level BPE; t is one of its bytes; a symbol twice is one symbol."""
+    train_byte_level_bpe(lines, vocab_size=400, out_dir=tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "tokenizer.json").read_text())["model"]["vocab"]
+    symbols = ("ing", "t", "her", "the\n", "日本", "ing")
+    assert {"ing", "t", "her"} <= merged.keys()
+    train_byte_level_bpe(lines, vocab_size=400, user_symbols=symbols, out_dir=tmp_path / "symbols")
+    tokenizer = load_tokenizer(tmp_path / "symbols")
+    assert tokenizer.vocab_size == 400
+    assert len({tuple(tokenizer.encode(symbol)) for symbol in symbols}) == 5
+    for text in ("singing t", "there the\nher 日本語 thing", *lines[:20]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("xing") == [*tokenizer.encode("x"), *tokenizer.encode("ing")]
+    assert control_ids(tokenizer) == {tokenizer.eos_token_id}
+    for model_type in ("bpe", "unigram"):
+        train_tokenizer(
+            lines,
+            vocab_size=420,
+            character_coverage=0.9995,
+            out_dir=tmp_path / model_type,
+            model_type=model_type,
+            user_symbols=("ing", " x", "ing", f"{SPACE}x"),
+        )
+        assert load_tokenizer(tmp_path / model_type).vocab_size == 420
+
+
+@pytest.mark.parametrize(("symbol", "decoded"), [("naïve", "na\ufffdve"), ("é", "\ufffd"), ("Ġthe", " the")])
+def test_byte_level_symbol_of_characters_that_stand_for_bytes_is_refused(
+    symbol: str, decoded: str, lines: list[str], tmp_path: Path
+) -> None:
+    message = rf"tokenizer\.user_symbols: '{symbol}' must be decoded to itself\. Got '{decoded}'.*sentencepiece_bpe"
+    with pytest.raises(UserError, match=message):
+        train_byte_level_bpe(lines, vocab_size=400, user_symbols=(symbol,), out_dir=tmp_path)
 
 
 def test_control_piece_of_one_character_is_refused(lines: list[str], tmp_path: Path) -> None:
