@@ -54,6 +54,7 @@ LIBRARIES = {
         "checkpoint/hf/hf_tokenizer.py",
         "data/tokenizer/byte_level_bpe.py",
         "data/tokenizer/grow.py",
+        "data/tokenizer/combining_marks.py",
         "data/tokenizer/sentencepiece_json.py",
         "data/tokenizer/tokenizer.py",
     },

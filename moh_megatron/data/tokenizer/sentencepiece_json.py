@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from moh_megatron.data.tokenizer.combining_marks import MARKED_TEXTS, composing_normalizers
 from moh_megatron.data.tokenizer.names import LEADING_SPACES, SPACE, WORD
 from moh_megatron.data.tokenizer.panics import panics_as_value_errors
 
@@ -25,8 +26,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
 UNIGRAM_MODEL, BPE_MODEL = 1, 2
 _NEVER = -1e6
 """The score of a Unigram piece that no text may give. The library's score of an unknown character is 10 below it."""
-_COMPOSING_RULES = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
-"""SentencePiece's own normalisations; each of them composes characters, as Unicode's NFC does."""
 _MANY = 1 << 16
 """More spaces than a text begins with."""
 PROBES = (
@@ -245,16 +244,27 @@ def _is_kept(symbol: str, steps: list[Any]) -> bool:
 def _charsmap(cleaning: Any) -> list[Any]:
     """The normalisation of characters. The library applies it to a base with its marks as one, or to every character.
 
-    It does so only if the base and its marks are short, and forgets marks where a rule has the base alone. Composed
-    before, most are one character, and each of \\r\\n gets its own rule.
+    So each of \\r\\n needs its own rule.
     """
     if not cleaning.precompiled_charsmap:
         return []
     rules = normalizers.Precompiled(cleaning.precompiled_charsmap)
-    steps: list[Any] = [normalizers.NFC()] if cleaning.name in _COMPOSING_RULES else []
-    if (line_end := rules.normalize_str("\r")) != "\r":
-        steps.append(normalizers.Replace("\r", line_end))
-    return [*steps, rules]
+    line_end = rules.normalize_str("\r")
+    first = [] if line_end == "\r" else [normalizers.Replace("\r", line_end)]
+    composes = rules.normalize_str("e\u0301") == "\u00e9"  # as all four of SentencePiece's own rules do
+    return composing_normalizers(rules, first) if composes else [*first, rules]
+
+
+def differing_marks(tokenizer: Tokenizer, processor: Any) -> tuple[str, list[int], list[int]] | None:
+    """A text of letters with marks whose ids differ, its ids and those of SentencePiece; None if there is none.
+
+    ``tokenizer`` must be that of ``from_model``. Such texts are rare, so that the difference is no reason to refuse.
+    """
+    for text in MARKED_TEXTS:
+        ids, expected = tokenizer.encode(text, add_special_tokens=False).ids, processor.encode(text)
+        if ids != expected and not _is_tie(tokenizer, ids, expected):
+            return text, ids, expected
+    return None
 
 
 def _normalizers(cleaning: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE, Unigram
 
 from moh_megatron.data.tokenizer.byte_level_bpe import train_byte_level_bpe
+from moh_megatron.data.tokenizer.combining_marks import MARKED_TEXTS
 from moh_megatron.data.tokenizer.grow import grow_tokenizer
 from moh_megatron.data.tokenizer.names import SPACE
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
@@ -296,3 +299,44 @@ def test_panic_of_the_tokenizers_library_is_a_user_error(tmp_path: Path) -> None
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(UserError, match=r"tokenizer\.json: must encode every text\. Got one that it cannot"):
             encode("é a")
+
+
+LETTERS = "aeoEOuAſﬁ½ẸÅêơÁάᾳαωדשبثﻻﺎｶﾊﾡかकｅ"
+MARKS = (
+    "\u0301\u0302\u0303\u0323\u0308\u0345\u0342\u0313\u0651\u064e\u0652\u05bc\u05b8\u05c1"
+    "\u3099ﾞﾟￂ\u093c\ufe0f\u200c\u200d\U0001f3fb"
+)
+
+
+@pytest.mark.parametrize("rules", ["nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"])
+def test_letters_with_marks_are_normalised_as_in_sentencepiece(rules: str, lines: list[str], tmp_path: Path) -> None:
+    tokenizer, reference = load(tmp_path / "hf", train(lines, model_type="bpe", normalization_rule_name=rules))
+    assert not [text for text in MARKED_TEXTS if tokenizer.encode(text) != reference.encode(text)]
+    # Whatever the marks are, none of them is lost.
+    for letter in LETTERS:
+        for mark in MARKS:
+            for text in (f"{letter}{mark}", f"x{letter}{mark}\u0331 y"):
+                found, expected = (
+                    unicodedata.normalize("NFKD", side.decode(side.encode(text))) for side in (tokenizer, reference)
+                )
+                assert sorted(found) == sorted(expected), ascii(text)
+
+
+def test_model_that_normalises_letters_with_marks_in_another_way_is_announced(
+    lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library forgets the mark of a letter that has a rule of one's own."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("FB01\t66 69\n")
+    load(tmp_path / "default", train(lines, model_type="bpe"))
+    assert not caplog.records
+    load(tmp_path / "own", train(lines, model_type="bpe", normalization_rule_tsv=str(rules)))
+    (message,) = caplog.messages
+    assert re.search(r"own/tokenizer\.model: letters with combining marks .* gives \[.*\], and \[.*\] there\.", message)
+
+
+def test_rules_of_ones_own_that_compose_give_sentencepieces_ids(lines: list[str], tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train(lines, model_type="bpe"))  # pyright: ignore[reportAttributeAccessIssue]
+    model.normalizer_spec.name = "user_defined"
+    tokenizer, reference = load(tmp_path / "own", model.SerializeToString())
+    assert not [text for text in MARKED_TEXTS if tokenizer.encode(text) != reference.encode(text)]
