@@ -24,7 +24,8 @@ from matplotlib import pyplot as plt
 
 from moh_megatron.cli import CommandParser, exit_code, path_argument
 from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage, read_text
-from moh_megatron.evaluate.loaded_model import find_model, load_model
+from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.evaluate.model_folder import find_model
 from moh_megatron.evaluate.run import default_folder
 from moh_megatron.io.console import print_result, progress_bar
 from moh_megatron.io.errors import UserError

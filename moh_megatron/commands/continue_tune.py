@@ -19,6 +19,7 @@ from moh_megatron.config.schema import Config
 from moh_megatron.io.console import errors_only, slow_imports, speak_for_rank, starting
 from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
+from moh_megatron.upcycle.source import check_tuning
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
     world = None if args.prepare else World.from_environment(args.nproc_per_node)
     if world is not None:
         return run_as_rank(config, world)
+    check_tuning(config, trains=not args.prepare)
     with slow_imports():
         from moh_megatron.upcycle.initial_checkpoint import prepare
 

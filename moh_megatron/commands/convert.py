@@ -70,19 +70,21 @@ class Result:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
-    with slow_imports():
-        from moh_megatron.checkpoint import layout
+    from moh_megatron.checkpoint import layout
+    from moh_megatron.checkpoint.hf.early_checks import check_export
+    from moh_megatron.monitor.records import merge_summary, read_summary
 
+    check_export(arguments.load_dir, arguments.hf_dir, arguments.format)
+    if arguments.summary is not None:
+        read_summary(arguments.summary)
+    with slow_imports():
         # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
         with ThreadPoolExecutor(1) as other:
             other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
             checkpoint = layout.resolve_checkpoint(arguments.load_dir)
         from moh_megatron.checkpoint.hf import convert, hf_export
     from moh_megatron.config.load import dump_config
-    from moh_megatron.monitor.records import merge_summary, read_summary
 
-    if arguments.summary is not None:
-        read_summary(arguments.summary)
     if arguments.dry_run:
         hf_export.check_replaceable(arguments.hf_dir, checkpoint)
         config = layout.read_config(checkpoint)
@@ -101,6 +103,15 @@ def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> Result:
+    from moh_megatron.checkpoint.hf.early_checks import check_import
+
+    check_import(
+        arguments.hf_dir,
+        arguments.save_dir,
+        arguments.config,
+        arguments.overrides,
+        allow_pickle=arguments.allow_pickle,
+    )
     with slow_imports():
         from moh_megatron.checkpoint.hf import hf_import
 
@@ -118,6 +129,9 @@ def hf_to_megatron(arguments: argparse.Namespace) -> Result:
 
 
 def official_to_hf(arguments: argparse.Namespace) -> Result:
+    from moh_megatron.checkpoint.hf.early_checks import check_official
+
+    check_official(arguments.load_dir, arguments.hf_dir, allow_pickle=arguments.allow_pickle)
     with slow_imports():
         from moh_megatron.checkpoint.hf import convert
 

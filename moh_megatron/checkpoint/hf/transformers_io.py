@@ -23,9 +23,10 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from moh_megatron.checkpoint.hf.hf_config import hf_config
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG
 from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
 from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG, check_index
+from moh_megatron.checkpoint.hf.hf_reader import check_index
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_CONFIG
 from moh_megatron.data.tokenizer.panics import panics_as_value_errors
