@@ -121,6 +121,20 @@ def chatter_hidden() -> AbstractContextManager[object]:
     return nullcontext() if is_verbose() else redirect_stdout(io.StringIO())
 
 
+@contextmanager
+def warnings_hidden(*names: str) -> Iterator[None]:
+    """Hide the warnings of the loggers ``names`` while the block runs; --verbose shows them."""
+    loggers = [] if is_verbose() else [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def progress_bar(description: str, total: int | None, unit: str, hidden: bool = False, **options: Any) -> tqdm:
     """A progress bar on standard error, above which log records are written; none under --quiet or where ``hidden``."""
     return tqdm(

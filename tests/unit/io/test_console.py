@@ -1,14 +1,15 @@
-"""elapsed_bar: work that reports nothing is seen to go on."""
+"""Work that reports nothing is seen to go on, and expected warnings of libraries are not shown."""
 
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import threading
 
 import pytest
 
-from moh_megatron.io.console import console_logging, elapsed_bar, errors_only
+from moh_megatron.io.console import console_logging, elapsed_bar, errors_only, warnings_hidden
 
 
 class Stream(io.StringIO):
@@ -46,3 +47,15 @@ def test_elapsed_bar_is_hidden_where_only_errors_are_shown(capsys: pytest.Captur
     with console_logging(), errors_only(), elapsed_bar("learn", interval=0.001):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_expected_warnings_are_hidden_unless_verbose(level: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(level, "moh_megatron")
+    library = logging.getLogger("a library")
+    with warnings_hidden(library.name):
+        library.warning("expected")
+        library.error("an error")
+    library.warning("unexpected")
+    shown = ["expected"] if level == logging.DEBUG else []
+    assert [record.message for record in caplog.records] == [*shown, "an error", "unexpected"]
