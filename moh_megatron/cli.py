@@ -82,7 +82,10 @@ def config_parser(description: str, also: str = "") -> argparse.ArgumentParser:
     """
     parser = command_parser(description)
     parser.add_argument(
-        "config", metavar="CONFIG", help=f"YAML file, or the name of an example that comes along, such as smoke{also}"
+        "config",
+        type=path_text,
+        metavar="CONFIG",
+        help=f"YAML file, or the name of an example that comes along, such as smoke{also}",
     )
     parser.add_argument(
         "overrides",
@@ -123,9 +126,21 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
+def path_text(text: str) -> str:
+    """Argparse type for a path or a name. An empty one, as of a variable that is not set, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder, such as . for the current one. Got an empty text")
+    return text
+
+
+def path_argument(text: str) -> Path:
+    """Argparse type for a path, as ``path_text``."""
+    return Path(path_text(text))
+
+
 def new_file(text: str) -> Path:
     """Argparse type for a file to write, in a folder that exists."""
-    path = Path(text)
+    path = path_argument(text)
     if path.is_dir() or not path.parent.is_dir():
         got = "a folder" if path.is_dir() else "no such folder"
         raise argparse.ArgumentTypeError(f"must be a file to write, in a folder that is there. Got {got}: {text}")

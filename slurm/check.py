@@ -81,7 +81,8 @@ def check_resume(config: Config, world_size: int, data_hash: str) -> None:
     from moh_megatron.train.resume import check_same_run
 
     if config.moh.shared_placement == "calibrated":
-        from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, resolve
+        from moh_megatron.upcycle.initial_checkpoint import resolve
+        from moh_megatron.upcycle.source import initial_checkpoint_folder
 
         if initial_checkpoint_folder(config).is_dir():  # the ranks do the same
             config = resolve(config)

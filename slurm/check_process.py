@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.cli import exit_code
+from moh_megatron.cli import exit_code, path_argument
 from moh_megatron.config.examples import find_config, find_suite
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check the arguments and inputs of a job with one process.")
     parser.add_argument("--no-data", action="store_true", help="the inputs are not on this machine")
     parser.add_argument("--report", action="store_true", help="warn of inputs that would be refused")
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="such as pipelines/convert.py")
+    parser.add_argument("pipeline", type=path_argument, metavar="PIPELINE", help="such as pipelines/convert.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="its arguments")
     own = parser.parse_args()
     sys.argv = [str(own.pipeline), *own.arguments]

@@ -9,9 +9,13 @@ python=${MOH_PYTHON:-$repository/.venv/bin/python}
 max_restarts=${MAX_RESTARTS:-3}
 restart_pause=${RESTART_PAUSE:-60}
 
-say() { echo "[$(date +%FT%T)] $*" >&2; }
+# Print a text. A question mark stands for what a terminal would obey in place of showing it: reasons come from exit.json
+# and from logs.
+controls=$'\001-\010\013-\037\177'
+plain() { printf '%s\n' "${*//[$controls]/?}"; }
+say() { plain "[$(date +%FT%T)] $*" >&2; }
 fail() { # CODE MESSAGE: the last line of the log gives the reason
-    echo "error: ${*:2}" >&2
+    plain "error: ${*:2}" >&2
     exit "$1"
 }
 
@@ -226,7 +230,7 @@ remember_log() {
     begin=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
 }
 
-one_line() { echo "${1//[$'\t\r\n']/ }"; }
+one_line() { plain "${1//[$'\t\r\n']/ }"; }
 
 # Print the last error message of this start, if there is one, leaving out those of srun: one of a script, of argparse or
 # of an exception.

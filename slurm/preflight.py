@@ -27,12 +27,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import config_parser, exit_code, parse_config, path_argument
 from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared_data import load_prepared
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.io.printable import printable
-from moh_megatron.train.fault_tolerance.world import TOKEN_VARIABLE, World
+from moh_megatron.train.fault_tolerance import run_store
+from moh_megatron.train.fault_tolerance.world import World
 
 logger = logging.getLogger("moh_megatron.slurm.preflight")
 """Below the logger of the package, whose records ``exit_code`` shows."""
@@ -106,7 +107,7 @@ class Preflight:
     def _connect(self, host: bool) -> Store:
         timeout = timedelta(seconds=MEETING_SECONDS)
         store = TCPStore(self.host, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
-        return PrefixStore(f"preflight_{os.environ.get(TOKEN_VARIABLE, '')}", store)
+        return run_store.with_token("preflight", store)
 
     def meet(self, problems: list[str]) -> bool:
         """Wait for all ranks, collect the nodes' problems, compare clocks; return whether to continue."""
@@ -240,9 +241,17 @@ class Preflight:
         return found
 
 
+def report_lines(found: list[str]) -> list[str]:
+    """The problems without repetition, each on a line of its own, whatever paths and messages in it hold."""
+    parts = (problem.partition("\t") for problem in dict.fromkeys(found))
+    return [printable(f"{node}\t{' '.join(message.split())}") for node, _, message in parts]
+
+
 def main() -> int:
     parser = config_parser("Test whether the nodes of a job are fit for the run.")
-    parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="file for the problems, one a line")
+    parser.add_argument(
+        "--report", type=path_argument, required=True, metavar="FILE", help="file for the problems, one a line"
+    )
     arguments, config = parse_config(parser)
     world = World.from_environment() or World(0, 1, 0)
     nodes = os.environ.get("MOH_NODES", socket.gethostname()).split()
@@ -253,10 +262,10 @@ def main() -> int:
     rounds = range(2 if len(nodes) > 1 else 1)
     code = run.conclude([run.test_link(number) for number in rounds] if fit else [])
     if world.rank == 0:
-        found = [printable(line) for line in dict.fromkeys(run.found)]
+        found = report_lines(run.found)
         arguments.report.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
         for line in found:
-            logger.error("preflight: node " + line.replace("\t", ": "))
+            logger.error("preflight: node " + line.replace("\t", ": ", 1))
         if not found:
             logger.info(
                 f"preflight: {len(nodes)} nodes, {world.size} ranks are fit; they met after {met - started:.1f} s, "

@@ -2,8 +2,9 @@
 # Show the state of a run: slurm/status.sh RUN_FOLDER
 set -euo pipefail
 
+controls=$'\001-\010\013-\037\177' # what a terminal would obey in place of showing it
 fail() {
-    echo "error: $*" >&2
+    printf 'error: %s\n' "${*//[$controls]/?}" >&2
     exit 2
 }
 [ $# = 1 ] || fail "expected a run folder: slurm/status.sh RUN"
@@ -24,7 +25,7 @@ setting() { awk -v section="$1:" -v key="$2:" '$0 !~ /^ / { inside = $1 == secti
 step=$(value step) tokens=$(value tokens) rate=$(value tokens_per_second)
 [ -z "$rate" ] || rate=$(LC_ALL=C printf %.1f "$rate")
 total=$(setting train total_tokens)
-row() { printf '%-18s %s\n' "$1" "$2"; }
+row() { printf '%-18s %s\n' "$1" "${2//[$controls]/?}"; }
 case ${state:-} in
     PENDING) row state "PENDING ($why)" ;;
     RUNNING | COMPLETING | SUSPENDED | CONFIGURING | STOPPED | SIGNALING) row state "$state on $nodes" ;;

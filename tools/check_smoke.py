@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moh_megatron.cli import CommandParser, exit_code
+from moh_megatron.cli import CommandParser, exit_code, path_argument
 from moh_megatron.config.paths import require_folder
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json
@@ -51,9 +51,9 @@ def failures(run: Path) -> list[str]:
         "metrics.jsonl must hold one line for each step, in order": steps == list(range(1, summary["steps"] + 1)),
         "sample_text must not be empty": bool(summary["sample_text"].strip()),
         "hf/ must hold safetensors": any((run / "hf").glob("*.safetensors")),
-        "tensorboard/ must hold event files": any((run / "tensorboard").glob("events.*")),
+        "the run folder must hold event files": any(run.glob("events.*")),
     }
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run))
     events.Reload()
     for kind, tags in TAGS.items():
         shown = events.Tags()[kind]
@@ -63,7 +63,7 @@ def failures(run: Path) -> list[str]:
 
 def main() -> int:
     parser = CommandParser(description="Check the results of a finished smoke run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/smoke")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="the run folder, such as runs/smoke")
     messages = failures(parser.parse_args().run)
     for message in messages:
         print(f"error: {message}", file=sys.stderr)

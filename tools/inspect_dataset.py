@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import CommandParser, exit_code, new_file
+from moh_megatron.cli import CommandParser, exit_code, new_file, path_argument
 from moh_megatron.data.dataset_manifest import SPLITS, load_manifest
 from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths, problems, sample, unverified
 from moh_megatron.io.console import print_result
@@ -71,7 +70,7 @@ def main() -> int:
     for command in (show, histogram, samples, verify, diff):
         subparser = commands.add_parser("sample" if command is samples else command.__name__)
         subparser.set_defaults(command=command)
-        subparser.add_argument("dataset", type=Path, metavar="DATASET")
+        subparser.add_argument("dataset", type=path_argument, metavar="DATASET")
         if command is histogram:
             subparser.add_argument("picture", type=new_file, metavar="OUT.png")
         elif command is samples:
@@ -81,7 +80,7 @@ def main() -> int:
             )
             subparser.add_argument("--tokens", type=int, default=200, help="most tokens to decode of each document")
         elif command is diff:
-            subparser.add_argument("other", type=Path, metavar="OTHER")
+            subparser.add_argument("other", type=path_argument, metavar="OTHER")
     args = parser.parse_args()
     return args.command(args)
 

@@ -22,9 +22,10 @@ matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
 
-from moh_megatron.cli import CommandParser, exit_code
+from moh_megatron.cli import CommandParser, exit_code, path_argument
 from moh_megatron.evaluate.head_usage import HeadUsage, measure_head_usage, read_text
-from moh_megatron.evaluate.loaded_model import find_model, load_model
+from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.evaluate.model_folder import find_model
 from moh_megatron.evaluate.run import default_folder
 from moh_megatron.io.console import print_result, progress_bar
 from moh_megatron.io.errors import UserError
@@ -132,9 +133,9 @@ def write_tables(usages: dict[str, HeadUsage], folder: Path) -> None:
 
 def main() -> None:
     parser = CommandParser(description="Head load by layer and text, similarity of head outputs.")
-    parser.add_argument("model", type=Path, metavar="RUN_OR_MODEL")
+    parser.add_argument("model", type=path_argument, metavar="RUN_OR_MODEL")
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval/NAME beside the model")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="default: eval/NAME beside the model")
     parser.add_argument("--length", type=int, default=256, metavar="S", help="tokens of a sequence, default 256")
     parser.add_argument("--sequences", type=int, default=16, metavar="N", help="sequences of each text, default 16")
     arguments = parser.parse_args()

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from moh_megatron.cli import command_parser, exit_code, new_file
+from moh_megatron.cli import command_parser, exit_code, new_file, path_argument
 from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_summary
@@ -126,7 +126,7 @@ def png_file(text: str) -> Path:
 
 def main() -> None:
     parser = command_parser("Draw the losses of a run and the load of its heads as one picture.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=png_file, required=True, metavar="FILE.png", help="picture to write")
     arguments = parser.parse_args()
     draw_run(open_run(arguments.run), arguments.out)

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import CommandParser, at_least, exit_code, new_file
+from moh_megatron.cli import CommandParser, at_least, exit_code, new_file, path_argument
 from moh_megatron.io.console import print_result
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("control", type=Path, metavar="CONTROL")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("control", type=path_argument, metavar="CONTROL")
+    parser.add_argument("runs", type=path_argument, nargs="*", metavar="RUN")
     parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="Markdown file to write")
     parser.add_argument(
         "--documents", type=at_least(2), metavar="N", help="measure at most N documents; default: all held-out ones"

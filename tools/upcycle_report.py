@@ -73,7 +73,8 @@ def main() -> None:
     from moh_megatron.parallel import groups
     from moh_megatron.train.resume import check_same_tokenizer
     from moh_megatron.upcycle.held_out import held_out_documents
-    from moh_megatron.upcycle.initial_checkpoint import check_source, read_or_measure_calibration
+    from moh_megatron.upcycle.initial_checkpoint import read_or_measure_calibration
+    from moh_megatron.upcycle.source import check_source
     from moh_megatron.upcycle.untuned_report import (
         PLACEMENTS,
         as_mapping,

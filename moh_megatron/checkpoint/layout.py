@@ -19,15 +19,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from moh_megatron.checkpoint import optimizer_state, weights
-from moh_megatron.checkpoint.manifest import Manifest, Topology, damage, read_manifest
+from moh_megatron.checkpoint.manifest import OPTIMIZER, WEIGHTS, Manifest, Topology, damage, read_manifest
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import require_folder
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ CONFIG, TOKENIZER, LATEST, PARTIAL = "config.yaml", "tokenizer", "latest", ".par
 HF_CONFIG = "config.json"
 """Tells a Hugging Face folder from a checkpoint."""
 RANDOM_STATES = "rng"
-_RESUME_ONLY = (optimizer_state.FOLDER, RANDOM_STATES, "engine")
+_RESUME_ONLY = (OPTIMIZER, RANDOM_STATES, "engine")
 """Folders that are needed to resume only; the last one is DeepSpeed's, of format version 1."""
 _STEP_PATTERN = "step_" + "[0-9]" * 8
 
@@ -70,6 +71,34 @@ def complete_checkpoints(root: Path, up_to: int | None = None) -> Iterator[tuple
             yield folder, manifest
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is one checkpoint, complete or not, rather than a folder of them."""
+    return path.resolve().match(_STEP_PATTERN) or (path / WEIGHTS).is_dir()
+
+
+def require_checkpoints(path: Path) -> list[Path]:
+    """The folders that ``resolve_checkpoint`` would try, newest first; nothing in them is read.
+
+    Raises UserError where there is none.
+    """
+    require_folder(path, "a checkpoint, a folder of checkpoints, or a run folder")
+    if is_checkpoint(path):
+        return [path]
+    folders = [*step_folders(path), *step_folders(path / "checkpoints")]
+    if not folders:
+        raise _no_checkpoint(path)
+    return folders
+
+
+def _no_checkpoint(path: Path) -> UserError:
+    if (path / HF_CONFIG).is_file():
+        return UserError(
+            f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "
+            f"moh-convert hf-to-megatron --hf-dir {path} --save-dir CKPT."
+        )
+    return UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint that ``path`` names: itself, or the newest good one in a folder of checkpoints or a run folder.
 
@@ -79,24 +108,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
         UserError: there is none, or the one named is damaged.
     """
     path = Path(path)
-    require_folder(path, "a checkpoint, a folder of checkpoints, or a run folder")
-    if path.resolve().match(_STEP_PATTERN) or (path / weights.FOLDER).is_dir():
+    folders = require_checkpoints(path)
+    if is_checkpoint(path):
         problem = problem_with(path, weights_only=True)
         if problem is not None:
             raise UserError(f"{path} is not a complete checkpoint: {problem}. Use another one, or make it again.")
         return path
-    for root in (path, path / "checkpoints"):
-        for folder in step_folders(root):
-            problem = problem_with(folder, weights_only=True)
-            if problem is None:
-                return folder
-            logger.warning(f"{folder} is passed over: {problem}")
-    if (path / HF_CONFIG).is_file():
-        raise UserError(
-            f"{path} holds no complete checkpoint. Got a Hugging Face folder; make one of it: "
-            f"moh-convert hf-to-megatron --hf-dir {path} --save-dir CKPT."
-        )
-    raise UserError(f"{path} holds no complete checkpoint. Expected folders named step_00000000 with a manifest.json.")
+    for folder in folders:
+        problem = problem_with(folder, weights_only=True)
+        if problem is None:
+            return folder
+        logger.warning(f"{folder} is passed over: {problem}")
+    raise _no_checkpoint(path)
 
 
 def problem_with(folder: Path, *, weights_only: bool = False) -> str | None:
@@ -125,8 +148,19 @@ def read_config(checkpoint: Path) -> Config:
     return load_config(checkpoint / CONFIG)
 
 
+def read_config_if_sound(checkpoint: Path) -> Config | None:
+    """The configuration of a checkpoint that may be damaged; None where it has none that can be read."""
+    try:
+        return read_config(checkpoint)
+    except (OSError, UserError):
+        return None
+
+
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Every full tensor, under Megatron-core's names, heads in physical order."""
+    # Imported here, so that a checkpoint is found before torch is imported.
+    from moh_megatron.checkpoint import weights
+
     return weights.read_weights(checkpoint, read_config(checkpoint))
 
 

@@ -18,6 +18,8 @@ FORMAT_VERSION = 2
 """Version 1 held DeepSpeed's own optimizer files, which fit one topology only: its weights can be read."""
 _READABLE = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+"""The folders of a checkpoint with the files of all ranks."""
 _MANIFEST_HASH = "manifest.sha256"
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
 

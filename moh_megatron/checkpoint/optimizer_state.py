@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moh_megatron.checkpoint.manifest import OPTIMIZER
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.weights import reshard
 from moh_megatron.config.schema import Config
 
-FOLDER = "optimizer"
+FOLDER = OPTIMIZER
 _UPDATES = "updates"
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moh_megatron.checkpoint.manifest import WEIGHTS
 from moh_megatron.checkpoint.mapping import (
     Rule,
     check_names_and_shapes,
@@ -27,7 +28,7 @@ from moh_megatron.io.errors import UserError
 from moh_megatron.io.safetensors_stream import SafetensorsFile, Scratch
 from moh_megatron.model.tensors import model_tensors
 
-FOLDER = "weights"
+FOLDER = WEIGHTS
 
 
 def shard_file(folder: Path, rank: int, size: int) -> Path:

@@ -16,9 +16,10 @@ import sys
 
 from moh_megatron.cli import at_least, config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.console import announce_start, errors_only, speak_for_rank
+from moh_megatron.io.console import errors_only, slow_imports, speak_for_rank, starting
 from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
+from moh_megatron.upcycle.source import check_tuning
 
 
 def main() -> int:
@@ -32,7 +33,9 @@ def main() -> int:
     world = None if args.prepare else World.from_environment(args.nproc_per_node)
     if world is not None:
         return run_as_rank(config, world)
-    from moh_megatron.upcycle.initial_checkpoint import prepare
+    check_tuning(config, trains=not args.prepare)
+    with slow_imports():
+        from moh_megatron.upcycle.initial_checkpoint import prepare
 
     config = prepare(config)
     return 0 if args.prepare else run_as_launcher(config, args.nproc_per_node or 1)
@@ -47,7 +50,9 @@ def run_as_rank(config: Config, world: World) -> int:
         die_with(int(launcher))
     speak_for_rank(world.rank)
     from moh_megatron.train.rank import run_rank
-    from moh_megatron.upcycle.initial_checkpoint import resolve
+
+    with slow_imports():
+        from moh_megatron.upcycle.initial_checkpoint import resolve
 
     # The launcher, or the training when it loads the weights, shows the same warnings.
     with errors_only():
@@ -57,8 +62,8 @@ def run_as_rank(config: Config, world: World) -> int:
 
 def run_as_launcher(config: Config, ranks: int) -> int:
     """Start the ranks of this node and wait for them."""
-    announce_start(ranks)
-    from moh_megatron.train.launcher import launch_run
+    with slow_imports(starting(ranks)):
+        from moh_megatron.train.launcher import launch_run
 
     # -P: nothing is imported from the folder the user stands in.
     return launch_run(["-P", "-m", "moh_megatron.commands.continue_tune", *sys.argv[1:]], config, ranks)

@@ -15,27 +15,33 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides
-from moh_megatron.io.console import print_result
+from moh_megatron.cli import add_common_options, command_parser, exit_code, parse_overrides, path_argument
+from moh_megatron.io.console import print_result, slow_imports
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser("Convert models between Megatron-core and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     to_hf = commands.add_parser("megatron-to-hf", help="export a checkpoint as a folder for AutoModelForCausalLM")
-    to_hf.add_argument("--load-dir", type=Path, required=True, metavar="CKPT", help="a checkpoint, or a folder of them")
+    to_hf.add_argument(
+        "--load-dir", type=path_argument, required=True, metavar="CKPT", help="a checkpoint, or a folder of them"
+    )
     to_hf.add_argument("--format", choices=["moh", "llama", "official"], default="moh", help="default: moh")
-    to_hf.add_argument("--summary", type=Path, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
+    to_hf.add_argument("--summary", type=path_argument, metavar="FILE", help="summary.json to add hf_max_logit_diff to")
     to_hf.add_argument("--dry-run", action="store_true", help="print what would be exported, and stop")
     official = commands.add_parser("official-to-hf", help="convert SkyworkAI's published form of a MoH-LLaMA")
-    official.add_argument("--load-dir", "--official-dir", type=Path, required=True, metavar="DIR", help="its folder")
+    official.add_argument(
+        "--load-dir", "--official-dir", type=path_argument, required=True, metavar="DIR", help="its folder"
+    )
     from_hf = commands.add_parser("hf-to-megatron", help="import a LLaMA, or an export, as a checkpoint")
-    from_hf.add_argument("--save-dir", type=Path, required=True, metavar="CKPT", help="the checkpoint to make")
-    from_hf.add_argument("--config", type=Path, metavar="YAML", help="what config.json does not say")
+    from_hf.add_argument("--save-dir", type=path_argument, required=True, metavar="CKPT", help="the checkpoint to make")
+    from_hf.add_argument("--config", type=path_argument, metavar="YAML", help="what config.json does not say")
     from_hf.add_argument("overrides", metavar="section.key=value", nargs="*", help="a value of the configuration")
     for command in (to_hf, official, from_hf):
         add_common_options(command)
-        command.add_argument("--hf-dir", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+        command.add_argument(
+            "--hf-dir", type=path_argument, required=True, metavar="DIR", help="the Hugging Face folder"
+        )
         command.add_argument("--verify", action="store_true", help="load both sides, and print how much they differ")
         command.add_argument("--json", action="store_true", help="print the result as JSON, for another program")
     for command in (to_hf, official):
@@ -65,17 +71,20 @@ class Result:
 
 def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
     from moh_megatron.checkpoint import layout
-
-    # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
-    with ThreadPoolExecutor(1) as other:
-        other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
-        checkpoint = layout.resolve_checkpoint(arguments.load_dir)
-    from moh_megatron.checkpoint.hf import convert, hf_export
-    from moh_megatron.config.load import dump_config
+    from moh_megatron.checkpoint.hf.early_checks import check_export
     from moh_megatron.monitor.records import merge_summary, read_summary
 
+    check_export(arguments.load_dir, arguments.hf_dir, arguments.format)
     if arguments.summary is not None:
         read_summary(arguments.summary)
+    with slow_imports():
+        # Hashing the checkpoint leaves the interpreter free for slow imports in another thread.
+        with ThreadPoolExecutor(1) as other:
+            other.submit(import_module, "moh_megatron.checkpoint.hf.convert")
+            checkpoint = layout.resolve_checkpoint(arguments.load_dir)
+        from moh_megatron.checkpoint.hf import convert, hf_export
+    from moh_megatron.config.load import dump_config
+
     if arguments.dry_run:
         hf_export.check_replaceable(arguments.hf_dir, checkpoint)
         config = layout.read_config(checkpoint)
@@ -94,7 +103,17 @@ def megatron_to_hf(arguments: argparse.Namespace) -> Result | None:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> Result:
-    from moh_megatron.checkpoint.hf import hf_import
+    from moh_megatron.checkpoint.hf.early_checks import check_import
+
+    check_import(
+        arguments.hf_dir,
+        arguments.save_dir,
+        arguments.config,
+        arguments.overrides,
+        allow_pickle=arguments.allow_pickle,
+    )
+    with slow_imports():
+        from moh_megatron.checkpoint.hf import hf_import
 
     hf_import.hf_to_megatron(
         arguments.hf_dir,
@@ -110,7 +129,11 @@ def hf_to_megatron(arguments: argparse.Namespace) -> Result:
 
 
 def official_to_hf(arguments: argparse.Namespace) -> Result:
-    from moh_megatron.checkpoint.hf import convert
+    from moh_megatron.checkpoint.hf.early_checks import check_official
+
+    check_official(arguments.load_dir, arguments.hf_dir, allow_pickle=arguments.allow_pickle)
+    with slow_imports():
+        from moh_megatron.checkpoint.hf import convert
 
     difference = convert.official_to_hf(
         arguments.load_dir,

@@ -13,8 +13,8 @@ from moh_megatron.cli import add_trust_option, config_parser, exit_code, parse_c
 from moh_megatron.config.examples import find_config
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.evaluate.early_checks import check_model_folder
-from moh_megatron.io.console import print_result
+from moh_megatron.evaluate.model_folder import config_of_folder, model_to_load
+from moh_megatron.io.console import print_result, slow_imports
 
 
 def load(name: str, overrides: Sequence[str]) -> Config:
@@ -25,8 +25,6 @@ def load(name: str, overrides: Sequence[str]) -> Config:
     path = find_config(name)
     if not path.is_dir():
         return load_config(name, overrides)
-    from moh_megatron.evaluate.generate import config_of_folder
-
     return config_of_folder(path, overrides)
 
 
@@ -37,10 +35,11 @@ def main() -> None:
     )
     add_trust_option(parser)
     arguments, config = parse_config(parser, load=load)
-    check_model_folder(config)
-    from moh_megatron.evaluate.generate import model_to_load, text_generator
+    model = model_to_load(config)
+    with slow_imports():
+        from moh_megatron.evaluate.generate import text_generator
 
-    complete = text_generator(model_to_load(config), config, arguments.trust_remote_code)
+    complete = text_generator(model, config, arguments.trust_remote_code)
     for prompt in config.generate.prompts:
         print_result(f"\n{complete(prompt)}")
 

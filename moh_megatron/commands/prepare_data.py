@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import config_parser, exit_code, parse_config
+from moh_megatron.cli import config_parser, exit_code, parse_config, path_argument
 from moh_megatron.config.paths import data_dir
 from moh_megatron.config.schema import Config
 from moh_megatron.io.console import print_result
@@ -21,7 +20,9 @@ from moh_megatron.io.console import print_result
 def parse_arguments() -> tuple[argparse.Namespace, Config]:
     """The command's arguments and its configuration."""
     parser = config_parser("Make the dataset of data.inputs in data.dir.")
-    parser.add_argument("--tokenizer", metavar="DIR", help="make only the tokenizer, in the new folder DIR")
+    parser.add_argument(
+        "--tokenizer", type=path_argument, metavar="DIR", help="make only the tokenizer, in the new folder DIR"
+    )
     parser.add_argument("--source", metavar="NAME", help="only this one of data.sources")
     return parse_config(parser)
 
@@ -34,7 +35,7 @@ def main() -> None:
     from moh_megatron.data.source_configs import source_configs
 
     if args.tokenizer is not None:
-        tokenizer = prepare_tokenizer(config, Path(args.tokenizer).expanduser())
+        tokenizer = prepare_tokenizer(config, args.tokenizer.expanduser())
         print_result(f"{args.tokenizer}: {tokenizer.vocab_size:,} entries, sha256 {tokenizer.sha256}")
         return
     for name, source in source_configs(config, args.source):

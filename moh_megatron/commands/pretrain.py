@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from moh_megatron.cli import config_parser, exit_code, parse_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.console import announce_start, speak_for_rank
+from moh_megatron.io.console import slow_imports, speak_for_rank, starting
 from moh_megatron.train.fault_tolerance.signals import STOP_SIGNALS, StopRequest, die_with
 from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
@@ -53,8 +53,8 @@ def run_as_rank(config: Config, world: World) -> int:
 
 def run_as_launcher(config: Config, ranks: int) -> int:
     """Start the ranks of this node and wait for them."""
-    announce_start(ranks)
-    from moh_megatron.train.launcher import launch_run
+    with slow_imports(starting(ranks)):
+        from moh_megatron.train.launcher import launch_run
 
     # -P: nothing is imported from the current folder.
     return launch_run(["-P", "-m", "moh_megatron.commands.pretrain", *sys.argv[1:]], config, ranks)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moh_megatron.cli import command_parser, exit_code
-from moh_megatron.io.console import print_result
+from moh_megatron.cli import command_parser, exit_code, path_argument
+from moh_megatron.io.console import print_result, slow_imports
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.folders import check_writable
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser("Write one self-contained HTML page about runs.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run folder")
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="default: report.html in the first run folder"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from moh_megatron.monitor.run_folder import open_run
-    from moh_megatron.run_report import page
+    with slow_imports("loading TensorBoard"):
+        from moh_megatron.monitor.run_folder import open_run
+        from moh_megatron.run_report import page
 
     runs = [open_run(path) for path in arguments.runs]
     names = [run.name for run in runs]

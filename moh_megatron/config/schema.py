@@ -422,7 +422,7 @@ class MonitorConfig:
     """The number of steps between transfers of the metrics from the device; metrics.jsonl still has a line for each
     step."""
     tensorboard: Bool = True
-    """Whether event files are written to <run.dir>/tensorboard."""
+    """Whether event files for TensorBoard are written to run.dir."""
     image_interval: NonNegativeInt = 100
     """The number of steps between heat maps and histograms of head load, which are drawn at a logging interval; 0 means
     none."""
@@ -435,6 +435,9 @@ class MonitorConfig:
     """A project of Weights & Biases to log to as well; this needs its package."""
     prometheus: PathText | None = None
     """A file that holds the newest scalars in Prometheus' text format; null means none."""
+    alarm_steps: PositiveInt = 50
+    """The number of steps whose means the alarms about heads, entropy and balance judge. Fewer say little: routers that
+    have not learned yet choose unevenly, and so does chance in a few tokens."""
     alarm_dead_heads: PositiveFraction | None = 0.1
     """Warns of routed heads with less than this share of an even load; null means never."""
     alarm_entropy: PositiveFraction | None = 0.05
@@ -450,7 +453,7 @@ class MonitorConfig:
     """Warns if data loading and forward pass of a rank take this many times those of the median rank; auto means 1.5
     on GPUs and never on a CPU; null means never."""
     profile: Bool = False
-    """Whether a torch profiler trace of a few steps of rank 0 is written to <run.dir>/tensorboard; --profile does the
+    """Whether a torch profiler trace of a few steps of rank 0 is written to <run.dir>/profile; --profile does the
     same."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from moh_megatron.data import blend
 from moh_megatron.data.index_cache import IndexCache, build_once
 from moh_megatron.data.prepared_data import PreparedData, Source
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
+from moh_megatron.io.console import warnings_hidden
 from moh_megatron.io.errors import Fault
 
 _OPEN_EPOCHS = 2
@@ -248,12 +248,6 @@ class _Epochs:
 def _without_expected_warnings() -> Iterator[None]:
     """Hide two warnings of Megatron-core: of padding that shares its id with the end of documents, since our sequences
     are never padded, and of an index that is kept in memory."""
-    logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The pad token id in the tokenizer collides")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings_hidden("megatron.core.datasets.gpt_dataset"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The pad token id in the tokenizer collides")
+        yield

@@ -1,4 +1,4 @@
-"""Checks what moh-evaluate and moh-generate are asked for, before torch, Transformers or lm-eval is imported."""
+"""Checks what moh-evaluate is asked for, before torch, Transformers or lm-eval is imported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import require_folder
-from moh_megatron.config.schema import Config
 from moh_megatron.data.prepared_data import load_prepared
+from moh_megatron.evaluate.model_folder import require_model
 from moh_megatron.evaluate.paired_test import read_questions
 from moh_megatron.evaluate.suite import load_suite
 from moh_megatron.io.errors import UserError
@@ -38,14 +38,4 @@ def check_evaluation(arguments: Namespace) -> None:
         read_questions(arguments.against)
     if arguments.out is not None:
         check_writable(arguments.out)
-
-
-def check_model_folder(config: Config) -> None:
-    """Raise UserError unless there is a folder where moh-generate looks for a model."""
-    if config.generate.load is not None:
-        require_folder(Path(config.generate.load), "an exported folder, a checkpoint, or a run folder (generate.load)")
-    elif not Path(config.run.dir).is_dir():
-        raise UserError(
-            f"{config.run.dir}: no such run folder. Train first (moh-pretrain), or set generate.load to an "
-            f"exported folder or a checkpoint."
-        )
+    require_model(arguments.model)

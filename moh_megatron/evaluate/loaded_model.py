@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.hf_export import check_exported_tokenizer
-from moh_megatron.checkpoint.hf.hf_reader import MARKER, MARKER_CONTENT
+from moh_megatron.checkpoint.hf.hf_folder import MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.transformers_io import open_causal_lm
-from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
-from moh_megatron.io.errors import UserError, refuse_differences
+from moh_megatron.evaluate.model_folder import is_exported, tokenizer_folder
+from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
 from moh_megatron.model.build import token_losses
 from moh_megatron.model.single import build_single_process, logits
@@ -50,25 +50,6 @@ class LoadedModel:
     def described(self) -> dict[str, str | int | None]:
         """What results.json says about the model."""
         return {"path": str(self.path), "kind": self.kind, "step": self.step, "tokens": self.tokens}
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether ``folder`` is a Hugging Face folder rather than one of checkpoints."""
-    return (folder / "config.json").is_file()
-
-
-def find_model(path: Path) -> Path:
-    """The model that ``path`` names: an exported folder, a checkpoint, or the newest checkpoint of a run folder or of a
-    folder of checkpoints.
-
-    Raises UserError where there is none.
-    """
-    return path if is_exported(path) else layout.resolve_checkpoint(path)
-
-
-def tokenizer_folder(path: Path) -> Path:
-    """The folder with the tokenizer of the model that ``find_model`` found."""
-    return path if is_exported(path) else layout.tokenizer_folder(path)
 
 
 def load_model(
@@ -144,44 +125,3 @@ def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None, 
 
 def _context(path: Path) -> int:
     return read_json(path / "config.json", "the settings of a Hugging Face model").get("max_position_embeddings", 2048)
-
-
-def training_config(path: Path, overrides: list[str]) -> Config:
-    """The configuration that the model in ``path`` was trained with, for the data that it names.
-
-    A checkpoint holds its own; an exported folder may lie in its run folder. Raises UserError where there is none, and
-    where overrides ask for another choice of heads.
-    """
-    if (file := _config_file(path)) is not None:
-        config = load_config(file, overrides)
-        require_same_choice(path, config)
-        return config
-    raise UserError(
-        f"{path}: no training configuration lies in or beside it, so its validation data are unknown. Name the "
-        "configuration with --config, or leave the validation loss out with --no-validation."
-    )
-
-
-def require_same_choice(path: Path, config: Config) -> None:
-    """Raise UserError where ``config`` lets tokens choose among other heads than the model in ``path`` was trained to.
-
-    A model without a training configuration, and a dense one, can be compared with nothing.
-    """
-    if (file := _config_file(path)) is None:
-        return
-    trained = load_config(file)
-    if not (trained.moh.enabled and config.moh.enabled):
-        return
-    saved, current = (
-        {"moh.routing_groups": origin.moh.routing_groups, "moh.gate_softmax": origin.moh.gate_softmax}
-        for origin in (trained, config)
-    )
-    remedy = (
-        "A model computes with the routing of its training: leave these values as they are, or train another model."
-    )
-    refuse_differences(f"{path} was made with other values", saved, current, remedy)
-
-
-def _config_file(path: Path) -> Path | None:
-    """The configuration of the training of the model in ``path``: in it, or beside an exported folder."""
-    return next((file for file in (path / layout.CONFIG, path.parent / layout.CONFIG) if file.is_file()), None)

@@ -14,7 +14,8 @@ import torch
 from moh_megatron.config.load import load_config
 from moh_megatron.config.schema import Config
 from moh_megatron.evaluate.held_out_loss import check_validation_data, validation_loss
-from moh_megatron.evaluate.loaded_model import LoadedModel, find_model, load_model, tokenizer_folder, training_config
+from moh_megatron.evaluate.loaded_model import LoadedModel, load_model
+from moh_megatron.evaluate.model_folder import find_model, tokenizer_folder, training_config
 from moh_megatron.evaluate.paired_test import compare_scores, key_of, read_questions
 from moh_megatron.evaluate.results import RESULTS, read_earlier_results, write_results
 from moh_megatron.evaluate.suite import Suite, Task, load_suite

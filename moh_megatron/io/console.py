@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
@@ -63,9 +65,28 @@ def set_level(level: int) -> None:
     _LOGGER.setLevel(level)
 
 
-def announce_start(processes: int) -> None:
-    """Say that a command starts its processes, before anything slow is imported."""
-    _LOGGER.info(f"starting {processes} {'process' if processes == 1 else 'processes'}: loading PyTorch")
+@contextmanager
+def slow_imports(words: str = "loading PyTorch") -> Iterator[None]:
+    """Log ``words`` before the slow imports of the block, during which Ctrl-C ends the process at once and quietly.
+
+    A KeyboardInterrupt would wait for the library that is being loaded, or end in a traceback or an error of its own.
+    """
+    _LOGGER.info(words)
+    replaced = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if replaced:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def starting(processes: int) -> str:
+    """What a command says that starts ``processes``, before anything slow is imported."""
+    return f"starting {processes} {'process' if processes == 1 else 'processes'}: loading PyTorch"
 
 
 def speak_for_rank(rank: int) -> None:
@@ -100,8 +121,44 @@ def chatter_hidden() -> AbstractContextManager[object]:
     return nullcontext() if is_verbose() else redirect_stdout(io.StringIO())
 
 
-def progress_bar(description: str, total: int, unit: str, hidden: bool = False, **options: Any) -> tqdm:
+@contextmanager
+def warnings_hidden(*names: str) -> Iterator[None]:
+    """Hide the warnings of the loggers ``names`` while the block runs; --verbose shows them."""
+    loggers = [] if is_verbose() else [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def progress_bar(description: str, total: int | None, unit: str, hidden: bool = False, **options: Any) -> tqdm:
     """A progress bar on standard error, above which log records are written; none under --quiet or where ``hidden``."""
     return tqdm(
         total=total, desc=printable(description), unit=unit, dynamic_ncols=True, disable=hidden or is_quiet(), **options
     )
+
+
+@contextmanager
+def elapsed_bar(description: str, interval: float = 1.0) -> Iterator[None]:
+    """A progress bar for work that reports nothing until it ends: how long it runs, anew every ``interval`` seconds."""
+    with progress_bar(description, None, "", bar_format="{desc}: {elapsed} so far") as bar:
+        finished = threading.Event()
+
+        def refresh() -> None:
+            while not finished.wait(interval):
+                bar.refresh()
+
+        thread = threading.Thread(target=refresh, name=description, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if thread.ident is not None:
+                thread.join()
+            bar.bar_format = "{desc}: {elapsed}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moh_megatron.config.layer_heads import layer_heads
 from moh_megatron.config.schema import Config, ModelConfig
+from moh_megatron.io.console import warnings_hidden
 from moh_megatron.model.core_attention import CausalAttention
 from moh_megatron.model.norm import RMSNorm
 from moh_megatron.model.packing import PackedGPTModel, document_ends, document_positions
@@ -97,15 +98,16 @@ def build_model(config: Config, accumulation_steps: int = 1) -> GPTModel:
     """
     model = config.model
     model_class = PackedGPTModel if config.data.document_mask else GPTModel
-    built = model_class(
-        config=transformer_config(config),
-        transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
-        share_embeddings_and_output_weights=model.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,  # type: ignore[arg-type]
-    )
+    with warnings_hidden(GPTModel.__module__):  # From 0.19 on it says that it gets no new features.
+        built = model_class(
+            config=transformer_config(config),
+            transformer_layer_spec=_block_spec(config, accumulation_steps),  # pyright: ignore[reportArgumentType]
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings or config.train.sequence_length,
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,  # type: ignore[arg-type]
+        )
     if model.rope_scaling is not None:
         # Megatron-core's own scaling has the constants of LLaMA 3.1 built in.
         built.rotary_pos_emb.inv_freq = inverse_frequencies(model)

@@ -28,6 +28,8 @@ class AlarmInputs:
     """The figures of one interval."""
 
     tokens_per_second: float
+    steps: int = 1
+    """How many steps of the interval changed the weights; the figures of heads and balance are means over them."""
     heads: HeadFigures | None = None
     observed: Mapping[str, Sequence[float]] = field(default_factory=dict)
     balance_excess: float | None = None
@@ -43,8 +45,33 @@ class _Alarm:
     message: str
 
 
+class _RecentMeans:
+    """The means of some figures over the newest intervals that have at least ``steps`` steps together."""
+
+    def __init__(self, steps: int) -> None:
+        self._least = steps
+        self._intervals: deque[tuple[int, Sequence[float]]] = deque()
+
+    def add(self, steps: int, figures: Sequence[float]) -> list[float] | None:
+        """Add the figures of an interval of ``steps`` steps and return the means; None before there are enough."""
+        self._intervals.append((steps, figures))
+        total = sum(steps for steps, _ in self._intervals)
+        while total - self._intervals[0][0] >= self._least:
+            total -= self._intervals.popleft()[0]
+        if total < self._least:
+            return None
+        weights = [steps / total for steps, _ in self._intervals]
+        return [
+            sum(weight * value for weight, value in zip(weights, values, strict=True))
+            for values in zip(*(figures for _, figures in self._intervals), strict=True)
+        ]
+
+
 class Alarms:
-    """Compares each interval with the thresholds. A kind of alarm without figures in an interval stays as it was.
+    """Compares figures with the thresholds. A kind of alarm without figures in an interval stays as it was.
+
+    Alarms about routing judge means over ``monitor.alarm_steps`` steps, those about time medians over some intervals: a
+    single interval is no evidence.
 
     Args:
         balance_key: the key to raise for a more even load.
@@ -66,6 +93,7 @@ class Alarms:
         self._config = config
         self._balance_key = balance_key
         self._active: dict[str, _Alarm] = {}
+        self._load, self._entropy, self._balance = (_RecentMeans(config.alarm_steps) for _ in range(3))
         self._rates: deque[float] = deque(maxlen=_RATES)
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._busy: deque[Sequence[float]] = deque(maxlen=_RECENT)
@@ -85,13 +113,19 @@ class Alarms:
 
     def _results(self, inputs: AlarmInputs) -> Iterator[tuple[str, _Alarm | None]]:
         """For each kind that is enabled and has figures in ``inputs``: its alarm, None where all is well."""
-        config = self._config
-        if config.alarm_dead_heads is not None and inputs.heads is not None:
-            yield "dead", self._dead_heads(inputs.heads, config.alarm_dead_heads)
+        config, steps, heads = self._config, inputs.steps, inputs.heads
+        if config.alarm_dead_heads is not None and heads is not None:
+            loads = self._load.add(steps, [load for layer in heads.relative for load in layer])
+            if loads is not None:
+                yield "dead", self._dead_heads(heads.routed, loads, config.alarm_dead_heads)
         if config.alarm_entropy is not None and "entropy" in inputs.observed:
-            yield "entropy", self._low_entropy(inputs.observed["entropy"], config.alarm_entropy)
+            entropies = self._entropy.add(steps, inputs.observed["entropy"])
+            if entropies is not None:
+                yield "entropy", self._low_entropy(entropies, config.alarm_entropy)
         if config.alarm_balance is not None and inputs.balance_excess is not None:
-            yield "balance", self._uneven_balance(inputs.balance_excess, config.alarm_balance)
+            excess = self._balance.add(steps, [inputs.balance_excess])
+            if excess is not None:
+                yield "balance", self._uneven_balance(excess[0], config.alarm_balance)
         self._recent.append(inputs.tokens_per_second)
         if "mfu" not in self._active:  # Otherwise the slow rate would become the usual one and end the alarm.
             self._rates.append(inputs.tokens_per_second)
@@ -101,8 +135,10 @@ class Alarms:
         if self._slow_rank_ratio is not None and len(inputs.busy) > 1 and len(self._busy) == _RECENT:
             yield "slow", self._slow_rank(self._slow_rank_ratio)
 
-    def _dead_heads(self, heads: HeadFigures, threshold: float) -> _Alarm | None:
-        dead = heads.below(threshold)
+    def _dead_heads(self, routed: Sequence[Sequence[int]], loads: Sequence[float], threshold: float) -> _Alarm | None:
+        """``loads``: load over fair load of the ``routed`` heads of all layers, one after the other."""
+        heads = [(layer, head) for layer, of_layer in enumerate(routed) for head in of_layer]
+        dead = [head for head, load in zip(heads, loads, strict=True) if load < threshold]
         if not dead:
             return None
         return _Alarm(

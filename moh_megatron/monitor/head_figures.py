@@ -40,15 +40,6 @@ class HeadFigures:
         relative = self.relative[layer]
         return sum(load < DEAD for load in relative) / len(relative) if relative else 0.0
 
-    def below(self, threshold: float) -> list[tuple[int, int]]:
-        """(layer, head) of each routed head whose load is below ``threshold`` times the fair one."""
-        return [
-            (layer, head)
-            for layer, (heads, relative) in enumerate(zip(self.routed, self.relative, strict=True))
-            for head, load in zip(heads, relative, strict=True)
-            if load < threshold
-        ]
-
 
 def head_figures(
     load: Tensor, layers: Sequence[LayerHeads], top_k: Sequence[int], ranks: Sequence[Sequence[int]]

@@ -18,6 +18,7 @@ from moh_megatron.config.load import load_config, mapping_of
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.small_file import read_small_text
+from moh_megatron.monitor.event_files import event_folder
 from moh_megatron.monitor.records import HEAD_LOAD, read_sound_records
 from moh_megatron.monitor.restarts import START_FILES
 
@@ -145,9 +146,8 @@ class RunFolder:
     @cached_property
     def _events(self) -> EventAccumulator:
         sizes = {"scalars": 2000, "images": 1, "tensors": 0}  # 0 keeps all of them: no alarm may be missing.
-        events = EventAccumulator(str(self.path / "tensorboard"), size_guidance=sizes)
-        if (self.path / "tensorboard").is_dir():
-            events.Reload()
+        events = EventAccumulator(str(event_folder(self.path)), size_guidance=sizes)
+        events.Reload()
         return events
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from moh_megatron.monitor.event_files import move_earlier_event_files
 from moh_megatron.monitor.records import naming
 from moh_megatron.monitor.writer import Scalar
 
@@ -39,13 +40,15 @@ _LAYOUT = {
 
 
 class TensorBoard:
-    """Writes a run's event files; the steps of a resumed run replace those after ``start_step`` from before."""
+    """Writes a run's event files into its folder; the steps of a resumed run replace those after ``start_step`` from
+    before."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._folder, self._step = str(folder), start_step
         self._previous_hook, threading.excepthook = threading.excepthook, self._thread_hook
         try:
             with naming(self._folder):
+                move_earlier_event_files(folder)
                 self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
                 self._writer.add_custom_scalars(_LAYOUT)
         except BaseException:

@@ -24,7 +24,7 @@ class WeightsAndBiases:
             raise UserError(f"monitor.wandb_project needs the package {error.name}: pip install {error.name}") from None
         self._run = self._wandb.init(
             project=project,
-            name=run_dir.name,
+            name=run_dir.resolve().name,
             id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
             dir=str(run_dir),
             resume="allow",

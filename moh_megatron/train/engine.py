@@ -22,6 +22,7 @@ from moh_megatron.io.console import chatter_hidden, is_verbose
 from moh_megatron.model.tensors import model_tensors
 from moh_megatron.parallel import groups
 from moh_megatron.train.deepspeed_config import check_known, deepspeed_config
+from moh_megatron.train.fault_tolerance import run_store
 from moh_megatron.train.fault_tolerance.world import World
 
 if not torch.cuda.is_available():
@@ -57,14 +58,17 @@ def initialize_distributed(world: World, timeout: timedelta = groups.TIMEOUT) ->
         # Otherwise DeepSpeed compiles an extension for minutes, under a lock that a killed run leaves behind.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
     os.environ["LOCAL_RANK"] = str(world.local_rank)
-    deepspeed.init_distributed(
-        dist_backend=groups.backend(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timeout,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            groups.backend(),
+            store=run_store.torch_store(world, timeout),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            # As DeepSpeed does it: a bound device lets NCCL split later groups from the first one.
+            device_id=groups.device(world.local_rank) if torch.cuda.is_available() and world.size > 1 else None,
+        )
+    deepspeed.init_distributed(dist_backend=groups.backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def _configure_logger() -> None:

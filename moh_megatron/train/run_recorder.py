@@ -90,13 +90,13 @@ class RunRecorder:
         session, config, monitor = self._session, self._config, self._config.monitor
         makers: dict[str, Callable[[], Writer]] = {}
         if monitor.tensorboard:
-            makers["TensorBoard"] = lambda: TensorBoard(run_dir / "tensorboard", start)
+            makers["TensorBoard"] = lambda: TensorBoard(run_dir, start)
         if monitor.wandb_project is not None:
             project = monitor.wandb_project
             makers["Weights & Biases"] = lambda: WeightsAndBiases(project, run_dir)
         if monitor.prometheus is not None:
             file = Path(monitor.prometheus)
-            makers["the file for Prometheus"] = lambda: PrometheusFile(file, run_dir.name)
+            makers["the file for Prometheus"] = lambda: PrometheusFile(file, run_dir.resolve().name)
         metrics_logger = MetricsLogger(
             Writers(makers),
             session.world.size,
@@ -113,7 +113,7 @@ class RunRecorder:
             yield
             return
         config, started = self._config, time.monotonic()
-        trace_folder = Path(config.run.dir) / "tensorboard" if config.monitor.profile else None
+        trace_folder = Path(config.run.dir) / "profile" if config.monitor.profile else None
         bar = progress_bar("train", config.train.steps, "step", initial=self._session.start_step)
         with bar as self._bar, profiled(trace_folder) as self._profile_step:
             yield
@@ -162,7 +162,9 @@ class RunRecorder:
             image_interval = self._config.monitor.image_interval
             if image_interval and any(metrics.step % image_interval == 0 for metrics in interval.steps):
                 metrics_logger.head_maps(figures, step)
-        messages = self._alarms.check(AlarmInputs(newest.tokens_per_second, figures, observed, excess, stats.busy))
+        steps = sum(not metrics.skipped for metrics in interval.steps)
+        inputs = AlarmInputs(newest.tokens_per_second, steps, figures, observed, excess, stats.busy)
+        messages = self._alarms.check(inputs)
         for message in messages:
             logger.log(logging.INFO if message.startswith(RESOLVED) else logging.WARNING, f"step {step}: {message}")
         if messages:

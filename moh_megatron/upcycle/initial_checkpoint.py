@@ -31,7 +31,7 @@ from moh_megatron.io.errors import Fault, UserError, refuse_differences
 from moh_megatron.io.folders import refuse_unless_new
 from moh_megatron.model.single import build_single_process, logits
 from moh_megatron.parallel import groups
-from moh_megatron.train.resume import ROUTER_KEYS, check_same_tokenizer, require_same_weights
+from moh_megatron.train.resume import check_same_tokenizer, require_same_weights
 from moh_megatron.train.teacher import find_teacher
 from moh_megatron.upcycle import provenance
 from moh_megatron.upcycle.calibrate import (
@@ -42,7 +42,8 @@ from moh_megatron.upcycle.calibrate import (
     write_calibration,
 )
 from moh_megatron.upcycle.loss_and_kl import kl_divergence
-from moh_megatron.upcycle.routers import check_gates, initial_routers
+from moh_megatron.upcycle.routers import initial_routers
+from moh_megatron.upcycle.source import check_source, find_source, initial_checkpoint_folder, needs_no_change
 from moh_megatron.upcycle.vocabulary import grown_rows, new_pieces
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,6 @@ logger = logging.getLogger(__name__)
 MAX_KL_DIVERGENCE = 1e-8
 """The largest KL divergence, in nats a token, between a dense model and its MoH model with all heads active."""
 _CHECKED_TOKENS = 256
-_MAY_DIFFER = ("model.vocab_size", "model.vocab_padding", "moh.enabled")
-
-
-def initial_checkpoint_folder(config: Config) -> Path:
-    """The folder of the checkpoint that ``prepare`` writes."""
-    return Path(config.run.dir) / "start"
 
 
 def prepare(config: Config) -> Config:
@@ -76,9 +71,9 @@ def prepare(config: Config) -> Config:
             provenance.require_same(folder, config, load_prepared(config).hash)
         provenance.warn_of_other_weights(folder, config)
     else:
-        source = _find_source(config)
+        source = find_source(config)
         source_config = layout.read_config(source)
-        if _needs_no_change(source_config, config):
+        if needs_no_change(source_config, config):
             return config
         refuse_unless_new(folder, "name another run.dir")
         _require_same_model_as_run(config)
@@ -103,8 +98,8 @@ def resolve(config: Config) -> Config:
     """
     folder = initial_checkpoint_folder(config)
     if not provenance.exists(folder):
-        source = _find_source(config)
-        if _needs_no_change(layout.read_config(source), config):
+        source = find_source(config)
+        if needs_no_change(layout.read_config(source), config):
             return config
         raise UserError(
             f"{folder}: the checkpoint to start from is not there. Make it first, in one process: "
@@ -121,12 +116,6 @@ def resolve(config: Config) -> Config:
     return resolved
 
 
-def _find_source(config: Config) -> Path:
-    if config.train.init_from is None:
-        raise UserError("train.init_from must name the checkpoint to tune. Got null; see moh-convert.")
-    return layout.resolve_checkpoint(config.train.init_from)
-
-
 def _require_intact(folder: Path, problem: str | None) -> None:
     if problem is not None:
         raise UserError(f"{folder} is damaged: {problem}. Delete the folder to make it again.")
@@ -139,32 +128,6 @@ def _require_same_model_as_run(config: Config) -> None:
         saved_config = layout.read_config(newest)
         saved = {"moh.enabled": saved_config.moh.enabled, "model.vocab_size": saved_config.model.tokens}
         refuse_differences(f"{newest} was made with other values", saved, current, "Use the same, or another run.dir.")
-
-
-def _needs_no_change(source_config: Config, config: Config) -> bool:
-    """Whether training can load the source checkpoint itself, or refuses it with a message of its own."""
-    becomes_moh = config.moh.enabled and not source_config.moh.enabled
-    return not becomes_moh and source_config.model.tokens == config.model.tokens
-
-
-def check_source(source: Path, source_config: Config, config: Config) -> None:
-    """Raise UserError where no model of ``config`` can be made of the checkpoint ``source``."""
-    may_differ = _MAY_DIFFER if source_config.moh.enabled else _MAY_DIFFER + ROUTER_KEYS
-    require_same_weights(source, config, apart_from=may_differ)
-    if source_config.moh.enabled and not config.moh.enabled:
-        raise UserError(f"{source}: must be a dense model, because moh.enabled is false. Got a MoH model.")
-    if not source_config.moh.enabled:
-        check_gates(config)
-    if source_config.model.tokens > config.model.tokens:
-        raise UserError(
-            f"model.vocab_size must hold the {source_config.model.tokens} entries of {source}. "
-            f"Got {config.model.tokens}."
-        )
-    if provenance.is_measured(config) and source_config.model.tokens < config.model.tokens:
-        raise UserError(
-            f"moh.shared_placement: calibrated measures {source}, which knows {source_config.model.tokens} tokens. Got "
-            f"model.vocab_size {config.model.tokens}: let the vocabulary grow in an earlier run, or share other heads."
-        )
 
 
 def read_or_measure_calibration(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.config.schema import Config
-from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
+from moh_megatron.upcycle.source import check_gates
 
 _DEVIATION = 1e-11
 """Logits of this size rank the heads, differently for each token, yet a softmax in fp32 rounds them to equal gates."""
@@ -35,13 +35,3 @@ def initial_routers(config: Config) -> Iterator[tuple[str, Tensor]]:
             yield rule.hf[0], torch.zeros(rule.shape, dtype=rule.dtype)
         else:
             yield rule.hf[0], (torch.randn(rule.shape, generator=generator) * _DEVIATION).to(dtype)
-
-
-def check_gates(config: Config) -> None:
-    """Raise UserError where ``config`` gives a dense model routers whose gates cannot all be 1."""
-    moh = config.moh
-    if moh.enabled and moh.router == "learned" and moh.gating != "normalized":
-        raise UserError(
-            f"moh.gating must be normalized to give a dense model learned routers: only its gates can all be 1, so "
-            f"that the heads count as before. Got {moh.gating}."
-        )

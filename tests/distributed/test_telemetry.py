@@ -24,7 +24,7 @@ def results(spawn: Callable[[str, int], list[Any]]) -> list[dict[Any, Any]]:
 
 def events_of(results: list[dict[Any, Any]], case: str) -> EventAccumulator:
     """The event file of a case, as TensorBoard reads it."""
-    events = EventAccumulator(str(Path(results[0]["folder"]) / case / "tensorboard"))
+    events = EventAccumulator(str(Path(results[0]["folder"]) / case))
     events.Reload()
     return events
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.convert import into_either_form, llama_folder, run_convert
 
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf.hf_reader import MARKER
+from moh_megatron.checkpoint.hf.hf_folder import MARKER
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -49,7 +49,8 @@ def browser() -> Iterator[webdriver.Chrome]:
 def runs(new_run: Callable[[], Run]) -> tuple[Run, Run]:
     """Two short runs that differ in one value; the first is stopped and resumed, raises an alarm and is evaluated."""
     first, second = new_run(), new_run()
-    settings = ["monitor.image_interval=10", "monitor.alarm_dead_heads=1.0", "train.eval_interval=10"]
+    alarm = ["monitor.alarm_dead_heads=1.0", "monitor.alarm_steps=10"]
+    settings = ["monitor.image_interval=10", "train.eval_interval=10", *alarm]
     for run, overrides, code in (
         (first, [*settings, "train.max_seconds=0.001"], 75),
         (first, settings, 0),
@@ -104,7 +105,7 @@ def tensorboard(runs: tuple[Run, Run]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs[0].folder), "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs[0].folder.parent), "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--load_fast", "false"],
         env=ENVIRONMENT,

@@ -126,7 +126,7 @@ def test_bad_step_is_skipped_counted_and_reported_with_its_documents(cases: Case
 
 
 def test_profile_is_written(cases: Cases) -> None:
-    (trace,) = (cases("nan").run / "tensorboard").glob("*.pt.trace.json")
+    (trace,) = (cases("nan").run / "profile").glob("*.pt.trace.json")
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 3
 

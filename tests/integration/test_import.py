@@ -1,10 +1,14 @@
 """moh-convert hf-to-megatron: the checkpoint computes what the model of transformers computes."""
 
+import io
+import json
+
 import pytest
+import sentencepiece
 import torch
 from support.convert import LLAMA3, llama_folder, run_convert
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
@@ -82,3 +86,35 @@ def test_verify_detects_misread_config_json(section, key, value, tmp_path, monke
     assert not (tmp_path / "native").exists()
     monkeypatch.setattr(HFConfigReader, "sections", sections)
     assert run_convert(*into) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "after"),
+    [({"add_bos_token": True}, [1], []), ({"add_bos_token": True, "add_eos_token": True}, [1], [2]), ({}, [], [])],
+    ids=["bos", "bos_and_eos", "neither"],
+)
+def test_export_of_imported_sentencepiece_folder_puts_the_same_special_tokens_around_a_text(
+    settings, before, after, tmp_path
+):
+    """Like LLaMA-2's folder: tokenizer.model without a tokenizer.json; <s> is 1, </s> is 2."""
+    hf_dir, save_dir, export = llama_folder(tmp_path / "hf", vocab_size=300), tmp_path / "native", tmp_path / "export"
+    text, tokenizer = "some words to learn", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter([text] * 99),
+        model_writer=tokenizer,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (hf_dir / "tokenizer.model").write_bytes(tokenizer.getvalue())
+    (hf_dir / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **settings}))
+    assert run_convert("hf-to-megatron", "--hf-dir", hf_dir, "--save-dir", save_dir) == 0
+    assert run_convert("megatron-to-hf", "--load-dir", save_dir, "--hf-dir", export) == 0
+    inner = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.getvalue()).encode(text)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    for folder in (hf_dir, export):
+        opened = AutoTokenizer.from_pretrained(folder)
+        assert opened(text)["input_ids"] == [*before, *inner, *after], folder
+        assert opened(text, add_special_tokens=False)["input_ids"] == inner, folder

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.runs import Run, gone, ranks_of
+from support.runs import TIMEOUT_SECONDS as LONGEST_SECONDS
+from support.runs import Run, end, gone, ranks_of
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +63,37 @@ def test_stopped_launcher_is_named_by_its_ranks(
     code, _ = wait()
     assert code == 1
     assert f"the launcher (process {launcher}) is missing" in run.json("exit.json")["reason"]
+
+
+def test_no_step_is_recorded_after_that_of_exit_json_where_a_stopped_launcher_goes_on(
+    started: tuple[Run, int, list[int], Callable[[], tuple[int, str]]],
+) -> None:
+    run, launcher, ranks, wait = started
+    os.kill(launcher, signal.SIGSTOP)
+    wait_for((run.folder / "exit.json").exists)
+    os.kill(launcher, signal.SIGCONT)
+    code, _ = wait()
+    assert code == 1
+    assert all(gone(rank) for rank in ranks)
+    assert f"the launcher (process {launcher}) is missing" in run.json("exit.json")["reason"]
+    assert run.json("exit.json")["step"] == run.records()[-1]["step"]
+
+
+def test_launcher_that_goes_on_in_time_stops_its_run_as_usual(new_run: Callable[[], Run]) -> None:
+    run = new_run()
+    process = run.start("train.total_tokens=2560000", f"train.timeout_seconds={LONGEST_SECONDS}")
+    run.wait_for_step(6, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    run.wait_for_step(len(run.records()) + 6, process)  # The ranks train on.
+    os.kill(process.pid, signal.SIGCONT)
+    code, output = end(process, signal.SIGTERM)
+    assert code == 75, output
+    assert run.json("exit.json")["code"] == 75
+    assert run.json("exit.json")["step"] == run.records()[-1]["step"]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_of_test = time.monotonic() + LONGEST_SECONDS
+    while not condition():
+        assert time.monotonic() < end_of_test
+        time.sleep(0.01)

@@ -46,7 +46,7 @@ def test_finished_run_leaves_records_summary_checkpoints_and_events(uninterrupte
     assert 0 < summary["val_loss"] < 6
     assert summary["sample_text"].startswith("the")
 
-    events = EventAccumulator(str(uninterrupted.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(uninterrupted.folder), size_guidance={"scalars": 0})
     events.Reload()
     lm_loss = [(event.step, event.value) for event in events.Scalars("loss/lm")]
     assert [step for step, _ in lm_loss] == list(range(1, STEPS + 1))
@@ -62,11 +62,14 @@ def test_two_replicas_learn_as_one_and_train_on_without_tensorboard(uninterrupte
     """The same model and data at TP 1 x DP 2: the data of every replica counts, in training and in validation."""
     run = new_run()
     run.folder.mkdir()
-    (run.folder / "tensorboard").write_text("a file where the folder should be")
+    # Event files of an earlier version are moved into the run folder, where a folder is in the way of this one.
+    for obstacle in ("tensorboard/events.out.tfevents.1", "events.out.tfevents.1/file"):
+        (run.folder / obstacle).parent.mkdir()
+        (run.folder / obstacle).touch()
     done = run.finish("parallel.tensor=1")
     assert done.returncode == 0, done.stdout + done.stderr
     (warning,) = [line for line in done.stderr.splitlines() if "warning: TensorBoard" in line]
-    assert str(run.folder / "tensorboard") in warning
+    assert str(run.folder) in warning
     assert warning.endswith("Training goes on without it.")
     losses, expected = ([record["lm_loss"] for record in either.records()] for either in (run, uninterrupted))
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)

@@ -32,9 +32,7 @@ def trained(new_run: Callable[[], Run]) -> Run:
     done = run.finish(*OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "heads, interleaved, every layer: 6 of 8 active, 4 of them shared" in done.stderr
-    # With so few tokens a step, a head may not be chosen; no other warning is expected.
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
-    assert all("(monitor.alarm_" in line for line in warnings), warnings
+    assert [line for line in done.stderr.splitlines() if "warning" in line.lower()] == []
     return run
 
 
@@ -58,7 +56,7 @@ def test_every_step_changes_the_biases_and_adds_no_loss(trained: Run) -> None:
 
 
 def test_schedule_decreases_the_active_heads_to_the_target(trained: Run) -> None:
-    events = EventAccumulator(str(trained.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(trained.folder), size_guidance={"scalars": 0})
     events.Reload()
     heads = [events.Scalars(f"head_load/layer_00/head_{head:02d}") for head in range(8)]
     used = [sum(head[step].value for head in heads) for step in range(30)]

@@ -25,7 +25,7 @@ def documented() -> set[str]:
 
 
 def test_a_run_shows_exactly_the_documented_tags(uninterrupted: Run) -> None:
-    events = EventAccumulator(str(uninterrupted.folder / "tensorboard"))
+    events = EventAccumulator(str(uninterrupted.folder))
     events.Reload()
     tags = events.Tags()
     shown = [tag for kind in ("scalars", "images", "histograms", "tensors") for tag in tags[kind]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moh_megatron.cli import at_least, command_parser, config_parser, exit_code, new_file, parse_config
+from moh_megatron.cli import at_least, command_parser, config_parser, exit_code, new_file, parse_config, path_argument
 from moh_megatron.config.load import load_config
 from moh_megatron.io.console import is_quiet, is_verbose, progress_bar
 from moh_megatron.io.errors import Fault, UserError
@@ -145,6 +145,8 @@ def test_run_folder_that_is_a_link_to_itself_is_refused(tmp_path):
         (at_least(1), "1.5", "at least 1. Got 1.5"),
         (new_file, ".", "Got a folder: ."),
         (new_file, "absent/file", "Got no such folder: absent/file"),
+        (new_file, "", "Got an empty text"),
+        (path_argument, "", "Got an empty text"),
     ],
 )
 def test_argument_types_refuse_other_values(kind, text, got):

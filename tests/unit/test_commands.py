@@ -71,6 +71,41 @@ def test_version_of_a_command_is_that_of_the_package(command, monkeypatch, capsy
     assert capsys.readouterr() == (f"moh-megatron {version('moh-megatron')}\n", "")
 
 
+SMOKE = str(REPOSITORY / "configs" / "smoke.yaml")
+EMPTY_PATHS = {
+    "moh-prepare": [[""], [SMOKE, "--tokenizer", ""]],
+    "moh-pretrain": [[""]],
+    "moh-tune": [[""]],
+    "moh-convert": [
+        ["megatron-to-hf", "--load-dir", "", "--hf-dir", "hf"],
+        ["megatron-to-hf", "--load-dir", "run", "--hf-dir", ""],
+        ["megatron-to-hf", "--load-dir", "run", "--hf-dir", "hf", "--summary", ""],
+        ["hf-to-megatron", "--hf-dir", "", "--save-dir", "checkpoint"],
+        ["hf-to-megatron", "--hf-dir", "hf", "--save-dir", ""],
+        ["hf-to-megatron", "--hf-dir", "hf", "--save-dir", "checkpoint", "--config", ""],
+        ["official-to-hf", "--load-dir", "", "--hf-dir", "hf"],
+    ],
+    "moh-generate": [[""]],
+    "moh-evaluate": [[""], *(["run", option, ""] for option in ("--config", "--suite", "--against", "--out"))],
+    "moh-plan": [["", "--world-size", "2"]],
+    "moh-report": [[""], ["run", ""], ["run", "--out", ""]],
+}
+
+
+@pytest.mark.usefixtures("own_signal_mask")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_path_is_refused_and_not_the_current_folder(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments in EMPTY_PATHS[command]:
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            import_module(MODULES[command]).run()
+        assert ended.value.code == 2, arguments
+        message = "must name a file or folder, such as . for the current one. Got an empty text\n"
+        assert capsys.readouterr().err.endswith(message), arguments
+    assert list(tmp_path.iterdir()) == []
+
+
 SCRIPTS = [
     *sorted((REPOSITORY / "pipelines").glob("*.py")),
     *(REPOSITORY / f"tools/{name}.py" for name in ("plan", "report")),

@@ -137,7 +137,7 @@ def test_paths_exist(document):
     paths = {path for path in paths if not path.startswith(NOT_IN_THE_REPOSITORY)}
     assert paths or document == "CHANGELOG.md"
     # What a run folder or a checkpoint holds is written as a lone `name/`.
-    lone = {"data/", "start/", "eval/", "tensorboard/", "checkpoints/", "hf/", "optimizer/", "rng/"}
+    lone = {"data/", "start/", "eval/", "tensorboard/", "profile/", "checkpoints/", "hf/", "optimizer/", "rng/"}
     assert sorted(path for path in paths - lone if existing(path) is None) == []
 
 

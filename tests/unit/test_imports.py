@@ -54,6 +54,7 @@ LIBRARIES = {
         "checkpoint/hf/hf_tokenizer.py",
         "data/tokenizer/byte_level_bpe.py",
         "data/tokenizer/grow.py",
+        "data/tokenizer/combining_marks.py",
         "data/tokenizer/sentencepiece_json.py",
         "data/tokenizer/tokenizer.py",
     },
@@ -204,6 +205,8 @@ def imported_at_once(file: Path, seen: set[Path]) -> Iterator[str]:
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             continue
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            continue  # It is false where the program runs.
         for imported in imports(file, statement):
             yield imported
             for prefix in accumulate(imported.split("."), "{}.{}".format):

@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moh_megatron.checkpoint import layout
-from moh_megatron.checkpoint.hf import hf_export, hf_import
+from moh_megatron.checkpoint.hf import hf_export, hf_folder, hf_import
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import HFExtras, read_extras
+from moh_megatron.checkpoint.hf.hf_import_config import import_config, require_official
 from moh_megatron.checkpoint.hf.hf_reader import open_weights
 from moh_megatron.checkpoint.hf.skywork import skywork_moh_section
 from moh_megatron.checkpoint.hf.weight_readers import HFSource
 from moh_megatron.checkpoint.mapping import rules
 from moh_megatron.checkpoint.weights import open_stored
 from moh_megatron.config.schema import Config
-from moh_megatron.io.errors import UserError
 from moh_megatron.model.tensors import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def megatron_to_hf(
     hf_dir: Path,
     dtype: str | None = None,
     *,
-    form: hf_export.Form = "moh",
+    form: hf_folder.Form = "moh",
     verify: bool = False,
 ) -> float | None:
     """Export ``checkpoint`` to ``hf_dir``; returns the largest absolute difference of the logits, if it was measured.
@@ -50,7 +50,7 @@ def megatron_to_hf(
     """
     config, manifest = layout.read_config(checkpoint), layout.read_state(checkpoint)
     precision = None if dtype is None else DTYPES[dtype]
-    hf_export.check_replaceable(hf_dir, checkpoint)
+    hf_folder.check_replaceable(hf_dir, checkpoint)
     with hf_export.atomic_export(hf_dir) as folder:
         with open_stored(checkpoint, config) as source:
             source.check_complete(config)
@@ -90,22 +90,13 @@ def official_to_hf(
         Fault: the two differ by ``TOLERANCE`` or more, or writing fails.
     """
     precision = None if dtype is None else DTYPES[dtype]
-    hf_export.check_replaceable(hf_dir, official_dir)
+    hf_folder.check_replaceable(hf_dir, official_dir)
     with open_weights(official_dir, allow_pickle=allow_pickle) as weights:
         reader = HFConfigReader(official_dir)
-        if reader.is_moh:
-            raise UserError(
-                f"{reader.path}: must be of the official form, whose model_type is llama. Got moh_llama, a folder "
-                "of this project, which says itself how its heads are routed; use hf-to-megatron."
-            )
-        if reader.form not in (None, "official"):
-            raise UserError(
-                f"{official_dir}: must be of the official form. Got an export of --format {reader.form} of a dense "
-                "model; use hf-to-megatron."
-            )
+        require_official(reader, official_dir)
         heads = reader.sections()["model"]["num_attention_heads"]
         overrides = [f"moh.{key}={str(value).lower()}" for key, value in skywork_moh_section(heads).items()]
-        config = hf_import.import_config(official_dir, hf_dir, None, overrides, weights.dtypes)
+        config = import_config(official_dir, hf_dir, None, overrides, torch.bfloat16 in weights.dtypes)
         # Nothing distinguishes a folder of the official form from a dense LLaMA.
         logger.info(
             f"{official_dir} is read as a MoH model by query norm: the first {config.moh.shared_heads} of {heads} "
@@ -130,7 +121,7 @@ def _verify_export(
     precision: torch.dtype | None,
     hf_dir: Path,
     folder: Path,
-    form: hf_export.Form,
+    form: hf_folder.Form,
 ) -> float:
     """Compare ``weights``, rounded to ``precision``, with ``folder``, which is to become ``hf_dir``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG, MARKER, MARKER_CONTENT
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG, MARKER, MARKER_CONTENT
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
 

@@ -8,15 +8,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from moh_megatron.checkpoint.hf.hf_config import CODE, hf_config
 from moh_megatron.checkpoint.hf.hf_extras import GENERATION, SpecialTokenIds, read_extras, special_token_ids
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG, MARKER, MARKER_CONTENT, Form, check_replaceable, check_routers
 from moh_megatron.checkpoint.hf.hf_model import configuration_moh
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG, MARKER, MARKER_CONTENT
 from moh_megatron.checkpoint.hf.hf_tokenizer import check_generation, write_tokenizer
 from moh_megatron.checkpoint.hf.hf_writer import write_weights
 from moh_megatron.checkpoint.hf.model_card import model_card
@@ -28,38 +28,9 @@ from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import has_tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import UserError
-from moh_megatron.io.folders import refuse_inside, resolve_target
 from moh_megatron.io.json_file import read_json_if_any
-from moh_megatron.io.small_file import read_small_text
 
 MAX_SHARD_SIZE = "5GB"
-Form = Literal["moh", "llama", "official"]
-
-
-def check_replaceable(hf_dir: Path, source: Path | None = None) -> None:
-    """Raise UserError unless ``hf_dir`` is absent, empty, or holds an earlier export and nothing else.
-
-    It must not lie inside the ``source`` that is converted: a checkpoint holds only what its manifest lists.
-    """
-    if source is not None:
-        refuse_inside(hf_dir, source)
-    path = resolve_target(hf_dir)
-    if not path.exists():
-        return
-    remedy = "Name another folder, or move this one away."
-    if not path.is_dir():
-        raise UserError(f"{hf_dir}: must be a folder to export into. Got a file. {remedy}")
-    present = {entry.name for entry in path.iterdir()}
-    if not present:
-        return
-    try:
-        exported = {MARKER, *json.loads(read_small_text(path / MARKER))["files"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{hf_dir}: must be empty or an earlier export. Got a folder of something else. {remedy}"
-        ) from None
-    if unknown := sorted(present - exported):
-        raise UserError(f"{hf_dir}: holds files that are not of the earlier export: {', '.join(unknown[:5])}. {remedy}")
 
 
 @contextmanager
@@ -78,11 +49,7 @@ def atomic_export(hf_dir: Path) -> Iterator[Path]:
 def _config_json(
     config: Config, dtype: torch.dtype, token_ids: SpecialTokenIds, form: Form
 ) -> PretrainedConfig | dict[str, Any]:
-    if form == "llama" and config.moh.enabled:
-        raise UserError(
-            "--format llama needs a dense model: LlamaForCausalLM has no routers, and would use every head. "
-            "Got moh.enabled: true; use --format moh."
-        )
+    check_routers(config, form)
     build = skywork_config if form == "official" else hf_config
     return build(config, dtype, token_ids)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader, check_token_ids
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer
 from moh_megatron.io.json_file import read_json
 from moh_megatron.io.small_file import read_small_file

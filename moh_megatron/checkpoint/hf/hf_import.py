@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,20 +13,19 @@ from torch import Tensor
 from moh_megatron.checkpoint.hf.checkpoint_writer import write_checkpoint
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import TOKEN_IDS, HFExtras, read_extras
-from moh_megatron.checkpoint.hf.hf_reader import MARKER, HFWeights, open_weights
+from moh_megatron.checkpoint.hf.hf_folder import MARKER
+from moh_megatron.checkpoint.hf.hf_import_config import build_config, check_target, import_config, refuse_official
+from moh_megatron.checkpoint.hf.hf_reader import HFWeights, open_weights
 from moh_megatron.checkpoint.hf.streaming import row_ranges
 from moh_megatron.checkpoint.hf.weight_readers import HFSource, all_chunks
 from moh_megatron.checkpoint.layout import read_weights
 from moh_megatron.checkpoint.mapping import check_names_and_shapes, rules
-from moh_megatron.config.layer_heads import layer_heads, routing_groups
-from moh_megatron.config.load import completed_config
 from moh_megatron.config.parameter_count import parameter_count
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder
 from moh_megatron.io.errors import UserError
-from moh_megatron.io.folders import refuse_inside, refuse_unless_new
 from moh_megatron.io.safetensors_stream import WEIGHT_TYPES, Scratch
 
 logger = logging.getLogger(__name__)
@@ -38,131 +36,15 @@ NewTensors = Callable[[Config], Iterable[tuple[str, Tensor]]]
 AUTO_VERIFY_PARAMETERS = 100_000_000
 """Up to this size a conversion is verified even without --verify. It takes the memory of the model in fp32."""
 
-_LONGEST_SEQUENCE = 2048
-"""An import writes no longer train.sequence_length than this into the configuration on its own."""
-_LEARNING_RATE = 1e-5
 _MAX_PADDING = 1024
 """Vocabularies exceed the tokenizer's entries by up to this many rows, for round sizes and future tokens."""
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Old LLaMA-2 folders store RoPE's frequencies, which follow from config.json."""
-_NOT_COMPARED = ("max_position_embeddings", "init_method_std", "scaled_residual_init", "vocab_padding")
-"""Keys of the model section that affect neither the weights nor what is computed from them."""
 
 
 def auto_verify(config: Config) -> bool:
     """Whether a model is small enough to be verified without --verify."""
     return parameter_count(config.model, config.moh).total <= AUTO_VERIFY_PARAMETERS
-
-
-def import_config(
-    hf_dir: Path, save_dir: Path, path: Path | None, overrides: Sequence[str], dtypes: Collection[torch.dtype]
-) -> Config:
-    """Build the checkpoint's configuration from config.json, overridden by ``path`` and then ``overrides``.
-
-    If ``parallel.tensor`` does not divide the vocabulary, the vocabulary is padded. The sections run, train and
-    optimizer, which config.json does not have, get values that a training run replaces by its own.
-
-    Raises:
-        UserError: config.json is not of a LLaMA, the configuration is invalid or disagrees with config.json, or it
-            states how the heads of a model that stays dense are routed.
-    """
-    reader = HFConfigReader(hf_dir)
-    config = _build_config(reader, save_dir, path, overrides, dtypes)
-    _refuse_differences(reader, _build_config(reader, save_dir, None, (), dtypes), config)
-    return config
-
-
-def _build_config(
-    reader: HFConfigReader, save_dir: Path, path: Path | None, overrides: Sequence[str], dtypes: Collection[torch.dtype]
-) -> Config:
-    sections = reader.sections()
-    model = sections["model"]
-
-    def defaults(stated: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        _refuse_ignored(reader, stated.get("moh", {}))
-        if reader.is_moh:
-            _refuse_other_groups(reader, sections, stated.get("moh", {}).get("routing_groups"))
-        tensor = stated.get("parallel", {}).get("tensor", 1)
-        padding = -model["vocab_size"] % tensor if isinstance(tensor, int) and tensor > 0 else 0
-        padded = {"vocab_size": model["vocab_size"] + padding, "vocab_padding": padding}
-        longest = stated.get("model", {}).get("max_position_embeddings")
-        length = min(_LONGEST_SEQUENCE, longest if isinstance(longest, int) else model["max_position_embeddings"])
-        precision = "bf16" if torch.bfloat16 in dtypes else "fp32"
-        return {
-            "run": {"dir": str(save_dir)},
-            "model": model | padded,
-            "moh": sections["moh"],
-            "train": {
-                "sequence_length": length,
-                "total_tokens": length,
-                "global_batch_size": 1,
-                "precision": precision,
-            },
-            "optimizer": {"learning_rate": _LEARNING_RATE},
-        }
-
-    return completed_config(defaults, str(reader.path), path, overrides)
-
-
-def _refuse_ignored(reader: HFConfigReader, stated: Collection[str]) -> None:
-    """Refuse moh keys of a dense model without moh.enabled, whose default is true elsewhere and false here."""
-    ignored = [f"moh.{key}" for key in stated if key != "head_layout"]
-    if ignored and not reader.is_moh and "enabled" not in stated:
-        raise UserError(
-            f"{reader.path}: this model is dense, and {', '.join(ignored)} would be ignored. Add moh.enabled=true to "
-            "make it a MoH model, or moh.enabled=false to keep it dense."
-        )
-
-
-def _refuse_other_groups(reader: HFConfigReader, sections: Mapping[str, Mapping[str, Any]], stated: Any) -> None:
-    """Refuse another moh.routing_groups than config.json's before the rules refuse the heads, which differ with it."""
-    expected, query_groups = sections["moh"]["routing_groups"], sections["model"]["num_query_groups"]
-    if stated in (1, "kv") and stated != expected and query_groups != 1:
-        _refuse(reader, [f"  moh.routing_groups: {expected} in {reader.path.name}, {stated} in the configuration"])
-
-
-def _refuse(reader: HFConfigReader, differences: Sequence[str]) -> NoReturn:
-    remedy = "Leave these keys out: they are taken from there."
-    raise UserError("\n".join([f"{reader.path} and the configuration disagree:", *differences, remedy]))
-
-
-def _refuse_differences(reader: HFConfigReader, expected_config: Config, config: Config) -> None:
-    expected, current = (_comparable(compared, reader.is_moh) for compared in (expected_config, config))
-    different = [key for key, value in expected.items() if key in current and current[key] != value]
-    # A null value follows from other keys: name those, if they differ.
-    explicit = [key for key in different if getattr(config.model, key.removeprefix("model."), "") is not None]
-    differences = [
-        f"  {key}: {expected[key]} in {reader.path.name}, {current[key]} in the configuration"
-        for key in explicit or different
-    ]
-    if differences:
-        _refuse(reader, differences)
-
-
-def _comparable(config: Config, with_moh: bool) -> dict[str, Any]:
-    """Return the values that determine the weights and the computation; equivalent values compare equal."""
-    model, moh = config.model, config.moh
-    values = {f"model.{key}": value for key, value in asdict(model).items() if key not in _NOT_COMPARED}
-    values |= {
-        "model.vocab_size": model.tokens,
-        "model.num_query_groups": model.query_groups,
-        "model.kv_channels": model.head_dim,
-    }
-    if with_moh:
-        values["moh.enabled"] = moh.enabled
-    if with_moh and moh.enabled:
-        layers = layer_heads(model, moh)
-        values |= {f"moh.{name}": getattr(moh, name) for name in ("router", "gating", "balancing")}
-        grouped = routing_groups(model, moh) > 1
-        values["moh.routing_groups"] = "kv" if grouped else 1
-        values["moh.gate_softmax"] = moh.gate_softmax if grouped else "layer"
-        values["moh.shared_heads"] = _one_if_equal([layer.shared for layer in layers])
-        values["moh.active_heads"] = _one_if_equal([layer.active for layer in layers])
-    return values
-
-
-def _one_if_equal(per_layer: list[Any]) -> Any:
-    return per_layer[0] if len(set(per_layer)) == 1 else per_layer
 
 
 def hf_to_megatron(
@@ -188,8 +70,7 @@ def hf_to_megatron(
             ``hf_dir``.
         Fault: the two sides differ by ``TOLERANCE`` or more, or writing fails. Nothing is left behind then.
     """
-    refuse_inside(save_dir, hf_dir)
-    refuse_unless_new(save_dir)
+    check_target(save_dir, hf_dir)
     with atomic_folder(save_dir) as folder:
         config, source_config = _write(
             folder, hf_dir, save_dir, path, overrides, new_tensors=new_tensors, allow_pickle=allow_pickle
@@ -226,12 +107,8 @@ def _write(
     """Fill the empty ``folder``; returns its configuration, and the one that config.json alone describes."""
     with open_weights(hf_dir, allow_pickle=allow_pickle) as weights:
         reader = HFConfigReader(hf_dir)
-        if reader.form == "official":
-            raise UserError(
-                f"{hf_dir}: must be of a form whose config.json says how heads are routed. Got an export of --format "
-                "official, which would be read as a dense model; use official-to-hf, and import what it makes."
-            )
-        config = import_config(hf_dir, save_dir, path, overrides, weights.dtypes)
+        refuse_official(reader, hf_dir)
+        config = import_config(hf_dir, save_dir, path, overrides, torch.bfloat16 in weights.dtypes)
         tokenizer = find_tokenizer(hf_dir, config)
         extras = HFExtras(tokenizer, read_extras(hf_dir))
         check_extras(hf_dir, extras, config.model.tokens)
@@ -240,7 +117,7 @@ def _write(
         source = HFSource(weights, added)
         dtypes = {rule.megatron: source.dtype(rule) for rule in rules(config)}
         write_checkpoint(folder, config, dtypes, all_chunks(source, config), extras)
-        return config, _build_config(reader, save_dir, None, (), weights.dtypes)
+        return config, build_config(reader, save_dir, None, (), torch.bfloat16 in weights.dtypes)
 
 
 def find_tokenizer(hf_dir: Path, config: Config) -> Tokenizer | None:

@@ -13,18 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moh_megatron.checkpoint.layout import HF_CONFIG
+from moh_megatron.checkpoint.hf.hf_folder import PICKLE, SAFETENSORS, refuse_pickle, weights_file
 from moh_megatron.config.paths import require_folder
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json
 from moh_megatron.io.safetensors_stream import DTYPES, WEIGHT_TYPES, SafetensorsFile, Scratch
 
-CONFIG = HF_CONFIG
-MARKER = "moh_megatron.json"
-"""The file that records the form and the files of an export, so that a later export replaces them and nothing else."""
-MARKER_CONTENT = "the record of an export"
-_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-_PICKLE_SUFFIX = ".bin"
 _INDEX = "the index of a model's weights"
 
 
@@ -112,7 +106,7 @@ class _PickledFile:
 
 def check_index(folder: Path) -> None:
     """Raise UserError where Transformers cannot read the index of the folder's weights, though ``open_weights`` can."""
-    for name in (_SAFETENSORS, _PICKLE):
+    for name in (SAFETENSORS, PICKLE):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return
@@ -142,31 +136,16 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[HFWeig
 
 def _shards(stack: ExitStack, folder: Path, allow_pickle: bool) -> dict[str, Shard]:
     def open_shard(path: Path) -> Shard:
-        pickled = path.suffix == _PICKLE_SUFFIX
-        if pickled and not allow_pickle:
-            raise UserError(
-                f"{path}: the weights are pickles, which can run code when they are read. Convert them to "
-                "safetensors, or add --allow-pickle to read them as tensors only."
-            )
+        pickled = refuse_pickle(path, allow_pickle)
         shard: Shard = _PickledFile(path) if pickled else SafetensorsFile(path)
         stack.callback(shard.close)
         return shard
 
-    for name in (_SAFETENSORS, _PICKLE):
-        single, index = folder / name, folder / f"{name}.index.json"
-        if single.is_file():
-            shard = open_shard(single)
-            return dict.fromkeys(shard.entries, shard)
-        if index.is_file():
-            return _read_index(folder, index, open_shard)
-    hint = ""
-    if (folder / "config.yaml").is_file():
-        exported = (folder / "hf" / CONFIG).is_file()
-        remedy = f"its export is {folder / 'hf'}" if exported else "moh-convert megatron-to-hf exports it"
-        hint = f" Got a run or a checkpoint: {remedy}."
-    raise UserError(
-        f"{folder}: holds no weights. Expected {_SAFETENSORS}, or {_SAFETENSORS}.index.json and its files.{hint}"
-    )
+    path = weights_file(folder)
+    if path.suffix == ".json":
+        return _read_index(folder, path, open_shard)
+    shard = open_shard(path)
+    return dict.fromkeys(shard.entries, shard)
 
 
 def _read_index(folder: Path, index: Path, open_shard: Callable[[Path], Shard]) -> dict[str, Shard]:

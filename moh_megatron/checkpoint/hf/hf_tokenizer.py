@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from moh_megatron.checkpoint.hf.hf_config_reader import check_token_ids
 from moh_megatron.checkpoint.hf.hf_extras import GENERATION, GENERATION_SETTINGS
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG
 from moh_megatron.checkpoint.hf.transformers_io import as_user_error, quiet
 from moh_megatron.data.tokenizer.names import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer

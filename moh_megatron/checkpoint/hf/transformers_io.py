@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +22,14 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from moh_megatron.checkpoint.hf.hf_config import hf_config
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
 from moh_megatron.checkpoint.hf.hf_extras import SpecialTokenIds
+from moh_megatron.checkpoint.hf.hf_folder import CONFIG
 from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
 from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM
-from moh_megatron.checkpoint.hf.hf_reader import CONFIG, check_index
+from moh_megatron.checkpoint.hf.hf_reader import check_index
 from moh_megatron.config.schema import Config
 from moh_megatron.data.tokenizer.names import TOKENIZER_CONFIG
 from moh_megatron.data.tokenizer.panics import panics_as_value_errors
+from moh_megatron.io.console import warnings_hidden
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json, read_json_if_any
 from moh_megatron.io.small_file import check_small_files
@@ -43,16 +44,12 @@ def quiet() -> Iterator[None]:
         "transformers.generation.configuration_utils",
         "transformers.configuration_utils",
     )
-    loggers, had_bars = [logging.getLogger(name) for name in names], is_progress_bar_enabled()
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    had_bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        yield
+        with warnings_hidden(*names):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if had_bars:
             enable_progress_bar()
 

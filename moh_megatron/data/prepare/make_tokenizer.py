@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moh_megatron.config.schema import Config, DataConfig
 from moh_megatron.config.source_weights import ONLY
@@ -20,7 +20,7 @@ from moh_megatron.data.tokenizer.grow import grow_tokenizer
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
 from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from moh_megatron.io.atomic import atomic_folder
-from moh_megatron.io.console import progress_bar
+from moh_megatron.io.console import elapsed_bar, progress_bar
 from moh_megatron.io.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -67,21 +67,48 @@ def train_on_inputs(config: Config, folder: Path, setting: str | None = "data.di
 
     The folder appears complete or not at all. Raises UserError.
     """
+    entries = config.tokenizer.grow_to or config.model.vocab_size
+    logger.info(f"making a tokenizer of {entries:,} entries from data.inputs")
     plans = []
     weights = {source.name: source.weight for source in config.data.sources} or {ONLY: 1.0}
     for name, source in source_configs(config):
         inputs = find_inputs(source.data.inputs)
         most_bytes = round(config.tokenizer.sample_bytes * weights[name] / sum(weights.values()))
         plans.append((inputs, plan_parts(inputs, source.data.text_unit), source.data, most_bytes))
-    size = sum(segment.bytes for _, plan, _, _ in plans for part in plan for segment in part)
-    with (
-        atomic_folder(folder, setting) as partial,
-        progress_bar("read for tokenizer", size, "B", unit_scale=True) as bar,
-    ):
-        texts = chain.from_iterable(
-            sample_texts(inputs, plan, data, most_bytes, bar.update) for inputs, plan, data, most_bytes in plans
-        )
-        _make(config, texts, partial)
+    size = sum(share.goal for _, plan, _, most_bytes in plans for share in _shares(plan, most_bytes))
+    with atomic_folder(folder, setting) as partial, ExitStack() as stage:
+        bar = stage.enter_context(progress_bar("read text for the tokenizer", size, "B", unit_scale=True))
+
+        def texts() -> Iterator[str]:
+            for inputs, plan, data, most_bytes in plans:
+                yield from sample_texts(inputs, plan, data, most_bytes, bar.update)
+            stage.close()
+            stage.enter_context(elapsed_bar(f"learn the {entries:,} entries of the tokenizer"))
+
+        _make(config, texts(), partial)
+
+
+class _Share(NamedTuple):
+    """What a sample takes of a part."""
+
+    most: int
+    """Bytes of text at most."""
+    size: int
+    """Bytes on disk of the whole part."""
+    goal: int
+    """What the share counts for in the progress of the sample: ``most``, or ``size`` of a part that is smaller."""
+
+    def progress(self, read: int, taken: int) -> int:
+        """How much of ``goal`` is reached with ``read`` bytes on disk, which gave ``taken`` bytes of text."""
+        fractions = (done / whole for done, whole in ((read, self.size), (taken, self.most)) if whole)
+        return int(self.goal * min(1.0, max(fractions, default=1.0)))
+
+
+def _shares(parts: Sequence[Part], most_bytes: int) -> list[_Share]:
+    sizes = [sum(segment.bytes for segment in part) for part in parts]
+    total = sum(sizes)
+    shares = [most_bytes * size // total if total else most_bytes // len(parts) for size in sizes]
+    return [_Share(most, size, min(most, size or most)) for most, size in zip(shares, sizes, strict=True)]
 
 
 def sample_texts(
@@ -90,31 +117,32 @@ def sample_texts(
     """Texts of at most about ``most_bytes`` of UTF-8, in order: from the beginning of each part its share.
 
     A smaller corpus is returned completely, and the same corpus gives the same sample. Rejects are skipped; raises
-    UserError if nothing else is found.
+    UserError if nothing else is found. ``advance`` is called with what each text adds to the goals of the shares.
     """
     found, rejects = False, []
-    total = sum(segment.bytes for part in parts for segment in part)
-    for part in parts:
-        size = sum(segment.bytes for segment in part)
-        left = most_bytes * size // total if total else most_bytes // len(parts)
+    for part, share in zip(parts, _shares(parts, most_bytes), strict=True):
+        read = taken = reported = 0
+
+        def count(bytes_on_disk: int) -> None:
+            nonlocal read
+            read += bytes_on_disk
+
         for segment in part:
-            for event in read_segment(inputs[segment.input], segment, data, advance) if left > 0 else ():
+            for event in read_segment(inputs[segment.input], segment, data, count) if taken < share.most else ():
                 if isinstance(event, Reject) and len(rejects) < QUOTED_REJECTS:
                     rejects.append(f"\n{inputs[segment.input].name}, line {event.line}: {event.reason}")
                 if isinstance(event, Chunk):
                     found = True
                     yield event.text
-                    left -= len(event.utf8)
-                    if left <= 0:
+                    taken += len(event.utf8)
+                    progress = share.progress(read, taken)
+                    advance(progress - reported)
+                    reported = progress
+                    if taken >= share.most:
                         break
+        advance(share.goal - reported)
     if rejects and not found:
         raise UserError("data.inputs holds no text to train a tokenizer on, but rejects:" + "".join(rejects))
-
-
-def _then_say(texts: Iterable[str], message: str) -> Iterator[str]:
-    """The texts, and a message once all are taken: the learning that follows shows nothing."""
-    yield from texts
-    logger.info(message)
 
 
 def _make(config: Config, texts: Iterable[str], folder: Path) -> None:
@@ -123,7 +151,6 @@ def _make(config: Config, texts: Iterable[str], folder: Path) -> None:
     Raises UserError if the texts cannot give so many entries.
     """
     settings, size = config.tokenizer, config.model.vocab_size
-    texts = _then_say(texts, f"all text is read: learning a vocabulary of {settings.grow_to or size:,} entries")
     if settings.path is not None:
         assert settings.grow_to is not None
         grow_tokenizer(load_tokenizer(settings.path), texts, entries=settings.grow_to, out_dir=folder)

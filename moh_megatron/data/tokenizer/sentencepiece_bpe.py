@@ -58,7 +58,7 @@ def train_tokenizer(
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             byte_fallback=True,
-            user_defined_symbols=[symbol.replace(" ", SPACE) for symbol in user_symbols],
+            user_defined_symbols=list(dict.fromkeys(symbol.replace(" ", SPACE) for symbol in user_symbols)),
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

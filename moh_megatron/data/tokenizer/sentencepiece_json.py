@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from moh_megatron.data.tokenizer.combining_marks import MARKED_TEXTS, composing_normalizers
 from moh_megatron.data.tokenizer.names import LEADING_SPACES, SPACE, WORD
 from moh_megatron.data.tokenizer.panics import panics_as_value_errors
 
@@ -25,8 +26,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
 UNIGRAM_MODEL, BPE_MODEL = 1, 2
 _NEVER = -1e6
 """The score of a Unigram piece that no text may give. The library's score of an unknown character is 10 below it."""
-_COMPOSING_RULES = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
-"""SentencePiece's own normalisations; each of them composes characters, as Unicode's NFC does."""
 _MANY = 1 << 16
 """More spaces than a text begins with."""
 PROBES = (
@@ -48,6 +47,14 @@ WHITE_SPACE = (
     *(" ", "  ", "\n", "\n\n", "\r", "\r\n", "\t", "\v", "\f", "\x1c", "\x1f", "\x85", "\xa0", "\u1680", "\u2003"),
     *("\u2028", "\u2029", "\u202f", "\u205f", "\u3000", "\u200b", "\ufeff", SPACE, f" {SPACE} ", "\n "),
 )
+
+
+class NotEquivalentError(ValueError):
+    """No tokenizer.json gives the ids of a model; ``remedy`` is a sentence that says what helps besides another one."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def to_tokenizer_json(model: bytes) -> Tokenizer:
@@ -87,7 +94,8 @@ def to_tokenizer_json(model: bytes) -> Tokenizer:
 def from_model(model: bytes) -> tuple[Tokenizer, Any]:
     """The tokenizer of a model, compared with it on probe texts, and the model's processor.
 
-    Raises ValueError with the reason if the ids differ, or if a text gives the id of a control piece.
+    Raises ValueError with the reason if a text gives the id of a control piece, and NotEquivalentError with the
+    shortest text whose ids differ.
     """
     try:
         processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)  # pyright: ignore[reportCallIssue]
@@ -96,14 +104,35 @@ def from_model(model: bytes) -> tuple[Tokenizer, Any]:
     with panics_as_value_errors():
         tokenizer = to_tokenizer_json(model)
         tokenizer.encode_special_tokens = True
-        for text in _probes(_parse(model)):
+        proto = _parse(model)
+        different = []
+        for text in _probes(proto):
             ids, expected = tokenizer.encode(text, add_special_tokens=False).ids, processor.encode(text)
             if ids != expected and not _is_tie(tokenizer, ids, expected):
-                raise ValueError(f"{text!r} gives {ids}, and {expected} in SentencePiece")
-            if control := [token_id for token_id in ids if processor.is_control(token_id)]:
+                different.append((text, ids, expected))
+            elif control := [token_id for token_id in ids if processor.is_control(token_id)]:
                 name = processor.id_to_piece(control[0])
                 raise ValueError(f"{text!r} gives {ids}, where {control[0]} is the control piece {name!r}")
+    if different:
+        text, ids, expected = min(different, key=lambda difference: len(difference[0]))
+        raise NotEquivalentError(f"{text!r} gives {ids}, and {expected} in SentencePiece", _remedy(proto))
     return tokenizer, processor
+
+
+def _remedy(proto: Any) -> str:
+    """What helps where the ids of a model with user symbols differ; nothing is known for others."""
+    symbols = [entry.piece for entry in proto.pieces if entry.type == USER_DEFINED]
+    if not symbols:
+        return ""
+    of_space = [symbol for symbol in symbols if not symbol.replace(SPACE, " ").strip()]
+    if of_space:
+        return f"Or train it again without the user symbols of white space: {of_space}."
+    if proto.trainer_spec.model_type == BPE_MODEL and proto.normalizer_spec.add_dummy_prefix:
+        return (
+            f"Or train it again: with its user symbols {symbols[:9]} a BPE must put no space before a text "
+            "(SentencePiece's add_dummy_prefix=false)."
+        )
+    return ""
 
 
 def _is_tie(tokenizer: Tokenizer, ids: list[int], expected: list[int]) -> bool:
@@ -215,16 +244,27 @@ def _is_kept(symbol: str, steps: list[Any]) -> bool:
 def _charsmap(cleaning: Any) -> list[Any]:
     """The normalisation of characters. The library applies it to a base with its marks as one, or to every character.
 
-    It does so only if the base and its marks are short, and forgets marks where a rule has the base alone. Composed
-    before, most are one character, and each of \\r\\n gets its own rule.
+    So each of \\r\\n needs its own rule.
     """
     if not cleaning.precompiled_charsmap:
         return []
     rules = normalizers.Precompiled(cleaning.precompiled_charsmap)
-    steps: list[Any] = [normalizers.NFC()] if cleaning.name in _COMPOSING_RULES else []
-    if (line_end := rules.normalize_str("\r")) != "\r":
-        steps.append(normalizers.Replace("\r", line_end))
-    return [*steps, rules]
+    line_end = rules.normalize_str("\r")
+    first = [] if line_end == "\r" else [normalizers.Replace("\r", line_end)]
+    composes = rules.normalize_str("e\u0301") == "\u00e9"  # as all four of SentencePiece's own rules do
+    return composing_normalizers(rules, first) if composes else [*first, rules]
+
+
+def differing_marks(tokenizer: Tokenizer, processor: Any) -> tuple[str, list[int], list[int]] | None:
+    """A text of letters with marks whose ids differ, its ids and those of SentencePiece; None if there is none.
+
+    ``tokenizer`` must be that of ``from_model``. Such texts are rare, so that the difference is no reason to refuse.
+    """
+    for text in MARKED_TEXTS:
+        ids, expected = tokenizer.encode(text, add_special_tokens=False).ids, processor.encode(text)
+        if ids != expected and not _is_tie(tokenizer, ids, expected):
+            return text, ids, expected
+    return None
 
 
 def _normalizers(cleaning: Any) -> list[Any]:

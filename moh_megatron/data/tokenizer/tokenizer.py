@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from moh_megatron.data.tokenizer.panics import TokenizersPanic, panics_as_value_
 from moh_megatron.io.errors import UserError
 from moh_megatron.io.json_file import read_json_if_any
 from moh_megatron.io.small_file import read_small_file
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -206,13 +209,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _converted(file: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
     """The content of the tokenizer.json of a .model, and its end-of-sentence piece, if it has one."""
     # Only a .model needs the sentencepiece library.
-    from moh_megatron.data.tokenizer.sentencepiece_json import from_model
+    from moh_megatron.data.tokenizer.sentencepiece_json import NotEquivalentError, differing_marks, from_model
 
     content = read_small_file(file)
     try:
         converted, model = from_model(content)
     except ValueError as error:
-        raise UserError(f"{file}: no tokenizer.json gives the same results ({error}). Name a tokenizer.json.") from None
+        remedy = f" {error.remedy}" if isinstance(error, NotEquivalentError) and error.remedy else ""
+        raise UserError(
+            f"{file}: no tokenizer.json gives the same results ({error}). Name another tokenizer, or the "
+            f"tokenizer.json that a model was trained with.{remedy}"
+        ) from None
+    if (difference := differing_marks(converted, model)) is not None:
+        text, ids, expected = difference
+        logger.warning(
+            f"{file}: letters with combining marks are normalised in another way than SentencePiece does: {text!r} "
+            f"gives {ids}, and {expected} there. Other texts have the same tokens; data.normalization: nfkc leaves "
+            "few such letters."
+        )
     around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
     for name, default in (("bos", model.bos_id()), ("eos", model.eos_id())):
         stated = _token_id(converted, settings, f"{name}_token", file)

@@ -8,10 +8,11 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, Store
 
 from moh_megatron.io.errors import Fault
-from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, TOKEN_VARIABLE, World
+from moh_megatron.train.fault_tolerance import run_store
+from moh_megatron.train.fault_tolerance.world import PARENT_VARIABLE, World
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StoreHost:
     def from_environment(cls, world: World) -> StoreHost:
         """Return the host that the launcher's environment variables name."""
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if not run_store.hosted_by_launcher():
             return cls("rank 0", address, [0], world.rank == 0)
         launcher = os.environ.get(PARENT_VARIABLE)
         return cls(f"the launcher (process {launcher})" if launcher else "torchrun's agent", address, [], False)
@@ -100,8 +101,8 @@ class FailureReports:
 
     def __init__(self, store: Store) -> None:
         # torchrun's store outlives the ranks it starts again.
-        restart, token = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(TOKEN_VARIABLE, "")
-        self._store = PrefixStore(f"heartbeat_{token}_{restart}", store)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = run_store.with_token(f"heartbeat_{restart}", store)
 
     def declare(self, report: FailureReport) -> FailureReport:
         """Propose ``report``; return the one that was proposed first, which counts for all processes."""
@@ -128,14 +129,7 @@ class Heartbeats(FailureReports):
         self._world, self.hosted_by_self = world, host.is_self
         try:
             # A separate connection: a collective of the main thread may hold the other one for long.
-            store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=host.is_self,
-                timeout=timedelta(seconds=timeout),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
+            store = run_store.connect(world, timedelta(seconds=timeout))
         except DistError as error:
             raise Fault(f"{host.absent(world.rank, timeout).message} ({str(error).splitlines()[0]})") from None
         super().__init__(store)

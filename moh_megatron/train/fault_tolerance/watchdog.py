@@ -64,6 +64,8 @@ class Watchdog:
         self._found: dict[int, Heartbeat] = {}
         self._last_change: dict[int, tuple[int, float]] = {}
         self._report: FailureReport | None = None
+        self._own_report: FailureReport | None = None
+        """What this rank ends with by its own judgement; the others and the launcher hear it if the store answers."""
         self._lost_contact = False
         self._reporting = threading.Lock()
         """Held by the thread that shows the error of this rank."""
@@ -166,7 +168,8 @@ class Watchdog:
         deadline = time.monotonic() + (_LAUNCHER_SECONDS if self._launched else seconds)
         while self._report is None and time.monotonic() < deadline and not self._finished.is_set():
             time.sleep(self._interval / 4)
-            self._report = self._report or self._silent_store(_STALE_HEARTBEATS * self._interval)
+            self._own_report = self._silent_store(_STALE_HEARTBEATS * self._interval)
+            self._report = self._report or self._own_report
         self._publish_exit("")
         self._wait_for_readers()
         if self._report is not None:
@@ -233,13 +236,13 @@ class Watchdog:
                 count += 1
                 heartbeat = self._heartbeat(count)
                 heartbeats.publish(heartbeat)
+                self._found = heartbeats.read(self._watched())
+                self._report = heartbeats.agreed()
+                if self._report is None and (found := self._own_report or self._judge(self._found)) is not None:
+                    self._report = heartbeats.declare(found)
                 if heartbeat.exit_reason is not None and not self._published.is_set():
                     heartbeats.count("gone", 1)
                     self._published.set()
-                self._found = heartbeats.read(self._watched())
-                self._report = heartbeats.agreed()
-                if self._report is None and (found := self._judge(self._found)) is not None:
-                    self._report = heartbeats.declare(found)
                 self._contact = time.monotonic()
                 self._wake.wait(self._interval)
                 self._wake.clear()
@@ -274,7 +277,7 @@ class Watchdog:
     def _end(self, report: FailureReport) -> None:
         if not self._reporting.acquire(blocking=False):
             return  # The main thread is ending with a message.
-        rank = self._world.rank
+        rank, self._own_report = self._world.rank, report
         # Not through logging: the main thread may hang while it holds a handler's lock.
         if f"rank {rank} " in report.message:
             stack = "".join(traceback.format_stack(self._frame()))

@@ -75,7 +75,7 @@ def one_step(config: Config, folder: Path, *, kill: bool = False) -> dict[str, A
     config = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(folder)),
-        monitor=dataclasses.replace(config.monitor, log_interval=1, head_scalars=True),
+        monitor=dataclasses.replace(config.monitor, log_interval=1, head_scalars=True, alarm_steps=1),
     )
     size = dist.get_world_size()
     replicas, accumulation = data_parallel_size(config, size), gradient_accumulation_steps(config, size)

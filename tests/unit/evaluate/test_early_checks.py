@@ -51,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
         ("evaluate", ["model", "--no-validation"], "leaves nothing to measure"),
         ("evaluate", ["model", "--suite", "paper_6", "--limit", "0"], "--limit must be at least 1. Got 0"),
         ("evaluate", ["model", "--out", "suite.yaml"], "suite.yaml: must be a folder to write to"),
+        ("evaluate", ["model"], "model holds no complete checkpoint"),
         ("generate", ["smoke", "generate.load=missing"], "missing: no such folder. Expected an exported folder"),
         ("generate", ["smoke"], "runs/smoke: no such run folder. Train first"),
         ("generate", ["missing/hf"], "missing/hf: no such file"),

@@ -14,8 +14,9 @@ import torch
 
 from moh_megatron.config.load import dump_config
 from moh_megatron.config.schema import Config, RunConfig
-from moh_megatron.evaluate.generate import config_of_folder, model_to_load, text_generator
-from moh_megatron.evaluate.loaded_model import load_model, training_config
+from moh_megatron.evaluate.generate import text_generator
+from moh_megatron.evaluate.loaded_model import load_model
+from moh_megatron.evaluate.model_folder import config_of_folder, model_to_load, training_config
 from moh_megatron.io.errors import UserError
 
 

@@ -16,6 +16,11 @@ TOP_K = [2, 2]
 EVEN = [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
 
 
+AT_ONCE = MonitorConfig(alarm_steps=1)
+"""With this configuration every step is judged by itself."""
+DYING = [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]
+
+
 def figures(*load):
     return head_figures(torch.tensor(load), LAYERS, TOP_K, [(0, 1, 2), (3, 4, 5)])
 
@@ -31,9 +36,9 @@ def test_a_healthy_run_is_silent():
 
 
 def test_dead_heads_are_named_once_and_again_when_others_die():
-    alarms = Alarms(MonitorConfig())
-    one = inputs(heads=figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
-    two = inputs(heads=figures([1.0, 1.0, 1.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.98, 0.98, 0.04, 0.0]))
+    alarms = Alarms(AT_ONCE)
+    one = inputs(heads=figures(EVEN, DYING))
+    two = inputs(heads=figures([1.0, 1.0, 1.0, 0.5, 0.5, 0.0], DYING))
     (message,) = alarms.check(one)
     assert message.startswith("dead heads: layer 1 head 4, layer 1 head 5 with less than 0.1 of the fair load")
     assert "monitor.alarm_dead_heads" in message
@@ -45,16 +50,57 @@ def test_dead_heads_are_named_once_and_again_when_others_die():
     assert alarms.check(inputs()) == []
 
 
+ROUTING_ALARMS = {"dead heads", "entropy collapse", "balance loss out of range"}
+
+
+def kinds(messages):
+    return {message.split(":")[0] for message in messages}
+
+
+@pytest.mark.parametrize("steps_of_an_interval", [1, 7, 10, 50, 100])
+def test_alarms_about_routing_need_fifty_steps(steps_of_an_interval):
+    """A run of a few steps is no evidence, however its intervals divide it."""
+    alarms = Alarms(MonitorConfig())
+    bad = inputs(
+        steps=steps_of_an_interval,
+        heads=figures(EVEN, DYING),
+        observed={"entropy": [0.9, 0.01]},
+        balance_excess=0.9,
+    )
+    intervals = math.ceil(50 / steps_of_an_interval)
+    assert [alarms.check(bad) for _ in range(intervals - 1)] == [[]] * (intervals - 1)
+    assert kinds(alarms.check(bad)) == ROUTING_ALARMS
+
+
+def test_routing_that_is_bad_for_a_moment_raises_no_alarm():
+    """The load of the first steps of a run, and single steps later, are not the mean of fifty."""
+    alarms = Alarms(MonitorConfig())
+    bad = inputs(heads=figures(DYING, DYING), observed={"entropy": [0.01, 0.01]}, balance_excess=0.9)
+    good = inputs(observed={"entropy": [0.9, 0.9]}, balance_excess=0.1)
+    intervals = [*[bad] * 20, *[good] * 80, *[bad] * 5, *[good] * 80]
+    assert [alarms.check(interval) for interval in intervals] == [[]] * len(intervals)
+
+
+def test_intervals_count_by_their_steps():
+    """Means weigh each interval with its steps, and the newest intervals that have fifty steps together are judged."""
+    alarms = Alarms(MonitorConfig(alarm_balance=0.5))
+    assert kinds(alarms.check(inputs(steps=40, balance_excess=0.7))) == set()
+    assert kinds(alarms.check(inputs(steps=20, balance_excess=0.2))) == {"balance loss out of range"}, "(28 + 4) / 60"
+    (message,) = alarms.check(inputs(steps=20, balance_excess=0.2))
+    assert message.startswith("resolved: "), "(28 + 4 + 4) / 80"
+    assert alarms.check(inputs(steps=20, balance_excess=0.9)) == [], "of the last three alone: (4 + 4 + 18) / 60"
+
+
 def test_low_entropy_raises_an_alarm():
-    (message,) = Alarms(MonitorConfig()).check(inputs(observed={"entropy": [0.9, 0.01]}))
+    (message,) = Alarms(AT_ONCE).check(inputs(observed={"entropy": [0.9, 0.01]}))
     assert message.startswith("entropy collapse: the routers of layer 1 are surer than 0.05")
     assert "monitor.alarm_entropy" in message
-    assert Alarms(MonitorConfig()).check(inputs(observed={"entropy": [math.nan, 0.5]})) == []
+    assert Alarms(AT_ONCE).check(inputs(observed={"entropy": [math.nan, 0.5]})) == []
 
 
 @pytest.mark.parametrize(("excess", "alarmed"), [(0.6, True), (-0.6, True), (0.4, False), (math.nan, True)])
 def test_balance_loss_out_of_range_raises_an_alarm(excess, alarmed):
-    messages = Alarms(MonitorConfig()).check(inputs(balance_excess=excess))
+    messages = Alarms(AT_ONCE).check(inputs(balance_excess=excess))
     assert [message.split(":")[0] for message in messages] == ["balance loss out of range"] * alarmed
 
 
@@ -101,8 +147,8 @@ def test_a_lasting_rate_drop_does_not_become_the_usual_rate():
 
 
 def test_an_interval_without_figures_leaves_an_alarm_as_it_was():
-    alarms = Alarms(MonitorConfig())
-    dead = figures(EVEN, [1.0, 1.0, 0.98, 0.98, 0.04, 0.0])
+    alarms = Alarms(AT_ONCE)
+    dead = figures(EVEN, DYING)
     bad = inputs(heads=dead, observed={"entropy": [0.9, 0.01]}, balance_excess=0.9)
     assert len(alarms.check(bad)) == 3
     assert alarms.check(AlarmInputs(100.0)) == [], "as after skipped steps"
@@ -128,7 +174,7 @@ def test_a_rank_that_stays_slow_is_named():
 
 
 def test_the_message_names_the_balance_key_in_use():
-    (message,) = Alarms(MonitorConfig(), balance_key="moh.bias_update_rate").check(inputs(balance_excess=0.9))
+    (message,) = Alarms(AT_ONCE, balance_key="moh.bias_update_rate").check(inputs(balance_excess=0.9))
     assert message.endswith("Raise moh.bias_update_rate.")
 
 

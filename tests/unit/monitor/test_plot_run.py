@@ -67,7 +67,7 @@ def test_moh_run_shows_a_map_of_head_load_beside_the_losses(
     plot_run: ModuleType, dense_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses_alone = draw(plot_run, dense_run, monkeypatch)
-    events = TensorBoard(dense_run / "tensorboard", 0)
+    events = TensorBoard(dense_run, 0)
     for head, share in enumerate((1.0, 1.0, 0.25, 0.75)):
         events.scalars({f"head_load/layer_00/head_{head:02d}": share}, 3)
     events.close()

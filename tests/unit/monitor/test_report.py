@@ -37,7 +37,7 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
         folder / "validation.jsonl",
         [{"step": n, "loss": None, "sources": losses, "sample": "text"} for n, losses in enumerate(sources, start=1)],
     )
-    writer = TensorBoard(folder / "tensorboard", 0)
+    writer = TensorBoard(folder, 0)
     for step in range(1, 31):
         writer.text("alarms", f"dead heads: number {step:02d}.", step)
     writer.close()
@@ -233,7 +233,7 @@ def test_lines_with_values_of_another_type_are_left_out_and_counted(
 
 
 def test_event_files_with_other_tags_and_values_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = TensorBoard(run / "tensorboard", 0)
+    writer = TensorBoard(run, 0)
     for tag in (
         "head_load/layer_x/head_0",
         "head_load/layer_0",

@@ -127,3 +127,8 @@ def test_same_problem_on_all_nodes_is_a_user_error_of_the_request(preflight, mon
     codes, found = meet(preflight, nodes, {number: ["sees 0 GPUs"] for number in range(len(nodes))})
     assert codes == {code}
     assert found == [f"{name}\tsees 0 GPUs" for name in nodes]
+
+
+def test_each_problem_is_one_printable_line_of_the_report(preflight):
+    found = ["n1\tcannot use run.dir, a\x1b[2J\nn2\tb", "n1\tits clock is off", "n1\tits clock is off"]
+    assert preflight.report_lines(found) == ["n1\tcannot use run.dir, a\\x1b[2J n2 b", "n1\tits clock is off"]

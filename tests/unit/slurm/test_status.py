@@ -83,3 +83,9 @@ def test_run_folder_without_a_job_is_refused(job):
     done = job.type("status.sh", str(job.run))
     assert done.returncode == 2
     assert "no job has trained in this folder" in done.stderr
+
+
+def test_control_characters_of_a_reason_are_not_obeyed(job, folder):
+    with (folder / "slurm/history.tsv").open("a") as stream:
+        stream.write("2026-01-01T00:00:00\t7\t1\tfault\t1\t120\t-\tof é\x1b[2J\x07\n")
+    assert rows(job)["state"] == "fault, exit code 1: of é?[2J?"

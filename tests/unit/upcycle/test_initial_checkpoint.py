@@ -17,8 +17,9 @@ from moh_megatron.checkpoint.hf.hf_extras import read_extras
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.io.errors import Fault, UserError
 from moh_megatron.upcycle import initial_checkpoint
-from moh_megatron.upcycle.initial_checkpoint import initial_checkpoint_folder, prepare, resolve
+from moh_megatron.upcycle.initial_checkpoint import prepare, resolve
 from moh_megatron.upcycle.loss_and_kl import without_moh
+from moh_megatron.upcycle.source import initial_checkpoint_folder
 
 pytestmark = pytest.mark.usefixtures("one_rank", "data")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE, Unigram
 
 from moh_megatron.data.tokenizer.byte_level_bpe import train_byte_level_bpe
+from moh_megatron.data.tokenizer.combining_marks import MARKED_TEXTS
 from moh_megatron.data.tokenizer.grow import grow_tokenizer
 from moh_megatron.data.tokenizer.names import SPACE
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
@@ -183,9 +186,61 @@ def test_symbols_of_white_space_that_are_normalised_are_refused(
     algorithm: str, symbol: str, lines: list[str], tmp_path: Path
 ) -> None:
     model = train(lines, model_type=algorithm, user_defined_symbols=[symbol])
-    message = r"no tokenizer\.json gives the same results \('.*' gives \[.*\], and \[.*\] in SentencePiece\)"
+    message = (
+        r"no tokenizer\.json gives the same results \('.*' gives \[.*\], and \[.*\] in SentencePiece\)\. Name "
+        r"another .* Or train it again without the user symbols of white space"
+    )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "model", model)
+
+
+def test_bpe_symbols_behind_a_space_before_the_text_are_refused_with_both_ids_and_the_remedy(
+    lines: list[str], tmp_path: Path
+) -> None:
+    options = {**LLAMA, "model_type": "bpe", "user_defined_symbols": ["<|user|>"]}
+    message = (
+        r"tokenizer\.model: no tokenizer\.json gives the same results \('<\|user\|>' gives \[3\], and \[\d+, 3\] in "
+        r"SentencePiece\)\. .* with its user symbols \['<\|user\|>'\] .* \(SentencePiece's add_dummy_prefix=false\)\."
+    )
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "refused", train(lines, **options))
+    tokenizer, reference = load(tmp_path / "remedy", train(lines, **options, add_dummy_prefix=False))
+    assert tokenizer.encode("<|user|>") == reference.encode("<|user|>") == [3]
+
+
+def test_symbols_that_merges_would_give_are_entries_of_their_own(lines: list[str], tmp_path: Path) -> None:
+    """\" the\" is written \u0120the by a byte-level BPE; t is one of its bytes; a symbol twice is one symbol."""
+    train_byte_level_bpe(lines, vocab_size=400, out_dir=tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "tokenizer.json").read_text())["model"]["vocab"]
+    symbols = ("ing", "t", "her", "the\n", "日本", "ing")
+    assert {"ing", "t", "her"} <= merged.keys()
+    train_byte_level_bpe(lines, vocab_size=400, user_symbols=symbols, out_dir=tmp_path / "symbols")
+    tokenizer = load_tokenizer(tmp_path / "symbols")
+    assert tokenizer.vocab_size == 400
+    assert len({tuple(tokenizer.encode(symbol)) for symbol in symbols}) == 5
+    for text in ("singing t", "there the\nher 日本語 thing", *lines[:20]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("xing") == [*tokenizer.encode("x"), *tokenizer.encode("ing")]
+    assert control_ids(tokenizer) == {tokenizer.eos_token_id}
+    for model_type in ("bpe", "unigram"):
+        train_tokenizer(
+            lines,
+            vocab_size=420,
+            character_coverage=0.9995,
+            out_dir=tmp_path / model_type,
+            model_type=model_type,
+            user_symbols=("ing", " x", "ing", f"{SPACE}x"),
+        )
+        assert load_tokenizer(tmp_path / model_type).vocab_size == 420
+
+
+@pytest.mark.parametrize(("symbol", "decoded"), [("naïve", "na\ufffdve"), ("é", "\ufffd"), ("Ġthe", " the")])
+def test_byte_level_symbol_of_characters_that_stand_for_bytes_is_refused(
+    symbol: str, decoded: str, lines: list[str], tmp_path: Path
+) -> None:
+    message = rf"tokenizer\.user_symbols: '{symbol}' must be decoded to itself\. Got '{decoded}'.*sentencepiece_bpe"
+    with pytest.raises(UserError, match=message):
+        train_byte_level_bpe(lines, vocab_size=400, user_symbols=(symbol,), out_dir=tmp_path)
 
 
 def test_control_piece_of_one_character_is_refused(lines: list[str], tmp_path: Path) -> None:
@@ -244,3 +299,44 @@ def test_panic_of_the_tokenizers_library_is_a_user_error(tmp_path: Path) -> None
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(UserError, match=r"tokenizer\.json: must encode every text\. Got one that it cannot"):
             encode("é a")
+
+
+LETTERS = "aeoEOuAſﬁ½ẸÅêơÁάᾳαωדשبثﻻﺎｶﾊﾡかकｅ"
+MARKS = (
+    "\u0301\u0302\u0303\u0323\u0308\u0345\u0342\u0313\u0651\u064e\u0652\u05bc\u05b8\u05c1"
+    "\u3099ﾞﾟￂ\u093c\ufe0f\u200c\u200d\U0001f3fb"
+)
+
+
+@pytest.mark.parametrize("rules", ["nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"])
+def test_letters_with_marks_are_normalised_as_in_sentencepiece(rules: str, lines: list[str], tmp_path: Path) -> None:
+    tokenizer, reference = load(tmp_path / "hf", train(lines, model_type="bpe", normalization_rule_name=rules))
+    assert not [text for text in MARKED_TEXTS if tokenizer.encode(text) != reference.encode(text)]
+    # Whatever the marks are, none of them is lost.
+    for letter in LETTERS:
+        for mark in MARKS:
+            for text in (f"{letter}{mark}", f"x{letter}{mark}\u0331 y"):
+                found, expected = (
+                    unicodedata.normalize("NFKD", side.decode(side.encode(text))) for side in (tokenizer, reference)
+                )
+                assert sorted(found) == sorted(expected), ascii(text)
+
+
+def test_model_that_normalises_letters_with_marks_in_another_way_is_announced(
+    lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library forgets the mark of a letter that has a rule of one's own."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("FB01\t66 69\n")
+    load(tmp_path / "default", train(lines, model_type="bpe"))
+    assert not caplog.records
+    load(tmp_path / "own", train(lines, model_type="bpe", normalization_rule_tsv=str(rules)))
+    (message,) = caplog.messages
+    assert re.search(r"own/tokenizer\.model: letters with combining marks .* gives \[.*\], and \[.*\] there\.", message)
+
+
+def test_rules_of_ones_own_that_compose_give_sentencepieces_ids(lines: list[str], tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train(lines, model_type="bpe"))  # pyright: ignore[reportAttributeAccessIssue]
+    model.normalizer_spec.name = "user_defined"
+    tokenizer, reference = load(tmp_path / "own", model.SerializeToString())
+    assert not [text for text in MARKED_TEXTS if tokenizer.encode(text) != reference.encode(text)]
