@@ -97,7 +97,12 @@ def test_gates_are_those_of_training(router, layer):
 
 
 def test_biased_choice_of_nearly_equal_norms_is_that_of_training():
-    settings = {"num_attention_heads": 4, "moh_shared_heads": 0, "moh_active_heads": 2, "num_hidden_layers": 1}
+    settings: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "moh_shared_heads": 0,
+        "moh_active_heads": 2,
+        "num_hidden_layers": 1,
+    }
     router = MoHRouter(MoHConfig(**SETTINGS | settings | QUERY_NORM | {"moh_bias_update_rate": 0.01}), 0)
     router.bias_steps.copy_(torch.tensor([0, 141, 142, 0]))
     queries = torch.zeros(1, 500, 4, SIZE)
