@@ -103,7 +103,7 @@ def test_biased_choice_of_nearly_equal_norms_is_that_of_training():
         "moh_active_heads": 2,
         "num_hidden_layers": 1,
     }
-    router = MoHRouter(MoHConfig(**SETTINGS | settings | QUERY_NORM | {"moh_bias_update_rate": 0.01}), 0)
+    router = MoHRouter(MoHConfig(**SETTINGS | settings | ROUTERS["query_norm_bias"]), 0)
     router.bias_steps.copy_(torch.tensor([0, 141, 142, 0]))
     queries = torch.zeros(1, 500, 4, SIZE)
     queries[..., 0] = 20 + 1e-5 * torch.rand(1, 500, 4)
