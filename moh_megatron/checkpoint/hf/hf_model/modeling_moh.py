@@ -162,6 +162,8 @@ class MoHRouter(nn.Module):
         scores = norms[..., self.n_shared :]
         if self.bias_rate is not None:
             scores = in_groups(scores, self.groups)
+            if self.groups > 1:  # As in training: nearly equal norms would lose their difference to rounding.
+                scores = scores - scores.mean(-1, keepdim=True)
             deviation = scores.std(-1, keepdim=True) if scores.shape[-1] > 1 else torch.zeros_like(scores)
             scores = scores.masked_fill(deviation <= 0, 0.0) / deviation.masked_fill(deviation <= 0, 1.0)
             scores = scores.flatten(-2)

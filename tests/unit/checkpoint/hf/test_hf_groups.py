@@ -96,6 +96,28 @@ def test_gates_are_those_of_training(router, layer):
     assert ((got > 0).unflatten(-1, (GROUPS, -1)).sum(-1) == active // GROUPS).all()
 
 
+def test_biased_choice_of_nearly_equal_norms_is_that_of_training():
+    settings: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "moh_shared_heads": 0,
+        "moh_active_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    router = MoHRouter(MoHConfig(**SETTINGS | settings | ROUTERS["query_norm_bias"]), 0)
+    router.bias_steps.copy_(torch.tensor([0, 141, 142, 0]))
+    queries = torch.zeros(1, 500, 4, SIZE)
+    queries[..., 0] = 20 + 1e-5 * torch.rand(1, 500, 4)
+    expected = choose_by_norm(
+        query_norms(queries), shared_heads=0, top_k=2, balance="scaled", bias=router.bias_steps * 0.01, groups=2
+    )
+    gates = router(torch.zeros(1, 500, 24), queries)
+    assert torch.equal(gates > 0, expected.active)
+    # The scores of two heads lie sqrt(2) = 1.414 apart, which 141 steps of the bias do not outweigh, and 142 do.
+    differ = queries[..., ::2, 0] != queries[..., 1::2, 0]
+    assert torch.equal(gates[..., 0][differ[..., 0]] > 0, (queries[..., 0, 0] > queries[..., 1, 0])[differ[..., 0]])
+    assert (gates[..., 2][differ[..., 1]] > 0).all()
+
+
 def test_largest_norms_of_each_group_are_chosen():
     queries = torch.zeros(1, 1, HEADS, SIZE)
     queries[..., 0] = torch.tensor([9.0, 0.0, 8.0, 7.0, 0.0, 0.1, 0.3, 0.2])
