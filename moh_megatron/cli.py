@@ -147,6 +147,14 @@ def new_file(text: str) -> Path:
     return path
 
 
+def png_file(text: str) -> Path:
+    """Argparse type for a .png file to write, as ``new_file``."""
+    path = new_file(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png. Got {text}")
+    return path
+
+
 def parse_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse ``sys.argv`` with a parser of subcommands, some of which take ``overrides`` between their options too."""
     # argparse accepts positional arguments in one sequence only, and returns those behind a later option as unknown.

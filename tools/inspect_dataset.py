@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moh_megatron.cli import CommandParser, exit_code, new_file, path_argument
+from moh_megatron.cli import CommandParser, exit_code, path_argument, png_file
 from moh_megatron.data.dataset_manifest import SPLITS, load_manifest
 from moh_megatron.data.prepare.inspect import differences, draw_lengths, lengths, problems, sample, unverified
 from moh_megatron.io.console import print_result
@@ -72,7 +72,7 @@ def main() -> int:
         subparser.set_defaults(command=command)
         subparser.add_argument("dataset", type=path_argument, metavar="DATASET")
         if command is histogram:
-            subparser.add_argument("picture", type=new_file, metavar="OUT.png")
+            subparser.add_argument("picture", type=png_file, metavar="OUT.png")
         elif command is samples:
             subparser.add_argument("--split", choices=SPLITS, default="train")
             subparser.add_argument(

@@ -9,7 +9,6 @@ RUN is a run folder; the run may still be going on. Where summary.json holds the
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from moh_megatron.cli import command_parser, exit_code, new_file, path_argument
+from moh_megatron.cli import command_parser, exit_code, path_argument, png_file
 from moh_megatron.io.console import print_result
 from moh_megatron.io.errors import UserError
 from moh_megatron.monitor.records import read_summary
@@ -114,14 +113,6 @@ def draw_run(run: RunFolder, path: Path) -> None:
         draw_head_load(figure, axes[0, 1], load)
     figure.savefig(path, dpi=180)
     plt.close(figure)
-
-
-def png_file(text: str) -> Path:
-    """What argparse takes as a type: a .png file to write in an existing folder."""
-    path = new_file(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png. Got {text}")
-    return path
 
 
 def main() -> None:

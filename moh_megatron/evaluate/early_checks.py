@@ -8,7 +8,7 @@ from pathlib import Path
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import require_folder
 from moh_megatron.data.prepared_data import load_prepared
-from moh_megatron.evaluate.model_folder import require_model
+from moh_megatron.evaluate.model_folder import is_exported, require_model, training_config
 from moh_megatron.evaluate.paired_test import read_questions
 from moh_megatron.evaluate.suite import load_suite
 from moh_megatron.io.errors import UserError
@@ -39,3 +39,6 @@ def check_evaluation(arguments: Namespace) -> None:
     if arguments.out is not None:
         check_writable(arguments.out)
     require_model(arguments.model)
+    if given is None and not arguments.no_validation and is_exported(arguments.model):
+        config = training_config(arguments.model, arguments.overrides)
+        load_prepared(config).check_fits(config)

@@ -23,6 +23,8 @@ _KANA = r"[\x{3040}-\x{30ff}\x{ff66}-\x{ff9d}]"
 _KANA_MARKS = r"[\x{3099}\x{309a}\x{ff9e}\x{ff9f}]"
 _EXTENDING = r"[[\p{M}&&[^\x{3099}\x{309a}]]\x{200c}\x{200d}\x{1f3fb}-\x{1f3ff}\x{e0020}-\x{e007f}]"
 """What belongs to the letter before it: marks, joiners, skin colours, tags."""
+_INSIDE = r"(?<=[\x{0}-\x{10ffff}])"
+"""Behind a character: the library fails where something is put before the first one of a text."""
 _MARKS_END = 0x1F000
 """Above all combining marks and letters that are composed with one."""
 MARKED_TEXTS = (
@@ -44,28 +46,35 @@ def composing_normalizers(rules: Any, line_end: list[Any]) -> list[Any]:
     """
     apart = normalizers.Replace(Regex(_marks_left_apart()), _GUARD)
     # Japanese letters and marks of half width are composed with what the rules make of them.
-    after_rules = normalizers.Replace(Regex(rf"(?={_EXTENDING})|(?<!{_KANA})(?={_KANA_MARKS})"), _GUARD)
+    after_rules = normalizers.Replace(Regex(rf"{_INSIDE}(?:(?={_EXTENDING})|(?<!{_KANA})(?={_KANA_MARKS}))"), _GUARD)
     nfc = normalizers.NFC()
     return [apart, nfc, *line_end, after_rules, rules, nfc, normalizers.Replace(_GUARD, "")]
 
 
 @cache
 def _marks_left_apart() -> str:
-    """Regular expression of the place before a mark that NFC would reorder, or compose with a composed letter."""
+    """Regular expression of the place before a mark that NFC would reorder, or compose with a composed letter.
+
+    So it would a mark that stands for two, which SentencePiece's rules take apart: the place before it too.
+    """
     by_class: dict[int, list[int]] = defaultdict(list)
-    composed = []
+    composed, double_marks = [], []
     for code in range(_MARKS_END):
         character = chr(code)
         if order := unicodedata.combining(character):
             by_class[order].append(code)
         if (decomposition := unicodedata.decomposition(character)) and not decomposition.startswith("<"):
             composed.append(code)
+            first, *others = decomposition.split()
+            if others and unicodedata.combining(chr(int(first, 16))):
+                double_marks.append(code)
     descents = [
         f"(?<={_class(later)})(?={_class(codes)})"
         for order, codes in by_class.items()
         if (later := [code for other, others in by_class.items() if other > order for code in others])
     ]
-    return rf"(?=\p{{M}})(?:(?<={_class(composed)})|(?<=\p{{M}})(?:{'|'.join(descents)}))"
+    apart = [f"(?<={_class(composed)})", rf"(?<=\p{{M}})(?:{'|'.join(descents)})", f"(?={_class(double_marks)})"]
+    return rf"{_INSIDE}(?=\p{{M}})(?:{'|'.join(apart)})"
 
 
 def _class(codes: Iterable[int]) -> str:

@@ -108,7 +108,16 @@ def _torchrun_world(environment: Mapping[str, str]) -> World | None:
 def _slurm_world(environment: Mapping[str, str]) -> World | None:
     """The world of a task of srun; None where there is one task, such as a shell inside an allocation."""
     rank, size, _ = _SLURM
-    if size not in environment or _number(size, environment, least=1) == 1:
+    if size not in environment:
+        nodes = environment.get("SLURM_NNODES", "1")
+        if nodes != "1":
+            raise UserError(
+                f"SLURM_NNODES={nodes} gives the job {nodes} nodes, but no number of tasks (--ntasks-per-node), so "
+                "that this process would train on this node alone. Start it with srun, one rank a task; or say "
+                "--nproc-per-node N, which starts N ranks on this node."
+            )
+        return None
+    if _number(size, environment, least=1) == 1:
         return None
     tasks = environment[size]
     present = {name: _number(name, environment) for name in _SLURM if name in environment}

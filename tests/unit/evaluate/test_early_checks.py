@@ -34,6 +34,8 @@ tasks: [{task: arc_easy, shots: 0, metric: acc, data: x}]
 def folder(tmp_path: Path) -> Path:
     """A folder that might hold a model, with a suite whose package is missing."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
     (tmp_path / "suite.yaml").write_text(SUITE)
     return tmp_path
 
@@ -52,6 +54,7 @@ def folder(tmp_path: Path) -> Path:
         ("evaluate", ["model", "--suite", "paper_6", "--limit", "0"], "--limit must be at least 1. Got 0"),
         ("evaluate", ["model", "--out", "suite.yaml"], "suite.yaml: must be a folder to write to"),
         ("evaluate", ["model"], "model holds no complete checkpoint"),
+        ("evaluate", ["export"], "export: no training configuration lies in or beside it"),
         ("generate", ["smoke", "generate.load=missing"], "missing: no such folder. Expected an exported folder"),
         ("generate", ["smoke"], "runs/smoke: no such run folder. Train first"),
         ("generate", ["missing/hf"], "missing/hf: no such file"),

@@ -147,6 +147,10 @@ def test_commands_print_results_and_return_their_exit_codes(folder: Path, tmp_pa
         assert code == 2
         assert "No prepared data at" in message
         assert "Traceback" not in message
+    code, message = run("histogram", folder, tmp_path / "out.xyz")
+    assert code == 2
+    assert "must end in .png. Got" in message
+    assert "Traceback" not in message
     code, message = run("histogram", folder, tmp_path / "missing" / "out.png")
     assert code == 2
     assert "must be a file to write, in a folder that is there" in message

@@ -322,6 +322,15 @@ def test_letters_with_marks_are_normalised_as_in_sentencepiece(rules: str, lines
                 assert sorted(found) == sorted(expected), ascii(text)
 
 
+@pytest.mark.parametrize("rules", ["nfkc", "nmt_nfkc_cf"])
+def test_text_may_begin_with_a_mark(rules: str, lines: list[str], tmp_path: Path) -> None:
+    """As a document may that was cut there. U+0344 and U+0F81 stand for two marks, U+0341 for another one."""
+    tokenizer, reference = load(tmp_path / "hf", train(lines, model_type="bpe", normalization_rule_name=rules))
+    for mark in (*MARKS, *"\u0344\u0f73\u0f75\u0f81\u0341\ufe0f\u0e31\u093f"):
+        for text in (mark, f"{mark}a", f"{mark}{mark} b", f"\n{mark}", f"a{mark}"):
+            assert tokenizer.encode(text) == reference.encode(text), ascii(text)
+
+
 def test_model_that_normalises_letters_with_marks_in_another_way_is_announced(
     lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

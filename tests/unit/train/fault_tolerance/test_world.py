@@ -54,6 +54,8 @@ def environment(monkeypatch):
         ({**_BATCH_SCRIPT, **_OPEN_MPI}, World(3, 4, 1)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", **_MEETING}, World(1, 2, 0)),
         ({"PMI_SIZE": "1", "PMI_RANK": "0"}, None),
+        ({"SLURM_NNODES": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NNODES": "2", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
     ],
 )
 def test_what_is_missing_is_derived_where_one_value_is_possible(environment, values, world):
@@ -67,6 +69,7 @@ def test_what_is_missing_is_derived_where_one_value_is_possible(environment, val
         (_KUBERNETES, "LOCAL_RANK must be set beside RANK=1, WORLD_SIZE=4, "),
         ({"RANK": "0"}, "WORLD_SIZE and LOCAL_RANK must be set beside RANK=0, "),
         ({"WORLD_SIZE": "2", **_MEETING}, "RANK and LOCAL_RANK must be set beside WORLD_SIZE=2, "),
+        ({"SLURM_NNODES": "2", "SLURM_PROCID": "0"}, "SLURM_NNODES=2 gives the job 2 nodes, but no number of tasks"),
         ({"LOCAL_RANK": "0"}, "RANK and WORLD_SIZE must be set beside LOCAL_RANK=0, "),
         ({**_KUBERNETES, "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE must divide WORLD_SIZE (4) "),
         ({**_KUBERNETES, "LOCAL_WORLD_SIZE": "0"}, "the environment variable LOCAL_WORLD_SIZE must be a whole number"),
