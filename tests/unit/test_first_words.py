@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moh_megatron.checkpoint.manifest import Manifest, Topology, write_manifest
 from tests.support.runs import REPOSITORY
 
 # The first import of a slow library leaves a mark behind what was written before; then it interrupts the process, as
@@ -48,7 +49,7 @@ COMMANDS = {
     "continue_tune": (SMOKE, "--prepare", "train.init_from=run"),
     "generate": (SMOKE, "generate.load=model"),
     "generate of a folder": ("model",),
-    "evaluate": ("model",),
+    "evaluate": ("run",),
     "report": ("model",),
     "convert to hf": ("megatron-to-hf", "--load-dir", "run", "--hf-dir", "hf"),
     "convert from hf": ("hf-to-megatron", "--hf-dir", "model", "--save-dir", "checkpoint"),
@@ -59,7 +60,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_what_it_loads_first_and_ctrl_c_ends_it_at_once(command: str, tmp_path: Path) -> None:
     # What can be refused without slow imports is in order.
-    (tmp_path / "run" / "step_00000001" / "weights").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "step_00000001"
+    (checkpoint / "weights").mkdir(parents=True)
+    write_manifest(checkpoint, Manifest(1, 1, Topology(1, 1, 1, "fp32"), "", {}, {}))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").touch()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))

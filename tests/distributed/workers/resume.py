@@ -37,8 +37,8 @@ SAME_WITH: dict[str, Config] = {
     "bias": config_of(1, 1, moh={"balancing": "bias", "bias_update_rate": 0.05}),
     "sequence": config_of(2, 1, parallel={"sequence": True}),
     "sequence_zero3_bf16": config_of(2, 3, "bf16", parallel={"sequence": True}),
-    "grouped": config_of(2, 1, **GROUPED),
-    "grouped_zero3_bf16": config_of(2, 3, "bf16", **GROUPED),
+    "grouped": config_of(2, 1, "fp32", None, **GROUPED),
+    "grouped_zero3_bf16": config_of(2, 3, "bf16", None, **GROUPED),
 }
 CHAINS = {
     "fp32": [(2, 1), (1, 2), (1, 3), (2, 3), (1, 0), (2, 2)],
