@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,8 +159,12 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that ``load_tokenizer`` reads."""
-    return any((folder / name).is_file() for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL))
+    """Whether a folder holds a tokenizer that ``load_tokenizer`` reads, or refuses because it is no regular file."""
+    return any(_is_present(folder / name) for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL))
+
+
+def _is_present(file: Path) -> bool:
+    return os.path.lexists(file) and not file.is_dir()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -267,6 +272,11 @@ def _find(path: Path) -> Path:
     for file in (path / TOKENIZER_JSON, path / SENTENCEPIECE_MODEL) if path.is_dir() else (path,):
         if file.is_file():
             return file
+        if _is_present(file):
+            raise UserError(
+                f"{file}: must be a regular file. Got something else, or a link to nothing. Put the file itself in its "
+                "place."
+            )
     raise UserError(f"No tokenizer at {path}: expected a {TOKENIZER_JSON}, a .model, or a folder that holds one.")
 
 

@@ -71,7 +71,8 @@ def test_no_reader_waits_for_the_writer_of_a_pipe_or_reads_a_device(tmp_path: Pa
         f"UserError F/config.json: {pipe} Expected the settings of a Hugging Face model. {json}",
         f"UserError F/generation_config.json: {pipe} Expected the settings of generation. {json}",
         f"UserError F/tokenizer_config.json: {pipe} Expected the settings of a tokenizer. {json}",
-        "UserError No tokenizer at F/tokenizer.json: expected a tokenizer.json, a .model, or a folder that holds one.",
+        "UserError F/tokenizer.json: must be a regular file. Got something else, or a link to nothing. Put the file "
+        "itself in its place.",
         "UserError F/model.safetensors: must be a safetensors file. Got no regular file.",
         f"UserError F/config.json: {pipe}",
     ]

@@ -14,7 +14,7 @@ from tokenizers import models
 
 from moh_megatron.data.tokenizer.names import SPACE
 from moh_megatron.data.tokenizer.sentencepiece_bpe import train_tokenizer
-from moh_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from moh_megatron.data.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from moh_megatron.io.errors import UserError
 
 AWKWARD = [
@@ -169,6 +169,11 @@ def test_eos_token_of_other_tokenizers(tmp_path: Path) -> None:
 def test_error_names_the_broken_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No tokenizer at .*none: expected a tokenizer\.json"):
         load_tokenizer(tmp_path / "none")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "tokenizer.json").symlink_to("nothing")
+    assert has_tokenizer(tmp_path / "linked"), "it is not passed over"
+    with pytest.raises(UserError, match=r"linked/tokenizer\.json: must be a regular file\. .*a link to nothing"):
+        load_tokenizer(tmp_path / "linked")
     with pytest.raises(UserError, match="no token that ends a document"):
         load_tokenizer(write_tokenizer(tmp_path, ["x"]))
     with pytest.raises(UserError, match=r"eos_token of tokenizer_config\.json is '<end>', which the vocabulary"):
