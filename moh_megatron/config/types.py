@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from moh_megatron.io.folders import LONGEST_NAME
+
 
 def _integral(value: Any) -> Any:
     """Convert ``2e11`` to an integer, because token counts are written so."""
@@ -28,8 +30,8 @@ Fraction = Annotated[Float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
-_LONGEST_PATH, _LONGEST_NAME = 4095, 255
-"""What Linux and its file systems accept, in bytes."""
+_LONGEST_PATH = 4095
+"""What Linux accepts, in bytes."""
 _PERCENTAGE = re.compile(r"(100(\.0*)?|[0-9]{1,2}(\.[0-9]+)?) ?%")
 
 
@@ -67,11 +69,11 @@ def _path(value: str) -> str:
     if not value:
         raise PydanticCustomError("expected", "must be a path; a single dot names the current folder")
     encoded = os.fsencode(value)
-    if len(encoded) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in encoded.split(b"/")):
+    if len(encoded) > _LONGEST_PATH or any(len(name) > LONGEST_NAME for name in encoded.split(b"/")):
         raise PydanticCustomError(
             "expected",
             "must be a path of at most {path} bytes, whose names have at most {name}",
-            {"path": _LONGEST_PATH, "name": _LONGEST_NAME},
+            {"path": _LONGEST_PATH, "name": LONGEST_NAME},
         )
     return os.path.expanduser(value)  # "~" is the user's home, as in the shell
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from moh_megatron.io.errors import UserError
+
+LONGEST_NAME = 255
+"""The most bytes of a file's name on every usual file system."""
 
 
 def resolve_target(target: Path) -> Path:
@@ -79,6 +83,9 @@ def resolved(path: Path) -> Path:
     try:
         target = path.resolve()
         target.exists()
+        # The system looks at no name below a folder that is absent.
+        if any(len(os.fsencode(name)) > LONGEST_NAME for name in target.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError) as error:  # the second one reports links in a circle
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be a folder ({reason}). Name another one.") from None

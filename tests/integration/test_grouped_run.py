@@ -43,7 +43,7 @@ def test_the_summary_counts_the_heads_of_all_groups_and_names_the_backend(traine
 
 
 def test_the_schedule_decreases_the_heads_of_every_group_at_once(trained: Run) -> None:
-    events = EventAccumulator(str(trained.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(trained.folder), size_guidance={"scalars": 0})
     events.Reload()
     for layer, expected in enumerate(([4] * 20 + [3] * 10, [4] * 10 + [3] * 10 + [2] * 10)):
         loads = [

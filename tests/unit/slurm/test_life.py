@@ -185,7 +185,8 @@ def test_job_that_slurm_stops_waits_for_the_save(job):
 
 def test_job_that_slurm_ends_after_its_ranks_may_take_fewer_nodes(job):
     # This happens when a node is lost: the watchdog ends the other ranks before Slurm notices.
-    end_job = "job=$(cut -d' ' -f4 /proc/$PPID/stat); (sleep 0.5; kill -TERM $job) & "
+    failed = 'until grep -q "[[:space:]]fault[[:space:]]" "$RUN/slurm/history.tsv"; do sleep 0.05; done'
+    end_job = f"job=$(cut -d' ' -f4 /proc/$PPID/stat); ({failed}; kill -TERM $job) & "
     job.act(pretrain_0=end_job + "ended 1 'rank 2 (n2, after step 7, train) is missing' 7")
     assert job.start(PRETRAIN, "CONFIG", RESTART_PAUSE="30", SLURM_NTASKS_PER_NODE="2") == -signal.SIGTERM
     assert job.events == ["start", "fault"]
