@@ -39,6 +39,8 @@ class Router(nn.Module, abc.ABC):
     """
 
     bias_steps: Tensor | None
+    routed: Tensor
+    """[E] the routed heads, ascending; a tensor of the device, because moving a list there would wait for it."""
 
     def __init__(self, moh: MoHConfig, heads: LayerHeads, loss_scale: float) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class Router(nn.Module, abc.ABC):
         self.follow_schedule(0)
         # Integers: casting the model to bf16 leaves them unchanged, but would round small biases to zero.
         biases = router_biases(moh, heads)
+        self.register_buffer("routed", torch.tensor(heads.routed, dtype=torch.int64), persistent=False)
         self.register_buffer("bias_steps", torch.zeros(biases, dtype=torch.int64) if biases else None)
 
     def follow_schedule(self, step: int) -> None:
@@ -70,7 +73,7 @@ class Router(nn.Module, abc.ABC):
         ``counts`` [N] are the tokens of each logical head.
         """
         if self.bias_steps is not None:
-            load = in_groups(counts[list(self.heads.routed)], self.heads.groups)
+            load = in_groups(counts.index_select(0, self.routed), self.heads.groups)
             excess = load.sum(-1, keepdim=True) - load * load.shape[-1]
             self.bias_steps += excess.flatten().sign().to(torch.int64)
 
@@ -183,12 +186,12 @@ class QueryNormRouter(Router):
 
     def logits(self, x: Tensor, q: Tensor) -> Logits:
         """See ``Router``; q [S, B, n, H], before RoPE. Only routed heads have logits."""
-        norms = self._norms(q)[..., list(self.heads.routed)]
+        norms = self._norms(q).index_select(-1, self.routed)
         return Logits(None, norm_scores(norms, self.heads.groups), None)
 
     def selection_scores(self, x: Tensor, q: Tensor) -> Tensor | None:
         """See ``Router``; q [S, B, n, H], before RoPE."""
-        norms = self._norms(q)[..., list(self.heads.routed)]
+        norms = self._norms(q).index_select(-1, self.routed)
         if self.bias is None:
             return norms
         return norm_scores(norms, self.heads.groups) + self.bias
@@ -197,7 +200,7 @@ class QueryNormRouter(Router):
         """q [S, B, n, H], before RoPE -> gates and active [S, B, N] on every rank."""
         gates, active, balance = choose_by_norm(
             self._norms(q),
-            shared_heads=self.heads.shared,
+            routed=self.routed,
             top_k=self.top_k,
             balance=self.moh.balance_loss,
             bias=self.bias,

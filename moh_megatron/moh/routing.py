@@ -252,7 +252,7 @@ def norm_scores(norms: Tensor, groups: int = 1) -> Tensor:
 def choose_by_norm(
     norms: Tensor,
     *,
-    shared_heads: int | Sequence[int] | Tensor,
+    routed: Tensor,
     top_k: int,
     balance: BalanceForm,
     bias: Tensor | None = None,
@@ -261,21 +261,19 @@ def choose_by_norm(
 ) -> Routing:
     """``query_norm_routing`` from the norms [..., N] of all heads, for training: does not check that they are finite.
 
-    ``bias`` [E] is added to the scores (``norm_scores``) for the selection of heads only. ``shared_heads`` as a count
-    are the first ones of all heads, whatever ``groups``.
+    ``routed`` [E] int64 are the heads that are not shared, on the device of ``norms``: moving them there would wait for
+    it. ``bias`` [E] is added to the scores (``norm_scores``) for the selection of heads only.
     """
-    routed = routed_heads(norms.shape[-1], shared_heads)
     _check_top_k(top_k, len(routed), groups)
-    index = torch.tensor(routed, device=norms.device)
-    routed_norms = norms.index_select(-1, index)
+    routed_norms = norms.index_select(-1, routed)
     scores = norm_scores(routed_norms, groups)
     probability = in_groups(scores, groups).softmax(-1).flatten(-2)
     # Without a bias the norms themselves are ranked: dividing them could round two of them to the same score.
     chosen = choose(routed_norms if bias is None else scores + bias, top_k, groups)
     # The gate is exactly 0 or 1 forward, and its gradient that of the score (straight-through, eq. 9-10).
     quantised = chosen.to(probability.dtype) + (probability - probability.detach())
-    gates = torch.ones_like(norms).index_copy(-1, index, quantised)
-    active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, index, chosen)
+    gates = torch.ones_like(norms).index_copy(-1, routed, quantised)
+    active = torch.ones_like(norms, dtype=torch.bool).index_copy(-1, routed, chosen)
     return Routing(gates, active, balance_loss(mean(probability), mean(chosen.to(probability.dtype)), balance, groups))
 
 
@@ -306,19 +304,19 @@ def query_norm_routing(
     if q.dim() < 2 or not q.is_floating_point():
         raise ValueError(f"q must be floating-point numbers [..., N, H]. Got {q.dtype} {list(q.shape)}.")
     _check_finite("q", q)
-    norms = query_norms(q)
-    shared_heads = _shared_in_groups(q.shape[-2], shared_heads, routing_groups)
-    return choose_by_norm(norms, shared_heads=shared_heads, top_k=top_k, balance=balance, groups=routing_groups)
+    heads = _routed_in_groups(q.shape[-2], shared_heads, routing_groups)
+    routed = torch.tensor(heads, dtype=torch.int64, device=q.device)
+    return choose_by_norm(query_norms(q), routed=routed, top_k=top_k, balance=balance, groups=routing_groups)
 
 
-def _shared_in_groups(heads: int, shared_heads: int | Sequence[int] | Tensor, groups: int) -> list[int]:
-    """The shared heads as a list; a count means the first heads of each group."""
+def _routed_in_groups(heads: int, shared_heads: int | Sequence[int] | Tensor, groups: int) -> list[int]:
+    """The heads that are not shared; ``shared_heads`` as a count are the first heads of each group."""
     routed = routed_heads(heads, shared_heads)
     _check_groups(groups, heads=heads, **{"shared heads": heads - len(routed)})
     width = heads // groups
     if isinstance(shared_heads, int):
-        return [head for head in range(heads) if head % width < shared_heads // groups]
-    shared = sorted(set(range(heads)) - set(routed))
-    if len({sum(head // width == group for head in shared) for group in range(groups)}) > 1:
+        return [head for head in range(heads) if head % width >= shared_heads // groups]
+    if len({sum(head // width == group for head in routed) for group in range(groups)}) > 1:
+        shared = sorted(set(range(heads)) - set(routed))
         raise ValueError(f"shared_heads must be as many in each of the {groups} routing groups. Got {shared}.")
-    return shared
+    return routed

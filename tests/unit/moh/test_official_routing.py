@@ -60,6 +60,7 @@ def test_query_norm_masks_equal_the_released_llama():
     shared = masks.shape[-1] - routed
     # The norms of the shared heads are not stored, and not needed.
     all_norms = torch.cat([torch.zeros(*norms.shape[:-1], shared), norms], -1)
-    routing = choose_by_norm(all_norms, shared_heads=shared, top_k=routed // 2, balance="scaled")
+    heads = torch.arange(shared, shared + routed)
+    routing = choose_by_norm(all_norms, routed=heads, top_k=routed // 2, balance="scaled")
     assert torch.equal(routing.active, masks)
     assert torch.equal(routing.gates, masks.float())

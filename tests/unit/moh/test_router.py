@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
 from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.backends.slots import Slots
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter, Router
 from moh_megatron.moh.routing import learned_routing, query_norm_routing
 from moh_megatron.moh.sparse import sparse_attention
@@ -246,3 +248,27 @@ def test_z_loss_of_groups_is_their_mean() -> None:
     logits = F.linear(x, router.w_routed).unflatten(-1, (2, 3))
     expected = 0.5 * 0.2 * logits.logsumexp(-1).square().mean()
     assert_close(router.w_routed.grad, torch.autograd.grad(expected, router.w_routed)[0])
+
+
+class NoHostValues(TorchDispatchMode):
+    """Refuses what would wait for a GPU: tensors made of Python numbers there, and numbers read from tensors."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function not in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["learned", "query_norm"])
+@pytest.mark.parametrize("balancing", ["loss", "bias"])
+def test_choosing_heads_and_slots_never_waits_for_the_device(kind: str, balancing: str) -> None:
+    heads = LayerHeads(HEADS, (1, 4), 4, groups=2)
+    router, (x, q) = make(heads, router=kind, balancing=balancing), inputs()
+    q.requires_grad_()
+    counts = torch.arange(HEADS)
+    with NoHostValues():
+        routing = router(x, q)
+        slots = Slots(routing.active, 2, 2)
+        slots.put(slots.take(q) * slots.take(routing.gates).unsqueeze(-1)).sum().backward()
+        router.update_bias(counts)
+        router.logits(x, q)
+        router.selection_scores(x, q)

@@ -265,7 +265,7 @@ def test_query_norm_routing_equals_a_loop_over_tokens(shared, top_k, balance):
 
 def test_choose_by_norm_equals_query_norm_routing():
     q = queries(6, 8, 4)
-    by_norms = choose_by_norm(q.norm(dim=-1), shared_heads=2, top_k=3, balance="scaled")
+    by_norms = choose_by_norm(q.norm(dim=-1), routed=torch.arange(2, 8), top_k=3, balance="scaled")
     for got, expected in zip(by_norms, query_norm_routing(q, shared_heads=2, top_k=3), strict=True):
         assert_close(got, expected)
 

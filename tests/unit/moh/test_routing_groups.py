@@ -293,7 +293,7 @@ def test_norms_of_two_heads_in_a_group_have_no_gradient_of_rounding_errors() -> 
     """Their scores are a constant apart, however near the norms are, so that nothing is there to be learned."""
     apart = torch.logspace(-5, 0, 64)
     norms = (20 + torch.stack([torch.zeros(64), apart], -1)).repeat(1, 3).requires_grad_()
-    routing = choose_by_norm(norms, shared_heads=(), top_k=3, balance="scaled", groups=3)
+    routing = choose_by_norm(norms, routed=torch.arange(6), top_k=3, balance="scaled", groups=3)
     probe = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad((routing.gates * probe).sum(), [norms])
     assert (gradient.abs().amax(-1) * apart).max() < 1e-6

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moh_megatron.checkpoint.hf.hf_model import modeling_moh
 from moh_megatron.checkpoint.hf.hf_model.configuration_moh import MoHConfig
 from moh_megatron.checkpoint.hf.hf_model.modeling_moh import MoHForCausalLM, MoHRouter, Slots
-from moh_megatron.moh.routing import choose_by_norm, query_norms, router_logits, weigh_heads
+from moh_megatron.moh.routing import choose_by_norm, query_norms, routed_heads, router_logits, weigh_heads
 
 HEADS, GROUPS, SIZE = 8, 2, 4
 SETTINGS: dict[str, Any] = {
@@ -90,7 +90,8 @@ def test_gates_are_those_of_training(router, layer):
         expected = torch.empty_like(in_router_order)
         expected[..., built.order] = in_router_order
     else:
-        expected = choose_by_norm(query_norms(queries), shared_heads=shared, **settings).gates
+        routed = torch.tensor(routed_heads(HEADS, shared))
+        expected = choose_by_norm(query_norms(queries), routed=routed, **settings).gates
     got = built(x, queries)
     assert_close(got, expected, rtol=1e-6, atol=1e-7)
     assert ((got > 0).unflatten(-1, (GROUPS, -1)).sum(-1) == active // GROUPS).all()
@@ -108,7 +109,12 @@ def test_biased_choice_of_nearly_equal_norms_is_that_of_training():
     queries = torch.zeros(1, 500, 4, SIZE)
     queries[..., 0] = 20 + 1e-5 * torch.rand(1, 500, 4)
     expected = choose_by_norm(
-        query_norms(queries), shared_heads=0, top_k=2, balance="scaled", bias=router.bias_steps * 0.01, groups=2
+        query_norms(queries),
+        routed=torch.arange(4),
+        top_k=2,
+        balance="scaled",
+        bias=router.bias_steps * 0.01,
+        groups=2,
     )
     gates = router(torch.zeros(1, 500, 24), queries)
     assert torch.equal(gates > 0, expected.active)
