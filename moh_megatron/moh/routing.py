@@ -157,8 +157,8 @@ def learned_routing(
 
 def _group_by_group(values: Tensor, shared: int, groups: int) -> Tensor:
     """[..., N], shared heads first -> [..., N], each group's shared heads and then its routed ones."""
-    parts = [in_groups(part, groups) for part in values.split([shared, values.shape[-1] - shared], -1) if part.numel()]
-    return torch.cat(parts, -1).flatten(-2)
+    parts = values.split([shared, values.shape[-1] - shared], -1)
+    return torch.cat([in_groups(part, groups) for part in parts if part.shape[-1]], -1).flatten(-2)
 
 
 def weigh_heads(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh_megatron.moh.backends.dense import causal_attention
+from moh_megatron.moh.backends.dense import causal_attention, masked_attention
 
 
 class _TakeRows(torch.autograd.Function):
@@ -98,7 +98,7 @@ def slot_attention(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """``sparse_attention`` of ``slots`` active heads in each KV group; not checked."""
-    if not slots:
-        return torch.zeros_like(q)
+    if not slots:  # No kernel takes no heads, and a zero of its own would have no gradient.
+        return masked_attention(q, k, v, active, scale=scale, cu_seqlens=cu_seqlens)
     held = Slots(active, k.shape[2], slots)
     return held.put(causal_attention(held.take(q), k, v, scale=scale, cu_seqlens=cu_seqlens))

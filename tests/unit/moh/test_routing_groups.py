@@ -203,6 +203,12 @@ def test_one_shared_head_is_in_no_group() -> None:
         learned_routing(tokens(3), *weights(1, 6), top_k=4, routing_groups=2)
 
 
+def test_groups_of_no_tokens_have_gates_of_no_tokens() -> None:
+    x, w_shared, w_routed, w_alpha = torch.zeros(0, 5), torch.randn(2, 5), torch.randn(6, 5), torch.randn(2, 5)
+    routing = learned_routing(x, w_shared, w_routed, w_alpha, top_k=4, routing_groups=2)
+    assert routing.gates.shape == routing.active.shape == (0, 8)
+
+
 def test_losses_of_groups_are_means_over_them() -> None:
     probability, load = torch.tensor([0.7, 0.3, 0.5, 0.5]), torch.tensor([1.0, 0.0, 0.4, 0.6])
     assert_close(balance_loss(probability, load, "paper", 2), torch.tensor((0.7 + 0.5) / 2))
@@ -240,8 +246,7 @@ def test_slots_equal_masked_dense_attention(
     )
     out = sparse_attention(q, k, v, active, backend="slots")
     assert not out[~active].any()
-    if slots:
-        assert_equal(out, masked_dense(q, k, v, active), [q, k, v], dtype)
+    assert_equal(out, masked_dense(q, k, v, active), [q, k, v], dtype)
 
 
 @settings(max_examples=20)
@@ -287,6 +292,14 @@ def test_auto_takes_slots_where_lists_are_not_faster(monkeypatch: pytest.MonkeyP
     assert choose(64, share=1.0) == choose(64, even=False) == "dense"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert choose(4096) == "slots"
+
+
+def test_without_active_heads_the_gradient_is_zero() -> None:
+    q, k, v = (queries(5, 1, n, 4).requires_grad_() for n in (4, 2, 2))
+    for backend in ("auto", "slots", "dense", "gathered"):
+        out = sparse_attention(q, k, v, torch.zeros(5, 1, 4, dtype=torch.bool), backend=backend)
+        for gradient in (out, *torch.autograd.grad(out.sum(), [q, k, v])):
+            assert not gradient.any()
 
 
 def test_norms_of_two_heads_in_a_group_have_no_gradient_of_rounding_errors() -> None:
