@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from moh_megatron.config.schema import ModelConfig, MoHConfig
 from moh_megatron.io.errors import UserError
@@ -85,6 +86,18 @@ def heads_after(model: ModelConfig, moh: MoHConfig, step: int | None) -> tuple[L
 def routing_groups(model: ModelConfig, moh: MoHConfig) -> int:
     """The number of routing groups in each layer: the KV groups, or one."""
     return model.query_groups if moh.enabled and moh.routing_groups == "kv" else 1
+
+
+def choice_of_heads(model: ModelConfig, moh: MoHConfig) -> dict[str, Any]:
+    """The keys that decide among which heads a token chooses and gates share their weight, in one form.
+
+    A single KV group is the whole layer.
+    """
+    grouped = moh.routing_groups == "kv" and model.query_groups > 1
+    return {
+        "moh.routing_groups": "kv" if grouped else 1,
+        "moh.gate_softmax": moh.gate_softmax if grouped else "layer",
+    }
 
 
 def even_in_kv_groups(model: ModelConfig, moh: MoHConfig) -> bool:

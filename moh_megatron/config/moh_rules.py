@@ -105,7 +105,7 @@ def _spread(config: Config, shared: Sequence[int]) -> Iterator[Violation]:
 def _groups(config: Config) -> Iterator[Violation]:
     """The rule that with routing_groups: kv every KV group has equally many shared and equally many active heads."""
     moh, heads, groups = config.moh, config.model.num_attention_heads, routing_groups(config.model, config.moh)
-    if moh.routing_groups != "kv":
+    if moh.routing_groups != "kv" or heads % groups:  # Groups that do not divide the heads are refused elsewhere.
         return
     if groups == heads:
         divisors = [number for number in range(1, heads) if heads % number == 0]
@@ -159,7 +159,7 @@ def _divided(name: str, value: int, groups: int, least: int, most: int) -> Itera
 
 
 def _listed(nearest: Sequence[int]) -> str:
-    return f"; nearest: {' or '.join(map(str, nearest))}"
+    return f"; nearest: {' or '.join(map(str, nearest))}" if nearest else ""
 
 
 def _settings(config: Config) -> Iterator[Violation]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moh_megatron.checkpoint import layout
 from moh_megatron.checkpoint.hf.hf_import_config import import_config
+from moh_megatron.config.layer_heads import choice_of_heads
 from moh_megatron.config.load import load_config
 from moh_megatron.config.paths import EXPORT, require_folder
 from moh_megatron.config.schema import Config
@@ -59,10 +60,7 @@ def require_same_choice(path: Path, config: Config) -> None:
     trained = load_config(file)
     if not (trained.moh.enabled and config.moh.enabled):
         return
-    saved, current = (
-        {"moh.routing_groups": origin.moh.routing_groups, "moh.gate_softmax": origin.moh.gate_softmax}
-        for origin in (trained, config)
-    )
+    saved, current = (choice_of_heads(origin.model, origin.moh) for origin in (trained, config))
     remedy = (
         "A model computes with the routing of its training: leave these values as they are, or train another model."
     )

@@ -19,6 +19,7 @@ from moh_megatron.checkpoint.layout import (
     topology_of,
 )
 from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
+from moh_megatron.config.layer_heads import choice_of_heads
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -114,7 +115,7 @@ def _architecture(config: Config) -> dict[str, Any]:
         "model.kv_channels": None if default else model.head_dim,
         "model.vocab_size": model.tokens,
         "model.norm_epsilon": float(str(np.float32(model.norm_epsilon))),
-        "moh.routing_groups": config.moh.routing_groups if model.query_groups > 1 else 1,
+        **choice_of_heads(model, config.moh),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moh_megatron.checkpoint.hf.hf_config_reader import HFConfigReader
-from moh_megatron.config.layer_heads import layer_heads, routing_groups
+from moh_megatron.config.layer_heads import choice_of_heads, layer_heads
 from moh_megatron.config.load import completed_config
 from moh_megatron.config.schema import Config
 from moh_megatron.io.errors import UserError
@@ -148,9 +148,7 @@ def _comparable(config: Config, with_moh: bool) -> dict[str, Any]:
     if with_moh and moh.enabled:
         layers = layer_heads(model, moh)
         values |= {f"moh.{name}": getattr(moh, name) for name in ("router", "gating", "balancing")}
-        grouped = routing_groups(model, moh) > 1
-        values["moh.routing_groups"] = "kv" if grouped else 1
-        values["moh.gate_softmax"] = moh.gate_softmax if grouped else "layer"
+        values |= choice_of_heads(model, moh)
         values["moh.shared_heads"] = _one_if_equal([layer.shared for layer in layers])
         values["moh.active_heads"] = _one_if_equal([layer.active for layer in layers])
     return values

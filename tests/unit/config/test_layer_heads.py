@@ -152,6 +152,11 @@ def test_routing_groups_are_the_kv_groups(configure):
          "moh.routing_groups: kv needs several query heads in each KV group: model.num_query_groups must be a divisor "
          "of model.num_attention_heads (8) below it; nearest: 4. Got 8 groups of one head; or leave "
          "moh.routing_groups at 1."),
+        ({"model.num_query_groups": None, "model.num_attention_heads": 1, "moh.shared_heads": 0, "moh.active_heads": 1},
+         "moh.routing_groups: kv needs several query heads in each KV group: model.num_query_groups must be a divisor "
+         "of model.num_attention_heads (1) below it. Got 1 groups of one head; or leave moh.routing_groups at 1."),
+        ({"model.num_query_groups": 3},
+         "model.num_query_groups must divide model.num_attention_heads (8). Got 3; nearest: 2 or 4."),
         ({"moh.shared_heads": 3},
          "moh.shared_heads must be a multiple of the KV groups (2) from 0 to 6 with moh.routing_groups: kv. Got 3; "
          "nearest: 2 or 4."),

@@ -96,6 +96,10 @@ def test_a_model_is_not_asked_to_choose_among_other_heads_than_in_its_training(
     load = dataclasses.replace(choosing(1).generate, load=str(newest))
     assert model_to_load(dataclasses.replace(choosing(1), generate=load)) == newest
     assert config_of_folder(newest, []).moh.routing_groups == "kv"
+    # A single KV group is the whole layer.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_query_groups=1))
+    one = fake_checkpoint(run / "checkpoints" / "step_00000003", choosing("kv"))
+    assert model_to_load(choosing(1)) == one
 
 
 @pytest.mark.parametrize("prompt", ["the quick", ""])

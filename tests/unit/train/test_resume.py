@@ -273,7 +273,7 @@ def test_a_checkpoint_from_before_there_were_routing_groups_chooses_among_all_he
 
 def test_a_single_kv_group_is_all_heads(config, checkpoint, grouped):
     one = {**grouped, "model.num_query_groups": 1}
-    folder = checkpoint(5, one)
+    folder = checkpoint(5, {**one, "moh.gate_softmax": "group"})
     everywhere = config({**one, "moh.routing_groups": 1, "train.init_from": str(folder)})
     assert weights_to_start_from(everywhere) == folder
 
