@@ -239,9 +239,12 @@ def norm_scores(norms: Tensor, groups: int = 1) -> Tensor:
     """Norms [..., E] of routed heads over their unbiased deviation; 0 if the deviation is nearly 0 or E is 1.
 
     With routing groups each has a deviation of its own, and the scores are of distances to its mean. The softmax is the
-    same. Without the mean, two heads of a group, whose scores never change, would get rounding errors as gradient.
+    same. The scores of two heads in a group are the same whatever their norms, so they have no gradient: rounding
+    errors in its place would train the queries, and Adam would make them large.
     """
     norms = in_groups(norms, groups)
+    if groups > 1 and norms.shape[-1] == 2:
+        return (norms - norms.flip(-1)).sign().mul(0.5**0.5).flatten(-2)
     if groups > 1:
         norms = norms - norms.mean(-1, keepdim=True)
     deviation = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
