@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moh_megatron.config.layer_heads import LayerHeads, layer_heads
+from moh_megatron.config.layer_heads import LayerHeads, heads_after
 from moh_megatron.config.schema import Config
 from moh_megatron.monitor.flops import skips_heads
 from moh_megatron.plan.model_states import ELEMENT
@@ -36,10 +36,13 @@ class Activations:
 
 
 def activations(config: Config, backend: str) -> Activations:
-    """The activations with attention by ``backend``, see ``model.attention_backend.attention_backend``."""
+    """The activations with attention by ``backend``, see ``model.attention_backend.attention_backend``.
+
+    An activation schedule begins with all heads: that is when most is kept.
+    """
     model, train, tensor = config.model, config.train, config.parallel.tensor
     count = _Count(config, backend)
-    layers = [count.layer(heads) for heads in layer_heads(model, config.moh)]
+    layers = [count.layer(heads) for heads in heads_after(model, config.moh, 0)]
     logits = _FP32 + (count.element if count.element < _FP32 else 0)
     head = count.norm() + count.tokens * logits * model.vocab_size // tensor
     if train.recompute == "full":
@@ -55,6 +58,11 @@ class _Count:
         self.tokens = config.train.micro_batch_size * config.train.sequence_length
         self.own_tokens = self.tokens // (config.parallel.tensor if config.parallel.sequence else 1)
         """This rank's tokens outside attention and MLP, which sequence parallelism shards."""
+
+    def _backend_of(self, heads: LayerHeads) -> str:
+        """The backend of one layer: ``auto`` takes dense attention where every head is active."""
+        every_head = heads.active == heads.count and self.config.moh.fixed_backend is None
+        return "dense" if every_head else self.backend
 
     def layer(self, heads: LayerHeads) -> int:
         parts = 2 * self.norm() + self._attention(heads) + self._mlp()
@@ -72,8 +80,8 @@ class _Count:
         model, train, tensor = self.config.model, self.config.train, self.config.parallel.tensor
         size, own, groups = model.head_dim, heads.count // tensor, model.query_groups // tensor
         angles = 4 * self.element * size * train.sequence_length
-        output = self.element * own * size
-        if self.backend == "slots":
+        output, backend = self.element * own * size, self._backend_of(heads)
+        if backend == "slots":
             return self.tokens * (self._slots(heads) + output) + angles
         # The fused projection, the rotated queries and keys, and the input of linear_proj.
         kept = self.element * size * (2 * own + 3 * groups) + output
@@ -81,7 +89,7 @@ class _Count:
             kept += output  # the input of the gates
         if train.recompute != "selective":
             active = own * heads.active / heads.count
-            if skips_heads(self.backend):
+            if skips_heads(backend):
                 kept += int(active * (_FP32 * size + 3 * _INT64))
             else:
                 kept += _FP32 * own + (output if self.config.moh.enabled else 0)

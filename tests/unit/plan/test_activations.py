@@ -110,6 +110,14 @@ def test_slots_keep_less_the_fewer_heads_are_active(tiny: Tiny) -> None:
     assert slots[0] - slots[1] == pytest.approx(2 * 2 * head, rel=0.2)
 
 
+def test_a_schedule_keeps_most_in_its_first_steps_when_attention_is_dense(tiny: Tiny) -> None:
+    shape = SHAPE | IN_GROUPS | {"moh.backend": "auto", "train.precision": "bf16"}
+    scheduled = activations(tiny(shape | {"moh.activation_schedule_steps": 9}), "slots")
+    assert scheduled == activations(tiny(shape | {"moh.active_heads": 8}), "slots")
+    assert scheduled == activations(tiny(shape | {"moh.backend": "dense"}), "dense")
+    assert scheduled.layers > 1.1 * activations(tiny(shape), "slots").layers
+
+
 def parts(tiny: Tiny, **changes: Any) -> Activations:
     names = {key.replace("__", "."): value for key, value in changes.items()}
     return activations(tiny({**SHAPE, "train.precision": "bf16", **names}), "dense")
