@@ -70,8 +70,12 @@ def check_backend(config: Config, device: torch.device) -> None:
 
 
 def attention_warning(config: Config, device: torch.device) -> str | None:
-    """Why dense attention will be slow on this GPU; None where it is fast, or where another backend computes it."""
-    if device.type != "cuda" or attention_backend(config, device) != "dense":
+    """Why attention will be slow on this GPU; None where it is fast, or computed by other kernels than PyTorch's own.
+
+    The number of slots makes no difference to those.
+    """
+    used = {backend for layer in attention_backends(config, device) for backend in layer}
+    if device.type != "cuda" or used.isdisjoint({"dense", "slots"}):
         return None
     model, tensor = config.model, config.parallel.tensor
     reason = flash_refusal(

@@ -68,5 +68,8 @@ def test_warning_of_slow_attention_depends_on_the_shape_of_a_rank(
     assert shapes == [expected]
     assert attention_backend.attention_warning(config, torch.device("cpu")) is None
     assert attention_backend.attention_warning(tiny({"moh.backend": "triton"}), cuda) is None
+    in_groups = {"model.num_query_groups": 2, "moh.routing_groups": "kv", "moh.shared_placement": "spread"}
+    for active in (4, [8, 4]):
+        assert attention_backend.attention_warning(tiny(in_groups | {"moh.active_heads": active}), cuda) == warning
     monkeypatch.setattr(attention_backend, "flash_refusal", lambda **shape: None)
     assert attention_backend.attention_warning(config, cuda) is None
