@@ -19,7 +19,7 @@ from moh_megatron.checkpoint.layout import (
     topology_of,
 )
 from moh_megatron.checkpoint.manifest import FORMAT_VERSION, Manifest
-from moh_megatron.config.layer_heads import choice_of_heads
+from moh_megatron.config.layer_heads import choice_of_heads, layer_heads
 from moh_megatron.config.load import mapping_of
 from moh_megatron.config.paths import checkpoint_dir
 from moh_megatron.config.schema import Config
@@ -87,7 +87,8 @@ _SAME_WEIGHTS = (
 
 _CHOICE_KEYS = ("moh.routing_groups", "moh.gate_softmax")
 """Keys that decide among which heads a token chooses and the gates share their weight."""
-ROUTER_KEYS = ("moh.router", "moh.shared_heads", "moh.shared_placement", *_CHOICE_KEYS)
+_SHARED_KEYS = ("moh.shared_heads", "moh.shared_placement")
+ROUTER_KEYS = ("moh.router", *_SHARED_KEYS, *_CHOICE_KEYS)
 """Keys without effect on a dense model; the head layout has one."""
 _POSITIONS = ("model.rotary_base", "model.rope_scaling")
 
@@ -117,6 +118,13 @@ def _architecture(config: Config) -> dict[str, Any]:
         "model.norm_epsilon": float(str(np.float32(model.norm_epsilon))),
         **choice_of_heads(model, config.moh),
     }
+
+
+def _shared_heads(config: Config) -> Any:
+    """The shared heads of each layer, which a number and a placement or lists can say; those keys until measured."""
+    if config.moh.shared_placement == "calibrated":
+        return config.moh.shared_heads, config.moh.shared_placement
+    return [layer.shared for layer in layer_heads(config.model, config.moh)]
 
 
 def newest_good(config: Config) -> Path | None:
@@ -212,8 +220,10 @@ def require_same_weights(checkpoint: Path, config: Config, apart_from: Collectio
     has to learn again where its words are.
     """
     written_by = read_config(checkpoint)
-    if not written_by.moh.enabled and not config.moh.enabled:
+    if not (written_by.moh.enabled and config.moh.enabled):
         apart_from = {*apart_from, *ROUTER_KEYS}
+    elif _shared_heads(written_by) == _shared_heads(config):
+        apart_from = {*apart_from, *_SHARED_KEYS}
     saved, current = (
         {key: value for key, value in _architecture(origin).items() if key not in apart_from}
         for origin in (written_by, config)
