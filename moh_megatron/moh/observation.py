@@ -33,7 +33,8 @@ class RoutingObserver:
         self.on = False
         self._samples: list[list[Tensor]] = [[] for _ in layers]
         for samples, layer in zip(self._samples, layers, strict=True):
-            layer.router.register_forward_hook(functools.partial(self._record, samples))
+            # First of all hooks: ZeRO's stage 3 has one that takes the router's weights away.
+            layer.router.register_forward_hook(functools.partial(self._record, samples), prepend=True)
 
     def _record(self, samples: list[Tensor], router: torch.nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         if self.on and router.training and torch.is_grad_enabled():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from moh_megatron.config.head_layout import HeadLayout
 from moh_megatron.config.layer_heads import LayerHeads
 from moh_megatron.config.schema import MoHConfig
-from moh_megatron.moh.observation import observe
+from moh_megatron.moh.observation import RoutingObserver, observe
 from moh_megatron.moh.router import LearnedRouter, QueryNormRouter
 from moh_megatron.parallel import groups
 
@@ -23,10 +25,9 @@ def entropy(probabilities: list[float]) -> float:
     return -sum(share * math.log(share) for share in probabilities) / math.log(len(probabilities))
 
 
-def test_entropy_and_z_loss_are_means_over_groups() -> None:
-    moh = MoHConfig(shared_heads=2, active_heads=4, routing_groups="kv")
-    router = LearnedRouter(
-        moh,
+def learned_router() -> LearnedRouter:
+    return LearnedRouter(
+        MoHConfig(shared_heads=2, active_heads=4, routing_groups="kv"),
         GROUPED,
         1.0,
         hidden_size=6,
@@ -35,6 +36,29 @@ def test_entropy_and_z_loss_are_means_over_groups() -> None:
         group=groups.tp_group(),
         sequence_parallel=False,
     )
+
+
+def test_routers_are_observed_before_zero_takes_their_weights_away() -> None:
+    router = learned_router()
+
+    def release(*unused: Any) -> None:
+        for weight in router.parameters():
+            weight.data = torch.empty(0)
+
+    router.register_forward_hook(release)  # as DeepSpeed's, from before there is an observer
+    layer: Any = SimpleNamespace(router=router)
+    observer = RoutingObserver([layer])
+    observer.on = True
+    x, q = torch.randn(5, 2, 6), torch.zeros(5, 2, 8, 4)
+    expected = observe(router, x, q)
+    router(x, q)
+    drained = observer.drain()
+    assert drained is not None
+    assert torch.equal(drained[0], expected)
+
+
+def test_entropy_and_z_loss_are_means_over_groups() -> None:
+    router = learned_router()
     assert router.w_routed is not None
     with torch.no_grad():
         router.w_routed.copy_(torch.eye(6))
