@@ -81,12 +81,13 @@ def flush_folder(folder: Path) -> None:
 def resolved(path: Path) -> Path:
     """``path`` without links. Raises UserError where the links form a circle, or a name is too long."""
     try:
+        # From Python 3.13 on, resolve() says nothing of links in a circle.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
         target = path.resolve()
-        target.exists()
         # The system looks at no name below a folder that is absent.
         if any(len(os.fsencode(name)) > LONGEST_NAME for name in target.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    except (OSError, RuntimeError) as error:  # the second one reports links in a circle
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be a folder ({reason}). Name another one.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder ({error.strerror}). Name another one.") from None
     return target

@@ -279,7 +279,9 @@ def test_missing_file_is_reported(path):
 
 
 def test_path_with_nul_character_is_reported():
-    assert complaint("a\0b.yaml").endswith(": cannot be read: embedded null byte.")
+    # The last words are Python's, and differ between its versions.
+    assert ": cannot be read: " in complaint("a\0b.yaml")
+    assert "embedded null" in complaint("a\0b.yaml")
 
 
 def test_byte_order_mark_is_ignored(folder):
