@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from moh_megatron.config.layer_heads import active_counts, percentage_of, routing_groups
+from moh_megatron.config.layer_heads import active_counts, even_in_kv_groups, percentage_of, routing_groups
 from moh_megatron.config.schema import Config, MoHConfig
 from moh_megatron.config.violation import Violation, nearest_multiples
 
@@ -170,12 +170,11 @@ def _settings(config: Config) -> Iterator[Violation]:
             f"moh.gate_softmax: group needs moh.routing_groups: kv and moh.router: learned. Got {moh.routing_groups} "
             f"and {moh.router}.",
         )
-    groups = config.model.query_groups
-    if moh.backend == "slots" and routing_groups(config.model, moh) != groups:
+    if moh.backend == "slots" and not even_in_kv_groups(config.model, moh):
         yield Violation(
             "moh.backend",
             f"moh.backend: slots needs equally many active heads in every KV group, by moh.routing_groups: kv. "
-            f"Got {moh.routing_groups} with {groups} KV groups.",
+            f"Got {moh.routing_groups} with {config.model.query_groups} KV groups.",
         )
     if moh.router == "query_norm":
         for key, is_set in (("z_loss_coefficient", moh.z_loss_coefficient > 0), ("freeze_router", moh.freeze_router)):

@@ -8,8 +8,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HF_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+"""The config.json of a small LLaMA."""
 _RUNNER = """
 import contextlib, io, json, sys
 for name in ("torch", "megatron", "deepspeed", "transformers", "lm_eval", "datasets"):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
-from support.early import run_without_slow_imports
+from support.early import HF_CONFIG, run_without_slow_imports
 
 DENSE = ["moh.enabled=false"]
 CONFIG = """
@@ -17,17 +16,6 @@ data: {{inputs: [text.txt], dir: data}}
 train: {{sequence_length: 16, total_tokens: 1024, global_batch_size: 2}}
 optimizer: {{learning_rate: 1e-3}}
 """
-HF_CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 MOH = "{shared_heads: 1, active_heads: 2}"
 TO_HF = ("convert", "megatron-to-hf", "--load-dir")
 FROM_HF = ("convert", "hf-to-megatron", "--hf-dir")

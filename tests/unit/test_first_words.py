@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moh_megatron.checkpoint.manifest import Manifest, Topology, write_manifest
+from tests.support.early import HF_CONFIG
 from tests.support.runs import REPOSITORY
 
 # The first import of a slow library leaves a mark behind what was written before; then it interrupts the process, as
@@ -32,17 +33,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 name, *sys.argv = sys.argv[1:]
 sys.exit(importlib.import_module(f"moh_megatron.commands.{name}").run())
 """
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 SMOKE = str(REPOSITORY / "configs" / "smoke.yaml")
 COMMANDS = {
     "pretrain": (SMOKE, "--nproc-per-node", "2"),
@@ -65,7 +55,7 @@ def test_a_command_says_what_it_loads_first_and_ctrl_c_ends_it_at_once(command: 
     write_manifest(checkpoint, Manifest(1, 1, Topology(1, 1, 1, "fp32"), "", {}, {}))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").touch()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(HF_CONFIG))
     name = command.split()[0]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(

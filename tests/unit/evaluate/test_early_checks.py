@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.early import run_without_slow_imports
 
-REPOSITORY = Path(__file__).parents[3]
-WITHOUT_SLOW_IMPORTS = """
-import runpy, sys
-for name in ("torch", "megatron", "deepspeed", "transformers", "lm_eval"):
-    sys.modules[name] = None
-import importlib.util
-from importlib.machinery import ModuleSpec
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name: ModuleSpec(name, None) if name in ("lm_eval", "accelerate") else found(name)
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-"""Importing one of these modules raises ModuleNotFoundError."""
 SUITE = """name: s
 description: d
 package: no_such_package
@@ -63,14 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def test_mistake_is_found_before_anything_slow_is_imported(
     folder: Path, command: str, arguments: list[str], expected: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", WITHOUT_SLOW_IMPORTS, f"moh_megatron.commands.{command}", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert expected in done.stderr
+    ((code, errors),) = run_without_slow_imports([(command, *arguments)], folder)
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert expected in errors
